@@ -1,0 +1,61 @@
+# make repro   the whole pipeline, from nothing to data/report/index.html
+# make test    what CI runs: lint, types, tests
+# VENV=DIR reuses an environment; it is rebuilt when pyproject.toml or constraints.txt change.
+VENV ?= .venv
+PYTHON ?= python3
+METHOD ?=
+SHELL := /bin/bash
+
+STAMP := $(VENV)/.fieldmark-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Where there is no git (an unpacked archive) DVC must be told.
+NO_SCM := $(if $(wildcard .git),,.dvc/config.local)
+
+.PHONY: setup repro retry pull test test-all bench clean
+
+setup: $(STAMP) $(NO_SCM)
+
+$(STAMP):
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about 6 GB; minutes)"
+	@$(VENV)/bin/python -m pip install --quiet --upgrade --disable-pip-version-check -c constraints.txt pip
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[dev]'
+	@rm -rf $(VENV)/.fieldmark-* build fieldmark.egg-info && touch $@
+
+.dvc/config.local: $(STAMP)
+	@dvc config --quiet --local core.no_scm true
+
+repro: setup
+	@python -m stages.params
+	@python -m training.train --check
+	@dvc repro --quiet
+	@cat data/report/summary.txt
+
+# Ask again what was refused, invalid or failed; answers that are there cost nothing.
+retry: setup
+	dvc repro --single-item --force generate_concepts describe_images
+	@$(MAKE) --no-print-directory repro
+
+# What `dvc repro --single-item train@METHOD` reads, and nothing else: no images, no key, no GPU needed.
+pull: setup
+	@test -n "$(METHOD)" || { echo "error: make pull METHOD=NAME, a name under train.methods in params.yaml" >&2; exit 1; }
+	@paths=$$(python -m stages.lock train@$(METHOD)) && dvc pull $$paths
+
+test: setup
+	ruff check .
+	mypy
+	pytest -n 2 --dist loadfile
+
+test-all: setup
+	ruff check .
+	mypy
+	pytest -n 2 --dist loadfile -m "slow or not slow"
+
+bench: setup
+	@for bench in bench/*.py; do python -m bench.$$(basename $$bench .py) || exit 1; done
+
+# Outputs that can be made again for nothing. Answers, their journal (.cache) and DVC's cache stay.
+clean:
+	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/runs data/report data/reef
+	rm -f data/concepts/concepts.parquet data/descriptions/descriptions.parquet
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

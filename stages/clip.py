@@ -1,0 +1,195 @@
+"""Encoders that open_clip loads, and how their image cells and texts reach one space.
+
+An image gives one global embedding and a map of dense tokens from one forward pass. Each tower family has its rule:
+
+- convolutional timm towers: what follows the feature map (the tower's own norm, pooling, projection) is applied to each
+  cell as if it were the whole map. With average pooling and a linear projection the mean of the cells is the global
+  embedding exactly.
+- open_clip ViTs: the last block's patch tokens through `ln_post` and `proj`, as the tower does with its CLS token. The
+  mean of the cells is not the global embedding, and deep ViT cells carry context from the whole picture.
+
+Vectors leave here in float32, not normalised. An encoder's fingerprint covers architecture, weights, preprocessing,
+precision and these rules; the device and the batch size are not in it.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from stages import store
+from stages.command import UserError
+from stages.params import Encoder
+
+# Raised when a rule in this module changes what it gives for the same weights and picture.
+RULES = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Box = tuple[float, float, float, float]
+
+
+@dataclass
+class LoadedEncoder:
+    """One loaded dual encoder on one device."""
+
+    name: str
+    model: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    preprocessing: dict[str, Any]
+    tokenizer: Callable[[list[str]], Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    batch_size: int
+    fingerprint: str
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor that turns a cosine into a logit, as the encoder was trained."""
+        scale = self.model.logit_scale
+        assert isinstance(scale, Tensor)
+        return float(scale.detach().float().exp())
+
+    @property
+    def dimension(self) -> int:
+        """D, the length of a vector."""
+        return self.embed_texts([""]).shape[1]
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (n, 3, H, W) to the global embeddings (n, D) and the dense tokens (n, h, w, D), float32 on the CPU.
+
+        n is at most batch_size; the batch is padded to it, since another batch shape changes bits.
+        """
+        count = len(pixels)
+        pixels = pad_rows(pixels, self.batch_size).to(self.device, self.dtype, memory_format=torch.channels_last)
+        pooled, tokens = image_features(self.model.visual, pixels, self.name)
+        return pooled[:count].float().cpu(), tokens[:count].float().cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Texts (n) to embeddings (n, D), float32 on the CPU, padded as images are."""
+        tokens = pad_rows(self.tokenizer(texts), self.batch_size).to(self.device)
+        encode = self.model.encode_text
+        assert callable(encode)
+        return encode(tokens)[: len(texts)].float().cpu()
+
+    def count_tokens(self, text: str) -> tuple[int, bool]:
+        """How many tokens the encoder reads of a text, start and end included, and whether it had to cut it."""
+        encode = getattr(self.tokenizer, "encode", None)
+        length = int(self.tokenizer([""]).shape[1])
+        if encode is None:
+            kind = type(self.tokenizer).__name__
+            raise UserError(f"params.yaml: encoders.{self.name}: {kind} cannot count tokens; use another encoder")
+        needed = len(encode(text)) + 2
+        return min(needed, length), needed > length
+
+
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """Repeat the last row until there are `count`."""
+    return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or cuda:N") from None
+    return torch.device(name)
+
+
+def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEncoder:
+    """Load `encoders.NAME`. Raises UserError where open_clip cannot, with its reason."""
+    key = f"params.yaml: encoders.{name}"
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise UserError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32 on this machine")
+    folder = settings.model.removeprefix("local-dir:")
+    local = folder != settings.model
+    if local and not Path(folder).is_dir():
+        raise UserError(f"{key}.model: there is no folder {folder}; correct the path")
+    by_name = not local and not settings.model.startswith("hf-hub:")
+    if by_name and settings.model not in open_clip.list_models():
+        remedy = "see open_clip.list_models(), or use local-dir:PATH"
+        raise UserError(f"{key}.model: open_clip knows no {settings.model!r}; {remedy}")
+    if by_name and settings.pretrained is None:
+        remedy = "name a tag or a checkpoint file"
+        raise UserError(f"{key}.pretrained: is missing, and random weights embed nothing; {remedy}")
+    try:
+        architecture = open_clip.get_model_config(settings.model)
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            settings.model, settings.pretrained, precision=settings.precision, device=device, require_pretrained=True
+        )
+        tokenizer = open_clip.get_tokenizer(settings.model)
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError,
+            SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{key}: open_clip cannot load {settings.model!r} ({reason}); correct it") from None
+    model.eval().requires_grad_(False)
+    visual = model.visual
+    preprocessing = dict(visual.preprocess_cfg)
+    identity = {
+        "rules": RULES,
+        # The configuration, since what PyTorch prints of a model leaves out attention heads and pooling.
+        "architecture": architecture,
+        "weights": weights_sha(model),
+        "preprocessing": preprocessing,
+        "precision": settings.precision,
+    }
+    return LoadedEncoder(
+        name=name, model=model, preprocess=preprocess, preprocessing=preprocessing, tokenizer=tokenizer,
+        dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
+        fingerprint=store.sha256(store.canonical_json(identity)),
+    )
+
+
+def weights_sha(model: nn.Module) -> str:
+    """sha256 over every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def image_features(visual: Any, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Global embeddings (n, D) and dense tokens (n, h, w, D) of one forward pass. Raises UserError for other towers."""
+    if isinstance(visual, TimmModel):
+        features = visual.trunk.forward_features(pixels)
+        if features.ndim != 4 or features.shape[1] != visual.trunk.num_features:
+            trunk = type(visual.trunk).__name__
+            raise UserError(f"params.yaml: encoders.{name}: {trunk} gives no map of cells (n, C, h, w); use another")
+        batch, channels, height, width = features.shape
+        pooled = visual.head(visual.trunk.forward_head(features))
+        cells = features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
+        tokens = visual.head(visual.trunk.forward_head(cells))
+        return pooled, tokens.reshape(batch, height, width, -1)
+    if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.proj is not None:
+        output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True)
+        tokens = output["image_intermediates"][0].permute(0, 2, 3, 1) @ visual.proj
+        return output["image_features"], tokens
+    raise UserError(
+        f"params.yaml: encoders.{name}: no rule for the dense tokens of a {type(visual).__name__}"
+        f" ({getattr(visual, 'pool_type', 'its own')} pooling); use a convolutional timm tower or an open_clip ViT"
+    )
+
+
+def visible_box(width: int, height: int, preprocessing: dict[str, Any]) -> Box:
+    """What part of a picture of this size the encoder sees, (x0, y0, x1, y1), where [0, 1] is the whole of it."""
+    if preprocessing["resize_mode"] == "squash":
+        return 0.0, 0.0, 1.0, 1.0
+    # `shortest` crops to the middle square; `longest` pads to a square that reaches out of the picture.
+    side = min(width, height) if preprocessing["resize_mode"] == "shortest" else max(width, height)
+    x, y = (width - side) / 2 / width, (height - side) / 2 / height
+    return x, y, 1 - x, 1 - y

@@ -1,0 +1,155 @@
+"""Ask a vision model what each image shows, without telling it what the image is of.
+
+Reads   data/index/images.parquet and its images with status ok under dataset.root, data/index/classes.parquet (to find
+        class names in answers), the prompt `describe.prompt`, params: domain, dataset.root, llm, describe.
+Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image, failed ones too;
+        data/descriptions/descriptions.parquet (descriptions/1): the sentences, class names masked.
+Costs   llm.mode live: one call for each image whose answer is held neither there nor in the journal under .cache/ (or
+        $FIELDMARK_CACHE); see --dry-run. llm.mode replay, or describe.enabled false: nothing. Memory does not grow with
+        the images' sizes: a picture is opened when it is its turn.
+
+The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
+
+    python -m stages.describe_images
+    python -m stages.describe_images --dry-run
+"""
+
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from stages import store
+from stages.command import run, stage_parser
+from stages.images import BadImage, open_rgb
+from stages.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_answers, live_answers, plan_calls, preview
+from stages.llm.names import NameMask
+from stages.llm.prompts import Message, Prompt, load_prompt
+from stages.llm.replay import replay
+from stages.lock import refuse_cold_start
+from stages.params import Params, load_params
+
+STAGE = "describe_images"
+IMAGES = Path("data/index/images.parquet")
+CLASSES = Path("data/index/classes.parquet")
+ANSWERS = Path("data/descriptions/answers.parquet")
+DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
+JPEG_QUALITY = 90
+Row = dict[str, Any]
+
+
+def items_of(image_ids: list[str], prompt: Prompt, params: Params) -> list[Item]:
+    """One item an image, its image at the end of the last message. The text is the same object in every item."""
+    values = {**params.domain.model_dump(), "sentences": params.describe.sentences}
+    *before, last = prompt.render(values)
+    text = {"type": "text", "text": last["content"]}
+    return [
+        Item(image_id, 0, [*before, {"role": last["role"], "content": [text, image_part(image_id, params)]}])
+        for image_id in image_ids
+    ]
+
+
+def image_part(image_id: str, params: Params) -> dict[str, Any]:
+    """What stands for an image in an item: its content and how it is resized."""
+    return {"type": "image", "image_id": image_id, "px": params.describe.image_px, "jpeg_quality": JPEG_QUALITY}
+
+
+def data_url(path: Path, px: int, quality: int) -> str:
+    """A picture as a JPEG data URL, at most `px` on its long side, without metadata. Raises BadImage."""
+    image = open_rgb(path)
+    image.thumbnail((px, px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, exif=b"")
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def with_image(item: Item, paths: dict[str, Path]) -> list[Message]:
+    """An item's messages as they are sent. Raises Unaskable where the image cannot be opened."""
+    *before, last = item.messages
+    text, image = last["content"]
+    try:
+        url = data_url(paths[image["image_id"]], image["px"], image["jpeg_quality"])
+    except BadImage as error:
+        raise Unaskable(f"the image cannot be opened: {error}") from None
+    return [*before, {**last, "content": [text, {"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def descriptions_of(answers: list[Row], mask: NameMask) -> tuple[list[Row], int]:
+    """Rows of descriptions/1 from the answers that are ok, and how many class names were masked in them."""
+    rows, masked = [], 0
+    for answer in answers:
+        if answer["status"] != "ok":
+            continue
+        sentences = [" ".join(sentence.split()) for sentence in json.loads(answer["response_json"])["sentences"]]
+        for rank, sentence in enumerate(filter(None, sentences)):
+            text, found = mask.apply(sentence)
+            masked += found
+            rows.append({"image_id": answer["subject_id"], "rank": rank, "text": text})
+    return rows, masked
+
+
+def content_params(prompt: Prompt, params: Params) -> dict[str, Any]:
+    """What decides the answers' content: not where, how fast or with what limits they are asked for."""
+    if not params.describe.enabled:
+        return {"enabled": False}
+    return {
+        "enabled": True,
+        "prompt_sha": prompt.sha,
+        "domain": params.domain.model_dump(),
+        "model": params.llm.model,
+        "temperature": params.llm.temperature,
+        "image_px": params.describe.image_px,
+        "jpeg_quality": JPEG_QUALITY,
+        "sentences": params.describe.sentences,
+    }
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and price, and call nobody")
+    args = parser.parse_args()
+    params = load_params(args.params)
+    prompt = load_prompt(params.describe.prompt)
+    upstream = store.read_header(IMAGES, "index.images/1").fingerprint
+    images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status"]).to_pylist()
+    classes_mark = store.read_header(CLASSES, "index.classes/1").fingerprint
+    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+
+    paths = {row["image_id"]: Path(params.dataset.root, row["path"]) for row in images if row["status"] == "ok"}
+    items = items_of(sorted(paths), prompt, params) if params.describe.enabled else []
+    if params.llm.mode == "replay" or not params.describe.enabled:
+        if args.dry_run:
+            why = f"llm.mode {params.llm.mode}" if items else "describe.enabled false"
+            print(f"{STAGE}: {len(items)} items, 0 calls ({why})")
+            return
+        rows = replay(items, "image_id", prompt, params.llm) if items else []
+        if params.llm.mode == "live":
+            keep_answers(STAGE, ANSWERS, [])
+    else:
+        refuse_cold_start(ANSWERS)
+        if args.dry_run:
+            print(preview(STAGE, plan_calls(STAGE, items, prompt, params.llm, ANSWERS), params.llm))
+            return
+        rows = live_answers(STAGE, items, prompt, params.llm, ANSWERS, attach=lambda item: with_image(item, paths))
+
+    content = content_params(prompt, params)
+    mark = store.fingerprint(SCHEMA, content, [upstream])
+    store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
+
+    names = [name for row in classes for name in (row["name"], row["scientific_name"]) if name]
+    described, masked = descriptions_of(rows, NameMask(names, params.domain.noun))
+    schema = "descriptions/1"
+    content = {"noun": params.domain.noun}
+    table_mark = store.fingerprint(schema, content, [mark, classes_mark])
+    store.write_table(store.make_table(schema, described), DESCRIPTIONS, schema, content, table_mark)
+    if masked:
+        print(f"{STAGE}: {masked} class names in the answers are masked in {DESCRIPTIONS}", file=sys.stderr)
+    check_coverage(rows, {item.subject_id: str(paths[item.subject_id]) for item in items}, params.llm, ANSWERS)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,111 @@
+"""Ask a model, or the recordings of the demo, what tells each class from the others in a photo.
+
+Reads   data/index/classes.parquet, the prompt `concepts.prompt`, params: domain, llm, concepts.
+Writes  data/concepts/answers.parquet (llm.answers/1): one row a class and sample, failed ones too.
+Costs   llm.mode live: one call for each class and sample whose answer is held neither there nor in the journal under
+        .cache/ (or $FIELDMARK_CACHE); see --dry-run. llm.mode replay: nothing.
+
+An answer that came back refused, broken or not at all is a row with its status, asked again whenever the stage runs.
+Too few answers (llm.min_coverage) are an error, after the file is written.
+
+    python -m stages.generate_concepts
+    python -m stages.generate_concepts --dry-run
+    python -m stages.generate_concepts --show "Lantern bandit"
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from stages import store
+from stages.command import UserError, run, stage_parser
+from stages.llm.answers import SCHEMA, Item, check_coverage, live_answers, plan_calls, preview
+from stages.llm.prompts import Message, Prompt, load_prompt
+from stages.llm.replay import replay
+from stages.lock import refuse_cold_start
+from stages.params import Params, load_params
+
+STAGE = "generate_concepts"
+CLASSES = Path("data/index/classes.parquet")
+ANSWERS = Path("data/concepts/answers.parquet")
+Row = dict[str, Any]
+
+
+def messages_of(row: Row, prompt: Prompt, params: Params) -> list[Message]:
+    """The rendered prompt for one row of index.classes/1."""
+    return prompt.render(
+        {
+            **params.domain.model_dump(),
+            "name": row["name"],
+            "scientific_name": row["scientific_name"],
+            "note": row["note"],
+            "per_class": params.concepts.per_class,
+        }
+    )
+
+
+def items_of(classes: list[Row], prompt: Prompt, params: Params) -> list[Item]:
+    items = []
+    for row in classes:
+        messages = messages_of(row, prompt, params)
+        items += [Item(row["class_id"], sample, messages) for sample in range(params.concepts.samples)]
+    return items
+
+
+def content_params(prompt: Prompt, params: Params) -> dict[str, Any]:
+    """What decides the answers' content: not where, how fast or with what limits they are asked for."""
+    return {
+        "prompt_sha": prompt.sha,
+        "domain": params.domain.model_dump(),
+        "model": params.llm.model,
+        "temperature": params.llm.temperature,
+        "per_class": params.concepts.per_class,
+        "samples": params.concepts.samples,
+    }
+
+
+def show(wanted: str, classes: list[Row], prompt: Prompt, params: Params) -> str:
+    """The messages for the class of this class_id or name. Raises UserError where there is none."""
+    for row in classes:
+        if wanted in (row["class_id"], row["name"]):
+            messages = messages_of(row, prompt, params)
+            return "\n\n".join(f"# {message['role']}\n\n{message['content']}" for message in messages)
+    close = difflib.get_close_matches(wanted, [row["name"] for row in classes], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"{CLASSES} lists them"
+    raise UserError(f"--show: there is no class {wanted!r}; {hint}")
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and price, and call nobody")
+    parser.add_argument("--show", metavar="CLASS", help="print the messages for a class (class_id or name), and stop")
+    args = parser.parse_args()
+    params = load_params(args.params)
+    prompt = load_prompt(params.concepts.prompt)
+    upstream = store.read_header(CLASSES, "index.classes/1").fingerprint
+    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    if args.show:
+        print(show(args.show, classes, prompt, params))
+        return
+
+    items = items_of(classes, prompt, params)
+    if params.llm.mode == "replay":
+        rows = replay(items, "class_id", prompt, params.llm)
+        if args.dry_run:
+            print(f"{STAGE}: {len(items)} items, all from {params.llm.recordings}, 0 calls")
+            return
+    else:
+        refuse_cold_start(ANSWERS)
+        if args.dry_run:
+            print(preview(STAGE, plan_calls(STAGE, items, prompt, params.llm, ANSWERS), params.llm))
+            return
+        rows = live_answers(STAGE, items, prompt, params.llm, ANSWERS, attach=lambda item: item.messages)
+
+    content = content_params(prompt, params)
+    mark = store.fingerprint(SCHEMA, content, [upstream])
+    store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
+    check_coverage(rows, {row["class_id"]: row["name"] for row in classes}, params.llm, ANSWERS)
+
+
+if __name__ == "__main__":
+    run(main)

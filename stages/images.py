@@ -1,0 +1,89 @@
+"""Pictures as everything downstream sees them: upright, 8-bit RGB, one frame, opened within a set memory."""
+
+import struct
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# A picture of more pixels is refused as a decompression bomb before it is decoded: 3 bytes a pixel in memory.
+MAX_PIXELS = 120_000_000
+# What shows through where a picture is transparent: mid-grey, so that neither dark nor light subjects vanish.
+BACKGROUND = (128, 128, 128)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# What a file may be, whatever its suffix says. Pillow knows formats that run other programs (EPS starts Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+# Pillow warns of sizes that MAX_PIXELS judges, and of odd metadata that does not touch the pixels.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; the message says why."""
+
+
+def open_rgb(path: str | Path | IO[bytes]) -> Image.Image:
+    """The first frame of a picture in RGB, turned as its EXIF says. Raises BadImage with the reason."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    # Neither message names the path: what is written of a picture is the same on every machine.
+    except UnidentifiedImageError:
+        raise BadImage(f"is none of {', '.join(FORMATS)}") from None
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or ' '.join(str(error).split())[:160]}") from None
+    # Pillow's decoders raise many types on broken bytes; each is a fact about the picture, not about the program.
+    except (ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, NotImplementedError,
+            MemoryError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as 8-bit RGB: 16-bit scaled, transparency laid on BACKGROUND."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float32)
+        scale = 257.0 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(ground, rgba)
+    return image.convert("RGB")
+
+
+def dhash(image: Image.Image) -> int:
+    """The 64-bit difference hash: bit set where a pixel of the 9 x 8 grey thumbnail is brighter than its right one."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR), dtype=np.int16)
+    bits = (grey[:, :-1] > grey[:, 1:]).reshape(-1)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+) -> Iterator[Result]:
+    """`map` in threads, in order, at most `ahead` results waiting: memory stays flat however many items there are."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,286 @@
+"""params.yaml as a typed object: every knob of the pipeline, checked before anything runs.
+
+An unknown key, a wrong type, a value out of range or two values that contradict each other is a UserError of one line
+that names the file, the key and the remedy. Nothing is coerced: `"3"` is not 3. What params.yaml leaves out takes the
+default written here; the params.yaml of the repository states every knob.
+
+Reads   params.yaml, and the names in training/methods/.
+Writes  nothing: run alone, it says nothing where all is right.
+Costs   nothing.
+
+    python -m stages.params
+"""
+
+import difflib
+import re
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+
+from stages.command import UserError, run, stage_parser
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Domain(Block):
+    """What the pictures show, in the words that prompts and texts use."""
+
+    noun: str
+    group: str
+    attributes: list[str] = []
+
+
+class Dataset(Block):
+    format: Literal["imagefolder"] = "imagefolder"
+    root: str
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    seed: int = 0
+    buckets: Annotated[int, Field(ge=1, le=1000)] = 16
+
+
+class Reef(Block):
+    seed: int = 0
+    size: Annotated[int, Field(ge=32, le=1024)] = 160
+    train_per_class: Count = 40
+    test_per_class: Count = 25
+
+
+class Price(Block):
+    """US dollars per million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class Llm(Block):
+    mode: Literal["replay", "live"] = "replay"
+    recordings: str = "data/demo/answers"
+    base_url: str | None = None
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_output_tokens: Count = 2000
+    response_format: Literal["json_schema", "json_object", "text"] = "json_schema"
+    concurrency: Count = 8
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    max_attempts: Count = 5
+    max_calls: Annotated[int, Field(ge=0)] | None = None
+    max_usd: Annotated[float, Field(ge=0)] | None = None
+    min_coverage: Fraction = 1.0
+    prices: dict[str, Price] = {}
+
+
+class Concepts(Block):
+    prompt: str = "prompts/concepts.md"
+    per_class: Count = 10
+    samples: Count = 1
+
+
+class Describe(Block):
+    enabled: bool = False
+    prompt: str = "prompts/describe.md"
+    image_px: Annotated[int, Field(ge=64)] = 512
+    sentences: Count = 4
+
+
+class Clean(Block):
+    name_templates: Annotated[list[str], Field(min_length=1)] = ["a photo of a {name}, a type of {noun}."]
+    max_words: Count = 25
+
+
+class Encoder(Block):
+    """A text-aligned image encoder that open_clip loads."""
+
+    model: str
+    pretrained: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: Count = 32
+
+
+class Embed(Block):
+    views: Annotated[int, Field(ge=0, le=16)] = 0
+    tokens: bool = False
+    grids: list[Count] = [2, 4]
+    crops: list[Annotated[int, Field(ge=2)]] = []
+
+
+class Select(Block):
+    per_class: Count = 8
+    max_cosine: Fraction = 0.95
+
+
+class Labels(Block):
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top: Count = 16
+    redundancy: Annotated[float, Field(ge=0)] = 0.5
+    select_locals: Count = 12
+    select_concepts: Count = 20
+
+
+NodeKind = Literal["global", "object", "token", "grid", "crop"]
+
+
+class Graphs(Block):
+    nodes: list[NodeKind] = list(get_args(NodeKind))
+    sigma: Annotated[float, Field(gt=0)] = 0.25
+    spatial_threshold: Fraction = 0.1
+    neighbours: Count = 5
+
+
+class Method(BaseModel):
+    """One method's block: the encoder it reads here, its own settings checked by `training/methods/NAME.py`."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    encoder: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Train(Block):
+    seed: int = 0
+    seeds: Count = 1
+    methods: dict[str, Method]
+
+
+class Report(Block):
+    reference: str = "linear_probe"
+    examples: Count = 12
+
+
+class Params(Block):
+    domain: Domain
+    dataset: Dataset
+    demo: dict[Literal["reef"], Reef] = {}
+    llm: Llm
+    concepts: Concepts = Concepts()
+    describe: Describe = Describe()
+    clean: Clean = Clean()
+    encoders: Annotated[dict[str, Encoder], Field(min_length=1)]
+    towers: dict[str, Encoder] = {}
+    embed: Embed = Embed()
+    select: Select = Select()
+    labels: Labels = Labels()
+    graphs: Graphs = Graphs()
+    train: Train
+    report: Report = Report()
+
+    def encoder(self, name: str) -> Encoder:
+        """The settings of one encoder. Raises UserError where params.yaml has none of that name."""
+        if name not in self.encoders:
+            raise UserError(f"params.yaml: encoders.{name}: is not there; choose one of: {', '.join(self.encoders)}")
+        return self.encoders[name]
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a parameter file. Raises UserError: unreadable, not YAML, or a value that cannot stand."""
+    try:
+        # YAML 1.2, as DVC reads it: 1e-3 is a number.
+        content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "run from the project's root, or name it with --params"
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path}: {line}is not YAML: {' '.join(str(error.problem).split())}; correct it") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no parameters; start from the params.yaml of the repository")
+    try:
+        params = Params.model_validate(content)
+    except ValidationError as error:
+        raise UserError(explain(str(path), error, content)) from None
+    check_contradictions(str(path), params)
+    return params
+
+
+def explain(path: str, error: ValidationError, content: Any, prefix: str = "", model: type[BaseModel] = Params) -> str:
+    """One line for one of a ValidationError's complaints: file, key, what is wrong, what to do.
+
+    A missing key goes last: an unknown one may be that one misspelt.
+    """
+    complaints = error.errors()
+    first = min(complaints, key=lambda complaint: complaint["type"] == "missing")
+    location = [str(part) for part in first["loc"] if part != "[key]"]
+    key = prefix + ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = known_keys(model, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        remedy = f"did you mean `{close[0]}`?" if close else f"remove it; known here: {', '.join(known)}"
+        message = f"{path}: {key}: unknown key; {remedy}"
+    elif first["type"] == "missing":
+        message = f"{path}: {key}: is missing; add it (the repository's params.yaml explains each key)"
+    else:
+        said = first["msg"][0].lower() + first["msg"][1:]
+        message = f"{path}: {key}: {said}, but it is {reprlib.repr(first['input'])}; correct it"
+    more = len(complaints) - 1
+    return message + (f" (and {more} more)" if more else "")
+
+
+def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys that the block at `location` has."""
+    block: Any = model
+    for part in location:
+        if isinstance(block, type) and issubclass(block, BaseModel):
+            block = block.model_fields[part].annotation
+        else:
+            block = get_args(block)[1]
+    return list(block.model_fields)
+
+
+def check_contradictions(path: str, params: Params) -> None:
+    """What each value alone cannot show: names that point nowhere, parts that exclude each other."""
+
+    def refuse(key: str, what: str, remedy: str) -> None:
+        raise UserError(f"{path}: {key}: {what}; {remedy}")
+
+    methods = params.train.methods
+    for block, names in (("encoders", params.encoders), ("towers", params.towers), ("train.methods", methods)):
+        for name in names:
+            if not NAME.fullmatch(name):
+                refuse(f"{block}.{name}", "is used as a folder name", "use lower-case letters, digits, - and _")
+    both = sorted(params.encoders.keys() & params.towers.keys())
+    if both:
+        refuse(f"towers.{both[0]}", "stands under encoders too", "give one of them another name")
+    for name, method in methods.items():
+        key = f"train.methods.{name}"
+        if method.encoder not in params.encoders:
+            known = ", ".join(params.encoders)
+            refuse(f"{key}.encoder", f"{method.encoder!r} is not under `encoders`", f"choose one of: {known}")
+        if not Path("training/methods", f"{name}.py").is_file():
+            known = ", ".join(sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py")))
+            refuse(key, f"there is no training/methods/{name}.py", f"choose one of: {known}")
+    reference = params.report.reference
+    if reference not in methods:
+        known = ", ".join(methods)
+        refuse("report.reference", f"{reference!r} is not under `train.methods`", f"choose one of: {known}")
+    if "global" not in params.graphs.nodes:
+        refuse("graphs.nodes", "`global` is not among them, and every graph needs it", "add it")
+    for template in params.clean.name_templates:
+        try:
+            names_it = "\0" in template.format(name="\0", noun="")
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+            names_it = False
+        if not names_it:
+            what = f"{template!r} must use {{name}}, may use {{noun}}, and nothing else in braces"
+            refuse("clean.name_templates", what, "correct it")
+
+
+def main() -> None:
+    load_params(stage_parser(__doc__).parse_args().params)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""What tests of stages share: a temporary project, two tiny encoders, and stages run in this process."""
+
+import copy
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.params import Params, load_params
+from tests.stages.project import CONV, PARAMS, ROOT, VIT, draw, save_model
+
+# Tests run in as many processes as there are cores: more threads than that only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of two tiny encoders: `conv` (timm, average pooling, 2 x 2 tokens) and `vit` (4 x 4)."""
+    base = tmp_path_factory.mktemp("models")
+    return {name: save_model(base / name, config) for name, config in (("conv", CONV), ("vit", VIT))}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project, the working directory of the test; its methods are the repository's."""
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def set_params(project: Path, models: dict[str, Path]) -> Callable[..., Params]:
+    """Write params.yaml: tiny defaults, changed by blocks given as keywords."""
+
+    def write(**blocks: dict[str, Any]) -> Params:
+        content = copy.deepcopy(PARAMS)
+        content["encoders"] = {
+            name: {"model": f"local-dir:{folder}", "batch_size": 4} for name, folder in models.items()
+        }
+        for block, values in blocks.items():
+            content.setdefault(block, {}).update(values)
+        (project / "params.yaml").write_text(json.dumps(content))
+        return load_params("params.yaml")
+
+    return write
+
+
+@pytest.fixture
+def run_stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a stage's main() in this process: importing torch anew costs seconds."""
+
+    def run(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(f"stages.{name}").main()
+
+    return run
+
+
+@pytest.fixture
+def draw_images(project: Path) -> Callable[[dict[str, int]], None]:
+    """Draw pictures under images/: {path: seed}."""
+
+    def draw_all(paths: dict[str, int]) -> None:
+        for path, seed in paths.items():
+            draw(project / "images" / path, seed)
+
+    return draw_all
+
+
+@pytest.fixture
+def dataset(draw_images: Callable[[dict[str, int]], None]) -> list[str]:
+    """Twelve pictures of two classes under images/; their paths."""
+    paths = [
+        f"{split}/{name}/{n}.png"
+        for split, count in (("train", 4), ("test", 2))
+        for name in "ab"
+        for n in range(count)
+    ]
+    draw_images({path: seed for seed, path in enumerate(paths)})
+    return paths

@@ -1,0 +1,198 @@
+"""clean_concepts: every text is a row, and each that is dropped says why."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import store
+from stages.clean_concepts import CONCEPTS, clean_class, main, normalise, split_text, wording
+from stages.llm.names import domain_words
+from stages.params import Clean, Domain
+from tests.stages.llm.workspace import Row, Workspace
+
+BIRD = Domain(noun="bird", group="birds", attributes=["bill", "tail"])
+CLASS: Row = {"class_id": "k", "name": "White-breasted Kingfisher", "scientific_name": "Halcyon smyrnensis"}
+
+
+def answer(*texts: str, kind: str = "visual", key: str = "key", **changes: Any) -> Row:
+    concepts = [{"text": text, "kind": kind, "part": None} for text in texts]
+    row = {"item_key": key, "subject_id": "k", "sample": 0, "prompt_sha": "s", "status": "ok", "attempts": 1}
+    more = {"model_requested": "m", "source": "live", "created_at": "2026-11-21T00:00:00Z"}
+    return row | more | {"response_json": json.dumps({"concepts": concepts})} | changes
+
+
+def clean(*answers: Row, **values: Any) -> list[Row]:
+    return clean_class(CLASS, list(answers), BIRD, Clean(**values))
+
+
+def reasons(*texts: str, **values: Any) -> list[str | None]:
+    return [row["drop_reason"] for row in clean(answer(*texts), **values) if row["kind"] != "name"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a bird with a white breast", None),
+        ("a bird with a breast as white as its throat", None),
+        ("a bird with a long red bill", None),
+        ("a bird with spots distributed across the wings", None),
+        ("a bird with a colour that ranges from buff to black", None),
+        ("a bird with 3 bars on each wing", None),
+        ("a bird with a so-called eye ring", None),
+        ("a bird with a crest as in kingfishers", "class_name"),
+        ("a Halcyon with a red bill", "class_name"),
+        ("a White breasted   kingfisher", "class_name"),
+        ("a bird with a loud call", "sound"),
+        ("a bird with a bill for eating fish", "diet"),
+        ("a bird with a home found in South America", "range"),
+        ("a bird native to Asia", "range"),
+        ("a bird with a body of 25-30 inches", "size"),
+        ("a bird with a wingspan of 1.5 m", "size"),
+        ("a bird with a 3-cm bill", "size"),
+        ("a bird with a weight like an egg's", "size"),
+        ("a bird with an endangered status", "population"),
+        ("a bird with a habit of diving", "behaviour"),
+        ("a bird often seen with others", "behaviour"),
+        ("a bird with a", "fragment"),
+        ("crest", "fragment"),
+        ("...", "empty"),
+        ("", "empty"),
+        ("a bird with " + "very " * 30 + "long legs", "too_long"),
+    ],
+)
+def test_reasons(text: str, reason: str | None) -> None:
+    assert reasons(text) == [reason]
+
+
+def test_habitat_is_kept_apart() -> None:
+    [row] = [row for row in clean(answer("a bird on a river bank", kind="habitat")) if row["kind"] != "name"]
+    assert (row["kind"], row["kept"], row["drop_reason"]) == ("habitat", False, "habitat")
+
+
+def test_duplicates_are_the_same_words() -> None:
+    texts = [
+        "a bird with a forked tail",
+        "A bird with forked tails.",
+        "a bird with a tail that is forked",
+        "a bird with a red tail and a white head",
+        "a bird with a white head and a red tail",
+        "a bird with a white tail and a red head",
+    ]
+    assert reasons(*texts) == [None, "duplicate", "duplicate", None, "duplicate", None]
+
+
+def test_what_was_dropped_makes_no_duplicates() -> None:
+    assert reasons("a bird with a tail heard singing", "a bird with a tail heard singing") == ["sound", "sound"]
+
+
+def test_rows_keep_the_order_of_the_answers() -> None:
+    two = answer("a bird with a crest; a bird with a red bill", key="one")
+    rows = clean(two, answer("a bird with a tail", key="two"))
+    text = "a photo of a White-breasted Kingfisher, a type of bird."
+    assert rows[0] == {
+        "concept_id": store.sha256(text),
+        "text": text,
+        "class_id": "k",
+        "kind": "name",
+        "part": None,
+        "rank": 0,
+        "kept": True,
+        "drop_reason": None,
+        "item_key": None,
+    }
+    assert [(row["rank"], row["text"], row["item_key"]) for row in rows[1:]] == [
+        (0, "a bird with a crest", "one"),
+        (1, "a bird with a red bill", "one"),
+        (2, "a bird with a tail", "two"),
+    ]
+
+
+def test_every_template_is_a_row() -> None:
+    rows = clean(name_templates=["{name}", "a {noun}: {name}"])
+    assert [(row["text"], row["rank"]) for row in rows] == [
+        ("White-breasted Kingfisher", 0),
+        ("a bird: White-breasted Kingfisher", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("  A bird with\ta crest. ", ["a bird with a crest"]),
+        ("1. A bird with a crest\n2) a bird with a tail", ["a bird with a crest", "a bird with a tail"]),
+        ("- \u201cA bird with a crest.\u201d", ["a bird with a crest"]),
+        ("A bird with a crest. A bird with a tail!", ["a bird with a crest", "a bird with a tail"]),
+        ("a bird with approx. two bars", ["a bird with approx. two bars"]),
+        ("An aircraft with a T-tail", ["an aircraft with a T-tail"]),
+        ("UV-like sheen", ["UV-like sheen"]),
+        ("Red bill", ["red bill"]),
+        (" \n ; ", [""]),
+    ],
+)
+def test_splitting(text: str, pieces: list[str]) -> None:
+    assert split_text(text) == pieces
+
+
+@given(st.text(max_size=80))
+def test_normal_texts_stay_as_they_are(text: str) -> None:
+    pieces = split_text(text)
+    assert pieces
+    for piece in pieces:
+        assert "\n" not in piece
+        assert not piece.endswith((".", " "))
+        assert normalise(piece) == piece
+
+
+@given(st.lists(st.text(max_size=40), max_size=8), st.integers(1, 30))
+def test_no_text_vanishes(texts: list[str], most: int) -> None:
+    rows = [row for row in clean(answer(*texts), max_words=most) if row["kind"] != "name"]
+    assert len(rows) >= len(texts)
+    assert [row["rank"] for row in rows] == list(range(len(rows)))
+    assert all(row["kept"] == (row["drop_reason"] is None) for row in rows)
+    kept = [wording(row["text"], domain_words("bird")) for row in rows if row["kept"]]
+    assert len(set(kept)) == len(kept)
+    store.make_table("concepts/1", rows)
+
+
+def test_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    workspace = Workspace(monkeypatch, "http://unused")
+    workspace.write()
+    workspace.write_classes("Iron ray", "Moss ray", "Salt ray")
+    ids = {name: store.sha256(name)[:8] for name in ("Iron ray", "Moss ray", "Salt ray")}
+    rows = [
+        answer("a fish with a tail", subject_id=ids["Iron ray"], key="a", sample=1),
+        answer("a fish with a tail.", "a fish that sings", subject_id=ids["Iron ray"], key="b"),
+        answer("a fish with a tail", subject_id=ids["Moss ray"], key="c"),
+        answer("a fish with a fin", subject_id=ids["Salt ray"], key="d", status="invalid"),
+    ]
+    schema = "llm.answers/1"
+    store.write_table(store.make_table(schema, rows), "data/concepts/answers.parquet", schema, {}, "m")
+    workspace.run(main)
+    concepts = store.read_table(CONCEPTS, "concepts/1").to_pylist()
+    found = {(row["class_id"], row["item_key"], row["drop_reason"]) for row in concepts if row["kind"] == "visual"}
+    # One row a class, though the text is the same; within a class the first sample counts.
+    assert found == {
+        (ids["Iron ray"], "b", None),
+        (ids["Iron ray"], "b", "sound"),
+        (ids["Iron ray"], "a", "duplicate"),
+        (ids["Moss ray"], "c", None),
+    }
+    assert {row["class_id"] for row in concepts if row["kind"] == "name"} == set(ids.values())
+    said = capsys.readouterr().err
+    assert "1 classes keep no visual concept: Salt ray" in said
+    assert "4 texts, 2 kept; dropped: 1 sound, 1 duplicate" in said or "1 duplicate, 1 sound" in said
+
+    before = CONCEPTS.read_bytes()
+    mark = store.read_header(CONCEPTS, "concepts/1").fingerprint
+    workspace.write(concurrency=1, mode="replay", model="other")
+    workspace.run(main)
+    assert CONCEPTS.read_bytes() == before
+    workspace.blocks["clean"] = {"max_words": 9}
+    workspace.write()
+    workspace.run(main)
+    assert store.read_header(CONCEPTS, "concepts/1").fingerprint != mark

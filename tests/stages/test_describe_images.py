@@ -1,0 +1,208 @@
+"""describe_images against a counting server: what leaves this machine, what comes back, what is masked."""
+
+import base64
+import io
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from stages import store
+from stages.command import UserError
+from stages.describe_images import ANSWERS, DESCRIPTIONS, JPEG_QUALITY, data_url, main
+from stages.images import BadImage
+from stages.llm.journal import journal_path
+from tests.openai_server import OpenAIServer, content, refusal
+from tests.stages.llm.workspace import KEY, Row, Workspace, answers
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture
+def workspace(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stages.llm.client.FIRST_PAUSE_S", 0.01)
+    workspace = Workspace(monkeypatch, server.base_url)
+    workspace.blocks["describe"] = {"enabled": True, "image_px": 300}
+    workspace.write()
+    workspace.write_classes("Secret bandit", "Ray", scientific_name="Latro secretus")
+    return workspace
+
+
+def descriptions() -> list[Row]:
+    rows: list[Row] = store.read_table(DESCRIPTIONS, "descriptions/1").to_pylist()
+    return rows
+
+
+def picture(call: dict[str, Any]) -> Image.Image:
+    url = call["messages"][-1]["content"][1]["image_url"]["url"]
+    head, _, payload = url.partition(",")
+    assert head == "data:image/jpeg;base64"
+    return Image.open(io.BytesIO(base64.b64decode(payload)))
+
+
+def test_an_image_is_asked_about_once_without_its_label(server: OpenAIServer, workspace: Workspace) -> None:
+    images = workspace.write_images(3)
+    workspace.run(main)
+    before = ANSWERS.read_bytes(), DESCRIPTIONS.read_bytes()
+    workspace.run(main)
+    assert len(server.calls) == 3
+    assert (ANSWERS.read_bytes(), DESCRIPTIONS.read_bytes()) == before
+    for call in server.calls:
+        sent = json.dumps(call).lower()
+        assert not [word for word in ("secret", "bandit", "latro", ".png", "train") if word in sent]
+        assert picture(call).size == (300, 200)
+        assert not picture(call).info.get("exif")
+    assert [row["subject_id"] for row in answers(str(ANSWERS))] == sorted(row["image_id"] for row in images)
+    assert [row["rank"] for row in descriptions()] == [0, 1] * 3
+
+
+def test_another_size_of_picture_is_another_question(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(1)
+    workspace.run(main)
+    workspace.blocks["describe"]["image_px"] = 200
+    workspace.write()
+    workspace.run(main)
+    assert [picture(call).width for call in server.calls] == [300, 200]
+
+
+def test_class_names_in_answers_are_masked_and_counted(
+    server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.write_images(1)
+    sentences = ["A  secret-bandit (Latro secretus) beside a ray. ", " ", "Its tray is grey."]
+    server.script.append(content(json.dumps({"sentences": sentences})))
+    workspace.run(main)
+    assert [row["text"] for row in descriptions()] == ["A fish (fish) beside a fish.", "Its tray is grey."]
+    assert "3 class names" in capsys.readouterr().err
+    assert json.loads(answers(str(ANSWERS))[0]["response_json"])["sentences"] == sentences
+
+
+def test_switched_off_it_writes_empty_tables_and_asks_nobody(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(2)
+    workspace.run(main)
+    before = ANSWERS.read_bytes()
+    journal_path("describe_images").unlink()
+    workspace.blocks["describe"]["enabled"] = False
+    workspace.write()
+    workspace.monkeypatch.delenv("FIELDMARK_TEST_KEY")
+    workspace.run(main)
+    assert answers(str(ANSWERS)) == []
+    assert descriptions() == []
+    workspace.write(mode="replay")
+    workspace.run(main)
+    assert answers(str(ANSWERS)) == []
+    # Even answers that only the old table held come back for nothing.
+    workspace.blocks["describe"]["enabled"] = True
+    workspace.write(mode="live")
+    workspace.run(main)
+    assert len(server.calls) == 2
+    assert ANSWERS.read_bytes() == before
+
+
+def test_a_picture_gone_bad_is_a_row_and_the_run_goes_on(server: OpenAIServer, workspace: Workspace) -> None:
+    images = workspace.write_images(3)
+    Path("data/photos", images[0]["path"]).write_bytes(b"no picture")
+    Path("data/photos", images[1]["path"]).unlink()
+    with pytest.raises(UserError, match=r"1 of 3 answered.*\(error\)"):
+        workspace.run(main)
+    assert len(server.calls) == 1
+    assert sorted(row["status"] for row in answers(str(ANSWERS))) == ["error", "error", "ok"]
+
+
+def test_a_refused_image_is_named_by_its_path(server: OpenAIServer, workspace: Workspace) -> None:
+    [image] = workspace.write_images(1)
+    server.script.append(refusal("no"))
+    with pytest.raises(UserError) as caught:
+        workspace.run(main)
+    assert f"data/photos/{image['path']} (refused)" in str(caught.value)
+    assert descriptions() == []
+
+
+def test_a_dry_run_asks_nobody(server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace.write_images(4)
+    workspace.run(main, "--dry-run")
+    assert "4 items, 0 cached, 4 calls to tiny" in capsys.readouterr().out
+    workspace.blocks["describe"]["enabled"] = False
+    workspace.write()
+    workspace.run(main, "--dry-run")
+    assert "0 items, 0 calls" in capsys.readouterr().out
+    assert server.calls == []
+    assert not ANSWERS.exists()
+
+
+def test_recordings_answer_for_images_too(server: OpenAIServer, workspace: Workspace) -> None:
+    [image] = workspace.write_images(1)
+    Path("recordings").mkdir()
+    record = {
+        "prompt": "describe",
+        "prompt_sha": store.sha256(Path("prompts/describe.md").read_bytes()),
+        "image_id": image["image_id"],
+        "sample": 0,
+        "model": "authored",
+        "created_at": "2026-11-21T00:00:00Z",
+        "response": {"sentences": ["a fish"]},
+    }
+    Path("recordings/describe.jsonl").write_text(json.dumps(record))
+    workspace.write(mode="replay", recordings="recordings")
+    workspace.run(main)
+    assert descriptions() == [{"image_id": image["image_id"], "rank": 0, "text": "a fish"}]
+    assert server.calls == []
+
+
+def test_listed_answers_that_are_not_here_are_not_paid_again(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(1)
+    Path("dvc.lock").write_text("stages: {describe_images: {outs: [{path: data/descriptions/answers.parquet}]}}")
+    with pytest.raises(UserError, match=r"`dvc pull data/descriptions/answers\.parquet`"):
+        workspace.run(main)
+    assert server.calls == []
+
+
+def test_no_encoded_picture_outlives_its_call(workspace: Workspace, server: OpenAIServer) -> None:
+    server.calls = Forgetful()
+    workspace.write(concurrency=2)
+    peaks, size = [], 0
+    for count in (8, 32):
+        for row in workspace.write_images(count):
+            # Noise hardly compresses: what is held shows.
+            path = Path("data/photos", row["path"])
+            Image.effect_noise((300 + count, 300), 100).save(path)
+            size = len(data_url(path, 300, JPEG_QUALITY))
+        workspace.blocks["describe"] = {"enabled": True, "image_px": 300 + count}
+        workspace.write()
+        tracemalloc.start()
+        workspace.run(main)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < (32 - 8) * size / 4
+
+
+class Forgetful(list[dict[str, Any]]):
+    def append(self, call: dict[str, Any]) -> None:
+        pass
+
+
+def test_a_data_url_is_upright_and_never_enlarged(tmp_path: Path) -> None:
+    image = Image.new("RGB", (100, 40), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    payload = base64.b64decode(data_url(tmp_path / "turned.jpg", 512, 90).partition(",")[2])
+    assert Image.open(io.BytesIO(payload)).size == (40, 100)
+    with pytest.raises(BadImage):
+        data_url(tmp_path / "none.jpg", 512, 90)
+
+
+def test_no_key_is_stored(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(1)
+    workspace.run(main)
+    files = [path for path in Path().rglob("*") if path.is_file()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]

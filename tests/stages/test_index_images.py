@@ -1,0 +1,269 @@
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from stages import store
+from stages.command import UserError
+from stages.index_images import class_id_of, index, mark_duplicates, name_classes, split_validation
+from stages.params import Params
+from tests.stages.project import image_id, snapshot
+
+SetParams = Callable[..., Params]
+DrawImages = Callable[[dict[str, int]], None]
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return store.read_table(f"data/index/{name}.parquet", f"index.{name}/1").to_pylist()
+
+
+def by_path() -> dict[str, dict[str, Any]]:
+    return {row["path"]: row for row in read("images")}
+
+
+def test_every_file_is_a_row(set_params: SetParams, dataset: list[str], project: Path) -> None:
+    (project / "images/train/a/notes.txt").write_text("no picture")
+    (project / "images/train/a/broken.JPG").write_bytes(b"no picture either")
+    (project / "images/train/b/._0.png").write_bytes(b"what a Mac leaves")
+    (project / "images/test/.hidden").mkdir()
+    (project / "images/test/.hidden/0.png").write_bytes(b"")
+    (project / "images/test/b/gone.png").symlink_to("nowhere.png")
+    counts = index(set_params(dataset={"val_fraction": 0.25}))
+    rows = by_path()
+    assert sorted(rows) == sorted([*dataset, "train/a/broken.JPG", "test/b/gone.png"])
+    good = rows["train/a/0.png"]
+    assert (good["class_id"], good["status"], good["width"], good["height"]) == ("a", "ok", 80, 60)
+    assert good["image_id"] == store.sha256((project / "images/train/a/0.png").read_bytes())
+    for path, reason in (("train/a/broken.JPG", "none of JPEG"), ("test/b/gone.png", "No such file")):
+        assert rows[path]["status"] == "broken"
+        assert reason in rows[path]["error"]
+    assert rows["test/b/gone.png"]["image_id"] is None
+    assert counts == {
+        "classes": 2,
+        "images": {"train": 6, "val": 2, "test": 4},
+        "unused": {"broken": 2, "duplicate": 0, "conflict": 0},
+    }
+    assert [row["split"] for row in rows.values() if row["class_id"] == "a" and row["status"] == "ok"].count(
+        "val"
+    ) == 1
+
+
+def test_thumbnails_of_usable_images_only(
+    set_params: SetParams, dataset: list[str], draw_images: DrawImages
+) -> None:
+    draw_images({"train/a/again.png": 0})
+    Path("images/train/a/broken.png").write_bytes(b"")
+    index(set_params())
+    thumbs = store.read_buckets("data/thumbs", "thumbs/1", 4).to_pylist()
+    usable = {row["image_id"] for row in read("images") if row["status"] == "ok"}
+    assert len(thumbs) == len(dataset) == len(usable)
+    assert {row["image_id"] for row in thumbs} == usable
+    assert Image.open(io.BytesIO(thumbs[0]["webp"])).size == (80, 60)
+
+
+def test_a_thumbnail_is_192_pixels_at_most(set_params: SetParams, dataset: list[str]) -> None:
+    Image.new("RGB", (4000, 3)).save("images/train/a/wide.png")
+    index(set_params())
+    wide = by_path()["train/a/wide.png"]
+    assert (wide["width"], wide["height"]) == (4000, 3)
+    for row in store.read_buckets("data/thumbs", "thumbs/1", 4).to_pylist():
+        if row["image_id"] == wide["image_id"]:
+            assert Image.open(io.BytesIO(row["webp"])).size == (192, 1)
+
+
+def test_running_twice_gives_the_same_bytes(
+    set_params: SetParams, dataset: list[str], run_stage: Callable[..., None]
+) -> None:
+    set_params()
+    run_stage("index_images")
+    folders = [Path("data/index"), Path("data/thumbs")]
+    first = [{name: content for name, (content, _) in snapshot(folder).items()} for folder in folders]
+    run_stage("index_images")
+    assert first == [{name: content for name, (content, _) in snapshot(folder).items()} for folder in folders]
+    assert set(first[0]) == {f"{name}.parquet" for name in ("images", "classes", "parts", "attributes")} | {
+        "metrics.json"
+    }
+    assert set(first[1]) == {f"b{bucket:03d}.parquet" for bucket in range(4)}
+    assert json.loads(first[0]["metrics.json"])["images"]["test"] == 4
+
+
+def row(path: str, image: int) -> dict[str, Any]:
+    split, class_id, _ = path.split("/")
+    return {"path": path, "split": split, "class_id": class_id, "image_id": image_id(image)}
+
+
+def test_of_equal_files_one_is_used() -> None:
+    rows = [row(path, 0) for path in ("train/a/1", "val/a/1", "test/a/2", "test/a/1")] + [row("train/a/0", 1)]
+    rows += [row("train/a/9", 2), row("train/a/8", 2), row("val/a/9", 2)]
+    mark_duplicates(rows)
+    states = {row["path"]: (row["status"], row.get("duplicate_of")) for row in rows}
+    assert states == {
+        "train/a/1": ("duplicate", "test/a/1"),
+        "val/a/1": ("duplicate", "test/a/1"),
+        "test/a/2": ("duplicate", "test/a/1"),
+        "test/a/1": ("ok", None),
+        "train/a/0": ("ok", None),
+        "train/a/9": ("duplicate", "val/a/9"),
+        "train/a/8": ("duplicate", "val/a/9"),
+        "val/a/9": ("ok", None),
+    }
+
+
+def test_equal_files_in_two_classes_are_not_used() -> None:
+    rows = [row("train/a/1", 0), row("test/b/1", 0), row("train/a/2", 0), row("train/a/3", 1)]
+    mark_duplicates(rows)
+    assert [row["status"] for row in rows] == ["conflict"] * 3 + ["ok"]
+    assert all("another class" in row["error"] for row in rows[:3])
+
+
+@given(st.integers(1, 60), st.floats(0.01, 0.99), st.integers(0, 9))
+def test_one_image_more_moves_at_most_one(count: int, fraction: float, seed: int) -> None:
+    def val(numbers: range) -> set[str]:
+        rows = [{**row(f"train/a/{n}", n), "status": "ok"} for n in numbers]
+        split_validation(rows, fraction, seed)
+        return {row["path"] for row in rows if row["split"] == "val"}
+
+    before, after = val(range(count)), val(range(count + 1))
+    assert len(before) == round(fraction * count)
+    assert len((before ^ after) - {f"train/a/{count}"}) <= 1
+
+
+def test_validation_is_taken_in_each_class_from_usable_training_images() -> None:
+    rows = [
+        {**row(f"{split}/{name}/{n}", n), "status": status}
+        for n, (split, name, status) in enumerate(
+            [("train", "a", "ok")] * 4
+            + [("train", "b", "ok")] * 8
+            + [("train", "a", "broken")] * 4
+            + [("test", "a", "ok")] * 4
+        )
+    ]
+    split_validation(rows, 0.25, 0)
+    val = [row for row in rows if row["split"] == "val"]
+    assert sorted(row["class_id"] for row in val) == ["a", "b", "b"]
+    assert {row["status"] for row in val} == {"ok"}
+    lowest = min(rows[:4], key=lambda row: store.sha256(f"0:{row['image_id']}"))
+    assert lowest["split"] == "val"
+
+
+def test_a_validation_folder_is_taken_as_it_is(
+    set_params: SetParams, dataset: list[str], draw_images: DrawImages
+) -> None:
+    draw_images({"val/a/0.png": 99})
+    index(set_params())
+    assert [path for path, row in by_path().items() if row["split"] == "val"] == ["val/a/0.png"]
+
+
+names = st.text(st.sampled_from("aAbB01 -_.é鱼ß'"), min_size=1, max_size=6) | st.text(
+    st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20
+)
+
+
+@given(st.sets(names, max_size=30))
+def test_class_ids_are_safe_and_never_shared(folders: set[str]) -> None:
+    ids = name_classes(folders)
+    assert set(ids) == folders
+    assert len(set(ids.values())) == len(folders)
+    for folder, class_id in ids.items():
+        assert re.fullmatch("[a-z0-9_-]+", class_id)
+        assert class_id == class_id_of(folder)
+        assert (class_id == folder) == bool(re.fullmatch("[a-z0-9_-]+", folder))
+
+
+def test_a_class_named_as_the_id_of_another_is_refused() -> None:
+    assert class_id_of("Blue Tang") == f"blue-tang-{store.sha256('Blue Tang')[:8]}"
+    with pytest.raises(UserError, match="one class_id") as error:
+        name_classes({"Blue Tang", class_id_of("Blue Tang")})
+    assert "\n" not in str(error.value)
+
+
+def test_tables_beside_the_images(set_params: SetParams, dataset: list[str], draw_images: DrawImages) -> None:
+    draw_images({"train/Blue Tang/0.png": 50})
+    root = Path("images")
+    # A byte order mark, as spreadsheets write; `c` has no image.
+    (root / "classes.csv").write_text(
+        "\ufeffclass_id,name,superclass,note\nBlue Tang,Blue tang,surgeonfish,\nc,Sea bat,,rare\n",
+        encoding="utf-8",
+    )
+    (root / "attributes.csv").write_text("class_id,attribute,value\nBlue Tang,tail,forked\n")
+    (root / "parts.csv").write_text(
+        "path,part,x0,y0,x1,y1,visible\ntrain/a/0.png,tail,0,0.25,0.5,0.75,1\ntrain/a/0.png,eye,0,0,0,0,0\n"
+    )
+    index(set_params())
+    tang = class_id_of("Blue Tang")
+    classes = {row["class_id"]: row for row in read("classes")}
+    assert set(classes) == {"a", "b", "c", tang}
+    assert (classes[tang]["name"], classes[tang]["superclass"], classes[tang]["note"]) == (
+        "Blue tang",
+        "surgeonfish",
+        None,
+    )
+    assert (classes["c"]["from_images"], classes["a"]["from_images"]) == (False, True)
+    assert classes["a"]["name"] == "a"
+    assert read("attributes") == [{"class_id": tang, "attribute": "tail", "value": "forked"}]
+    eye, tail = read("parts")
+    assert (eye["part"], eye["visible"]) == ("eye", False)
+    assert (tail["x"], tail["y"], tail["visible"], tail["box"]) == (0.25, 0.5, True, [0, 0.25, 0.5, 0.75])
+    assert by_path()["train/Blue Tang/0.png"]["class_id"] == tang
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("classes.csv", b"name\na\n", "classes.csv: has no column class_id"),
+        ("classes.csv", b"", "classes.csv: has no column class_id"),
+        ("classes.csv", b"class_id,name\na\n", "classes.csv: line 2 has not as many fields"),
+        ("classes.csv", b"class_id,name\na,b,c\n", "classes.csv: line 2 has not as many fields"),
+        ("classes.csv", b"class_id,name\na,\xff\n", "classes.csv: is not CSV in UTF-8"),
+        (
+            "parts.csv",
+            b"path,part,x0,y0,x1,y1,visible\np,tail,0,0,half,1,1\n",
+            "parts.csv: part 'tail' of p: .*'half'",
+        ),
+    ],
+)
+def test_a_malformed_table_is_one_line(
+    set_params: SetParams, dataset: list[str], name: str, content: bytes, words: str
+) -> None:
+    Path("images", name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        index(set_params())
+    assert "\n" not in str(error.value)
+    assert not Path("data/index").exists()
+
+
+def test_a_layout_that_is_none(set_params: SetParams, project: Path) -> None:
+    params = set_params()
+    with pytest.raises(UserError, match=r"dataset\.root: images is not a folder"):
+        index(params)
+    (project / "images/train/a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no folder test/; lay it out as test/CLASS/IMAGE"):
+        index(params)
+    (project / "images/test").mkdir()
+    with pytest.raises(UserError, match="holds no image"):
+        index(params)
+    try:
+        Path("images/train/a", "ca\udcff.png").write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    with pytest.raises(UserError, match="is not UTF-8") as error:
+        index(params)
+    str(error.value).encode()
+
+
+def test_dhash_and_size_are_of_the_upright_picture(set_params: SetParams, dataset: list[str]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ramp = np.tile(np.arange(40, dtype=np.uint8)[::-1] * 6, (90, 1))
+    Image.fromarray(ramp).transpose(Image.Transpose.ROTATE_90).save("images/train/a/turned.png", exif=exif)
+    index(set_params())
+    turned = by_path()["train/a/turned.png"]
+    assert (turned["width"], turned["height"], turned["dhash"]) == (40, 90, 2**64 - 1)

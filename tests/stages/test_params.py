@@ -1,0 +1,184 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.command import UserError
+from stages.params import Params, load_params
+from tests.stages.project import PARAMS, ROOT
+
+
+@pytest.fixture
+def refuse(project: Path) -> Callable[..., None]:
+    """Say that a parameter file is refused in one line that names it and holds some words."""
+
+    def check(content: dict[str, Any] | str, *words: str) -> None:
+        path = project / "mine.yaml"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(UserError) as error:
+            load_params(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+        for word in words:
+            assert word in message
+
+    return check
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """Good parameters with one dotted key set."""
+    content = json.loads(json.dumps(PARAMS))
+    content["encoders"] = {"conv": {"model": "ViT-B-32", "pretrained": "openai"}}
+    *blocks, last = key.split(".")
+    block = content
+    for name in blocks:
+        block = block.setdefault(name, {})
+    block[last] = value
+    return content
+
+
+def test_the_repository_states_every_knob(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    params = load_params()
+
+    def unset(block: Any, key: str = "") -> list[str]:
+        fields = type(block).model_fields
+        left_out = [f"{key}{name}" for name in fields if name not in block.model_fields_set]
+        for name in fields:
+            value = getattr(block, name)
+            for part, each in value.items() if isinstance(value, dict) else [("", value)]:
+                if hasattr(each, "model_fields_set"):
+                    left_out += unset(each, f"{key}{name}.{part}." if part else f"{key}{name}.")
+        return left_out
+
+    assert unset(params) == []
+
+
+def test_good_parameters_load(project: Path) -> None:
+    (project / "params.yaml").write_text(json.dumps(changed("labels.temperature", 1)))
+    params = load_params()
+    assert isinstance(params, Params)
+    assert params.encoder("conv").precision == "fp32"
+    assert params.train.methods["zero_shot"].settings == {}
+    with pytest.raises(UserError, match=r"encoders\.reef: .*choose one of: conv$"):
+        params.encoder("reef")
+
+
+def test_a_method_has_settings_of_its_own(project: Path) -> None:
+    (project / "params.yaml").write_text(json.dumps(changed("train.methods.zero_shot.depth", 3)))
+    assert load_params().train.methods["zero_shot"].settings == {"depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("domian", {}, ["domian: unknown key", "did you mean `domain`?"]),
+        ("emed", {}, ["emed: unknown key", "did you mean `embed`?"]),
+        ("encoders.conv.prescision", "fp32", ["encoders.conv.prescision: unknown key", "`precision`"]),
+        (
+            "llm.prices.m",
+            {"input": 1, "output": 1, "foo": 2},
+            ["llm.prices.m.foo: unknown key", "known here: input, output"],
+        ),
+        ("demo.reef.seeds", 1, ["demo.reef.seeds: unknown key", "`seed`"]),
+        ("demo.lake", {}, ["demo.lake: ", "'reef'"]),
+        ("train.sed", 1, ["train.sed: unknown key", "`seed`"]),
+    ],
+)
+def test_an_unknown_key(refuse: Callable[..., None], key: str, value: Any, words: list[str]) -> None:
+    refuse(changed(key, value), *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("dataset.buckets", "3", ["dataset.buckets: ", "valid integer", "'3'"]),
+        ("dataset.buckets", 3.0, ["dataset.buckets: ", "3.0"]),
+        ("dataset.buckets", True, ["dataset.buckets: ", "True"]),
+        ("dataset.buckets", 1001, ["dataset.buckets: ", "1000"]),
+        ("dataset.val_fraction", 1, ["dataset.val_fraction: ", "less than 1"]),
+        ("embed.tokens", "yes", ["embed.tokens: ", "'yes'"]),
+        ("embed.grids", [2, 0], ["embed.grids.1: "]),
+        ("encoders.conv", None, ["encoders.conv: ", "None"]),
+        ("encoders.conv.precision", "fp8", ["encoders.conv.precision: ", "'bf16'", "'fp8'"]),
+        ("encoders", {}, ["encoders: "]),
+        ("graphs.nodes", ["global", "patch"], ["graphs.nodes.1: ", "'patch'"]),
+        ("clean.name_templates", [], ["clean.name_templates: "]),
+        ("train.methods", ["zero_shot"], ["train.methods: ", "['zero_shot']"]),
+    ],
+)
+def test_a_wrong_value(refuse: Callable[..., None], key: str, value: Any, words: list[str]) -> None:
+    refuse(changed(key, value), *words)
+
+
+def test_infinity_is_no_number(refuse: Callable[..., None]) -> None:
+    refuse(
+        changed("labels.temperature", float("inf")).__repr__().replace("inf", ".inf"), "labels.temperature: "
+    )
+
+
+def test_a_missing_block_or_key(refuse: Callable[..., None]) -> None:
+    content = changed("train.seed", 0)
+    del content["domain"]
+    refuse(content, "domain: is missing; add it")
+    content = changed("train.seed", 0)
+    del content["train"]["methods"]["zero_shot"]["encoder"]
+    refuse(content, "train.methods.zero_shot.encoder: is missing")
+    del content["domain"]
+    refuse(content, "domain: is missing", "(and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "train.methods.zero_shot.encoder",
+            "reef",
+            ["train.methods.zero_shot.encoder: 'reef'", "choose one of: conv"],
+        ),
+        (
+            "train.methods.magic",
+            {"encoder": "conv"},
+            ["train.methods.magic: there is no", "linear_probe", "zero_shot"],
+        ),
+        ("train.methods.__init__", {"encoder": "conv"}, ["train.methods.__init__: is used as a folder name"]),
+        ("encoders.My/CLIP", {"model": "x"}, ["encoders.My/CLIP: is used as a folder name", "lower-case"]),
+        ("towers.conv", {"model": "x"}, ["towers.conv: stands under encoders too"]),
+        (
+            "report.reference",
+            "linear_probe",
+            ["report.reference: 'linear_probe'", "choose one of: zero_shot"],
+        ),
+        ("graphs.nodes", ["grid"], ["graphs.nodes: `global`"]),
+        *[
+            ("clean.name_templates", [template], ["clean.name_templates: "])
+            for template in (
+                "a photo",
+                "a photo of {nam}",
+                "{name} {",
+                "{} {name}",
+                "{name.x}",
+                "{name[x]}",
+                "{name!z}",
+                "{{name}}",
+            )
+        ],
+    ],
+)
+def test_a_contradiction(refuse: Callable[..., None], key: str, value: Any, words: list[str]) -> None:
+    refuse(changed(key, value), *words)
+
+
+def test_text_that_is_no_parameters(refuse: Callable[..., None], project: Path) -> None:
+    refuse("a: 1\nb: [1,\n", "is not YAML", "line ")
+    refuse("seed: 1\ntrain:\n  seed: 1\n  seed: 2\n", "line 4: ", 'duplicate key "seed"')
+    refuse("a: !!python/name:os.system x\n", "is not YAML")
+    refuse("", "holds no parameters")
+    refuse("- a\n", "holds no parameters")
+    refuse("1: a\n", "1: keys should be strings")
+    refuse("a: \x00\n", "is not YAML")
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read .*--params"):
+        load_params(project / "none.yaml")

@@ -1,0 +1,156 @@
+"""The real stage graph, run by DVC in a temporary checkout on a small reef: promises 1 and 5 of the design."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+METHODS = ["zero_shot", "description_zero_shot", "linear_probe", "attention_pool", "concept_graph"]
+
+
+def command(*words: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run as a user's shell would: no key, no leave to skip compiled files, which once made every clone start anew."""
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "OPENAI_API_KEY")}
+    env |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def git(*words: str, cwd: Path) -> None:
+    command("git", "-c", "user.name=test", "-c", "user.email=test@example.org", *words, cwd=cwd)
+
+
+def edit_params(folder: Path, edit: Any) -> None:
+    yaml = YAML()
+    path = folder / "params.yaml"
+    params = yaml.load(path.read_text())
+    edit(params)
+    with open(path, "w") as file:
+        yaml.dump(params, file)
+
+
+def make_small(params: Any) -> None:
+    params["demo"]["reef"].update(train_per_class=8, test_per_class=3)
+    params["dataset"]["buckets"] = 4
+    params["train"]["seeds"] = 1
+    for method in ("attention_pool", "concept_graph"):
+        params["train"]["methods"][method].update(epochs=3)
+
+
+def checkout(target: Path) -> Path:
+    """This working tree as a fresh clone would have it, in a repository of its own."""
+    ignore = shutil.ignore_patterns(".git", ".venv", ".cache", "__pycache__", "cache", "tmp", "config.local", ".*_cache")
+    shutil.copytree(ROOT, target, ignore=lambda folder, names: {
+        *ignore(folder, names), *([name for name in names if name != "demo"] if Path(folder) == ROOT / "data" else []),
+        *(["dvc.lock"] if Path(folder) == ROOT else []),
+    })
+    edit_params(target, make_small)
+    git("init", "-q", "-b", "main", cwd=target)
+    git("add", "-A", cwd=target)
+    git("commit", "-q", "-m", "start", cwd=target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which the whole pipeline ran once."""
+    folder = checkout(tmp_path_factory.mktemp("first") / "fieldmark")
+    command("dvc", "repro", cwd=folder)
+    return folder
+
+
+def test_repro_goes_from_nothing_to_a_report(made: Path) -> None:
+    summary = (made / "data/report/summary.txt").read_text()
+    assert all(method in summary for method in METHODS)
+    assert (made / "data/report/index.html").stat().st_size > 10_000
+
+
+def test_second_repro_runs_no_stage(made: Path) -> None:
+    again = command("dvc", "repro", cwd=made)
+    assert "Running stage" not in again.stdout
+    assert "Data and pipelines are up to date." in again.stdout
+
+
+def test_second_clone_trains_to_the_same_metrics_with_no_images_and_no_key(made: Path, tmp_path: Path) -> None:
+    remote, clone = tmp_path / "remote", tmp_path / "second"
+    command("dvc", "remote", "add", "--force", "--default", "share", str(remote), cwd=made)
+    git("add", "-A", cwd=made)
+    git("commit", "-q", "-m", "share", cwd=made)
+    command("dvc", "push", cwd=made)
+    git("clone", "-q", str(made), str(clone), cwd=tmp_path)
+    paths = command(sys.executable, "-m", "stages.lock", "train@concept_graph", cwd=clone).stdout.split()
+    command("dvc", "pull", *paths, cwd=clone)
+    assert not (clone / "data/reef").exists()
+    assert not (clone / "data/runs").exists()
+    assert (clone / "data/embed/reef/images/b000.parquet").is_file()
+
+    trained = command("dvc", "repro", "--single-item", "train@concept_graph", cwd=clone)
+
+    assert "Running stage 'train@concept_graph'" in trained.stdout
+    for name in ("metrics.json", "predictions.parquet", "model.safetensors", "history.csv"):
+        path = Path("data/runs/concept_graph", name)
+        assert (clone / path).read_bytes() == (made / path).read_bytes()
+
+
+def test_an_edited_prompt_in_replay_mode_is_one_line_and_changes_nothing(made: Path) -> None:
+    prompt, answers = made / "prompts/concepts.md", made / "data/concepts/answers.parquet"
+    before, text = answers.read_bytes(), prompt.read_text()
+    try:
+        prompt.write_text(text + "\nOne more wish.\n")
+        failed = command(sys.executable, "-m", "stages.generate_concepts", cwd=made, check=False)
+    finally:
+        prompt.write_text(text)
+    assert failed.returncode != 0
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert "prompts/concepts.md" in failed.stderr
+    assert "llm.mode" in failed.stderr
+    assert answers.read_bytes() == before
+
+
+def test_live_mode_without_a_key_is_one_line(made: Path, tmp_path: Path) -> None:
+    shutil.copy(made / "params.yaml", tmp_path / "live.yaml")
+    yaml = YAML()
+    params = yaml.load((tmp_path / "live.yaml").read_text())
+    params["llm"]["mode"] = "live"
+    with open(tmp_path / "live.yaml", "w") as file:
+        yaml.dump(params, file)
+    failed = command(sys.executable, "-m", "stages.generate_concepts", "--params", str(tmp_path / "live.yaml"), cwd=made,
+                     check=False, FIELDMARK_CACHE=str(tmp_path / "cache"))
+    assert failed.returncode != 0
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert "OPENAI_API_KEY" in failed.stderr
+
+
+def test_a_corrupt_bucket_is_one_line_that_names_it(made: Path) -> None:
+    bucket = made / "data/embed/reef/images/b002.parquet"
+    content = bucket.read_bytes()
+    runs = made / "data/runs/linear_probe/metrics.json"
+    before = runs.read_bytes()
+    try:
+        bucket.chmod(0o644)
+        bucket.write_bytes(content[: len(content) // 2])
+        for words in (["stages.label_patches", "--encoder", "reef"], ["training.train", "--method", "linear_probe"]):
+            failed = command(sys.executable, "-m", *words, cwd=made, check=False)
+            assert failed.returncode == 1
+            assert len(failed.stderr.strip().splitlines()) == 1
+            assert "data/embed/reef/images/b002.parquet" in failed.stderr
+    finally:
+        bucket.write_bytes(content)
+    assert runs.read_bytes() == before
+
+
+def test_unknown_key_stops_every_stage_with_one_line(made: Path, tmp_path: Path) -> None:
+    text = (made / "params.yaml").read_text().replace("  root: data/reef", "  roots: data/reef")
+    (tmp_path / "params.yaml").write_text(text)
+    failed = command(sys.executable, "-m", "stages.index_images", "--params", str(tmp_path / "params.yaml"), cwd=made, check=False)
+    assert failed.returncode == 1
+    assert "dataset.root" in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1

@@ -1,0 +1,243 @@
+"""A tiny synthetic cache with a planted cue, written through stages.store as the stages would write it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from stages.store import (
+    arrow_schema,
+    bucket_path,
+    fingerprint,
+    make_table,
+    sha256,
+    split_buckets,
+    vector_column,
+    write_table,
+)
+
+ENCODER = "tiny"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to plant. `cue` is where the class shows: in the global vector, in one patch, in both, or nowhere."""
+
+    classes: int = 4
+    train: int = 24  # images a class
+    val: int = 8
+    test: int = 8
+    nodes: int = 8  # local nodes at most; every third image has two fewer where ragged
+    dimension: int = 32
+    views: int = 1
+    cue: Literal["global", "local", "both", "none"] = "both"
+    noise: float = 0.6  # of a vector that carries the cue; 1 leaves as much noise as cue
+    concepts: int = 3  # a class, plus two generic ones
+    top: int = 4
+    sentences: int = 0
+    ragged: bool = True
+    buckets: int = 3
+    seed: int = 0
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def around(centre: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Unit vectors at about `noise` times the length of `centre` (..., D) from it."""
+    spread = rng.standard_normal(centre.shape) / np.sqrt(centre.shape[-1])
+    return unit(centre + noise * spread)
+
+
+def write_cache(folder: Path, plan: Plan) -> None:
+    """Write index, nodes, graphs, labels, bank, texts and descriptions for encoder `tiny` into `folder`."""
+    rng = np.random.default_rng(plan.seed)
+    classes = [f"class-{number:02d}" for number in range(plan.classes)]
+    prototypes = unit(rng.standard_normal((plan.classes, plan.dimension)))
+    marks = {name: fingerprint(name, {"encoder": ENCODER}) for name in ("index", "embed", "text", "bank", "rest")}
+
+    images: list[dict[str, Any]] = []
+    for split, count in (("train", plan.train), ("val", plan.val), ("test", plan.test)):
+        for label, class_id in enumerate(classes):
+            for number in range(count):
+                path = f"{split}/{class_id}/{number:04d}.png"
+                images.append(
+                    {
+                        "path": path,
+                        "image_id": sha256(path),
+                        "class_id": class_id,
+                        "split": split,
+                        "status": "ok",
+                        "label": label,
+                    }
+                )
+    rows = [{key: value for key, value in image.items() if key != "label"} for image in images]
+    rows.append({"path": "train/broken.png", "class_id": classes[0], "split": "train", "status": "unreadable"})
+    write_table(
+        make_table("index.images/1", rows), folder / "index/images.parquet", "index.images/1", {}, marks["index"]
+    )
+    named = [{"class_id": class_id, "name": class_id.title(), "from_images": True} for class_id in classes]
+    write_table(
+        make_table("index.classes/1", named), folder / "index/classes.parquet", "index.classes/1", {}, marks["index"]
+    )
+
+    bank = write_bank(folder, plan, classes, prototypes, marks, rng)
+    nodes, labels, graphs = [], [], []
+    for position, image in enumerate(images):
+        count = plan.nodes - 2 * (plan.ragged and position % 3 == 0)
+        for view in range(plan.views):
+            vectors = unit(rng.standard_normal((count + 1, plan.dimension)))
+            if plan.cue in ("global", "both"):
+                vectors[0] = around(prototypes[image["label"]], plan.noise, rng)
+            if plan.cue in ("local", "both"):
+                vectors[1 + rng.integers(count)] = around(prototypes[image["label"]], plan.noise, rng)
+            vectors = vectors.astype(np.float16).astype(np.float64)
+            corner = rng.uniform(0, 0.6, (count + 1, 2))
+            boxes = np.concatenate([corner, corner + 0.4], axis=1)
+            boxes[0] = (0, 0, 1, 1)
+            nodes += node_rows(image["image_id"], view, vectors, boxes)
+            labels += label_rows(image["image_id"], view, vectors, bank, plan.top)
+            graphs.append(graph_row(image["image_id"], view, vectors, boxes))
+    ids = [image["image_id"] for image in images]
+    write_buckets(folder / f"embed/{ENCODER}/images", "embed.nodes/1", nodes, ids, plan.buckets, {}, marks["embed"])
+    write_buckets(
+        folder / f"graphs/{ENCODER}", "graphs/1", graphs, ids, plan.buckets, {"embed": marks["embed"]}, marks["rest"]
+    )
+    made_from = {"embed": marks["embed"], "bank": marks["bank"]}
+    write_buckets(folder / f"labels/{ENCODER}", "labels/1", labels, ids, plan.buckets, made_from, marks["rest"])
+
+
+def write_bank(
+    folder: Path,
+    plan: Plan,
+    classes: Sequence[str],
+    prototypes: np.ndarray,
+    marks: dict[str, str],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Two names and `concepts` texts a class, two generic, one dropped; returns the kept (M', vector and index)."""
+    rows: list[dict[str, Any]] = []
+    for label, class_id in enumerate(classes):
+        for kind, count in (("name", 2), ("visual", plan.concepts)):
+            for number in range(count):
+                text = f"{class_id} {kind} {number}"
+                vector = around(prototypes[label], 0.3, rng)
+                rows.append(
+                    {"text": text, "class_ids": [class_id], "kind": kind, "kept": kind != "name", "vector": vector}
+                )
+    for number in range(2):
+        vector = unit(rng.standard_normal(plan.dimension))
+        rows.append({"text": f"generic {number}", "class_ids": [], "kind": "generic", "kept": True, "vector": vector})
+    far = {
+        "text": "dropped",
+        "class_ids": [classes[0]],
+        "kind": "visual",
+        "kept": False,
+        "drop_reason": "duplicate",
+        "vector": -prototypes[0],
+    }
+    rows.append(far)
+    for position, row in enumerate(rows):
+        row.update(concept_idx=position, concept_id=sha256(row["text"]))
+    sentences, texts = [], [{**row, "text_id": row["concept_id"]} for row in rows]
+    for number in range(plan.sentences):
+        text = f"sentence {number}"
+        sentences.append({"image_id": sha256(f"train/{classes[0]}/0000.png"), "rank": number, "text": text})
+        texts.append(
+            {
+                "text_id": sha256(text),
+                "text": text,
+                "kind": "description",
+                "vector": unit(rng.standard_normal(plan.dimension)),
+            }
+        )
+    for text_row in texts:
+        text_row.update(n_tokens=3, truncated=False)
+    origins = {"embed": marks["embed"], "text": marks["text"]}
+    write_table(with_vectors("bank/1", rows), folder / f"bank/{ENCODER}.parquet", "bank/1", origins, marks["bank"])
+    write_table(
+        with_vectors("embed.text/1", texts), folder / f"embed/{ENCODER}/text.parquet", "embed.text/1", {}, marks["text"]
+    )
+    path = folder / "descriptions/descriptions.parquet"
+    write_table(make_table("descriptions/1", sentences), path, "descriptions/1", {}, marks["rest"])
+    kept = [row for row in rows if row["kept"]]
+    return np.stack([[*row["vector"], row["concept_idx"]] for row in kept])
+
+
+def with_vectors(schema: str, rows: Sequence[dict[str, Any]], dimension: int | None = None) -> pa.Table:
+    """A table of `rows` whose `vector` entries are arrays."""
+    vectors = np.stack([row["vector"] for row in rows]) if rows else np.zeros((0, dimension or 1))
+    columns = arrow_schema(schema, vectors.shape[1])
+    plain = pa.schema([column for column in columns if column.name != "vector"])
+    table = pa.Table.from_pylist([{name: row.get(name) for name in plain.names} for row in rows], schema=plain)
+    return table.append_column(columns.field("vector"), vector_column(vectors)).select(columns.names)
+
+
+def node_rows(image_id: str, view: int, vectors: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {
+            **dict(zip(("x0", "y0", "x1", "y1"), box.tolist(), strict=True)),
+            **{"image_id": image_id, "view": view, "node": node, "kind": "grid" if node else "global"},
+            **{"flip": view % 2 == 1, "norm": 1.0, "vector": vector},
+        }
+        for node, (vector, box) in enumerate(zip(vectors, boxes, strict=True))
+    ]
+
+
+def label_rows(image_id: str, view: int, vectors: np.ndarray, bank: np.ndarray, top: int) -> list[dict[str, Any]]:
+    similarity = 10 * vectors @ bank[:, :-1].T
+    weights = np.exp(similarity - similarity.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    order = np.argsort(-weights, axis=1)[:, :top]
+    entropy = -(weights * np.log(weights)).sum(1)
+    density = 1 - entropy / np.log(len(bank))
+    return [
+        {
+            **{"image_id": image_id, "view": view, "node": node},
+            "concept_idx": bank[order[node], -1].astype(int).tolist(),
+            "concept_weight": weights[node, order[node]].astype(np.float16).tolist(),
+            **{
+                "entropy": entropy[node],
+                "density": density[node],
+                "selected": bool(node and density[node] >= np.median(density)),
+            },
+            "selected_concepts": bank[order[0], -1].astype(int).tolist() if node == 0 else None,
+        }
+        for node in range(len(vectors))
+    ]
+
+
+def graph_row(image_id: str, view: int, vectors: np.ndarray, boxes: np.ndarray) -> dict[str, Any]:
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    distance = np.square(centre[:, None] - centre[None]).sum(-1)
+    spatial = np.exp(-distance / (2 * 0.25**2))
+    semantic = np.clip(vectors @ vectors.T, 0, 1)
+    linked = (spatial > 0.1) & ~np.eye(len(vectors), dtype=bool)
+    source, target = np.nonzero(linked)
+    edges = {"src": source.tolist(), "dst": target.tolist()}
+    weights = {
+        "spatial": spatial[linked].astype(np.float16).tolist(),
+        "semantic": semantic[linked].astype(np.float16).tolist(),
+    }
+    return {"image_id": image_id, "view": view, **edges, **weights}
+
+
+def write_buckets(
+    folder: Path,
+    schema: str,
+    rows: Sequence[dict[str, Any]],
+    ids: Sequence[str],
+    buckets: int,
+    params: dict[str, Any],
+    mark: str,
+) -> None:
+    dimension = len(rows[0]["vector"]) if "vector" in rows[0] else None
+    for bucket, members in enumerate(split_buckets(ids, buckets)):
+        wanted = set(members)
+        chosen = [row for row in rows if row["image_id"] in wanted]
+        table = make_table(schema, chosen) if dimension is None else with_vectors(schema, chosen, dimension)
+        write_table(table, bucket_path(folder, bucket), schema, params, mark)

@@ -1,0 +1,33 @@
+"""Small tensors: one thread is faster than two that wait for each other."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.cache import ENCODER, Plan, write_cache
+from training.data import Cache, read_cache
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Plan], Cache]:
+    """A plan's cache, written and read back; one for equal plans."""
+    made: dict[Plan, Cache] = {}
+
+    def make(plan: Plan) -> Cache:
+        if plan not in made:
+            folder: Path = tmp_path_factory.mktemp("data")
+            write_cache(folder, plan)
+            made[plan] = read_cache(folder, ENCODER, plan.buckets)
+        return made[plan]
+
+    return make

@@ -1,0 +1,41 @@
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from tests.training.cache import Plan
+from training.data import Cache
+from training.loop import assess_split
+from training.methods import linear_probe
+
+STRENGTHS = [30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.001]
+
+
+def test_within_half_a_point_of_scikit_learn(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan(classes=6, train=30, val=20, test=200, nodes=1, ragged=False, cue="global", noise=3.5))
+    ours = linear_probe.fit(cache, linear_probe.Settings(l2=STRENGTHS), 0)
+
+    x = {split: cache.globals(cache.images(split)).double().numpy() for split in ("train", "val", "test")}
+    y = {split: cache.y[cache.images(split)].numpy() for split in x}
+    mean, scale = x["train"].mean(0), np.sqrt(x["train"].var(0).mean())
+    x = {split: (values - mean) / scale for split, values in x.items()}
+    fits = []
+    for strength in STRENGTHS:
+        fitted = LogisticRegression(C=1 / (len(y["train"]) * strength), max_iter=5000).fit(x["train"], y["train"])
+        fits.append((fitted.score(x["val"], y["val"]), -log_loss(y["val"], fitted.predict_proba(x["val"])), fitted))
+    theirs = max(fits, key=lambda fit: fit[:2])[2].score(x["test"], y["test"])
+    assert 0.4 < theirs < 0.95  # hard enough that the strength matters
+    assert abs(assess_split(ours.model, cache, "test")[0] - theirs) <= 0.005
+
+
+def test_separable_classes_are_learned_whole(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan(cue="global", noise=0.3))
+    assert assess_split(linear_probe.fit(cache, linear_probe.Settings(), 0).model, cache, "test")[0] == 1
+
+
+def test_every_view_is_fitted(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan(views=3))
+    mean = torch.cat([cache.globals(cache.images("train"), view) for view in range(3)]).mean(0)
+    torch.testing.assert_close(linear_probe.fit(cache, linear_probe.Settings(l2=[1.0]), 0).model.standardise.mean, mean)

@@ -1,0 +1,233 @@
+"""The universal tests of the method catalogue (section 6) on every method; those about training on the trained ones.
+
+Test 11, the smoke run's time, is a line of a benchmark: no test asserts a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.training.cache import Plan
+from training.data import Batch, Cache
+from training.loop import assess_split, decayed_groups, predict, total_loss
+from training.methods import Fitted, load_method
+
+METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"))
+UNTRAINED = ["zero_shot", "description_zero_shot"]
+TRAINED = [method for method in METHODS if method not in UNTRAINED]
+LOOPED = [method for method in TRAINED if method != "linear_probe"]  # trained by training/loop.py
+Planted = Callable[[Plan], Cache]
+
+
+def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
+    """A method fitted in a moment: fewer epochs and one point of the grid, where it has such knobs."""
+    module = load_method(method)
+    wanted = {"epochs": 4, "batch_size": 32, "weight_decay": [0.01], "hidden": 32, "precision": "fp32", **knobs}
+    known = {name: value for name, value in wanted.items() if name in module.Settings.model_fields}
+    return module.fit(cache, module.Settings(**known), seed)
+
+
+@pytest.fixture(scope="module")
+def cache(planted: Planted) -> Cache:
+    return planted(Plan())
+
+
+@pytest.fixture(scope="module")
+def models(cache: Cache) -> dict[str, torch.nn.Module]:
+    models = {}
+    for method in METHODS:
+        models[method] = quick(method, cache).model
+        shake(models[method])
+    return models
+
+
+def shake(model: torch.nn.Module) -> None:
+    """Move every trained weight, so that no part is silent because training began it at zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits(model: torch.nn.Module, batch: Batch) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(batch).logits
+
+
+@pytest.mark.parametrize("method", LOOPED)
+def test_1_the_optimiser_holds_exactly_what_requires_a_gradient(
+    models: dict[str, torch.nn.Module], method: str
+) -> None:
+    optimiser = torch.optim.AdamW(decayed_groups(models[method], 0.1))
+    held = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {parameter for parameter in models[method].parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("method", LOOPED)
+def test_1_every_parameter_gets_a_gradient(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
+    model, batch = models[method].train(), cache.batch(cache.images("train"))
+    output = model(batch)
+    total_loss(output, batch.y, dict.fromkeys(output.losses, 1.0)).backward()
+    silent = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    model.zero_grad()
+    assert silent == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_2_an_image_is_judged_alike_alone_and_in_any_batch(
+    models: dict[str, torch.nn.Module], cache: Cache, method: str
+) -> None:
+    images = cache.images("test")
+    together = logits(models[method], cache.batch(images))
+    alone = torch.cat([logits(models[method], cache.batch(image[None])) for image in images])
+    backwards = logits(models[method], cache.batch(images.flip(0))).flip(0)
+    torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(backwards, together, atol=1e-4, rtol=1e-4)
+
+
+def pad(batch: Batch, extra: int) -> Batch:
+    """`extra` more nodes that do not exist, with noise where it must not matter."""
+    shapes = {
+        "nodes": (0, 0, 0, extra), "mask": (0, extra), "box": (0, 0, 0, extra), "concept_idx": (0, 0, 0, extra),
+        "concept_weight": (0, 0, 0, extra), "selected": (0, extra), "density": (0, extra),
+        "adjacency": (0, 0, 0, extra, 0, extra),
+    }  # fmt: skip
+    padded = replace(batch, **{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()})
+    gone = ~padded.mask
+    padded.nodes[gone], padded.concept_weight[gone], padded.density[gone], padded.selected[gone] = 9.0, 0.5, 3.0, True
+    padded.adjacency[gone] = padded.adjacency.transpose(1, 2)[gone] = 1.0
+    return padded
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_3_padding_does_not_matter(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
+    batch = cache.batch(cache.images("test"))
+    padded = pad(batch, 3)
+    torch.testing.assert_close(logits(models[method], padded), logits(models[method], batch), atol=1e-4, rtol=1e-4)
+    scores = models[method](padded).node_scores
+    if scores is not None:
+        assert scores[~padded.mask].abs().sum() == 0
+        assert scores.min() >= 0
+        assert scores.max() <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_4_the_order_of_patches_does_not_matter(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
+    batch = cache.batch(cache.images("test"))
+    order = torch.cat(
+        [
+            torch.zeros(1, dtype=torch.long),
+            1 + torch.randperm(batch.l.shape[1], generator=torch.Generator().manual_seed(0)),
+        ]
+    )
+    names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density", "adjacency")
+    permuted = replace(
+        batch, box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names}
+    )
+    permuted = replace(permuted, adjacency=permuted.adjacency[:, :, order])
+    torch.testing.assert_close(logits(models[method], permuted), logits(models[method], batch), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_5_evaluation_repeats_itself(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
+    batch = cache.batch(cache.images("test"))
+    assert torch.equal(logits(models[method], batch), logits(models[method], batch))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_6_evaluation_does_not_look_at_labels(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
+    batch = cache.batch(cache.images("test"))
+    blind = replace(batch, y=torch.zeros_like(batch.y))
+    assert torch.equal(logits(models[method], blind), logits(models[method], batch))
+    assert models[method].eval()(batch).losses == {}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_7_it_can_learn_32_images_by_heart(planted: Planted, method: str) -> None:
+    cache = planted(Plan(train=8, val=8, test=1, cue="none"))
+    assert len(cache.images("train")) == 32
+    # Val holds the training images, so that the choice of the epoch and of l2 favours what is learned by heart.
+    by_heart = with_val(cache, cache.images("train"))
+    fitted = quick(method, by_heart, epochs=200, lr=[3e-3])
+    assert assess_split(fitted.model, by_heart, "train")[0] >= 0.99
+
+
+def with_val(cache: Cache, images: Tensor) -> Cache:
+    """The same cache whose val images are copies of `images` (as many as val has)."""
+    val = cache.images("val")
+    assert len(val) == len(images)
+    copied: dict[str, Any] = {}
+    for field in fields(Cache):
+        value = getattr(cache, field.name)
+        if isinstance(value, Tensor) and not field.name.startswith(("edge_nodes", "edge_weight")):
+            copied[field.name] = value.clone()
+            copied[field.name][val] = value[images]
+    return replace(cache, **copied)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_8_shuffled_labels_leave_chance_on_val(planted: Planted, method: str) -> None:
+    cache = planted(Plan(val=50))
+    y = cache.y.clone()
+    for split in ("train", "val"):
+        images = cache.images(split)
+        y[images] = y[images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]]
+    accuracy, _ = assess_split(quick(method, replace(cache, y=y)).model, replace(cache, y=y), "val")
+    # 4 classes, 200 images: a deviation is 3 points, and choosing on val among a few fits adds some.
+    assert accuracy < 0.25 + 4 * 0.031
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["one patch", "no patch", "no concepts", "no edges", "half"])
+def test_9_the_loss_is_finite_in_every_corner(
+    models: dict[str, torch.nn.Module], cache: Cache, method: str, case: str
+) -> None:
+    batch = cache.batch(cache.images("train")[:6])
+    if case in ("one patch", "no patch"):
+        n = 2 if case == "one patch" else 1
+        names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density")
+        batch = replace(batch, box=batch.box[:, : n - 1], **{name: getattr(batch, name)[:, :n] for name in names})
+        batch = replace(batch, adjacency=batch.adjacency[:, :1].new_zeros(6, n, n, 2))
+    elif case == "no concepts":
+        batch = replace(batch, concept_idx=batch.concept_idx[..., :0], concept_weight=batch.concept_weight[..., :0])
+    elif case == "no edges":
+        batch = replace(batch, adjacency=torch.zeros_like(batch.adjacency))
+    else:
+        batch = replace(batch, nodes=batch.nodes.half(), concept_weight=batch.concept_weight.half())
+    assert batch.d.shape[1] == 0
+    for mode in (True, False):
+        output = models[method].train(mode)(batch)
+        assert torch.isfinite(total_loss(output, batch.y, dict.fromkeys(output.losses, 1.0)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_10_a_saved_model_says_the_same(
+    models: dict[str, torch.nn.Module], cache: Cache, method: str, tmp_path: Path
+) -> None:
+    images = cache.images("test")
+    said = predict(models[method], cache, images)
+    save_file(models[method].state_dict(), tmp_path / "model.safetensors")
+    other = quick(method, cache, seed=5, epochs=1).model
+    shake(other)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(predict(other, cache, images), said)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_12_it_is_no_worse_than_the_linear_probe_where_its_cue_is_the_only_one(planted: Planted, method: str) -> None:
+    cache = planted(Plan(cue="global" if method == "linear_probe" else "local", train=40, val=15, test=40))
+    probe = assess_split(quick("linear_probe", cache).model, cache, "test")[0]
+    ours = assess_split(quick(method, cache, epochs=40, hidden=64).model, cache, "test")[0]
+    assert ours >= probe
+    assert ours > 0.9

@@ -1,0 +1,84 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stages.command import UserError
+from tests.training.cache import Plan
+from training.data import Bank, Cache
+from training.loop import predict
+from training.methods import description_zero_shot, zero_shot
+
+
+@pytest.fixture
+def cache(planted: Callable[[Plan], Cache]) -> Cache:
+    return planted(Plan(noise=3.0))
+
+
+def with_bank(cache: Cache, texts: list[tuple[int, str, torch.Tensor]]) -> Cache:
+    """The cache with a bank of (class, kind, vector)."""
+    own = F.one_hot(torch.tensor([owner for owner, _, _ in texts]), len(cache.classes)).bool()
+    kinds = tuple(kind for _, kind, _ in texts)
+    vectors = torch.stack([vector for _, _, vector in texts])
+    return replace(
+        cache,
+        bank=Bank("data/bank/tiny.parquet", vectors, own, kinds, torch.tensor([kind != "name" for kind in kinds])),
+    )
+
+
+def described(cache: Cache) -> torch.Tensor:
+    return predict(
+        description_zero_shot.fit(cache, description_zero_shot.Settings(), 0).model, cache, cache.images("test")
+    )
+
+
+def named(cache: Cache) -> torch.Tensor:
+    return predict(zero_shot.fit(cache, zero_shot.Settings(), 0).model, cache, cache.images("test"))
+
+
+def test_name_ensemble_equals_a_loop(cache: Cache) -> None:
+    g, bank, logits = cache.globals(cache.images("test")), cache.bank, named(cache)
+    for label in range(len(cache.classes)):
+        texts = [
+            bank.K[row] / bank.K[row].norm()
+            for row, kind in enumerate(bank.kind)
+            if kind == "name" and bank.own[row, label]
+        ]
+        assert len(texts) == 2
+        ensemble = sum(texts, torch.zeros(g.shape[1])) / 2
+        torch.testing.assert_close(logits[:, label], 100 * g @ (ensemble / ensemble.norm()), atol=1e-3, rtol=1e-4)
+
+
+def test_descriptions_equal_a_loop_over_kept_texts(cache: Cache) -> None:
+    g, bank, logits = cache.globals(cache.images("test")), cache.bank, described(cache)
+    for label in range(len(cache.classes)):
+        rows = [
+            row for row, kind in enumerate(bank.kind) if kind == "visual" and bank.own[row, label] and bank.kept[row]
+        ]
+        assert len(rows) == 3  # the class of the dropped text has one more
+        expected = sum((100 * g @ bank.K[row] for row in rows), torch.zeros(len(g))) / len(rows)
+        torch.testing.assert_close(logits[:, label], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_one_description_a_class_is_zero_shot_on_that_sentence(cache: Cache) -> None:
+    vectors = F.normalize(torch.randn(len(cache.classes), 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    as_text = with_bank(cache, [(label, "visual", vector) for label, vector in enumerate(vectors)])
+    as_name = with_bank(cache, [(label, "name", vector) for label, vector in enumerate(vectors)])
+    torch.testing.assert_close(described(as_text), named(as_name), atol=1e-3, rtol=1e-4)
+
+
+def test_a_description_said_twice_counts_once(cache: Cache) -> None:
+    vectors = F.normalize(torch.randn(2 * len(cache.classes), 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    texts = [(row // 2, "visual", vector) for row, vector in enumerate(vectors)]
+    assert torch.equal(described(with_bank(cache, [*texts, texts[0]])), described(with_bank(cache, texts)))
+
+
+def test_a_class_without_texts_is_named(cache: Cache) -> None:
+    vector = cache.bank.K[0]
+    short = with_bank(cache, [(label, kind, vector) for label in range(3) for kind in ("name", "visual")])
+    with pytest.raises(UserError, match=r"tiny\.parquet: class class-03 has no text of kind name"):
+        named(short)
+    with pytest.raises(UserError, match=r"tiny\.parquet: class class-03 has no kept concept"):
+        described(short)

@@ -1,0 +1,166 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from stages.command import UserError
+from stages.store import bucket_path, read_buckets, read_table, sha256, vectors_of, write_table
+from tests.training.cache import ENCODER, Plan, write_cache
+from training.data import Cache, read_cache
+
+PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_cache(folder, PLAN)
+    return folder
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "data"))
+
+
+def test_every_value_arrives_where_the_files_have_it(folder: Path) -> None:
+    cache = read_cache(folder, ENCODER, PLAN.buckets)
+    nodes = read_buckets(folder / f"embed/{ENCODER}/images", "embed.nodes/1", PLAN.buckets)
+    labels = read_buckets(folder / f"labels/{ENCODER}", "labels/1", PLAN.buckets)
+    graphs = read_buckets(folder / f"graphs/{ENCODER}", "graphs/1", PLAN.buckets)
+    assert cache.paths == sorted(cache.paths)
+    assert "train/broken.png" not in cache.paths
+    assert cache.views == 2
+    assert len(cache.images("train")) == 15
+    images = torch.arange(len(cache.paths))
+    for view in (0, 1):
+        batch = cache.batch(images, torch.full_like(images, view))
+        for image, path in enumerate(cache.paths):
+            assert cache.classes[int(batch.y[image])] == path.split("/")[1]
+            own = pc.and_(pc.equal(nodes["image_id"], sha256(path)), pc.equal(nodes["view"], view))
+            rows, labelled = nodes.filter(own), labels.filter(own)
+            count = rows.num_rows
+            assert batch.mask[image].tolist() == [True] * count + [False] * (batch.mask.shape[1] - count)
+            np.testing.assert_array_equal(batch.nodes[image, :count], vectors_of(rows).astype(np.float32))
+            np.testing.assert_array_equal(batch.box[image, : count - 1, 2], rows["x1"].to_numpy()[1:])
+            for node, (concepts, weights) in enumerate(
+                zip(labelled["concept_idx"].to_pylist(), labelled["concept_weight"].to_pylist(), strict=True)
+            ):
+                assert batch.concept_idx[image, node].tolist() == concepts
+                np.testing.assert_array_equal(batch.concept_weight[image, node], np.array(weights, np.float32))
+            assert batch.selected[image, :count].tolist() == labelled["selected"].to_pylist()
+            np.testing.assert_array_equal(batch.density[image, :count], labelled["density"].to_numpy())
+            graph = graphs.filter(
+                pc.and_(pc.equal(graphs["image_id"], sha256(path)), pc.equal(graphs["view"], view))
+            ).to_pylist()[0]
+            dense = np.zeros(batch.adjacency.shape[1:], np.float32)
+            for source, target, spatial, semantic in zip(
+                *(graph[name] for name in ("src", "dst", "spatial", "semantic")), strict=True
+            ):
+                dense[source, target] = spatial, semantic
+            np.testing.assert_array_equal(batch.adjacency[image], dense)
+    assert torch.equal(batch.adjacency, batch.adjacency.transpose(1, 2))
+
+
+def test_descriptions_come_in_the_order_of_their_rank(folder: Path) -> None:
+    cache = read_cache(folder, ENCODER, PLAN.buckets)
+    batch = cache.batch(torch.arange(len(cache.paths)))
+    described = cache.paths.index("train/class-00/0000.png")
+    assert batch.dm.sum(1).nonzero().flatten().tolist() == [described]
+    assert batch.d.shape[1] == 3
+    texts = read_table(folder / f"embed/{ENCODER}/text.parquet", "embed.text/1")
+    vectors = dict(zip(texts["text"].to_pylist(), vectors_of(texts).astype(np.float32), strict=True))
+    for rank in range(3):
+        np.testing.assert_array_equal(batch.d[described, rank], vectors[f"sentence {rank}"])
+
+
+def test_bank_knows_owners_and_names(folder: Path) -> None:
+    bank = read_cache(folder, ENCODER, PLAN.buckets).bank
+    assert bank.own.sum(0).tolist() == [6, 5, 5]
+    assert int(bank.of_kind("name").sum()) == 6
+    assert not (bank.of_kind("name") & bank.kept).any()
+    assert not bank.own[bank.of_kind("generic")].any()
+
+
+def test_no_description_leaves_no_sentence(planted: Callable[[Plan], Cache]) -> None:
+    batch = planted(Plan()).batch(torch.arange(3))
+    assert batch.d.shape == (3, 0, 32)
+    assert batch.dm.shape == (3, 0)
+
+
+def remark(path: Path, params: dict[str, str] | None = None, mark: str | None = None) -> None:
+    """Write a table again with other params or another fingerprint."""
+    metadata = pq.read_schema(path).metadata
+    schema = metadata[b"schema"].decode()
+    write_table(read_table(path, schema), path, schema, params or {}, mark or metadata[b"fingerprint"].decode())
+
+
+def drop_first(path: Path) -> None:
+    """Take the first image's rows out of a table."""
+    metadata = {key.decode(): value.decode() for key, value in pq.read_schema(path).metadata.items()}
+    table = pq.read_table(path)
+    kept = table.filter(pc.not_equal(table["image_id"], table["image_id"][0])).replace_schema_metadata(metadata)
+    pq.write_table(kept, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("labels", r"labels/tiny: was not made from .*embed/tiny/images.*run label_patches"),
+        ("graphs", r"graphs/tiny: was not made from .*embed/tiny/images.*run build_graphs"),
+        ("bank", r"bank/tiny.parquet: was not made from .*run select_concepts"),
+    ],
+)
+def test_files_of_another_encoder_are_refused(copy: Path, name: str, message: str) -> None:
+    if name == "bank":
+        remark(copy / f"bank/{ENCODER}.parquet", {"embed": "another"})
+    else:
+        for bucket in range(PLAN.buckets):
+            remark(bucket_path(copy / f"{name}/{ENCODER}", bucket), {"embed": "another"})
+    with pytest.raises(UserError, match=message):
+        read_cache(copy, ENCODER, PLAN.buckets)
+
+
+def test_labels_of_a_former_bank_are_refused(copy: Path) -> None:
+    path = copy / f"bank/{ENCODER}.parquet"
+    origins = {
+        "embed": read_fingerprint(bucket_path(copy / f"embed/{ENCODER}/images", 0)),
+        "text": read_fingerprint(copy / f"embed/{ENCODER}/text.parquet"),
+    }
+    remark(path, origins, "a newer bank")
+    with pytest.raises(UserError, match=r"labels/tiny: was not made from .*bank/tiny.parquet.*run label_patches"):
+        read_cache(copy, ENCODER, PLAN.buckets)
+
+
+def read_fingerprint(path: Path) -> str:
+    return pq.read_schema(path).metadata[b"fingerprint"].decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        (f"embed/{ENCODER}/images", "embed_images"),
+        (f"labels/{ENCODER}", "label_patches"),
+        (f"graphs/{ENCODER}", "build_graphs"),
+    ],
+)
+def test_a_missing_image_names_bucket_and_stage(copy: Path, name: str, stage: str) -> None:
+    path = bucket_path(copy / name, 1)
+    drop_first(path)
+    with pytest.raises(UserError, match=rf"b001.parquet: lacks image [0-9a-f]{{64}} \(view 0\); run {stage}"):
+        read_cache(copy, ENCODER, PLAN.buckets)
+
+
+def test_a_corrupt_or_missing_bucket_is_one_line(copy: Path) -> None:
+    path = bucket_path(copy / f"graphs/{ENCODER}", 2)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"b002\.parquet: is not readable Parquet"):
+        read_cache(copy, ENCODER, PLAN.buckets)
+    path.unlink()
+    with pytest.raises(UserError, match=r"b002\.parquet: is missing"):
+        read_cache(copy, ENCODER, PLAN.buckets)

@@ -1,0 +1,54 @@
+import torch
+from torch_geometric.nn import GCNConv
+
+from training.layers import GatedAttention, GraphConv, Standardise, normalise_adjacency
+
+
+def ragged_graphs(generator: torch.Generator, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random symmetric weights with zeros among them, (B, n, n), and the mask (B, n)."""
+    mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    upper = torch.rand(len(sizes), max(sizes), max(sizes), generator=generator).triu(1)
+    upper = upper * (upper > 0.4) * mask[:, :, None] * mask[:, None, :]
+    return upper + upper.transpose(1, 2), mask
+
+
+def test_graph_convolution_equals_pyg_on_ragged_graphs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [7, 1, 4, 9, 2]
+    weight, mask = ragged_graphs(generator, sizes)
+    x = torch.randn(len(sizes), max(sizes), 6, generator=generator)
+    ours, theirs = GraphConv(6, 5), GCNConv(6, 5)
+    theirs.lin.weight = ours.linear.weight
+    torch.nn.init.normal_(ours.bias)
+    theirs.bias = ours.bias
+    dense = ours(x, normalise_adjacency(weight, mask))
+    for sample, size in enumerate(sizes):
+        edges = weight[sample].nonzero().T
+        expected = theirs(x[sample, :size], edges, weight[sample][edges[0], edges[1]])
+        torch.testing.assert_close(dense[sample, :size], expected, atol=1e-5, rtol=0)
+
+
+def test_normalised_adjacency_ignores_padding() -> None:
+    weight, mask = ragged_graphs(torch.Generator().manual_seed(1), [3, 5])
+    noisy = weight + 7 * ~(mask[:, :, None] & mask[:, None, :])
+    adjacency = normalise_adjacency(noisy, mask)
+    torch.testing.assert_close(adjacency, normalise_adjacency(weight, mask))
+    assert adjacency[0, 3:].abs().sum() == 0
+    assert adjacency[0, :, 3:].abs().sum() == 0
+
+
+def test_attention_is_a_distribution_over_real_nodes() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    weights = GatedAttention(4, 3)(torch.randn(2, 3, 4), mask)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2))
+    assert weights[~mask].abs().sum() == 0
+    assert weights[1, 0] == 1
+
+
+def test_standardise_centres_and_keeps_angles_finite() -> None:
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    z = Standardise(x)(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.var(0, correction=0).mean(), torch.tensor(1.0))
+    assert Standardise(torch.ones(4, 3))(torch.ones(2, 3)).abs().sum() == 0

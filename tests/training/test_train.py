@@ -1,0 +1,158 @@
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from stages.command import UserError
+from stages.params import load_params
+from tests.training.cache import Plan, write_cache
+from training.methods import read_settings
+from training.train import train
+
+PARAMS = """
+domain: {noun: fish, group: fish}
+dataset: {root: data/raw, buckets: 3}
+llm: {model: none}
+encoders: {tiny: {model: none}}
+report: {reference: zero_shot}
+train:
+  seed: 3
+  seeds: 2
+  methods:
+    zero_shot: {encoder: tiny}
+    linear_probe: {encoder: tiny, l2: [0.01, 1.0]}
+    concept_graph: {encoder: tiny, epochs: 3, hidden: 16, weight_decay: [0.1]}
+"""
+WRITTEN = ["config.json", "history.csv", "metrics.json", "model.safetensors", "predictions.parquet", "timing.json"]
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    return path
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "training.train", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_two_processes_write_the_same_bytes(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan(views=2))
+    folder = tmp_path / "data/runs/concept_graph"
+    runs = []
+    for _ in range(2):
+        result = command("--method", "concept_graph", "--params", params, "--data", tmp_path / "data")
+        assert result.returncode == 0, result.stderr
+        assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
+            "concept_graph seed 3",
+            "concept_graph seed 4",
+        ]
+        assert sorted(file.name for file in folder.iterdir()) == WRITTEN
+        runs.append({name: (folder / name).read_bytes() for name in WRITTEN if name != "timing.json"})
+    assert runs[0] == runs[1]
+
+
+def test_a_run_holds_what_its_readers_need(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan())
+    train(load_params(params), str(params), "concept_graph", tmp_path / "data")
+    folder = tmp_path / "data/runs/concept_graph"
+    metrics, config = (json.loads((folder / name).read_text()) for name in ("metrics.json", "config.json"))
+    table = pq.read_table(folder / "predictions.parquet")
+    assert table.column_names == ["path", "split", "seed", "class_id", "logits"]
+    classes = json.loads(table.schema.metadata[b"params"])["classes"]
+    assert classes == config["classes"] == sorted(classes)
+    logits = np.array(table["logits"].to_pylist())
+    right = np.array(classes)[logits.argmax(1)] == np.array(table["class_id"].to_pylist())
+    for split, images in (("train", 96), ("val", 32), ("test", 32)):
+        chosen = np.array(table["split"].to_pylist()) == split
+        assert chosen.sum() == 2 * images == 2 * metrics[split]["images"]
+        assert metrics[split]["accuracy"] == pytest.approx(right[chosen].mean())
+    assert set(table["seed"].to_pylist()) == {3, 4} == set(config["seeds"])
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert [(row["seed"], row["epoch"]) for row in rows] == [(seed, str(epoch)) for seed in "34" for epoch in range(4)]
+    assert config["fingerprints"].keys() >= {"embed/tiny/images", "labels/tiny", "graphs/tiny", "bank/tiny.parquet"}
+    assert json.loads((folder / "timing.json").read_text())["epoch_seconds"] > 0
+    assert not any(str(tmp_path) in (folder / name).read_text(errors="ignore") for name in WRITTEN)
+
+
+def test_a_method_that_draws_nothing_stands_for_every_seed(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan())
+    for method, rows in (("zero_shot", 1), ("linear_probe", 2)):
+        train(load_params(params), str(params), method, tmp_path / "data")
+        folder = tmp_path / f"data/runs/{method}"
+        table = pq.read_table(folder / "predictions.parquet")
+        half = table.num_rows // 2
+        assert table["logits"][:half].to_pylist() == table["logits"][half:].to_pylist()
+        assert json.loads((folder / "metrics.json").read_text())["test"]["accuracy_std"] == 0
+        assert len((folder / "history.csv").read_text().splitlines()) == 1 + 2 * rows
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "l2: [0.01, 1.0]",
+            "max_iteration: 9",
+            "linear_probe.max_iteration: unknown key; did you mean `max_iterations`?",
+        ),
+        ("epochs: 3", "epochs: three", "concept_graph.epochs: input should be a valid integer"),
+        (
+            "epochs: 3",
+            "loss_weights: {grpah: 1.0}",
+            "concept_graph.loss_weights.grpah: unknown key; did you mean `graph`?",
+        ),
+    ],
+)
+def test_check_names_the_key(params: Path, old: str, new: str, message: str) -> None:
+    params.write_text(PARAMS.replace(old, new))
+    loaded = load_params(params)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        read_settings(str(params), loaded, message.split(".")[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_check_reads_every_method_and_writes_nothing(params: Path) -> None:
+    result = command("--check", "--params", params)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    params.write_text(PARAMS.replace("epochs: 3", "epohcs: 3"))
+    result = command("--check", "--params", params)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "concept_graph.epohcs: unknown key; did you mean `epochs`?" in result.stderr
+
+
+def test_an_unknown_method_is_refused(params: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no telepathy; choose one of: zero_shot"):
+        train(load_params(params), str(params), "telepathy", tmp_path)
+
+
+def test_a_refused_run_leaves_nothing(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan())
+    (tmp_path / "data/labels/tiny/b001.parquet").write_bytes(b"PAR1")
+    result = command("--method", "linear_probe", "--params", params, "--data", tmp_path / "data")
+    assert result.returncode == 1
+    assert "b001.parquet: is not readable" in result.stderr
+    assert not (tmp_path / "data/runs").exists()
+
+
+def test_training_opens_no_picture_and_calls_no_model() -> None:
+    every = "; ".join(
+        f"import training.methods.{file.stem}" for file in sorted(Path("training/methods").glob("[a-z]*.py"))
+    )
+    code = f"import sys, training.train; {every}; print(*{{'PIL', 'open_clip', 'openai', 'dvc'}} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""

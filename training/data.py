@@ -1,0 +1,385 @@
+"""From the Parquet cache to tensors: everything a method may look at, read once, and batches cut out of it.
+
+`read_cache` joins what the stages wrote for one encoder (nodes, graphs, labels, bank, descriptions) with the index.
+Vectors stay in float16 and edges in flat lists, so memory is about what the files hold; `Cache.batch` gathers, pads
+and widens for a few hundred images at a time, without a loop over images. Names and shapes are those of the method
+catalogue: B images, N local nodes, D dimensions, C classes, M concepts, k labels a node, S sentences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from stages.command import UserError
+from stages.store import (
+    bucket_of,
+    bucket_path,
+    read_buckets,
+    read_folder_header,
+    read_header,
+    read_table,
+    sha256,
+    vectors_of,
+)
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The concept bank. Rows of kind `name` are class names: `kept` is false for them, and labels no patch."""
+
+    path: str  # the file it was read from, for messages
+    K: Tensor  # (M, D) float32, unit length
+    own: Tensor  # (M, C) bool: the classes that own a concept; a generic one has none
+    kind: tuple[str, ...]  # M of name, visual, habitat, generic, proto
+    kept: Tensor  # (M,) bool
+
+    def of_kind(self, *kinds: str) -> Tensor:
+        """(M,) bool: the rows of these kinds."""
+        return torch.tensor([kind in kinds for kind in self.kind], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images, each seen in one view. Node 0 is the whole image, nodes 1..N its local nodes, padded under `mask`."""
+
+    y: Tensor  # (B,) int64, the position in Cache.classes
+    nodes: Tensor  # (B, N+1, D) float32, unit length; 0 where padded
+    mask: Tensor  # (B, N+1) bool, true for node 0
+    box: Tensor  # (B, N, 4) float32, x0 y0 x1 y1 of the local nodes in [0,1] of the full image
+    concept_idx: Tensor  # (B, N+1, k) int64, rows of the bank; 0 at weight 0 where a node has fewer
+    concept_weight: Tensor  # (B, N+1, k) float32, >= 0, sum <= 1 (what the labelling cut off is missing)
+    selected: Tensor  # (B, N+1) bool, the patches that label_patches selected
+    density: Tensor  # (B, N+1) float32, information density
+    adjacency: Tensor  # (B, N+1, N+1, 2) float32, spatial and semantic weight in [0,1], symmetric, diagonal 0
+    d: Tensor  # (B, S, D) float32, sentences of the image's description; S is 0 where no image has one
+    dm: Tensor  # (B, S) bool
+
+    @property
+    def g(self) -> Tensor:
+        """(B, D): the global vector."""
+        return self.nodes[:, 0]
+
+    @property
+    def l(self) -> Tensor:  # noqa: E743 (the catalogue's name)
+        """(B, N, D): the local vectors."""
+        return self.nodes[:, 1:]
+
+    @property
+    def lm(self) -> Tensor:
+        """(B, N) bool: which local nodes exist."""
+        return self.mask[:, 1:]
+
+
+@dataclass(frozen=True, eq=False)  # one cache equals itself alone, so that what follows from it can be remembered
+class Cache:
+    """All images of an index as one encoder sees them: n images in V views each; row i * V + v is image i in view v."""
+
+    classes: list[str]
+    paths: list[str]
+    split: np.ndarray  # (n,) str
+    y: Tensor  # (n,) int64
+    views: int  # V
+    vectors: Tensor  # (n V, N+1, D) float16
+    mask: Tensor  # (n V, N+1) bool
+    boxes: Tensor  # (n V, N+1, 4) float32
+    concept_idx: Tensor  # (n V, N+1, k) int32
+    concept_weight: Tensor  # (n V, N+1, k) float16
+    selected: Tensor  # (n V, N+1) bool
+    density: Tensor  # (n V, N+1) float32
+    edge_start: Tensor  # (n V,) int64: a row's edges are edge_start .. edge_start + edge_count
+    edge_count: Tensor  # (n V,) int64
+    edge_nodes: Tensor  # (edges, 2) int16
+    edge_weight: Tensor  # (edges, 2) float16
+    sentences: Tensor  # (n, S, D) float16
+    sentence_mask: Tensor  # (n, S) bool
+    bank: Bank
+    fingerprints: dict[str, str]  # by file or folder
+
+    def images(self, split: str) -> Tensor:
+        """The positions of a split's images, in the order of their paths."""
+        return torch.from_numpy(np.flatnonzero(self.split == split))
+
+    def globals(self, images: Tensor, view: int = 0) -> Tensor:
+        """(len(images), D) float32: the global vectors."""
+        return self.vectors[images * self.views + view, 0].float()
+
+    def batch(self, images: Tensor, views: Tensor | None = None) -> Batch:
+        """These images, each in its view of `views` (default: view 0, the one that evaluation reads)."""
+        rows = images * self.views + (0 if views is None else views)
+        return Batch(
+            y=self.y[images],
+            nodes=self.vectors[rows].float(),
+            mask=self.mask[rows],
+            box=self.boxes[rows, 1:],
+            concept_idx=self.concept_idx[rows].long(),
+            concept_weight=self.concept_weight[rows].float(),
+            selected=self.selected[rows],
+            density=self.density[rows],
+            adjacency=self.adjacency(rows),
+            d=self.sentences[images].float(),
+            dm=self.sentence_mask[images],
+        )
+
+    def adjacency(self, rows: Tensor) -> Tensor:
+        """(len(rows), N+1, N+1, 2) float32: the rows' edges laid out as dense matrices."""
+        nodes = self.mask.shape[1]
+        count = self.edge_count[rows]
+        sample = torch.repeat_interleave(torch.arange(len(rows)), count)
+        # Position of every edge in the flat lists: its row's start, plus how far it stands behind its row's first.
+        first = count.cumsum(0) - count
+        edge = torch.arange(len(sample)) + (self.edge_start[rows] - first)[sample]
+        source, target = self.edge_nodes[edge].long().unbind(1)
+        dense = torch.zeros(len(rows) * nodes * nodes, 2)
+        dense[(sample * nodes + source) * nodes + target] = self.edge_weight[edge].float()
+        return dense.view(len(rows), nodes, nodes, 2)
+
+
+def read_cache(folder: str | Path, encoder: str, buckets: int) -> Cache:
+    """Read what the stages wrote into `folder` (data/) for one encoder.
+
+    Raises UserError, naming the file and the stage to run: a file missing or broken, an image without rows, or files
+    that were made from different encoders, banks or texts.
+    """
+    folder = Path(folder)
+    embed, graphs, labels = (
+        folder / name for name in (f"embed/{encoder}/images", f"graphs/{encoder}", f"labels/{encoder}")
+    )
+    fingerprints = check_origins(folder, encoder, buckets)
+
+    classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
+    index = read_table(
+        folder / "index/images.parquet", "index.images/1", ["path", "image_id", "class_id", "split", "status"]
+    )
+    index = index.filter(pc.equal(index["status"], "ok")).sort_by("path")
+    split = np.array(index["split"].to_pylist(), dtype=str)
+    for name in SPLITS:
+        if not (split == name).any():
+            raise UserError(
+                f"{folder / 'index/images.parquet'}: holds no {name} image; correct dataset.* and run index_images"
+            )
+    image_ids = index["image_id"].combine_chunks()
+    y = pc.index_in(index["class_id"], value_set=pa.array(classes))
+    if y.null_count:
+        raise UserError(f"{folder / 'index/classes.parquet'}: lacks a class of images.parquet; run index_images again")
+
+    views, vectors, mask, boxes = read_nodes(embed, buckets, image_ids)
+    rows = Rows(image_ids, views, buckets)
+    concept_idx, concept_weight, selected, density = read_labels(labels, rows, mask)
+    edge_start, edge_count, edge_nodes, edge_weight = read_graphs(graphs, rows, nodes=mask.shape[1])
+    bank = read_bank(folder / f"bank/{encoder}.parquet", classes)
+    if concept_idx.size and concept_idx.max() >= len(bank.kind):
+        raise UserError(f"{labels}: names concepts that {bank.path} does not hold; run label_patches again")
+    sentences, sentence_mask = read_descriptions(
+        folder / "descriptions/descriptions.parquet",
+        folder / f"embed/{encoder}/text.parquet",
+        image_ids,
+        vectors.shape[2],
+    )
+    return Cache(
+        classes=classes,
+        paths=index["path"].to_pylist(),
+        split=split,
+        y=torch.from_numpy(y.to_numpy().astype(np.int64)),
+        views=views,
+        vectors=torch.from_numpy(vectors),
+        mask=torch.from_numpy(mask),
+        boxes=torch.from_numpy(boxes),
+        concept_idx=torch.from_numpy(concept_idx),
+        concept_weight=torch.from_numpy(concept_weight),
+        selected=torch.from_numpy(selected),
+        density=torch.from_numpy(density),
+        edge_start=torch.from_numpy(edge_start),
+        edge_count=torch.from_numpy(edge_count),
+        edge_nodes=torch.from_numpy(edge_nodes),
+        edge_weight=torch.from_numpy(edge_weight),
+        sentences=torch.from_numpy(sentences),
+        sentence_mask=torch.from_numpy(sentence_mask),
+        bank=bank,
+        fingerprints=fingerprints,
+    )
+
+
+def check_origins(folder: Path, encoder: str, buckets: int) -> dict[str, str]:
+    """Every input's fingerprint, after a look at what each says it was made from.
+
+    Raises UserError where one was made from something else than what lies here: shards of another encoder, labels of a
+    former bank.
+    """
+    headers = {
+        f"embed/{encoder}/images": read_folder_header(folder / f"embed/{encoder}/images", "embed.nodes/1", buckets),
+        f"embed/{encoder}/text.parquet": read_header(folder / f"embed/{encoder}/text.parquet", "embed.text/1"),
+        f"bank/{encoder}.parquet": read_header(folder / f"bank/{encoder}.parquet", "bank/1"),
+        f"labels/{encoder}": read_folder_header(folder / f"labels/{encoder}", "labels/1", buckets),
+        f"graphs/{encoder}": read_folder_header(folder / f"graphs/{encoder}", "graphs/1", buckets),
+        "descriptions/descriptions.parquet": read_header(
+            folder / "descriptions/descriptions.parquet", "descriptions/1"
+        ),
+        "index/images.parquet": read_header(folder / "index/images.parquet", "index.images/1"),
+        "index/classes.parquet": read_header(folder / "index/classes.parquet", "index.classes/1"),
+    }
+    images, text, bank, labels, graphs = list(headers)[:5]
+    for made, param, source, stage in [
+        (graphs, "embed", images, "build_graphs"),
+        (bank, "embed", images, "select_concepts"),
+        (bank, "text", text, "select_concepts"),
+        (labels, "embed", images, "label_patches"),
+        (labels, "bank", bank, "label_patches"),
+    ]:
+        if headers[made].params.get(param) != headers[source].fingerprint:
+            raise UserError(
+                f"{folder / made}: was not made from {folder / source} as it is now (another encoder or other"
+                f" parameters); run {stage} again (dvc repro)"
+            )
+    return {name: header.fingerprint for name, header in sorted(headers.items())}
+
+
+class Rows:
+    """Where the rows of a table belong: image i in view v is row i * V + v. Rows of other images are not read."""
+
+    def __init__(self, image_ids: pa.Array, views: int, buckets: int) -> None:
+        self.image_ids, self.views, self.buckets = image_ids, views, buckets
+        self.count = len(image_ids) * views
+
+    def place(self, table: pa.Table) -> tuple[pa.Table, np.ndarray]:
+        """The table without rows of other images, and the row that each of its lines belongs to."""
+        table = table.filter(pc.is_in(table["image_id"], value_set=self.image_ids))
+        image = pc.index_in(table["image_id"], value_set=self.image_ids).to_numpy()
+        return table, image.astype(np.int64) * self.views + column(table, "view")
+
+    def require(self, present: np.ndarray, folder: Path, stage: str) -> None:
+        """Raise UserError for the first row that is not `present`."""
+        if not present.all():
+            image, view = divmod(int(np.argmin(present)), self.views)
+            image_id = self.image_ids[image].as_py()
+            raise UserError(
+                f"{bucket_path(folder, bucket_of(image_id, self.buckets))}: lacks image {image_id} (view {view});"
+                f" run {stage} again (dvc repro), or fetch the file again (dvc pull)"
+            )
+
+
+def column(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].to_numpy()
+
+
+def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The elements of a list column one behind another, and how many each line has."""
+    return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy().astype(np.int64)
+
+
+def slots(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, .. length-1 for each length, one behind another."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def read_nodes(folder: Path, buckets: int, image_ids: pa.Array) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """V, vectors (n V, N+1, D) float16, mask (n V, N+1), boxes (n V, N+1, 4): one bucket at a time in memory."""
+    keys = read_buckets(folder, "embed.nodes/1", buckets, ["view", "node"])
+    if not keys.num_rows:
+        raise UserError(f"{folder}: holds no image; run embed_images (dvc repro)")
+    views, nodes = int(column(keys, "view").max()) + 1, int(column(keys, "node").max()) + 1
+    rows = Rows(image_ids, views, buckets)
+    mask = np.zeros((rows.count, nodes), dtype=bool)
+    boxes = np.zeros((rows.count, nodes, 4), dtype=np.float32)
+    vectors: np.ndarray | None = None
+    for bucket in range(buckets):
+        table = read_table(bucket_path(folder, bucket), "embed.nodes/1")
+        if vectors is None:
+            vectors = np.zeros((rows.count, nodes, table.schema.field("vector").type.list_size), dtype=np.float16)
+        table, row = rows.place(table)
+        node = column(table, "node")
+        if (column(table, "kind")[node == 0] != "global").any():
+            raise UserError(f"{bucket_path(folder, bucket)}: node 0 is not the global one; run embed_images again")
+        mask[row, node] = True
+        vectors[row, node] = vectors_of(table)
+        boxes[row, node] = np.stack([column(table, side) for side in ("x0", "y0", "x1", "y1")], axis=1)
+    assert vectors is not None
+    rows.require(mask[:, 0], folder, "embed_images")
+    return views, vectors, mask, boxes
+
+
+def read_labels(folder: Path, rows: Rows, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """concept_idx (n V, N+1, k) int32, concept_weight (same) float16, selected and density (n V, N+1)."""
+    columns = ["image_id", "view", "node", "concept_idx", "concept_weight", "density", "selected"]
+    table, row = rows.place(read_buckets(folder, "labels/1", rows.buckets, columns))
+    node = column(table, "node")
+    concepts, lengths = flat(table["concept_idx"])
+    weights, _ = flat(table["concept_weight"])
+    if node.size and node.max() >= mask.shape[1]:
+        raise UserError(f"{folder}: labels nodes that the embeddings do not have; run label_patches again")
+    k = int(lengths.max(initial=0))
+    concept_idx = np.zeros((*mask.shape, k), dtype=np.int32)
+    concept_weight = np.zeros((*mask.shape, k), dtype=np.float16)
+    place = (np.repeat(row, lengths), np.repeat(node, lengths), slots(lengths))
+    concept_idx[place], concept_weight[place] = concepts, weights
+    selected, density, labelled = np.zeros_like(mask), np.zeros(mask.shape, dtype=np.float32), np.zeros_like(mask)
+    selected[row, node], density[row, node], labelled[row, node] = (
+        column(table, "selected"),
+        column(table, "density"),
+        True,
+    )
+    rows.require((labelled | ~mask).all(axis=1), folder, "label_patches")
+    return concept_idx, concept_weight, selected, density
+
+
+def read_graphs(folder: Path, rows: Rows, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """edge_start and edge_count (n V,), edge_nodes (edges, 2) int16, edge_weight (edges, 2) float16."""
+    table, row = rows.place(read_buckets(folder, "graphs/1", rows.buckets))
+    source, lengths = flat(table["src"])
+    edge_nodes = np.stack([source, flat(table["dst"])[0]], axis=1)
+    edge_weight = np.stack([flat(table["spatial"])[0], flat(table["semantic"])[0]], axis=1)
+    if edge_nodes.size and (edge_nodes.min() < 0 or edge_nodes.max() >= nodes):
+        raise UserError(f"{folder}: links nodes that the embeddings do not have; run build_graphs again")
+    start, count = np.zeros(rows.count, dtype=np.int64), np.full(rows.count, -1, dtype=np.int64)
+    start[row], count[row] = np.cumsum(lengths) - lengths, lengths
+    rows.require(count >= 0, folder, "build_graphs")
+    return start, count, edge_nodes, edge_weight
+
+
+def read_bank(path: Path, classes: Sequence[str]) -> Bank:
+    """The bank, with `own` in the order of `classes`."""
+    table = read_table(path, "bank/1").sort_by("concept_idx")
+    if (column(table, "concept_idx") != np.arange(table.num_rows)).any():
+        raise UserError(f"{path}: concept_idx does not count from 0 without a gap; run select_concepts again")
+    position = {class_id: column for column, class_id in enumerate(classes)}
+    own = np.zeros((table.num_rows, len(classes)), dtype=bool)
+    for concept, owners in enumerate(table["class_ids"].to_pylist()):
+        own[concept, [position[owner] for owner in owners if owner in position]] = True
+    return Bank(
+        path=str(path),
+        K=torch.from_numpy(vectors_of(table).astype(np.float32)),
+        own=torch.from_numpy(own),
+        kind=tuple(table["kind"].to_pylist()),
+        kept=torch.from_numpy(np.array(table["kept"].to_pylist(), dtype=bool)),
+    )
+
+
+def read_descriptions(path: Path, text: Path, image_ids: pa.Array, dimension: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sentence vectors (n, S, D) float16 in the order of their rank, and their mask (n, S)."""
+    table: Any = read_table(path, "descriptions/1")
+    table = table.filter(pc.is_in(table["image_id"], value_set=image_ids)).sort_by(
+        [("image_id", "ascending"), ("rank", "ascending")]
+    )
+    image = pc.index_in(table["image_id"], value_set=image_ids).to_numpy().astype(np.int64)
+    # The lines of one image stand together now: a line's slot is its distance from its image's first.
+    lengths = np.unique_counts(column(table, "image_id")).counts if table.num_rows else np.zeros(0, dtype=np.int64)
+    sentences = np.zeros((len(image_ids), int(lengths.max(initial=0)), dimension), dtype=np.float16)
+    mask = np.zeros(sentences.shape[:2], dtype=bool)
+    if not table.num_rows:
+        return sentences, mask
+    texts = read_table(text, "embed.text/1", ["text_id", "vector"])
+    wanted = pa.array([sha256(sentence) for sentence in table["text"].to_pylist()])
+    found = pc.index_in(wanted, value_set=texts["text_id"].combine_chunks())
+    if found.null_count:
+        raise UserError(f"{text}: lacks {found.null_count} texts of {path}; run embed_text again (dvc repro)")
+    sentences[image, slots(lengths)] = vectors_of(texts)[found.to_numpy()]
+    mask[image, slots(lengths)] = True
+    return sentences, mask

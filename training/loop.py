@@ -1,0 +1,189 @@
+"""How a method with gradients is trained, in one explicit loop, and how any method is read out.
+
+AdamW with a cosine schedule; every epoch shuffles the training images and draws a view for each; the loss is cross
+entropy plus the method's own losses by weight. Val alone chooses: the epoch within a run, and the run within the
+grid of learning rates and weight decays (accuracy first, then log loss). Everything follows from the seed.
+"""
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from stages.params import Block, Count
+from training.data import Cache
+from training.layers import Standardise
+from training.logistic import assess, fit_logistic
+from training.methods import Fitted, Output
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+EVALUATION_BATCH = 512
+
+
+class Schedule(Block):
+    """The knobs of the loop; a method's `Settings` adds its own."""
+
+    epochs: Count = 30
+    batch_size: Count = 128
+    lr: list[Positive] = Field(default=[1e-3], min_length=1)
+    weight_decay: list[NotNegative] = Field(default=[0.01, 0.3], min_length=1)
+    clip_norm: Positive = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices itself; elsewhere it is emulated and slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """All parameters that require a gradient: matrices with weight decay, vectors (biases, norms) without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a method with a global stream starts from, equal for all of them."""
+
+    standardise_global: Standardise
+    standardise_nodes: Standardise
+    probe: nn.Linear  # (D -> C), on standardised global vectors: the tuned linear probe
+
+
+@functools.lru_cache(maxsize=1)  # the seeds of a run share it
+def starting_point(cache: Cache) -> StartingPoint:
+    """Standardisation of global vectors and of nodes by training images, and the probe val chose, all of view 0."""
+    train, val = cache.images("train"), cache.images("val")
+    standardise_global = Standardise(cache.globals(train))
+    sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
+    x, x_val = standardise_global(cache.globals(train)), standardise_global(cache.globals(val))
+    probe = fit_logistic(x, cache.y[train], x_val, cache.y[val], len(cache.classes)).linear
+    return StartingPoint(standardise_global, Standardise(sample.nodes[sample.mask]), probe)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, cache: Cache, images: Tensor) -> Tensor:
+    """Logits (len(images), C) in float32, in evaluation mode, of view 0."""
+    model.eval()
+    return torch.cat([model(cache.batch(chunk)).logits for chunk in images.split(EVALUATION_BATCH)])
+
+
+def untrained(model: nn.Module, cache: Cache) -> Fitted:
+    """A model that needs no training, with one row of history."""
+    return Fitted(model, [state_row(0, assess_split(model, cache, "train")[1], assess_split(model, cache, "val"))])
+
+
+def assess_split(model: nn.Module, cache: Cache, split: str) -> tuple[float, float]:
+    """Accuracy and log loss on a split, in evaluation mode."""
+    images = cache.images(split)
+    return assess(predict(model, cache, images), cache.y[images])
+
+
+def state_row(epoch: int, train_loss: float, val: tuple[float, float]) -> dict[str, float]:
+    """A row of history."""
+    return {"epoch": epoch, "train_loss": train_loss, "val_loss": val[1], "val_accuracy": val[0]}
+
+
+def total_loss(output: Output, y: Tensor, weights: Mapping[str, float]) -> Tensor:
+    """Cross entropy plus the method's losses by their weights. Raises KeyError for a loss without a weight."""
+    loss = F.cross_entropy(output.logits.float(), y)
+    for name, value in output.losses.items():
+        loss = loss + weights[name] * value
+    return loss
+
+
+def fit_epochs(
+    build: Callable[[], nn.Module],
+    cache: Cache,
+    schedule: Schedule,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+) -> Fitted:
+    """Train one model for every learning rate and weight decay of the grid; return the one that val prefers.
+
+    `build` makes a fresh model; it is called after the seed is set. `weights` are those of the method's losses.
+    """
+    best: tuple[tuple[float, float], Fitted] | None = None
+    for lr, weight_decay in itertools.product(schedule.lr, schedule.weight_decay):
+        torch.manual_seed(seed)
+        score, fitted = fit_once(build(), cache, schedule, seed, lr, weight_decay, weights or {})
+        if best is None or score > best[0]:
+            best = score, fitted
+    assert best is not None
+    return best[1]
+
+
+def fit_once(
+    model: nn.Module,
+    cache: Cache,
+    schedule: Schedule,
+    seed: int,
+    lr: float,
+    weight_decay: float,
+    weights: Mapping[str, float],
+) -> tuple[tuple[float, float], Fitted]:
+    """One run of the loop: the best epoch's (val accuracy, -val loss), and the model as it was then."""
+    generator = torch.Generator().manual_seed(seed)
+    train = cache.images("train")
+    optimiser = torch.optim.AdamW(decayed_groups(model, weight_decay), lr=lr)
+    steps = schedule.epochs * math.ceil(len(train) / schedule.batch_size)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    precision = ("bf16" if has_bf16() else "fp32") if schedule.precision == "auto" else schedule.precision
+
+    # Epoch 0 counts too: a model that starts from a fitted one may be best as it starts.
+    accuracy, log_loss = assess_split(model, cache, "val")
+    history = [state_row(0, assess_split(model, cache, "train")[1], (accuracy, log_loss))]
+    best, best_epoch, best_state = (accuracy, -log_loss), 0, copy.deepcopy(model.state_dict())
+    seconds = []
+    progress = tqdm(
+        range(1, schedule.epochs + 1), desc=f"lr {lr:g} weight_decay {weight_decay:g}", leave=False, disable=None
+    )
+    for epoch in progress:
+        started = perf_counter()
+        order = train[torch.randperm(len(train), generator=generator)]
+        views = torch.randint(cache.views, (len(train),), generator=generator)
+        model.train()
+        loss_sum = 0.0
+        for images, view in zip(order.split(schedule.batch_size), views.split(schedule.batch_size), strict=True):
+            batch = cache.batch(images, view)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                output = model(batch)
+            loss = total_loss(output, batch.y, weights)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+            optimiser.step()
+            scheduler.step()
+            loss_sum += loss.item() * len(images)
+        seconds.append(perf_counter() - started)
+
+        accuracy, log_loss = assess_split(model, cache, "val")
+        history.append(state_row(epoch, loss_sum / len(train), (accuracy, log_loss)))
+        progress.set_postfix(val_accuracy=f"{accuracy:.3f}")
+        if (accuracy, -log_loss) > best:
+            best, best_epoch, best_state = (accuracy, -log_loss), epoch, copy.deepcopy(model.state_dict())
+
+    model.load_state_dict(best_state)
+    chosen: dict[str, float | str] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "epoch": best_epoch,
+        "precision": precision,
+    }
+    return best, Fitted(model, history, chosen, sum(seconds) / len(seconds))

@@ -1,0 +1,58 @@
+"""One file a method, registered by its name: `train.methods.NAME` in params.yaml is `training/methods/NAME.py`.
+
+A method's module holds `Settings`, a `stages.params.Block` with every knob and its default; `SEEDED`, false where no
+random number is drawn, so that one fit stands for every seed; a torch module whose `forward(batch)` returns an
+`Output`; and `fit(cache, settings, seed)`, which returns a `Fitted`. There is no list of methods to extend, so that
+editing one method reruns one stage.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, cast
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from stages.command import UserError
+from stages.params import Block, Params, explain
+from training.data import Cache
+
+
+class Output(NamedTuple):
+    """What a method says of a batch. `losses` are auxiliary, filled in training mode only; the trainer weighs them."""
+
+    logits: Tensor  # (B, C)
+    losses: dict[str, Tensor]  # scalars
+    node_scores: Tensor | None  # (B, N+1) in [0,1], 0 where padded: how much each node counted
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model and how it was come by. `history` has one row an epoch (or a step of the search), equal keys in each."""
+
+    model: nn.Module
+    history: list[dict[str, float]]
+    chosen: dict[str, float | str] = field(default_factory=dict)  # what val chose, by the name of the knob
+    epoch_seconds: float = 0.0  # one pass over the training images with its updates, evaluation apart
+
+
+class MethodModule(Protocol):
+    Settings: type[Block]
+    SEEDED: bool
+    fit: Callable[[Cache, Block, int], Fitted]
+
+
+def load_method(name: str) -> MethodModule:
+    """The module of a method whose file exists (stages.params checks that)."""
+    return cast(MethodModule, importlib.import_module(f"training.methods.{name}"))
+
+
+def read_settings(path: str, params: Params, name: str) -> Block:
+    """A method's settings from params.yaml, checked. Raises UserError naming file and key."""
+    settings = load_method(name).Settings
+    given = params.train.methods[name].settings
+    try:
+        return settings.model_validate(given)
+    except ValidationError as error:
+        raise UserError(explain(path, error, given, f"train.methods.{name}.", settings)) from None

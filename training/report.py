@@ -1,0 +1,477 @@
+"""Put accuracy, confusion and explained test images on one page.
+
+Reads   data/runs/METHOD/{config.json,metrics.json,predictions.parquet} of every method in train.methods;
+        data/index/{images,classes}.parquet, data/thumbs/, data/concepts/concepts.parquet; for the encoder of
+        the method that is best on val also data/bank/E.parquet, data/labels/E/ and the boxes in
+        data/embed/E/images/.
+Writes  data/report/index.html (one page that loads nothing else) and data/report/summary.txt, printed too.
+Costs   seconds; memory for the logits of one method at a time.
+
+Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are
+paired, image by image, with the intervals of training.evaluate.paired_difference. The method shown in detail,
+and its seed, are those that are best on val. What the page calls a patch or a concept comes from
+label_patches: it says what the encoder sees in the picture, not why a method decided as it did.
+
+    python -m training.report
+"""
+
+import base64
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from stages import store
+from stages.command import UserError, run, stage_parser
+from stages.params import Params, load_params
+from training.evaluate import Bools, Ints, Paired, paired_difference
+
+PREDICTIONS = "run.predictions/1"
+SPLITS = ("train", "val", "test")
+MATRIX_CLASSES = 60  # a confusion matrix of more classes is not readable
+PAIRS = 15  # most confused pairs listed
+TELLING = 10  # concepts listed
+PATCHES = 3  # shown of an example
+PATCH_CONCEPTS = 3  # shown of a patch
+REASONS = 20  # kinds of unused files listed
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """What one method predicted: S seeds, n images in the order of their paths."""
+
+    method: str
+    encoder: str
+    seeds: list[int]
+    model_seed: int  # the one that is best on val, whose model is kept
+    classes: list[str]
+    paths: list[str]
+    split: np.ndarray  # (n,) str
+    y: Ints  # (n,) positions in classes
+    predicted: Ints  # (S, n)
+    fingerprints: dict[str, str]  # of what it was trained on, by file or folder under data/
+    mark: str  # its own fingerprint
+
+    @property
+    def right(self) -> Bools:
+        """(S, n)"""
+        return self.predicted == self.y
+
+    def on(self, split: str) -> Bools:
+        """(S, images of the split): which are classified rightly."""
+        return self.right[:, self.split == split]
+
+    def accuracy(self, split: str) -> tuple[float, float]:
+        """Mean and standard deviation over seeds; the latter is 0 for one seed."""
+        accuracies = self.on(split).mean(axis=1)
+        return float(accuracies.mean()), float(accuracies.std(ddof=1)) if len(accuracies) > 1 else 0.0
+
+
+def read_run(data: Path, method: str, encoder: str) -> Run:
+    """Read one method's run. Raises UserError where a file is missing, broken, or disagrees with another."""
+    folder = data / "runs" / method
+    again = f"run `python -m training.train --method {method}` (dvc repro train@{method})"
+    config, metrics = (read_json(folder / name, again) for name in ("config.json", "metrics.json"))
+    path = folder / "predictions.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; {again}")
+    if config["encoder"] != encoder:
+        raise UserError(f"{folder}/config.json: is of encoder {config['encoder']}, not {encoder}; {again}")
+    header = store.read_header(path, PREDICTIONS)
+    classes = header.params["classes"]
+    table = store.read_table(path, PREDICTIONS).sort_by([("seed", "ascending"), ("path", "ascending")])
+    seeds = table["seed"].unique().to_pylist()
+    paths = table["path"].to_pylist()
+    y = pc.index_in(table["class_id"], value_set=pa.array(classes))
+    images = len(paths) // max(len(seeds), 1)
+    if not images or paths != paths[:images] * len(seeds):
+        raise UserError(f"{path}: its seeds predict different images; {again}")
+    if y.null_count or config["model_seed"] not in seeds:
+        raise UserError(f"{path}: holds a class or lacks a seed that config.json does not expect; {again}")
+    found = Run(
+        method=method,
+        encoder=encoder,
+        seeds=seeds,
+        model_seed=config["model_seed"],
+        classes=classes,
+        paths=paths[:images],
+        split=np.array(table["split"].to_pylist()[:images], dtype=str),
+        y=y.to_numpy().astype(np.int64)[:images],
+        predicted=store.vectors_of(table, "logits").argmax(axis=1).reshape(len(seeds), images),
+        fingerprints=config["fingerprints"],
+        mark=header.fingerprint,
+    )
+    for split in SPLITS:
+        if not found.on(split).size or abs(metrics[split]["accuracy"] - found.accuracy(split)[0]) > 1e-6:
+            raise UserError(f"{folder}/metrics.json: disagrees with predictions.parquet on {split}; {again}")
+    return found
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not readable JSON ({error}); {remedy}") from None
+
+
+def check_same_images(data: Path, runs: Sequence[Run], index: pa.Table) -> None:
+    """Raise UserError for the first run that was not made from the images of the index."""
+    usable = index.filter(pc.field("status") == "ok").sort_by("path")
+    expected = [usable[name].to_pylist() for name in ("path", "split", "class_id")]
+    for found in runs:
+        own = [found.paths, found.split.tolist(), [found.classes[label] for label in found.y]]
+        if own != expected:
+            raise UserError(
+                f"{data}/runs/{found.method}: was made from other images than {data}/index holds;"
+                f" run train@{found.method} again (dvc repro)"
+            )
+
+
+def read_marks(data: Path, encoder: str, buckets: int) -> dict[str, str]:
+    """The fingerprints of the files that an explanation rests on."""
+    folders = {f"embed/{encoder}/images": "embed.nodes/1", f"labels/{encoder}": "labels/1"}
+    marks = {name: store.read_folder_header(data / name, schema, buckets) for name, schema in folders.items()}
+    marks[f"bank/{encoder}.parquet"] = store.read_header(data / f"bank/{encoder}.parquet", "bank/1")
+    return {name: header.fingerprint for name, header in sorted(marks.items())}
+
+
+def check_marks(data: Path, found: Run, marks: Mapping[str, str]) -> None:
+    """Raise UserError where a run was trained on other tables than the page would explain it with."""
+    for name, mark in marks.items():
+        if found.fingerprints.get(name) != mark:
+            raise UserError(
+                f"{data}/runs/{found.method}: was trained on another {data / name} than is there now;"
+                f" run train@{found.method} again (dvc repro)"
+            )
+
+
+def query(sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
+    """The rows of a DuckDB query over Arrow tables."""
+    with duckdb.connect() as connection:
+        for name, table in tables.items():
+            connection.register(name, table)
+        return connection.execute(sql).fetchall()
+
+
+def count_dataset(index: pa.Table, classes: pa.Table) -> Row:
+    """Usable images by split, classes with and without images, and the unused files by reason."""
+    per_split = dict(query("SELECT split, count(*) FROM t WHERE status = 'ok' GROUP BY split", t=index))
+    [(all_classes,)] = query("SELECT count(*) FROM t", t=classes)
+    [(with_images,)] = query("SELECT count(DISTINCT class_id) FROM t WHERE status = 'ok'", t=index)
+    unused = query(
+        """SELECT status, count(*) AS files, min(path), CASE
+                   WHEN error IS NOT NULL THEN error
+                   WHEN duplicate_of IS NOT NULL THEN 'the same bytes as a file that is used'
+                   ELSE 'no reason given' END AS reason
+            FROM t WHERE status <> 'ok' GROUP BY status, reason ORDER BY files DESC, status, reason""",
+        t=index,
+    )
+    return {
+        "images": {split: per_split.get(split, 0) for split in SPLITS},
+        "classes": all_classes,
+        "empty_classes": all_classes - with_images,
+        "unused": unused[:REASONS],
+        "unused_files": sum(files for _, files, _, _ in unused),
+        "unused_more": sum(files for _, files, _, _ in unused[REASONS:]),
+    }
+
+
+def confused_pairs(matrix: Ints) -> list[tuple[int, int, int, int]]:
+    """Pairs of classes by how often one is taken for the other: (a, b, a taken for b, b taken for a)."""
+    true, predicted = np.nonzero(matrix * (1 - np.eye(len(matrix), dtype=int)))
+    table = pa.table({"true": true, "predicted": predicted, "images": matrix[true, predicted]})
+    return query(
+        f"""SELECT least("true", predicted) AS a, greatest("true", predicted) AS b,
+                   sum(CASE WHEN "true" < predicted THEN images ELSE 0 END)::BIGINT AS ab,
+                   sum(CASE WHEN "true" > predicted THEN images ELSE 0 END)::BIGINT AS ba
+            FROM t GROUP BY a, b ORDER BY ab + ba DESC, a, b LIMIT {PAIRS}""",
+        t=table,
+    )
+
+
+def order_classes(classes: pa.Table, chosen: Sequence[str]) -> list[int]:
+    """Positions in `chosen`, such that classes of one superclass stand together."""
+    row = {row["class_id"]: row for row in classes.to_pylist()}
+
+    def place(position: int) -> tuple[str, str, str]:
+        class_id = chosen[position]
+        return row[class_id]["superclass"] or "", row[class_id]["name"], class_id
+
+    return sorted(range(len(chosen)), key=place)
+
+
+def choose_examples(image_ids: Sequence[str], right: Bools, count: int) -> list[int]:
+    """`count` positions: the lowest image_ids, half of them wrong, half right where there are enough.
+
+    image_id is a hash of the picture's bytes, so the lowest are a draw nobody chose. Wrong ones come first.
+    """
+    order = sorted(range(len(image_ids)), key=lambda position: image_ids[position])
+    wrong = [position for position in order if not right[position]]
+    rightly = [position for position in order if right[position]]
+    wrongs = min(len(wrong), max(count // 2, count - len(rightly)))
+    return wrong[:wrongs] + rightly[: count - wrongs]
+
+
+def rows_of(
+    folder: Path, schema: str, buckets: int, image_ids: Iterable[str], columns: list[str]
+) -> dict[str, list[Row]]:
+    """The rows of a few images (view 0 where there are views). Raises UserError where an image has none."""
+    wanted = store.split_buckets(list(image_ids), buckets)
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for bucket, members in enumerate(wanted):
+        if not members:
+            continue
+        path = store.bucket_path(folder, bucket)
+        table = store.read_table(path, schema, columns)
+        table = table.filter(pc.is_in(table["image_id"], value_set=pa.array(members)))
+        if "view" in columns:
+            table = table.filter(pc.field("view") == 0)
+        for row in table.to_pylist():
+            rows[row["image_id"]].append(row)
+        absent = [image_id for image_id in members if image_id not in rows]
+        if absent:
+            remedy = f"run the stage that writes {folder} again (dvc repro)"
+            raise UserError(f"{path}: lacks image {absent[0]}; {remedy}")
+    return rows
+
+
+def name_concept(row: Row, names: Mapping[str, str]) -> str:
+    """A concept's text; a prototype has none and is called by its classes."""
+    return row["text"] or "prototype of " + ", ".join(names[class_id] for class_id in row["class_ids"])
+
+
+def explain(nodes: Sequence[Row], labels: Sequence[Row], bank: Mapping[int, Row], names: Mapping[str, str]) -> Row:
+    """The densest selected patches of one image with their best concepts, and its selected concepts."""
+
+    def concept(idx: int, weight: float | None = None) -> Row:
+        return {"text": name_concept(bank[idx], names), "classes": bank[idx]["class_ids"], "weight": weight}
+
+    node = {row["node"]: row for row in nodes}
+    local = [row for row in labels if row["node"] > 0 and row["selected"]]
+    patches = []
+    for row in sorted(local, key=lambda row: (-row["density"], row["node"]))[:PATCHES]:
+        # Written by falling weight; equal weights in the order of the bank.
+        weighted = list(zip(row["concept_idx"], map(float, row["concept_weight"]), strict=True))
+        x0, y0, x1, y1 = (node[row["node"]][side] for side in ("x0", "y0", "x1", "y1"))
+        patches.append(
+            {
+                "kind": node[row["node"]]["kind"],
+                "density": row["density"],
+                "left": x0,
+                "top": y0,
+                "width": x1 - x0,
+                "height": y1 - y0,
+                "concepts": [concept(idx, weight) for idx, weight in weighted[:PATCH_CONCEPTS]],
+            }
+        )
+    selected = next((row["selected_concepts"] for row in labels if row["node"] == 0), None)
+    return {"patches": patches, "selected": [concept(idx) for idx in selected or []]}
+
+
+def make_examples(
+    data: Path,
+    shown: Run,
+    index: pa.Table,
+    bank: pa.Table,
+    names: Mapping[str, str],
+    *,
+    buckets: int,
+    count: int,
+) -> list[Row]:
+    """Test images as the page shows them, by the rule of choose_examples on the kept model's predictions."""
+    image_id = dict(zip(index["path"].to_pylist(), index["image_id"].to_pylist(), strict=True))
+    test = np.flatnonzero(shown.split == "test")
+    predicted = shown.predicted[shown.seeds.index(shown.model_seed), test]
+    ids = [image_id[shown.paths[position]] for position in test]
+    chosen = choose_examples(ids, predicted == shown.y[test], count)
+
+    wanted = {ids[position] for position in chosen}
+    thumbs = rows_of(data / "thumbs", "thumbs/1", buckets, wanted, ["image_id", "webp"])
+    boxes = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1"]
+    nodes = rows_of(data / f"embed/{shown.encoder}/images", "embed.nodes/1", buckets, wanted, boxes)
+    columns = ["concept_idx", "concept_weight", "density", "selected", "selected_concepts"]
+    columns = ["image_id", "view", "node", *columns]
+    labels = rows_of(data / f"labels/{shown.encoder}", "labels/1", buckets, wanted, columns)
+    by_idx = {row["concept_idx"]: row for row in bank.to_pylist()}
+    examples = []
+    for position in chosen:
+        own = ids[position]
+        examples.append(
+            {
+                "path": shown.paths[test[position]],
+                "webp": base64.b64encode(thumbs[own][0]["webp"]).decode(),
+                "true": shown.classes[shown.y[test[position]]],
+                "predicted": shown.classes[predicted[position]],
+                **explain(nodes[own], labels[own], by_idx, names),
+            }
+        )
+    return examples
+
+
+def count_concepts(concepts: pa.Table, bank: pa.Table, names: Mapping[str, str]) -> Row:
+    """How many concepts there were and are, why the others went, the most telling ones; class names apart."""
+    count = "SELECT count(*), count(*) FILTER (kept) FROM t WHERE kind <> 'name'"
+    [(written, clean)] = query(count, t=concepts)
+    [(candidates, kept)] = query(count, t=bank)
+    # A reason may name the concept that was preferred behind a colon.
+    dropped = query(
+        """SELECT stage, count(*) AS n, split_part(coalesce(drop_reason, 'no reason given'), ':', 1) AS reason
+           FROM (
+             SELECT 'clean_concepts' AS stage, drop_reason FROM concepts WHERE NOT kept AND kind <> 'name'
+             UNION ALL
+             SELECT 'select_concepts', drop_reason FROM bank WHERE NOT kept AND kind <> 'name'
+           ) GROUP BY stage, reason ORDER BY stage, n DESC, reason""",
+        concepts=concepts,
+        bank=bank,
+    )
+    best = sorted(
+        (row for row in bank.to_pylist() if row["kept"] and row["discriminability"] is not None),
+        key=lambda row: (-row["discriminability"], row["concept_idx"]),
+    )
+    telling = [
+        {
+            "text": name_concept(row, names),
+            "classes": [names[class_id] for class_id in row["class_ids"]],
+            "kind": row["kind"],
+            "nats": row["discriminability"],
+        }
+        for row in best[:TELLING]
+    ]
+    counts = {"written": written, "clean": clean, "candidates": candidates, "kept": kept}
+    return {**counts, "dropped": dropped, "telling": telling}
+
+
+def accuracy_rows(runs: Sequence[Run], reference: Run) -> list[Row]:
+    """One row a method: accuracies by split, on test the difference to the reference (None for itself)."""
+    rows = []
+    for found in runs:
+        paired: Paired | None = None
+        if found is not reference:
+            paired = paired_difference(found.on("test"), reference.on("test"), found.y[found.split == "test"])
+        splits = {split: found.accuracy(split) for split in SPLITS}
+        row = {"method": found.method, "encoder": found.encoder, "seeds": len(found.seeds), "paired": paired}
+        rows.append({**row, **splits})
+    return rows
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def signed(value: float) -> str:
+    """A difference of accuracies in points; never a negative zero."""
+    return f"{100 * value:+.1f}".replace("-0.0", "+0.0")
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    return f"[{signed(bounds[0])}, {signed(bounds[1])}]"
+
+
+def summarise(rows: Sequence[Row], reference: str, page: Path) -> str:
+    """The plain-text table, in % and points."""
+    lines = [["method", *SPLITS, f"test - {reference} [95 %]"]]
+    for row in rows:
+        splits = [f"{percent(row[split][0])} +- {percent(row[split][1])}" for split in SPLITS]
+        paired = row["paired"]
+        compared = "reference" if paired is None else f"{signed(paired.difference)} {interval(paired.images)}"
+        lines.append([row["method"], *splits, compared])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    counts = sorted({row["seeds"] for row in rows})
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    note = f"accuracy in %, mean +- standard deviation over seeds ({seeds}); paired difference in points"
+    return "\n".join([*text, "", note, f"report: {page.as_posix()}"]) + "\n"
+
+
+def render(content: Row) -> str:
+    """The page. Everything that comes from data is escaped by the template engine."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, signed=signed, interval=interval)
+    return environment.get_template("report.html.jinja").render(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    store.write_atomic(path, write)
+
+
+def report(params: Params, data: Path) -> str:
+    """Write data/report/ and return the summary."""
+    buckets = params.dataset.buckets
+    index = store.read_table(data / "index/images.parquet", "index.images/1")
+    classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
+    names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
+    runs = [read_run(data, name, method.encoder) for name, method in params.train.methods.items()]
+    check_same_images(data, runs, index)
+
+    # Of equals, the first in params.yaml.
+    shown = max(runs, key=lambda found: found.accuracy("val")[0])
+    marks = read_marks(data, shown.encoder, buckets)
+    check_marks(data, shown, marks)
+    bank = store.read_table(
+        data / f"bank/{shown.encoder}.parquet",
+        "bank/1",
+        ["concept_idx", "text", "class_ids", "kind", "discriminability", "kept", "drop_reason"],
+    )
+    columns = ["kind", "kept", "drop_reason"]
+    concepts = store.read_table(data / "concepts/concepts.parquet", "concepts/1", columns)
+    reference = next(found for found in runs if found.method == params.report.reference)
+    rows = accuracy_rows(runs, reference)
+
+    test = shown.split == "test"
+    guesses = shown.predicted[shown.seeds.index(shown.model_seed), test]
+    matrix = np.zeros((len(shown.classes), len(shown.classes)), dtype=np.int64)  # rows: the true classes
+    np.add.at(matrix, (shown.y[test], guesses), 1)
+    order = order_classes(classes, shown.classes)
+    content = {
+        "domain": params.domain,
+        "dataset": count_dataset(index, classes),
+        "rows": rows,
+        "reference": reference.method,
+        "reach": max([0.01, *(abs(end) for row in rows if row["paired"] for end in row["paired"].images)]),
+        "shown": shown,
+        "names": names,
+        "test_images": int(test.sum()),
+        "wrong": int((guesses != shown.y[test]).sum()),
+        "pairs": confused_pairs(matrix),
+        "totals": matrix.sum(axis=1).tolist(),
+        "order": order if len(order) <= MATRIX_CLASSES else [],
+        "matrix": matrix.tolist(),
+        "examples": make_examples(data, shown, index, bank, names, buckets=buckets, count=params.report.examples),
+        "concepts": count_concepts(concepts, bank, names),
+        "marks": {**marks, **{f"runs/{found.method}/predictions.parquet": found.mark for found in runs}},
+    }
+    page = data / "report/index.html"
+    html, summary = render(content), summarise(rows, reference.method, page)
+    write_text(page, html)
+    write_text(page.with_name("summary.txt"), summary)
+    return summary
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    where = "where the stages wrote (default: data)"
+    parser.add_argument("--data", default="data", metavar="DIR", help=where)
+    arguments = parser.parse_args()
+    print(report(load_params(arguments.params), Path(arguments.data)), end="")
+
+
+if __name__ == "__main__":
+    run(main)

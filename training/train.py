@@ -1,0 +1,190 @@
+"""Train and evaluate one method on the cached features of its encoder.
+
+Reads   data/index/{images,classes}.parquet and, for the method's encoder E, data/embed/E/{images/,text.parquet},
+        data/bank/E.parquet, data/labels/E/, data/graphs/E/; data/descriptions/descriptions.parquet.
+Writes  data/runs/METHOD/: metrics.json (accuracies by split, the mean over seeds), history.csv (one row an epoch),
+        timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best
+        on val), config.json (settings, class order, fingerprints of what was read).
+Costs   processor time only: none to speak of for the zero-shot methods; an epoch's seconds stand in timing.json. Memory
+        holds all vectors as float16, one bucket of data/embed/E/images beside them, and a batch.
+
+`train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
+stands for all seeds. Val chooses, test is only read out. On one machine and with one thread count (OMP_NUM_THREADS), a
+second run writes the same bytes, timing.json apart.
+
+    python -m training.train --method concept_graph
+    python -m training.train --check          # only check every method's settings
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+
+from stages.command import UserError, run, stage_parser
+from stages.params import Params, load_params
+from stages.store import canonical_json, fingerprint, write_atomic
+from training.data import SPLITS, Cache, read_cache
+from training.evaluate import accuracy, log_loss, macro_accuracy, top_k_accuracy
+from training.loop import predict
+from training.methods import Fitted, load_method, read_settings
+
+SCHEMA = "run.predictions/1"
+Numbers = dict[str, float]
+
+
+def fit_seeds(method: str, cache: Cache, settings: Any, seeds: list[int]) -> dict[int, Fitted]:
+    """A fitted model for every seed; the same one for all where the method draws nothing."""
+    module = load_method(method)
+    if not module.SEEDED:
+        return dict.fromkeys(seeds, module.fit(cache, settings, seeds[0]))
+    fits = {}
+    for seed in seeds:
+        fits[seed] = module.fit(cache, settings, seed)
+    return fits
+
+
+def measure(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
+    """By split: how good logits (n, C) of all images are."""
+    numbers = {}
+    y = cache.y.numpy()
+    for split in SPLITS:
+        chosen = cache.split == split
+        numbers[split] = {
+            "accuracy": accuracy(logits[chosen], y[chosen]),
+            "macro_accuracy": macro_accuracy(logits[chosen], y[chosen]),
+            "top5_accuracy": top_k_accuracy(logits[chosen], y[chosen], 5),
+            "log_loss": log_loss(logits[chosen], y[chosen]),
+        }
+    return numbers
+
+
+def summarise(measured: dict[int, dict[str, Numbers]], fits: dict[int, Fitted], cache: Cache) -> dict[str, Any]:
+    """metrics.json: means over seeds, the accuracy's standard deviation (0 for one seed), sizes, what val chose."""
+    metrics: dict[str, Any] = {}
+    for split in SPLITS:
+        runs = [numbers[split] for numbers in measured.values()]
+        metrics[split] = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+        accuracies = [run["accuracy"] for run in runs]
+        metrics[split]["accuracy_std"] = float(np.std(accuracies, ddof=1)) if len(runs) > 1 else 0.0
+        metrics[split]["images"] = int((cache.split == split).sum())
+    metrics["seeds"] = len(measured)
+    metrics["chosen"] = {str(seed): fitted.chosen for seed, fitted in fits.items()}
+    return metrics
+
+
+def predictions_table(logits: dict[int, np.ndarray], cache: Cache) -> pa.Table:
+    """One row an image and seed: path, split, seed, class_id (the true one), logits in the order of the classes."""
+    images, seeds = len(cache.paths), len(logits)
+    values = pa.array(np.concatenate(list(logits.values())).astype(np.float32).reshape(-1))
+    return pa.table(
+        {
+            "path": cache.paths * seeds,
+            "split": cache.split.tolist() * seeds,
+            "seed": pa.array(np.repeat(list(logits), images), pa.int32()),
+            "class_id": [cache.classes[label] for label in cache.y.tolist()] * seeds,
+            "logits": pa.FixedSizeListArray.from_arrays(
+                values, type=pa.list_(pa.field("element", pa.float32()), len(cache.classes))
+            ),
+        }
+    )
+
+
+def history_csv(fits: dict[int, Fitted]) -> str:
+    """Every seed's history; the columns are those of its rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["seed", *next(iter(fits.values())).history[0]], lineterminator="\n")
+    writer.writeheader()
+    for seed, fitted in fits.items():
+        writer.writerows({"seed": seed, **row} for row in fitted.history)
+    return text.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def train(params: Params, path: str, method: str, data: Path) -> None:
+    """Fit `method` for every seed and write its run. `path` is the parameters' file, for messages."""
+    started = perf_counter()
+    if method not in params.train.methods:
+        known = ", ".join(params.train.methods)
+        raise UserError(f"{path}: train.methods: has no {method}; choose one of: {known}, or add it")
+    settings, encoder = read_settings(path, params, method), params.train.methods[method].encoder
+    torch.use_deterministic_algorithms(True)
+    cache = read_cache(data, encoder, params.dataset.buckets)
+    loaded = perf_counter()
+
+    seeds = list(range(params.train.seed, params.train.seed + params.train.seeds))
+    fits = fit_seeds(method, cache, settings, seeds)
+    images = torch.arange(len(cache.paths))
+    logits = {seed: predict(fitted.model, cache, images).numpy() for seed, fitted in fits.items()}
+    measured = {seed: measure(values, cache) for seed, values in logits.items()}
+    for seed, numbers in measured.items():
+        print(f"{method} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
+
+    best = max(seeds, key=lambda seed: (measured[seed]["val"]["accuracy"], -measured[seed]["val"]["log_loss"]))
+    config = {
+        "method": method,
+        "encoder": encoder,
+        "settings": settings.model_dump(),
+        "seeds": seeds,
+        "model_seed": best,
+        "classes": cache.classes,
+        "fingerprints": cache.fingerprints,
+    }
+    mark = fingerprint(
+        SCHEMA,
+        {key: config[key] for key in ("method", "encoder", "settings", "seeds")},
+        list(cache.fingerprints.values()),
+    )
+    metadata = {"schema": SCHEMA, "fingerprint": mark, "params": canonical_json({"classes": cache.classes})}
+    table = predictions_table(logits, cache).replace_schema_metadata(metadata)
+    state = {name: value.contiguous() for name, value in fits[best].model.state_dict().items()}
+
+    folder = data / "runs" / method
+    write_json(folder / "metrics.json", summarise(measured, fits, cache))
+    write_text(folder / "history.csv", history_csv(fits))
+    write_json(folder / "config.json", config)
+    write_atomic(folder / "predictions.parquet", lambda partial: pq.write_table(table, partial, compression="zstd"))
+    write_atomic(folder / "model.safetensors", lambda partial: save_file(state, partial))
+    timing = {
+        "epoch_seconds": float(np.mean([fitted.epoch_seconds for fitted in fits.values()])),
+        "load_seconds": loaded - started,
+        "total_seconds": perf_counter() - started,
+    }
+    write_json(folder / "timing.json", timing)
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the stages wrote (default: data)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", metavar="NAME", help="a method of train.methods")
+    what.add_argument("--check", action="store_true", help="check the settings of every method and stop")
+    arguments = parser.parse_args()
+    params = load_params(arguments.params)
+    if arguments.check:
+        for name in params.train.methods:
+            read_settings(arguments.params, params, name)
+    else:
+        train(params, arguments.params, arguments.method, Path(arguments.data))
+
+
+if __name__ == "__main__":
+    run(main)
