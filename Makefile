@@ -8,6 +8,8 @@ SHELL := /bin/bash
 
 STAMP := $(VENV)/.fieldmark-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Threads that spin while they wait take the cores from each other.
+export OMP_WAIT_POLICY ?= passive
 # Where there is no git (an unpacked archive) DVC must be told.
 NO_SCM := $(if $(wildcard .git),,.dvc/config.local)
 

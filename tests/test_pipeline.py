@@ -47,11 +47,13 @@ def make_small(params: Any) -> None:
 
 def checkout(target: Path) -> Path:
     """This working tree as a fresh clone would have it, in a repository of its own."""
-    ignore = shutil.ignore_patterns(".git", ".venv", ".cache", "__pycache__", "cache", "tmp", "config.local", ".*_cache")
-    shutil.copytree(ROOT, target, ignore=lambda folder, names: {
-        *ignore(folder, names), *([name for name in names if name != "demo"] if Path(folder) == ROOT / "data" else []),
-        *(["dvc.lock"] if Path(folder) == ROOT else []),
-    })
+    made_here = shutil.ignore_patterns(".git", ".venv", "*cache*", "tmp", "config.local", "dvc.lock")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        outputs = set(names) - {"demo"} if Path(folder) == ROOT / "data" else set()
+        return {*made_here(folder, names), *outputs} - {"cache.py"}
+
+    shutil.copytree(ROOT, target, ignore=ignored)
     edit_params(target, make_small)
     git("init", "-q", "-b", "main", cwd=target)
     git("add", "-A", cwd=target)
@@ -122,8 +124,8 @@ def test_live_mode_without_a_key_is_one_line(made: Path, tmp_path: Path) -> None
     params["llm"]["mode"] = "live"
     with open(tmp_path / "live.yaml", "w") as file:
         yaml.dump(params, file)
-    failed = command(sys.executable, "-m", "stages.generate_concepts", "--params", str(tmp_path / "live.yaml"), cwd=made,
-                     check=False, FIELDMARK_CACHE=str(tmp_path / "cache"))
+    words = [sys.executable, "-m", "stages.generate_concepts", "--params", str(tmp_path / "live.yaml")]
+    failed = command(*words, cwd=made, check=False, FIELDMARK_CACHE=str(tmp_path / "cache"))
     assert failed.returncode != 0
     assert len(failed.stderr.strip().splitlines()) == 1
     assert "OPENAI_API_KEY" in failed.stderr
@@ -150,7 +152,8 @@ def test_a_corrupt_bucket_is_one_line_that_names_it(made: Path) -> None:
 def test_unknown_key_stops_every_stage_with_one_line(made: Path, tmp_path: Path) -> None:
     text = (made / "params.yaml").read_text().replace("  root: data/reef", "  roots: data/reef")
     (tmp_path / "params.yaml").write_text(text)
-    failed = command(sys.executable, "-m", "stages.index_images", "--params", str(tmp_path / "params.yaml"), cwd=made, check=False)
+    words = [sys.executable, "-m", "stages.index_images", "--params", str(tmp_path / "params.yaml")]
+    failed = command(*words, cwd=made, check=False)
     assert failed.returncode == 1
     assert "dataset.root" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1

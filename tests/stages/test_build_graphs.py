@@ -214,7 +214,7 @@ def test_a_weight_that_rounds_to_nothing_is_no_edge(
     set_params: Callable[..., Params], build: Callable[[], int]
 ) -> None:
     set_params(graphs={"sigma": 0.1, "spatial_threshold": 0.0, "neighbours": 1})
-    # All alike, so that likeness links what it must; corners are exp(-25) apart, which half precision does not hold.
+    # Nothing alike; neighbours weigh exp(-12.5), corners exp(-25), which half precision does not hold.
     write_nodes(IMAGES, {image_id(0): np.eye(5, 8, dtype=np.float32)}, boxes=BOXES, kinds=KINDS)
     build()
     row = store.read_buckets(FOLDER, "graphs/1", 4).to_pylist()[0]
