@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from tests.openai_server import OpenAIServer
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 METHODS = ["zero_shot", "description_zero_shot", "linear_probe", "attention_pool", "concept_graph"]
@@ -157,3 +159,63 @@ def test_unknown_key_stops_every_stage_with_one_line(made: Path, tmp_path: Path)
     assert failed.returncode == 1
     assert "dataset.root" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path, tmp_path: Path) -> None:
+    """Promise 2: live against a local server; undoing the edit calls nobody and restores the bytes."""
+    folder = tmp_path / "live"
+    shutil.copytree(made, folder, symlinks=True)
+    prompt = folder / "prompts/concepts.md"
+    text, classes = prompt.read_text(), 24
+
+    def run() -> tuple[int, dict[str, bytes], dict[str, tuple[int, bytes]]]:
+        before = len(server.calls)
+        command("dvc", "repro", "label_patches@reef", "build_graphs@reef", cwd=folder, OPENAI_API_KEY="sk-test-key-123")
+        files = [*folder.glob("data/embed/*/images/*"), *folder.glob("data/graphs/*/*")]
+        untouched = {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+        made_of_text = {path: (folder / path).read_bytes() for path in (
+            "data/concepts/answers.parquet", "data/bank/reef.parquet", "data/labels/reef/b000.parquet",
+        )}
+        return len(server.calls) - before, made_of_text, untouched
+
+    with OpenAIServer() as server:
+        edit_params(folder, lambda params: params["llm"].update(mode="live", base_url=server.base_url))
+        calls, first, images = run()
+        assert calls == classes
+        prompt.write_text(text.replace("based on just a photo", "seen in just one photo"))
+        calls, edited, after = run()
+        assert calls == classes
+        assert after == images
+        assert edited["data/concepts/answers.parquet"] != first["data/concepts/answers.parquet"]
+        prompt.write_text(text)
+        calls, undone, after = run()
+        assert calls == 0
+        assert undone == first
+        assert after == images
+
+
+def test_one_image_more_is_one_image_embedded_and_one_bucket_changed(made: Path, tmp_path: Path) -> None:
+    """Promise 3, by DVC: and taking the image away restores every byte."""
+    folder = tmp_path / "more"
+    shutil.copytree(made, folder, symlinks=True)
+    # The demo is drawn by a stage; images of one's own are not.
+    edit_params(folder, lambda params: params.update(demo={}))
+
+    def run() -> tuple[str, dict[str, bytes]]:
+        done = command("dvc", "repro", "build_graphs@reef", cwd=folder)
+        files = sorted([*folder.glob("data/embed/*/images/*"), *folder.glob("data/graphs/*/*")])
+        return done.stdout, {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    _, before = run()
+    source = sorted(folder.glob("data/reef/train/*/*.jpg"))[0]
+    extra = source.with_name("extra.jpg")
+    extra.write_bytes(source.read_bytes() + b"\0")
+    said, after = run()
+    assert "1 images embedded" in said
+    assert "1 images linked anew" in said
+    changed = [path for path in before if before[path] != after[path]]
+    assert [Path(path).parts[1] for path in changed] == ["embed", "graphs"]
+    assert len({Path(path).name for path in changed}) == 1
+    extra.unlink()
+    said, restored = run()
+    assert restored == before

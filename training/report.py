@@ -4,7 +4,7 @@ Reads   data/runs/METHOD/{config.json,metrics.json,predictions.parquet} of every
         data/index/{images,classes}.parquet, data/thumbs/, data/concepts/concepts.parquet; for the encoder of
         the method that is best on val also data/bank/E.parquet, data/labels/E/ and the boxes in
         data/embed/E/images/.
-Writes  data/report/index.html (one page that loads nothing else) and data/report/summary.txt, printed too.
+Writes  data/report/index.html (one page that loads nothing else) and data/report/summary.txt (its table as text).
 Costs   seconds; memory for the logits of one method at a time.
 
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are
@@ -470,7 +470,8 @@ def main() -> None:
     where = "where the stages wrote (default: data)"
     parser.add_argument("--data", default="data", metavar="DIR", help=where)
     arguments = parser.parse_args()
-    print(report(load_params(arguments.params), Path(arguments.data)), end="")
+    report(load_params(arguments.params), Path(arguments.data))
+    print(f"{Path(arguments.data) / 'report'}: index.html and summary.txt are written")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from stages.reef.drawing import draw_fish
@@ -123,3 +124,22 @@ def test_an_unknown_word_is_put_after_the_start_of_some_texts():
     changed = with_unknown_words(tokens, torch.tensor([5]))
     kinds = {tuple(row) for row in changed.tolist()}
     assert kinds == {(9, 1, 2, 8, 0, 0), (9, 5, 1, 2, 8, 0)}
+
+
+@pytest.mark.slow
+def test_a_linear_probe_is_good_and_not_perfect(encoder):
+    """The default reef, drawn in full: what is left to gain is what the methods are compared on."""
+    _, preprocess, _ = encoder
+
+    def draw(split, count):
+        pictures = [
+            preprocess(draw_fish(one.attributes, np.random.default_rng([split, index, k]), 160).image)
+            for index, one in enumerate(SPECIES)
+            for k in range(count)
+        ]
+        labels = np.repeat(np.arange(len(SPECIES)), count)
+        return embed_images(encoder, torch.stack(pictures)).numpy(), labels
+
+    (x, y), (x_test, y_test) = draw(1, 40), draw(2, 25)
+    accuracy = LogisticRegression(C=10, max_iter=1000).fit(x, y).score(x_test, y_test)
+    assert 0.80 < accuracy < 0.98
