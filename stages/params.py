@@ -168,7 +168,6 @@ class Params(Block):
     describe: Describe = Describe()
     clean: Clean = Clean()
     encoders: Annotated[dict[str, Encoder], Field(min_length=1)]
-    towers: dict[str, Encoder] = {}
     embed: Embed = Embed()
     select: Select = Select()
     labels: Labels = Labels()
@@ -247,13 +246,10 @@ def check_contradictions(path: str, params: Params) -> None:
         raise UserError(f"{path}: {key}: {what}; {remedy}")
 
     methods = params.train.methods
-    for block, names in (("encoders", params.encoders), ("towers", params.towers), ("train.methods", methods)):
+    for block, names in (("encoders", params.encoders), ("train.methods", methods)):
         for name in names:
             if not NAME.fullmatch(name):
                 refuse(f"{block}.{name}", "is used as a folder name", "use lower-case letters, digits, - and _")
-    both = sorted(params.encoders.keys() & params.towers.keys())
-    if both:
-        refuse(f"towers.{both[0]}", "stands under encoders too", "give one of them another name")
     for name, method in methods.items():
         key = f"train.methods.{name}"
         if method.encoder not in params.encoders:

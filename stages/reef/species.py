@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
+from ruamel.yaml import YAML
 
 from stages.command import UserError
 
@@ -109,7 +109,7 @@ def complete(marks: Mapping[str, str], where: str) -> dict[str, str]:
 def load_species(path: Path = SPECIES_FILE) -> list[Species]:
     """The species of `path`, sorted by class_id. Raises UserError where the table is missing or wrong."""
     try:
-        groups = yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
+        groups = YAML(typ="safe").load(path.read_text(encoding="utf-8"))["groups"]
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run from the root of the repository") from None
     species = []

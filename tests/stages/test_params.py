@@ -146,7 +146,6 @@ def test_a_missing_block_or_key(refuse: Callable[..., None]) -> None:
         ),
         ("train.methods.__init__", {"encoder": "conv"}, ["train.methods.__init__: is used as a folder name"]),
         ("encoders.My/CLIP", {"model": "x"}, ["encoders.My/CLIP: is used as a folder name", "lower-case"]),
-        ("towers.conv", {"model": "x"}, ["towers.conv: stands under encoders too"]),
         (
             "report.reference",
             "linear_probe",
