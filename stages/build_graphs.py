@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages import store
-from stages.command import UserError, run, stage_parser
+from stages.command import UserError, encoder_parser, run
 from stages.params import Graphs, load_params
 
 EMBED = Path("data/embed")
@@ -116,9 +116,7 @@ def update_bucket(source: Path, target: Path, settings: Graphs, made_by: dict[st
 
 
 def main() -> None:
-    parser = stage_parser(__doc__)
-    parser.add_argument("--encoder", required=True, help="a name under `encoders` in params.yaml")
-    arguments = parser.parse_args()
+    arguments = encoder_parser(__doc__).parse_args()
     params = load_params(arguments.params)
     params.encoder(arguments.encoder)
     buckets = params.dataset.buckets

@@ -17,6 +17,13 @@ def stage_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def encoder_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A stage's parser for the stages that work on one encoder at a time."""
+    parser = stage_parser(doc)
+    parser.add_argument("--encoder", required=True, help="a name under `encoders` in params.yaml")
+    return parser
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main`. Exit 0, 1 after a UserError printed as one line, or 130 after Ctrl-C."""
     try:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from stages import store
 from stages.clip import Box, LoadedEncoder, choose_device, load_encoder, visible_box
-from stages.command import UserError, run, stage_parser
+from stages.command import UserError, encoder_parser, run
 from stages.images import BadImage, map_ahead, open_rgb
 from stages.params import Embed, load_params
 
@@ -243,8 +243,7 @@ def embed(sources: list[Source], encoder: LoadedEncoder, settings: Embed, folder
 
 
 def main() -> None:
-    parser = stage_parser(__doc__)
-    parser.add_argument("--encoder", required=True, help="a name under `encoders` in params.yaml")
+    parser = encoder_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     arguments = parser.parse_args()
     params = load_params(arguments.params)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stages import store
 from stages.clip import LoadedEncoder, choose_device, load_encoder
-from stages.command import UserError, run, stage_parser
+from stages.command import UserError, encoder_parser, run
 from stages.params import load_params
 
 CONCEPTS = Path("data/concepts/concepts.parquet")
@@ -59,8 +59,7 @@ def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
 
 
 def main() -> None:
-    parser = stage_parser(__doc__)
-    parser.add_argument("--encoder", required=True, help="a name under `encoders` in params.yaml")
+    parser = encoder_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     arguments = parser.parse_args()
     settings = load_params(arguments.params).encoder(arguments.encoder)

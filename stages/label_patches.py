@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages import store
-from stages.command import UserError, run, stage_parser
+from stages.command import UserError, encoder_parser, run
 from stages.params import Labels, load_params
 
 EMBED = Path("data/embed")
@@ -126,9 +126,7 @@ def list_column(values: np.ndarray) -> pa.Array:
 
 
 def main() -> None:
-    parser = stage_parser(__doc__)
-    parser.add_argument("--encoder", required=True, help="a name under `encoders` in params.yaml")
-    arguments = parser.parse_args()
+    arguments = encoder_parser(__doc__).parse_args()
     params = load_params(arguments.params)
     params.encoder(arguments.encoder)
     buckets = params.dataset.buckets

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages import store
-from stages.command import UserError, run, stage_parser
+from stages.command import UserError, encoder_parser, run
 from stages.params import Select, load_params
 
 INDEX = Path("data/index/images.parquet")
@@ -103,9 +103,7 @@ def merge_candidates(concepts: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def main() -> None:
-    parser = stage_parser(__doc__)
-    parser.add_argument("--encoder", required=True, help="a name under `encoders` in params.yaml")
-    arguments = parser.parse_args()
+    arguments = encoder_parser(__doc__).parse_args()
     params = load_params(arguments.params)
     params.encoder(arguments.encoder)
     images, text_path = EMBED / arguments.encoder / "images", EMBED / arguments.encoder / "text.parquet"

@@ -1,4 +1,4 @@
-"""The real stage graph, run by DVC in a temporary checkout on a small reef: promises 1 and 5 of the design."""
+"""The real stage graph, run by DVC in a temporary checkout on a small reef: promises 1, 2, 3 and 5 of the design."""
 
 import os
 import shutil
@@ -120,13 +120,9 @@ def test_an_edited_prompt_in_replay_mode_is_one_line_and_changes_nothing(made: P
 
 
 def test_live_mode_without_a_key_is_one_line(made: Path, tmp_path: Path) -> None:
-    shutil.copy(made / "params.yaml", tmp_path / "live.yaml")
-    yaml = YAML()
-    params = yaml.load((tmp_path / "live.yaml").read_text())
-    params["llm"]["mode"] = "live"
-    with open(tmp_path / "live.yaml", "w") as file:
-        yaml.dump(params, file)
-    words = [sys.executable, "-m", "stages.generate_concepts", "--params", str(tmp_path / "live.yaml")]
+    shutil.copy(made / "params.yaml", tmp_path)
+    edit_params(tmp_path, lambda params: params["llm"].update(mode="live"))
+    words = [sys.executable, "-m", "stages.generate_concepts", "--params", str(tmp_path / "params.yaml")]
     failed = command(*words, cwd=made, check=False, FIELDMARK_CACHE=str(tmp_path / "cache"))
     assert failed.returncode != 0
     assert len(failed.stderr.strip().splitlines()) == 1
