@@ -2,17 +2,28 @@
 
 An image gives one global embedding and a map of dense tokens from one forward pass. Each tower family has its rule:
 
-- convolutional timm towers: what follows the feature map (the tower's own norm, pooling, projection) is applied to each
-  cell as if it were the whole map. With average pooling and a linear projection the mean of the cells is the global
-  embedding exactly.
+- timm towers, convolutional ones (feature map (n, C, h, w)) and transformers ((n, prefix + h w, C), CLS and register
+  tokens first): what follows the feature map (the tower's own norm, pooling, projection) is applied to each cell as if
+  it were the whole map. So a map whose cells are all equal has tokens that all equal its global embedding.
+  Average pooling: the mean of the cells is the global embedding exactly if the projection is linear and no norm stands
+  between. Attention pooling (`map` as in SigLIP, `rot_attn`): a cell pays all its attention to itself; the mean of the
+  cells is not the global embedding. CLS pooling (`token`): a cell takes the place of the CLS token, as in open_clip
+  ViTs. CLS and register tokens are no cells; where pooling reads them too, they give way to copies of the cell.
+  Pooling that adds a learned position to each cell (`abs_attn`) is refused: a cell by itself has no place.
 - open_clip ViTs: the last block's patch tokens through `ln_post` and `proj`, as the tower does with its CLS token. The
-  mean of the cells is not the global embedding, and deep ViT cells carry context from the whole picture.
+  mean of the cells is not the global embedding.
+
+The cells of every transformer carry context from the whole picture. A text goes through the encoder's own tokenizer:
+open_clip's, or one of Hugging Face's with its own cleaning.
 
 Vectors leave here in float32, not normalised. An encoder's fingerprint covers architecture, weights, preprocessing,
-precision and these rules; the device and the batch size are not in it.
+precision and these rules, a Hugging Face text tower and tokenizer by what is in them, not by where they lie; the device
+and the batch size are not in it.
 """
 
 import hashlib
+import json
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +32,13 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 from safetensors import SafetensorError
+from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
 
 from stages import store
@@ -84,13 +98,26 @@ class LoadedEncoder:
 
     def count_tokens(self, text: str) -> tuple[int, bool]:
         """How many tokens the encoder reads of a text, start and end included, and whether it had to cut it."""
-        encode = getattr(self.tokenizer, "encode", None)
-        length = int(self.tokenizer([""]).shape[1])
-        if encode is None:
-            kind = type(self.tokenizer).__name__
-            raise UserError(f"params.yaml: encoders.{self.name}: {kind} cannot count tokens; use another encoder")
-        needed = len(encode(text)) + 2
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            needed, length = len(self.tokenizer.encode(text)) + 2, self.tokenizer.context_length
+            return min(needed, length), needed > length
+        if isinstance(self.tokenizer, HFTokenizer):
+            return count_hf_tokens(self.tokenizer, text)
+        kind = type(self.tokenizer).__name__
+        raise UserError(f"params.yaml: encoders.{self.name}: {kind} cannot count tokens; use another encoder")
+
+
+def count_hf_tokens(tokenizer: Any, text: str) -> tuple[int, bool]:
+    """LoadedEncoder.count_tokens for open_clip's HFTokenizer: special tokens count, padding does not."""
+    length, encode, text = tokenizer.context_length, tokenizer.tokenizer, tokenizer.clean_fn(text)
+    if tokenizer.tokenizer_mode == "clips":
+        needed = len(encode(text, add_special_tokens=False, verbose=False).input_ids) + 3  # start, end, class
         return min(needed, length), needed > length
+    needed = len(encode(text, verbose=False).input_ids)
+    read = encode(text, truncation=True, max_length=length).input_ids
+    # strip_sep_token puts 0 in the place of each separator, and 0 is padding to most vocabularies.
+    stripped = read.count(encode.sep_token_id) if tokenizer.strip_sep_token and encode.pad_token_id == 0 else 0
+    return len(read) - stripped, needed > length
 
 
 def pad_rows(rows: Tensor, count: int) -> Tensor:
@@ -128,6 +155,10 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         raise UserError(f"{key}.pretrained: is missing, and random weights embed nothing; {remedy}")
     try:
         architecture = open_clip.get_model_config(settings.model)
+        text_tower = architecture["text_cfg"].get("hf_model_name") or ""
+        if text_tower.startswith((".", "/")) and not Path(text_tower).is_dir():
+            remedy = "correct it there (a path counts from where the command runs)"
+            raise UserError(f"{key}.model: {folder} names its text tower {text_tower}, which is no folder; {remedy}")
         model, _, preprocess = open_clip.create_model_and_transforms(
             settings.model, settings.pretrained, precision=settings.precision, device=device, require_pretrained=True
         )
@@ -138,11 +169,15 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         raise UserError(f"{key}: open_clip cannot load {settings.model!r} ({reason}); correct it") from None
     model.eval().requires_grad_(False)
     visual = model.visual
+    hugging_face = isinstance(getattr(model, "text", None), HFTextEncoder)
+    if hugging_face and settings.precision != "fp32" and not isinstance(visual, TimmModel):
+        reason = "open_clip runs a Hugging Face text tower beside a ViT of its own in fp32 only"
+        raise UserError(f"{key}.precision: {reason}; use fp32")
     preprocessing = dict(visual.preprocess_cfg)
     identity = {
         "rules": RULES,
         # The configuration, since what PyTorch prints of a model leaves out attention heads and pooling.
-        "architecture": architecture,
+        "architecture": {**architecture, "text_cfg": architecture["text_cfg"] | hf_content(model, tokenizer, key)},
         "weights": weights_sha(model),
         "preprocessing": preprocessing,
         "precision": settings.precision,
@@ -152,6 +187,32 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
         fingerprint=store.sha256(store.canonical_json(identity)),
     )
+
+
+def hf_content(model: nn.Module, tokenizer: Any, key: str) -> dict[str, Any]:
+    """What the paths in `text_cfg` lead to: the text tower's settings and a sha of the tokenizer. Empty without them.
+
+    Raises UserError for a tokenizer that transformers runs without a tokenizer.json: its rules cannot be read.
+    """
+    content: dict[str, Any] = {}
+    if isinstance(tower := getattr(model, "text", None), HFTextEncoder):
+        config = tower.config
+        # Against the class's defaults, so that an option which a new transformers adds changes nothing.
+        defaults = type(config)().to_dict()
+        settings = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
+        settings.pop("_name_or_path", None)
+        content["hf_model_name"] = settings | {"model_type": config.model_type}
+    if isinstance(tokenizer, HFTokenizer):
+        inner = tokenizer.tokenizer
+        if not inner.is_fast:
+            remedy = "save it as a fast one (tokenizer.json), or use another encoder"
+            raise UserError(f"{key}.model: the rules of {type(inner).__name__} are code, not a file; {remedy}")
+        rules = json.loads(inner.backend_tokenizer.to_str())
+        # open_clip's calls set both anew.
+        del rules["truncation"], rules["padding"]
+        sides = [inner.padding_side, inner.truncation_side, inner.split_special_tokens]
+        content["hf_tokenizer_name"] = store.sha256(store.canonical_json([rules, inner.special_tokens_map, sides]))
+    return content
 
 
 def weights_sha(model: nn.Module) -> str:
@@ -166,23 +227,51 @@ def weights_sha(model: nn.Module) -> str:
 def image_features(visual: Any, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Global embeddings (n, D) and dense tokens (n, h, w, D) of one forward pass. Raises UserError for other towers."""
     if isinstance(visual, TimmModel):
-        features = visual.trunk.forward_features(pixels)
-        if features.ndim != 4 or features.shape[1] != visual.trunk.num_features:
-            trunk = type(visual.trunk).__name__
-            raise UserError(f"params.yaml: encoders.{name}: {trunk} gives no map of cells (n, C, h, w); use another")
-        batch, channels, height, width = features.shape
-        pooled = visual.head(visual.trunk.forward_head(features))
-        cells = features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
-        tokens = visual.head(visual.trunk.forward_head(cells))
-        return pooled, tokens.reshape(batch, height, width, -1)
+        return timm_features(visual, pixels, f"params.yaml: encoders.{name}: {type(visual.trunk).__name__}")
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.proj is not None:
         output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True)
         tokens = output["image_intermediates"][0].permute(0, 2, 3, 1) @ visual.proj
         return output["image_features"], tokens
     raise UserError(
         f"params.yaml: encoders.{name}: no rule for the dense tokens of a {type(visual).__name__}"
-        f" ({getattr(visual, 'pool_type', 'its own')} pooling); use a convolutional timm tower or an open_clip ViT"
+        f" ({getattr(visual, 'pool_type', 'its own')} pooling); use a timm tower or an open_clip ViT"
     )
+
+
+def timm_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
+    """image_features for a timm tower, which errors call `tower`."""
+    trunk = visual.trunk
+    for part in visual.modules():
+        if isinstance(part, AttentionPool2d | AttentionPoolLatent) and part.pos_embed is not None:
+            problem = "its pooling adds a learned position to each cell, so a cell has no embedding of its own"
+            raise UserError(f"{tower}: {problem}; use another encoder")
+    features = trunk.forward_features(pixels)
+    maps = cut_cells(trunk, features)
+    if maps is None:
+        raise UserError(f"{tower}: gives no map of cells; use a convolutional timm tower or a ViT")
+    cells, (height, width) = maps
+    pooled = visual.head(trunk.forward_head(features))
+    if pooled.ndim != 2:
+        raise UserError(f"{tower}: gives {tuple(pooled.shape)} for a batch of pictures; give it pooling (timm_pool)")
+    tokens = visual.head(trunk.forward_head(cells))
+    return pooled, tokens.reshape(len(pixels), height, width, -1)
+
+
+def cut_cells(trunk: Any, features: Any) -> tuple[Tensor, tuple[int, int]] | None:
+    """Each cell as a feature map (n h w, ...) of its own, row by row, and the grid (h, w). None: there is no map."""
+    channels = trunk.num_features
+    if not isinstance(features, Tensor):
+        return None
+    if features.ndim == 4 and features.shape[1] == channels:
+        height, width = features.shape[2:]
+        return features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1), (height, width)
+    prefix = getattr(trunk, "num_prefix_tokens", None)
+    grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
+    if prefix is None or grid is None or features.shape[1:] != (prefix + math.prod(grid), channels):
+        return None
+    cells = features[:, prefix:].reshape(-1, 1, channels)
+    # A copy for each prefix token: whichever of them the pooling reads or skips, it reads this cell alone.
+    return cells.expand(-1, prefix + 1, -1), grid
 
 
 def visible_box(width: int, height: int, preprocessing: dict[str, Any]) -> Box:

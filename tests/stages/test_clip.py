@@ -1,19 +1,26 @@
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from open_clip.timm_model import TimmModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from stages.clip import LoadedEncoder, choose_device, image_features, load_encoder, visible_box
 from stages.command import UserError
 from stages.params import Encoder
-from tests.stages.project import CONV, VIT, save_model
+from tests.stages.project import CONV, TEXT_TOWER, VIT, save_model
 
 CPU = torch.device("cpu")
 
@@ -78,6 +85,14 @@ def test_vit_cells_go_through_the_last_norm_and_projection(encoders: dict[str, L
     pooled, tokens = encoder.embed_images(pixels)
     torch.testing.assert_close(tokens, x[:, 1:].reshape(2, 4, 4, 16), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(pooled, x[:, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_the_global_row_of_a_vit_that_averages(after: bool, tmp_path: Path) -> None:
+    vision = {**VIT["vision_cfg"], "pool_type": "avg", "final_ln_after_pool": after}
+    encoder = load(save_model(tmp_path, {**VIT, "vision_cfg": vision}))
+    pixels = noise(encoder, 4)
+    assert torch.equal(encoder.embed_images(pixels)[0], encoder.model.encode_image(pixels))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["conv", "vit"])
@@ -156,11 +171,169 @@ def test_the_fingerprint_is_of_what_changes_a_vector(
     assert len(set(marks)) == len(marks)
 
 
-def test_tokens_are_counted_and_cuts_are_told(encoders: dict[str, LoadedEncoder]) -> None:
-    encoder = encoders["conv"]
-    assert encoder.count_tokens("fish") == (3, False)
-    assert encoder.count_tokens("fish " * 10) == (12, False)
-    assert encoder.count_tokens("fish " * 11) == (12, True)
+WORDS = ["fish", "tail", "fin", "a", "with", "##s"]
+
+
+def save_tokenizer(folder: Path, words: list[str] = WORDS, **settings: object) -> Path:
+    """A BERT tokenizer of a few words as Hugging Face saves it: [PAD] is 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[S]", "[E]", *words]
+    tokenizer = BertTokenizer(
+        vocab={word: number for number, word in enumerate(vocabulary)}, bos_token="[S]", eos_token="[E]", **settings
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_bert(folder: Path, words: list[str] = WORDS, **text_cfg: object) -> Path:
+    """CONV with a Hugging Face text tower of one layer, which lies in folder/text."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        BertModel(BertConfig(vocab_size=20, **settings), add_pooling_layer=False).save_pretrained(folder / "text")
+    names = {"hf_model_name": str(folder / "text"), "hf_tokenizer_name": "overridden by the folder"}
+    config = {"context_length": 12, "hf_proj_type": "linear", **names, **text_cfg}
+    return save_model(save_tokenizer(folder, words), {**CONV, "text_cfg": config})
+
+
+def save_siglip(folder: Path, **text_cfg: object) -> Path:
+    """As SigLIP is: attention pooling without projection, no CLS token to text, a cleaning tokenizer."""
+    vision = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 160}
+    cleaning = {"hf_tokenizer_name": "x/y", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    tower = {**TEXT_TOWER, "vocab_size": 20, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": {**tower, **cleaning, **text_cfg}}
+    return save_model(save_tokenizer(folder), config | {"custom_text": True, "init_logit_bias": -10})
+
+
+@pytest.fixture(scope="module")
+def readers(encoders: dict[str, LoadedEncoder], tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedEncoder]:
+    """Encoders of every way to read a text."""
+    base = tmp_path_factory.mktemp("readers")
+    return {
+        "open_clip": encoders["conv"],
+        "bert": load(save_bert(base / "bert")),
+        "siglip": load(save_siglip(base / "siglip")),
+        "clips": load(save_siglip(base / "clips", tokenizer_mode="clips")),
+        "stripped": load(save_siglip(base / "stripped", tokenizer_kwargs={"strip_sep_token": True})),
+    }
+
+
+def test_tokens_are_counted_and_cuts_are_told(readers: dict[str, LoadedEncoder]) -> None:
+    for name, special in {"open_clip": 2, "bert": 2, "siglip": 2, "clips": 3, "stripped": 1}.items():
+        count = readers[name].count_tokens
+        assert count("") == (special, False)
+        assert count("fish") == (special + 1, False)
+        # [SEP] takes a place before it is stripped.
+        full, most = (11, 10) if name == "stripped" else (12, 12 - special)
+        assert count("fish " * most) == (full, False)
+        assert count("fish " * (most + 1)) == (full, True)
+        assert count("fish " * 1000) == (full, True)
+    # What cleaning takes away is not read.
+    assert readers["bert"].count_tokens("A fish, with fins.") == (9, False)
+    assert readers["siglip"].count_tokens("A fish, with fins.") == (7, False)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "bert", "siglip", "clips", "stripped"])
+@limits(max_examples=60, deadline=None)
+@given(text=st.lists(st.sampled_from(["fish", "Tail,", "fins", "eel", "a", "_", "&amp;", "é", "5", "."])).map(" ".join))
+def test_the_count_is_of_what_stands_in_the_row(name: str, readers: dict[str, LoadedEncoder], text: str) -> None:
+    tokenizer: Any = readers[name].tokenizer
+    read, whole = ((tokenizer([text], context_length=length) != 0).sum() for length in (12, 300))
+    assert readers[name].count_tokens(text) == (read, whole > read)
+
+
+@pytest.mark.parametrize("name", ["bert", "siglip"])
+def test_texts_of_a_hugging_face_encoder(name: str, readers: dict[str, LoadedEncoder]) -> None:
+    encoder = readers[name]
+    texts = ["a fish", "a fish with fins", "tail"]
+    vectors = encoder.embed_texts(texts)
+    rows = encoder.tokenizer(texts)
+    assert rows.shape == (3, 12)
+    torch.testing.assert_close(vectors, encoder.model.encode_text(rows), atol=1e-5, rtol=1e-5)  # type: ignore[operator]
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-3
+    assert torch.equal(encoder.embed_texts(texts[1:]), vectors[1:])
+    assert encoder.dimension == vectors.shape[1] == encoder.embed_images(noise(encoder, 1))[0].shape[1]
+
+
+def test_an_encoder_like_siglip_gives_global_row_and_cells(readers: dict[str, LoadedEncoder]) -> None:
+    encoder = readers["siglip"]
+    pixels = noise(encoder, 4)
+    pooled, tokens = encoder.embed_images(pixels)
+    assert torch.equal(pooled, encoder.model.encode_image(pixels))  # type: ignore[operator]
+    assert tokens.shape == (4, 10, 10, 64)
+
+
+def test_a_hugging_face_text_tower_is_known_by_content_not_by_path(
+    readers: dict[str, LoadedEncoder], tmp_path: Path
+) -> None:
+    original = Path(readers["bert"].model.text.config._name_or_path).parent  # type: ignore[union-attr]
+
+    def copy(name: str) -> Path:
+        folder = shutil.copytree(original, tmp_path / name)
+        return change_config(
+            folder, lambda config: config["model_cfg"]["text_cfg"].update(hf_model_name=str(folder / "text"))
+        )
+
+    def edit(path: Path, **changes: object) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    moved = copy("moved")
+    # How long a row was when the tokenizer was saved says nothing: each call sets it.
+    length = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    edit(moved / "tokenizer.json", truncation=length)
+    edit(moved / "tokenizer_config.json", name_or_path="elsewhere")
+    edit(moved / "text/config.json", transformers_version="4.0.0", _name_or_path="elsewhere")
+    assert load(moved).fingerprint == readers["bert"].fingerprint
+
+    marks = [readers["bert"].fingerprint]
+    save_tokenizer(words := copy("words"), [WORDS[1], WORDS[0], *WORDS[2:]])
+    save_tokenizer(case := copy("case"), do_lower_case=False)
+    edit((heads := copy("heads")) / "text/config.json", num_attention_heads=4)
+    edit((padding := copy("padding")) / "text/config.json", pad_token_id=3)
+    edit((side := copy("side")) / "tokenizer_config.json", padding_side="left")
+    edit((special := copy("special")) / "tokenizer_config.json", pad_token="[E]")
+    change_config(clean := copy("clean"), lambda config: config["model_cfg"]["text_cfg"].update(
+        tokenizer_kwargs={"clean": "canonicalize"}
+    ))
+    for folder in (words, case, heads, padding, side, special, clean):
+        marks.append(load(folder).fingerprint)
+    assert len(set(marks)) == len(marks)
+
+
+def test_a_text_tower_that_is_not_there_is_one_line(readers: dict[str, LoadedEncoder], tmp_path: Path) -> None:
+    original = Path(readers["bert"].model.text.config._name_or_path).parent  # type: ignore[union-attr]
+    folder = shutil.copytree(original, tmp_path / "moved")
+    change_config(folder, lambda config: config["model_cfg"]["text_cfg"].update(hf_model_name="../gone"))
+    words = r"encoders\.mine\.model: .*moved.* text tower \.\./gone, .*; correct it"
+    with pytest.raises(UserError, match=words) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_that_open_clip_cannot_run_is_one_line(tmp_path: Path) -> None:
+    folder = save_bert(tmp_path)
+    (folder / "open_clip_model.safetensors").unlink()
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    save_model(folder, config | {"vision_cfg": VIT["vision_cfg"]})
+    assert load(folder).embed_texts(["a fish"]).shape == (1, 16)
+    with pytest.raises(UserError, match=r"encoders\.mine\.precision: .*; use fp32") as error:
+        load(folder, precision="bf16")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_a_file_of_its_rules_is_refused(tmp_path: Path) -> None:
+    folder = save_siglip(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    with pytest.raises(UserError, match=r"encoders\.mine\.model: the rules of ByT5Tokenizer are code") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_a_kind_that_cannot_be_counted(encoders: dict[str, LoadedEncoder]) -> None:
+    encoder = dataclasses.replace(encoders["conv"], tokenizer=lambda texts: torch.zeros(len(texts), 12))
+    with pytest.raises(UserError, match=r"encoders\.mine: function cannot count tokens; "):
+        encoder.count_tokens("fish")
 
 
 def test_an_encoder_that_cannot_be_loaded_is_one_line(models: dict[str, Path], tmp_path: Path) -> None:
@@ -193,23 +366,128 @@ def test_an_encoder_that_cannot_be_loaded_is_one_line(models: dict[str, Path], t
 
 
 @pytest.mark.parametrize(
-    "vision",
+    ("vision", "size", "words"),
     [
-        {
-            "timm_model_name": "test_vit",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-        },
-        {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True},
+        ({"timm_model_name": "test_vit", "timm_proj": "none"}, 160, r"gives \(4, 101, 64\)"),
+        ({"timm_model_name": "test_convnext", "timm_proj": "none"}, 64, r"gives \(4, 64, 2, 2\)"),
+        ({"timm_model_name": "test_mambaout", "timm_pool": "avg"}, 64, "no map of cells"),
+        ({"timm_model_name": "resnet10t", "timm_pool": "abs_attn", "timm_proj": ""}, 64, "a learned position"),
+        ({"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True}, 32, "no rule"),
     ],
 )
-def test_a_tower_without_a_rule_is_refused(vision: dict[str, object], tmp_path: Path) -> None:
-    size = 160 if "timm_model_name" in vision else 32
-    encoder = load(save_model(tmp_path, {**CONV, "vision_cfg": {**vision, "image_size": size}}))
-    with pytest.raises(UserError, match=r"encoders\.mine: ") as error:
+def test_a_tower_without_a_rule_is_refused(
+    vision: dict[str, object], size: int, words: str, tmp_path: Path
+) -> None:
+    defaults = {"timm_pool": "", "timm_proj": "linear"} if "timm_model_name" in vision else {}
+    config = {**CONV, "vision_cfg": {**defaults, **vision, "image_size": size}}
+    encoder = load(save_model(tmp_path, config))
+    with pytest.raises(UserError, match=rf"params\.yaml: encoders\.mine: .*{words}.*; ") as error:
         encoder.embed_images(noise(encoder, 1))
     assert "\n" not in str(error.value)
+
+
+def test_a_transformer_whose_pooling_knows_the_places_is_refused() -> None:
+    visual = timm_tower("test_vit", "map", "none")
+    pixels = torch.zeros(1, 3, 160, 160)
+    image_features(visual, pixels, "mine")
+    visual.trunk.attn_pool.pos_embed = nn.Parameter(torch.zeros(100, 64))
+    with pytest.raises(UserError, match=r"encoders\.mine: VisionTransformer: .* a learned position"):
+        image_features(visual, pixels, "mine")
+
+
+# Every kind of pooling, with and without CLS token, register token, and a norm or a projection after it.
+TOWERS = [
+    ("test_vit", "token", "linear"),
+    ("test_vit", "token", ""),
+    ("test_vit", "avg", "mlp"),
+    ("test_vit", "avg", ""),
+    ("test_vit", "map", "none"),
+    ("test_vit2", "avg", "linear"),
+    ("test_vit3", "map", "linear"),
+    ("test_vit4", "avg", "linear"),
+    ("test_vit_relpos", "avg", "linear"),
+    ("test_byobnet", "avg", "linear"),
+    ("test_byobnet", "rot_attn", ""),
+    ("test_convnext", "rot_attn", "linear"),
+]
+
+
+def timm_tower(trunk: str, pool: str, projection: str) -> TimmModel:
+    """open_clip's tower of a tiny trunk, each weight of it moved so that no layer passes its input on unchanged."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        visual = TimmModel(trunk, 16, pool=pool, proj=projection).eval().requires_grad_(False)
+        for parameter in visual.parameters():
+            parameter += 0.2 * torch.randn_like(parameter) * (1 if parameter.ndim < 2 else parameter.std())
+    return visual
+
+
+def timm_pixels(visual: TimmModel) -> Tensor:
+    return torch.randn(2, *visual.trunk.default_cfg["input_size"], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("trunk", "pool", "projection"), TOWERS)
+def test_a_map_of_equal_cells_has_tokens_equal_to_the_global_row(
+    trunk: str, pool: str, projection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visual = timm_tower(trunk, pool, projection)
+    pixels = timm_pixels(visual)
+    pooled, tokens = image_features(visual, pixels, "mine")
+    torch.testing.assert_close(pooled, visual(pixels), atol=0, rtol=0)
+    assert tokens.std(dim=(1, 2)).min() > 1e-4
+    features = visual.trunk.forward_features(pixels)
+    one = features[:, -1:] if features.ndim == 3 else features[:, :, -1:, -1:]
+    monkeypatch.setattr(visual.trunk, "forward_features", lambda pixels: one.expand_as(features).contiguous())
+    pooled, equal = image_features(visual, pixels, "mine")
+    torch.testing.assert_close(equal, pooled[:, None, None].expand_as(equal), atol=1e-5, rtol=1e-5)
+    # The token of a cell is of that cell: the same one as in the map that it came from.
+    torch.testing.assert_close(equal[:, 0, 0], tokens[:, -1, -1], atol=1e-5, rtol=1e-5)
+    assert (pooled[0] - pooled[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("trunk", ["test_vit", "test_byobnet"])
+def test_the_mean_of_averaged_cells_is_the_global_row(trunk: str) -> None:
+    visual = timm_tower(trunk, "avg", "linear")
+    pooled, tokens = image_features(visual, timm_pixels(visual), "mine")
+    torch.testing.assert_close(tokens.mean(dim=(1, 2)), pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_cls_pooling_takes_each_patch_where_the_cls_token_stood() -> None:
+    visual = timm_tower("test_vit", "token", "linear")
+    pixels = timm_pixels(visual)
+    pooled, tokens = image_features(visual, pixels, "mine")
+    features = visual.trunk.forward_features(pixels) @ visual.head.proj.weight.T
+    torch.testing.assert_close(pooled, features[:, 0])
+    torch.testing.assert_close(tokens, features[:, 1:].reshape(2, 10, 10, 16))
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_rows_and_columns_of_a_transformer_stay_in_place(pool: str) -> None:
+    visual = timm_tower("test_vit", pool, "none")
+    visual.set_input_size((64, 96))
+    # Without its blocks a patch changes its own token and no other.
+    visual.trunk.blocks = nn.Identity()
+    blank = torch.zeros(1, 3, 64, 96)
+    before = image_features(visual, blank, "mine")[1][0]
+    assert before.shape == (4, 6, 64)
+    for row, column in ((0, 0), (0, 5), (1, 2), (3, 0), (3, 5)):
+        pixels = blank.clone()
+        pixels[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 2.0
+        change = (image_features(visual, pixels, "mine")[1][0] - before).norm(dim=-1)
+        assert (change > 1e-3).nonzero().tolist() == [[row, column]]
+
+
+def test_prefix_tokens_are_no_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    # CLS token; attention pooling reads it too.
+    visual = timm_tower("test_vit3", "map", "linear")
+    pixels = timm_pixels(visual)
+    pooled, tokens = image_features(visual, pixels, "mine")
+    features = visual.trunk.forward_features(pixels)
+    features[:, 0] += 5.0
+    monkeypatch.setattr(visual.trunk, "forward_features", lambda pixels: features)
+    changed, same = image_features(visual, pixels, "mine")
+    assert torch.equal(same, tokens)
+    assert (changed - pooled).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("trunk", ["test_convnext", "test_efficientnet", "test_nfnet"])
