@@ -1,9 +1,11 @@
-# make repro   the whole pipeline, from nothing to data/report/index.html
+# make repro   the whole pipeline, from nothing to data/report/index.html; PROFILE=NAME takes profiles/NAME.yaml for
+#              params.yaml first, `git checkout params.yaml` is the way back
 # make test    what CI runs: lint, types, tests
 # VENV=DIR reuses an environment; it is rebuilt when pyproject.toml or constraints.txt change.
 VENV ?= .venv
 PYTHON ?= python3
 METHOD ?=
+PROFILE ?=
 SHELL := /bin/bash
 
 STAMP := $(VENV)/.fieldmark-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
@@ -13,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 # Where there is no git (an unpacked archive) DVC must be told.
 NO_SCM := $(if $(wildcard .git),,.dvc/config.local)
 
-.PHONY: setup repro retry pull test test-all bench clean
+.PHONY: setup profile repro retry pull test test-all bench clean
 
 setup: $(STAMP) $(NO_SCM)
 
@@ -27,14 +29,17 @@ $(STAMP):
 .dvc/config.local: $(STAMP)
 	@dvc config --quiet --local core.no_scm true
 
-repro: setup
-	@python -m stages.params
+profile: setup
+	@$(if $(PROFILE),python -m stages.profiles "$(PROFILE)")
+
+repro: profile
+	@python -m stages.preflight
 	@python -m training.train --check
 	@dvc repro --quiet
 	@cat data/report/summary.txt
 
 # Ask again what was refused, invalid or failed; answers that are there cost nothing.
-retry: setup
+retry: profile
 	dvc repro --single-item --force generate_concepts describe_images
 	@$(MAKE) --no-print-directory repro
 

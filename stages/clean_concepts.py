@@ -5,10 +5,11 @@ Writes  data/concepts/concepts.parquet (concepts/1): every candidate of every cl
         the answers gave them; and for each class its name in each of clean.name_templates (kind name).
 Costs   nothing but a second or two.
 
-A text is dropped, for the first of these reasons that holds: empty, fragment, too_long (more than clean.max_words),
-class_name (it gives the class away), habitat (the model says so), sound, diet, range, size, population, behaviour (a
-photo cannot show it), duplicate (another text of the class says it in the same words). A class that keeps no visual
-text is named on stderr.
+Of a text that ends in a remark on the class by its name ("a long stiff tail, typical of the Brown Creeper") the remark
+is cut off. A text is dropped, for the first of these reasons that holds: empty, fragment, too_long (more than
+clean.max_words), class_name (it gives the class away), habitat (the model says so), sound, diet, range, size,
+population, behaviour (a photo cannot show it), duplicate (another text of the class says it in the same words). A class
+that keeps no visual text is named on stderr.
 
     python -m stages.clean_concepts
 """
@@ -108,6 +109,16 @@ def normalise(text: str) -> str:
     return text[:1].lower() + text[1:] if first in {"A", "An", "The"} or first[1:].islower() else text
 
 
+def cut_remark(text: str, name: ClassName) -> str:
+    """The clauses before the first comma after which the class is named; the text itself where nothing is left."""
+    before = ""
+    for clause in text.split(","):
+        if name.is_in(clause):
+            return normalise(before) if before else text
+        before = f"{before},{clause}" if before else clause
+    return text
+
+
 def wording(text: str, noun: frozenset[str]) -> frozenset[frozenset[str]]:
     """What two texts share that differ only in wording: of each clause the set of its words, without filler and plural.
 
@@ -148,6 +159,7 @@ def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean) -> l
     concepts = [concept_row(row["class_id"], text, "name", rank) for rank, text in enumerate(texts)]
     seen: set[frozenset[frozenset[str]]] = set()
     for rank, candidate in enumerate(found for answer in answers for found in candidates_of(answer)):
+        candidate["text"] = cut_remark(candidate["text"], name)
         reason = reason_to_drop(candidate, name, clean)
         if reason is None:
             key = wording(candidate["text"], noun)

@@ -1,7 +1,7 @@
 """Ask a vision model what each image shows, without telling it what the image is of.
 
-Reads   data/index/images.parquet and its images with status ok under dataset.root, data/index/classes.parquet (to find
-        class names in answers), the prompt `describe.prompt`, params: domain, dataset.root, llm, describe.
+Reads   data/index/images.parquet and its images with status ok as `dataset` says, data/index/classes.parquet (to find
+        class names in answers), the prompt `describe.prompt`, params: domain, dataset, llm, describe.
 Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image, failed ones too;
         data/descriptions/descriptions.parquet (descriptions/1): the sentences, class names masked.
 Costs   llm.mode live: one call for each image whose answer is held neither there nor in the journal under .cache/ (or
@@ -119,7 +119,7 @@ def main() -> None:
     classes_mark = store.read_header(CLASSES, "index.classes/1").fingerprint
     classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
 
-    paths = {row["image_id"]: Path(params.dataset.root, row["path"]) for row in images if row["status"] == "ok"}
+    paths = {row["image_id"]: params.dataset.folder / row["path"] for row in images if row["status"] == "ok"}
     items = items_of(sorted(paths), prompt, params) if params.describe.enabled else []
     if params.llm.mode == "replay" or not params.describe.enabled:
         if args.dry_run:

@@ -1,6 +1,6 @@
 """Embed every image once: the whole picture, the cells of its dense map, coarser grids of them, and crops.
 
-Reads   data/index/images.parquet and the images under `dataset.root`; `encoders.NAME` and `embed` of params.yaml.
+Reads   data/index/images.parquet and the images it names; `encoders.NAME` and `embed` of params.yaml.
 Writes  data/embed/NAME/images/bNNN.parquet (embed.nodes/1). Rows that are there already, made by the same encoder and
         parameters, are kept: an image more embeds one image and rewrites one bucket.
 Costs   one forward pass an image and view (`crops: [3]` adds 9 a view); 2 bytes a dimension and node on disk. The demo
@@ -56,10 +56,10 @@ class View(NamedTuple):
     flip: bool
 
 
-def read_sources(root: Path) -> list[Source]:
+def read_sources(folder: Path) -> list[Source]:
     """The usable images of the index."""
     table = store.read_table("data/index/images.parquet", "index.images/1", ["image_id", "path", "status"])
-    return [Source(row["image_id"], root / row["path"]) for row in table.to_pylist() if row["status"] == "ok"]
+    return [Source(row["image_id"], folder / row["path"]) for row in table.to_pylist() if row["status"] == "ok"]
 
 
 def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Region, bool]:
@@ -248,7 +248,7 @@ def main() -> None:
     arguments = parser.parse_args()
     params = load_params(arguments.params)
     settings = params.encoder(arguments.encoder)
-    sources = read_sources(Path(params.dataset.root))
+    sources = read_sources(params.dataset.folder)
     encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device))
     folder = EMBED / arguments.encoder / "images"
     count = embed(sources, encoder, params.embed, folder, params.dataset.buckets)

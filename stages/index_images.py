@@ -1,87 +1,54 @@
-"""List every image and class of a data set: what is there, in which split, and what is broken or double.
+"""List every image and class of a data set: what is there, in which split, and what is broken, double or leaking.
 
-Reads   the folder `dataset.root`: `train/CLASS/*`, `test/CLASS/*` and, if there, `val/CLASS/*`; hidden files and
-        folders are passed over. Beside them may stand classes.csv (class_id, name, superclass, scientific_name, note),
-        parts.csv (path, part, x0, y0, x1, y1, visible (1 or 0); in [0,1] of the image) and attributes.csv (class_id,
-        attribute, value). In these class_id is the folder.
-Writes  data/index/images.parquet, classes.parquet, parts.parquet, attributes.parquet, metrics.json and data/thumbs/
-        (192-px WebP a picture: all that report needs of the images).
+Reads   what `dataset.root` names, laid out as `dataset.format` says (stages/formats/: imagefolder, cub, manifest), and
+        `dataset.val_list`, a file that names validation images: a path (or, in cub, a number) a line.
+Writes  data/index/images.parquet, classes.parquet, parts.parquet, attributes.parquet, near_duplicates.parquet,
+        metrics.json (counts and health) and data/thumbs/ (192-px WebP a picture: all that report needs of the images).
+        Warnings go to stderr, first of all where test is contaminated.
 Costs   one decode an image: about 5 ms on one core at 500 px.
 
 Byte-equal files: one is `ok` (test before val before train, then the lowest path), the others are `duplicate`; in two
-classes, all are `conflict` and none is used. Without val/, val is the lowest round(f n) of a class's n training images
-by sha256(seed, image_id), so that one image more moves one image at most.
+classes, all are `conflict` and none is used. Where the data name no test images, each class's lowest round(f n) by
+sha256(seed, group or image_id) are test, f `dataset.test_fraction`; where they name no validation images, the same of
+its training images with `dataset.val_fraction`: one image more moves one image at most. A group stays whole, as near to
+the fractions as it can, and a class keeps one image to train on at least.
 
     python -m stages.index_images
 """
 
-import csv
 import hashlib
 import io
 import json
 import os
-import re
-import unicodedata
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from stages import store
+from stages import health, store
 from stages.command import UserError, run, stage_parser
-from stages.images import IMAGE_SUFFIXES, BadImage, dhash, map_ahead, open_rgb
-from stages.params import Params, load_params
+from stages.formats import read_listing
+from stages.formats.listing import SPLITS, Listing, Row, read_lines, readable
+from stages.images import BadImage, dhash, map_ahead, open_rgb
+from stages.params import Dataset, Params, load_params
 
 INDEX = Path("data/index")
 THUMBS = Path("data/thumbs")
 THUMB_PX = 192
-SPLITS = ("train", "val", "test")
-Row = dict[str, Any]
-
-
-def class_id_of(name: str) -> str:
-    """A folder-safe id that never collides: the name itself where it is one, else its slug and a hash of it."""
-    if re.fullmatch(r"[a-z0-9_-]+", name):
-        return name
-    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
-    return f"{slug}-{store.sha256(name)[:8]}"
-
-
-def list_folder(root: Path) -> list[Row]:
-    """One row a file under root/SPLIT/CLASS/, sorted by path. Raises UserError where the layout is not that."""
-    if not root.is_dir():
-        raise UserError(f"params.yaml: dataset.root: {root} is not a folder; run draw_reef first, or name your images")
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            layout = f"lay it out as {split}/CLASS/IMAGE"
-            raise UserError(f"params.yaml: dataset.root: {root} has no folder {split}/; {layout}")
-    rows = []
-    for split in SPLITS:
-        for path in (root / split).glob("[!.]*/[!.]*"):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                relative = path.relative_to(root).as_posix()
-                rows.append({"path": relative, "folder": path.parent.name, "split": split})
-    for row in rows:
-        try:
-            row["path"].encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{root}: the name {row['path']!r} is not UTF-8; rename it") from None
-    if not rows:
-        raise UserError(f"params.yaml: dataset.root: {root} holds no image; expected {root}/train/CLASS/IMAGE")
-    return sorted(rows, key=lambda row: row["path"])
 
 
 def name_classes(folders: set[str]) -> dict[str, str]:
     """The class_id of each folder. Raises UserError where a folder is named as another one's id."""
     ids: dict[str, str] = {}
     for folder in sorted(folders):
-        other = ids.setdefault(class_id_of(folder), folder)
+        other = ids.setdefault(store.class_id_of(folder), folder)
         if other != folder:
             both = f"the classes {other!r} and {folder!r}"
-            raise UserError(f"dataset.root: {both} have one class_id, {class_id_of(folder)}; rename one")
+            raise UserError(f"dataset.root: {both} have one class_id, {store.class_id_of(folder)}; rename one")
     return {folder: class_id for class_id, folder in ids.items()}
 
 
@@ -99,6 +66,11 @@ def hash_files(root: Path, rows: list[Row]) -> None:
         pass
 
 
+def preference(split: str | None) -> int:
+    """Which of byte-equal files is used: test before val before train before one whose split is yet to be drawn."""
+    return -1 if split is None else SPLITS.index(split)
+
+
 def mark_duplicates(rows: list[Row]) -> None:
     """Settle byte-equal files: fill status and duplicate_of of every row whose status is open."""
     groups = defaultdict(list)
@@ -110,7 +82,7 @@ def mark_duplicates(rows: list[Row]) -> None:
             for row in group:
                 row.update(status="conflict", error="the same bytes stand under another class too")
             continue
-        first, *others = sorted(group, key=lambda row: (-SPLITS.index(row["split"]), row["path"]))
+        first, *others = sorted(group, key=lambda row: (-preference(row["split"]), row["path"]))
         first["status"] = "ok"
         for row in others:
             row.update(status="duplicate", duplicate_of=first["path"])
@@ -130,70 +102,102 @@ def look_at(root: Path, row: Row) -> bytes | None:
     return buffer.getvalue()
 
 
-def split_validation(rows: list[Row], fraction: float, seed: int) -> None:
-    """Move round(fraction * n) of each class's usable training rows to val, the lowest by sha256(seed, image_id)."""
-    by_class = defaultdict(list)
-    for row in rows:
-        if row["split"] == "train" and row["status"] == "ok":
-            by_class[row["class_id"]].append(row)
-    for members in by_class.values():
-        members.sort(key=lambda row: store.sha256(f"{seed}:{row['image_id']}"))
-        for row in members[: round(fraction * len(members))]:
-            row["split"] = "val"
+def hold_out(rows: list[Row], split: str, fraction: float, hash_of: Callable[[Row], str]) -> None:
+    """Move round(fraction * n) of each class's n training images to `split`, the lowest by `hash_of` first.
+
+    Images of one group have one hash and move together: a group goes where it brings the classes it holds closer to
+    their numbers, and does not go where a class would keep no training image.
+    """
+    training = [row for row in rows if row["split"] == "train" and row["status"] == "ok"]
+    left = Counter(row["class_id"] for row in training)
+    wanted = {name: round(fraction * count) for name, count in left.items()}
+    units = defaultdict(list)
+    for row in training:
+        units[hash_of(row)].append(row)
+    for _, unit in sorted(units.items()):
+        size = Counter(row["class_id"] for row in unit)
+        gain = sum(abs(wanted[name]) - abs(wanted[name] - count) for name, count in size.items())
+        if gain > 0 and all(left[name] > count for name, count in size.items()):
+            for row in unit:
+                row["split"] = split
+            for name, count in size.items():
+                wanted[name] -= count
+                left[name] -= count
 
 
-def read_side_table(root: Path, name: str, columns: list[str]) -> list[Row]:
-    """The rows of a CSV beside the images, or none where there is none. Raises UserError where it is malformed."""
-    path = root / name
-    if not path.is_file():
-        return []
-    rows = []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in columns if column not in (reader.fieldnames or [])]
-            if missing:
-                raise UserError(f"{path}: has no column {missing[0]}; its first line must name {', '.join(columns)}")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{path}: line {reader.line_num} has not as many fields as the first; correct it")
-                rows.append(row)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: is not CSV in UTF-8 ({error}); save it as that") from None
-    return rows
+def name_validation(rows: list[Row], path: Path) -> None:
+    """Put the images that a list names into val. Raises UserError for a line that names none, or a test image."""
+    by_name = {row["path"]: row for row in rows} | {row["number"]: row for row in rows if "number" in row}
+    for line in read_lines(path):
+        row = by_name.get(line.strip())
+        if row is None:
+            raise UserError(f"{path}: {line.strip()!r} is no image of the data set; correct it")
+        if row["split"] == "test":
+            raise UserError(f"{path}: {line.strip()!r} is a test image; val is taken from train")
+        row["split"] = "val"
 
 
-def list_classes(folders: set[str], table: list[Row]) -> list[Row]:
-    """One row a class: those with a folder of images, and those that only classes.csv names."""
-    ids = name_classes(folders | {row["class_id"] for row in table})
-    described = {row["class_id"]: row for row in table}
+def split_rows(rows: list[Row], dataset: Dataset) -> None:
+    """Settle the split of every row. Raises UserError where a split is left without an image."""
+
+    def hash_by(salt: str) -> Callable[[Row], str]:
+        return lambda row: store.sha256(f"{dataset.seed}:{salt}{row.get('group') or row['image_id']}")
+
+    by_path = {row["path"]: row for row in rows}
+    undecided = [row for row in rows if row["split"] is None]
+    for row in undecided:
+        row["split"] = "train"
+    if undecided and not any(row["split"] == "test" for row in rows):
+        hold_out(undecided, "test", dataset.test_fraction, hash_by("test:"))
+    if not any(row["split"] == "val" for row in rows):
+        hold_out(rows, "val", dataset.val_fraction, hash_by(""))
+    # A copy whose split nobody named stands where the image stands that is used for it.
+    for row in undecided:
+        if row["status"] == "duplicate":
+            row["split"] = by_path[row["duplicate_of"]]["split"]
+    for split, remedy in (
+        ("train", "add training images"),
+        ("val", "raise dataset.val_fraction, name images in dataset.val_list, or add some"),
+        ("test", "raise dataset.test_fraction, or add some"),
+    ):
+        if not any(row["split"] == split and row["status"] == "ok" for row in rows):
+            raise UserError(f"{dataset.root}: no usable image is left for {split}; {remedy}")
+
+
+def list_classes(listing: Listing) -> list[Row]:
+    """One row a class: those with images, and those that only the data set's own list of classes names."""
+    folders = {row["name"] for row in listing.images}
+    described = {row["class_id"]: row for row in listing.classes}
     classes = []
-    for folder, class_id in ids.items():
+    for folder, class_id in name_classes(folders | set(described)).items():
         row = described.get(folder, {})
         classes.append({
             "class_id": class_id,
-            "name": row.get("name") or folder.replace("_", " "),
-            "superclass": row.get("superclass") or None,
-            "scientific_name": row.get("scientific_name") or None,
-            "note": row.get("note") or None,
-            "lineage": None,
+            "name": row.get("name") or readable(folder),
+            **{column: row.get(column) or None for column in ("superclass", "scientific_name", "note", "lineage")},
             "from_images": folder in folders,
         })
     return classes
 
 
-def part_rows(root: Path) -> list[Row]:
-    columns = ["path", "part", "x0", "y0", "x1", "y1", "visible"]
-    rows = []
-    for row in read_side_table(root, "parts.csv", columns):
-        try:
-            box = [float(row[side]) for side in ("x0", "y0", "x1", "y1")]
-        except ValueError as error:
-            where = f"{root / 'parts.csv'}: part {row['part']!r} of {row['path']}"
-            raise UserError(f"{where}: {error}; correct it") from None
-        centre = {"x": (box[0] + box[2]) / 2, "y": (box[1] + box[3]) / 2}
-        rows.append({"path": row["path"], "part": row["part"], "visible": row["visible"] == "1", "box": box, **centre})
-    return rows
+def scale_to_image(listing: Listing) -> None:
+    """Boxes and part points in [0,1] of the image, where the data set has them in pixels; none where it is not used."""
+    by_path = {row["path"]: row for row in listing.images}
+    listing.parts = [part for part in listing.parts if by_path.get(part["path"], {}).get("status") == "ok"]
+    if not listing.in_pixels:
+        return
+    for row in listing.images:
+        if row.get("box"):
+            row["box"] = shares(row["box"], row) if row["status"] == "ok" else None
+    for part in listing.parts:
+        if "x" in part:
+            part["x"], part["y"] = shares([part["x"], part["y"]], by_path[part["path"]])
+
+
+def shares(pixels: list[float], row: Row) -> list[float]:
+    """x, y, x, y, ... in pixels as shares of an image's width and height, nothing outside of it."""
+    sides = (row["width"], row["height"])
+    return [min(max(value / sides[place % 2], 0.0), 1.0) for place, value in enumerate(pixels)]
 
 
 def count_rows(rows: list[Row], classes: list[Row]) -> dict[str, Any]:
@@ -205,20 +209,8 @@ def count_rows(rows: list[Row], classes: list[Row]) -> dict[str, Any]:
     }
 
 
-def index(params: Params) -> dict[str, Any]:
-    """Write every table of the index and the thumbnails; return the counts."""
-    root, buckets = Path(params.dataset.root), params.dataset.buckets
-    rows = list_folder(root)
-    described = read_side_table(root, "classes.csv", ["class_id", "name"])
-    classes = list_classes({row["folder"] for row in rows}, described)
-    parts, attributes = part_rows(root), read_side_table(root, "attributes.csv", ["class_id", "attribute", "value"])
-    for row in rows:
-        row["class_id"] = class_id_of(row["folder"])
-    for attribute in attributes:
-        attribute["class_id"] = class_id_of(attribute["class_id"])
-    hash_files(root, rows)
-    mark_duplicates(rows)
-
+def write_thumbs(folder: Path, rows: list[Row], buckets: int) -> None:
+    """Look at every usable image and write its thumbnail; rows of images that cannot be decoded become `broken`."""
     by_bucket: list[list[Row]] = [[] for _ in range(buckets)]
     for row in rows:
         if row["status"] == "ok":
@@ -228,7 +220,7 @@ def index(params: Params) -> dict[str, Any]:
     with tqdm(total=sum(map(len, by_bucket)), desc="index", unit="img") as progress:
         for bucket, members in enumerate(by_bucket):
             thumbs = []
-            looked = map_ahead(lambda row: look_at(root, row), members, workers=os.cpu_count() or 1, ahead=64)
+            looked = map_ahead(lambda row: look_at(folder, row), members, workers=os.cpu_count() or 1, ahead=64)
             for row, webp in zip(members, looked, strict=True):
                 progress.update()
                 if webp is not None:
@@ -237,16 +229,46 @@ def index(params: Params) -> dict[str, Any]:
             store.write_table(store.make_table("thumbs/1", thumbs), path, "thumbs/1", settings, mark)
     store.remove_strays(THUMBS, buckets)
 
-    if not any(row["split"] == "val" for row in rows):
-        split_validation(rows, params.dataset.val_fraction, params.dataset.seed)
-    tables = {"images": rows, "classes": classes, "parts": parts, "attributes": attributes}
+
+def index(params: Params) -> dict[str, Any]:
+    """Write every table of the index and the thumbnails, warn on stderr; return the counts and the health."""
     dataset = params.dataset
-    made_by = {"format": dataset.format, "val_fraction": dataset.val_fraction, "seed": dataset.seed}
+    listing = read_listing(dataset)
+    rows = listing.images
+    for row in rows:
+        try:
+            row["path"].encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{dataset.root}: the name {row['path']!r} is not UTF-8; rename it") from None
+    classes = list_classes(listing)
+    for row in rows:
+        row["class_id"] = store.class_id_of(row["name"])
+    for attribute in listing.attributes:
+        attribute["class_id"] = store.class_id_of(attribute["class_id"])
+    name_validation(rows, Path(dataset.val_list))
+    hash_files(dataset.folder, rows)
+    mark_duplicates(rows)
+    write_thumbs(dataset.folder, rows, dataset.buckets)
+    split_rows(rows, dataset)
+    scale_to_image(listing)
+    found, near_duplicates = health.examine(rows, classes, listing)
+
+    tables = {
+        "images": rows, "classes": classes, "parts": listing.parts, "attributes": listing.attributes,
+        "near_duplicates": near_duplicates,
+    }
+    made_by = {
+        "format": dataset.format, "test_fraction": dataset.test_fraction, "val_fraction": dataset.val_fraction,
+        "seed": dataset.seed,
+    }
     for name, content in tables.items():
         schema = f"index.{name}/1"
         mark = store.fingerprint(schema, made_by)
         store.write_table(store.make_table(schema, content), INDEX / f"{name}.parquet", schema, made_by, mark)
-    return count_rows(rows, classes)
+    counts = {**count_rows(rows, classes), "health": found}
+    for warning in health.warnings(found, counts, listing):
+        print(f"warning: {warning}", file=sys.stderr)
+    return counts
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from stages.command import UserError, run, stage_parser
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+# An empty file that stands where no file is wanted: a dependency of a DVC stage cannot be left out.
+NONE = "data/none"
 
 
 class Block(BaseModel):
@@ -41,11 +43,22 @@ class Domain(Block):
 
 
 class Dataset(Block):
-    format: Literal["imagefolder"] = "imagefolder"
+    format: Literal["imagefolder", "cub", "manifest"] = "imagefolder"
     root: str
+    images: str | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    val_list: str = NONE
     seed: int = 0
     buckets: Annotated[int, Field(ge=1, le=1000)] = 16
+
+    @property
+    def folder(self) -> Path:
+        """Where the paths of data/index/images.parquet start from."""
+        root = Path(self.root)
+        if self.images is not None:
+            return Path(self.images)
+        return root.parent if self.format == "manifest" and not root.is_dir() else root
 
 
 class Reef(Block):
@@ -81,6 +94,7 @@ class Llm(Block):
 
 
 class Concepts(Block):
+    imported: Annotated[str, Field(alias="import")] = NONE
     prompt: str = "prompts/concepts.md"
     per_class: Count = 10
     samples: Count = 1
@@ -236,7 +250,7 @@ def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
             block = block.model_fields[part].annotation
         else:
             block = get_args(block)[1]
-    return list(block.model_fields)
+    return [field.alias or name for name, field in block.model_fields.items()]
 
 
 def check_contradictions(path: str, params: Params) -> None:
@@ -262,6 +276,8 @@ def check_contradictions(path: str, params: Params) -> None:
     if reference not in methods:
         known = ", ".join(methods)
         refuse("report.reference", f"{reference!r} is not under `train.methods`", f"choose one of: {known}")
+    if params.dataset.images is not None and params.dataset.format != "manifest":
+        refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
     if "global" not in params.graphs.nodes:
         refuse("graphs.nodes", "`global` is not among them, and every graph needs it", "add it")
     for template in params.clean.name_templates:

@@ -13,6 +13,8 @@ reader meets half a file. Pages carry checksums: a flipped bit is an error, not 
 import hashlib
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +59,7 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("visible", pa.bool_()), pa.field("box", items(FLOAT)),
     ],
     "index.attributes/1": [required("class_id", TEXT), required("attribute", TEXT), required("value", TEXT)],
+    "index.near_duplicates/1": [required("path", TEXT), required("other", TEXT), required("bits", INT)],
     "thumbs/1": [required("image_id", TEXT), required("webp", pa.binary())],
     "llm.answers/1": [
         required("item_key", TEXT), required("subject_id", TEXT), required("sample", INT), required("prompt_sha", TEXT),
@@ -102,6 +105,7 @@ KEYS: dict[str, list[str]] = {
     "index.classes/1": ["class_id"],
     "index.parts/1": ["path", "part"],
     "index.attributes/1": ["class_id", "attribute", "value"],
+    "index.near_duplicates/1": ["path", "other"],
     "thumbs/1": ["image_id"],
     "llm.answers/1": ["subject_id", "sample", "item_key"],
     "descriptions/1": ["image_id", "rank"],
@@ -120,6 +124,15 @@ class Header(NamedTuple):
     schema: str
     fingerprint: str
     params: dict[str, Any]
+
+
+def class_id_of(name: str) -> str:
+    """A folder-safe id that never collides: the name itself where it is one, else its slug and a hash of it."""
+    if re.fullmatch(r"[a-z0-9_-]+", name):
+        return name
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
+    return f"{slug}-{sha256(name)[:8]}"
 
 
 def canonical_json(value: Any) -> str:

@@ -29,6 +29,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project, the working directory of the test; its methods are the repository's."""
     (tmp_path / "training").symlink_to(ROOT / "training")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/none").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

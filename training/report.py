@@ -1,16 +1,17 @@
-"""Put accuracy, confusion and explained test images on one page.
+"""Put accuracy, confusion, explained test images and the health of the data set on one page.
 
 Reads   data/runs/METHOD/{config.json,metrics.json,predictions.parquet} of every method in train.methods;
-        data/index/{images,classes}.parquet, data/thumbs/, data/concepts/concepts.parquet; for the encoder of
-        the method that is best on val also data/bank/E.parquet, data/labels/E/ and the boxes in
-        data/embed/E/images/.
+        data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/,
+        data/concepts/concepts.parquet; for the encoder of the method that is best on val also
+        data/bank/E.parquet, data/labels/E/ and the boxes in data/embed/E/images/.
 Writes  data/report/index.html (one page that loads nothing else) and data/report/summary.txt (its table as text).
 Costs   seconds; memory for the logits of one method at a time.
 
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are
 paired, image by image, with the intervals of training.evaluate.paired_difference. The method shown in detail,
 and its seed, are those that are best on val. What the page calls a patch or a concept comes from
-label_patches: it says what the encoder sees in the picture, not why a method decided as it did.
+label_patches: it says what the encoder sees in the picture, not why a method decided as it did. Where test images
+have a near duplicate, or other images of their group, in train or val, the page and its summary warn.
 
     python -m training.report
 """
@@ -20,6 +21,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import duckdb
@@ -37,11 +39,74 @@ PREDICTIONS = "run.predictions/1"
 SPLITS = ("train", "val", "test")
 MATRIX_CLASSES = 60  # a confusion matrix of more classes is not readable
 PAIRS = 15  # most confused pairs listed
+NEAR_PAIRS = 6  # near duplicates shown
 TELLING = 10  # concepts listed
 PATCHES = 3  # shown of an example
 PATCH_CONCEPTS = 3  # shown of a patch
 REASONS = 20  # kinds of unused files listed
+INDEX_AGAIN = "run `python -m stages.index_images` again (dvc repro index_images)"
 Row = dict[str, Any]
+
+
+class Line(NamedTuple):
+    """One number of data/index/metrics.json, or one spread (min, median, max), as the page words it."""
+
+    label: str
+    key: str
+    meaning: str
+    alarm: bool = False  # whether anything but 0 is a fault of the data set
+    spread: bool = False
+
+
+# The health table by subject.
+HEALTH = {
+    "Contaminated test images": [
+        Line("near duplicate", "health.contaminated_test.near_duplicates", "with one in train or val", alarm=True),
+        Line("group", "health.contaminated_test.groups", "of one that train or val has too", alarm=True),
+        Line("in all", "health.contaminated_test.images", "for one reason or both", alarm=True),
+    ],
+    "Near-duplicate pairs": [
+        Line("within a split", "health.near_duplicates.within_split", "of one class; one picture counts twice"),
+        Line(
+            "across splits",
+            "health.near_duplicates.across_splits",
+            "of one class; one gives away the other",
+            alarm=True,
+        ),
+        Line(
+            "across classes",
+            "health.near_duplicates.across_classes",
+            "in any split; one label may be wrong",
+            alarm=True,
+        ),
+    ],
+    "Files with equal bytes": [
+        Line("within a split", "health.byte_duplicates.within_split", "left out; an equal file is used"),
+        Line("across splits", "health.byte_duplicates.across_splits", "left out; test has the one used, or else val"),
+        Line("across classes", "health.byte_duplicates.across_classes", "none is used; one label is wrong", alarm=True),
+    ],
+    "Other files": [
+        Line("broken", "unused.broken", "cannot be read as an image; left out"),
+        Line("passed over", "health.passed_over", "no images by their name, or too deep in the folder"),
+    ],
+    "Groups": [
+        Line("in all", "health.groups.count", "tracks, cameras or sites that the data set names"),
+        Line("across splits", "health.groups.across_splits", "one split gives away another", alarm=True),
+    ],
+    "Classes": [
+        Line("without images", "health.classes_without.images", "no usable one in any split"),
+        Line("missing in train", "health.classes_without.train", "images, but none to learn from", alarm=True),
+        Line("missing in val", "health.classes_without.val", "no say in what is chosen on val"),
+        Line("missing in test", "health.classes_without.test", "no part in test accuracy"),
+    ],
+    "Images a class": [
+        Line(split, f"health.images_a_class.{split}", "median (fewest to most)", spread=True) for split in SPLITS
+    ],
+    "Pixels": [
+        Line(f"{side} side", f"health.pixels.{side}_side", "median (least to most)", spread=True)
+        for side in ("shorter", "longer")
+    ],
+}
 
 
 class Run(NamedTuple):
@@ -163,10 +228,8 @@ def query(sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
 
 
 def count_dataset(index: pa.Table, classes: pa.Table) -> Row:
-    """Usable images by split, classes with and without images, and the unused files by reason."""
+    """Classes, usable images by split, and the unused files by reason."""
     per_split = dict(query("SELECT split, count(*) FROM t WHERE status = 'ok' GROUP BY split", t=index))
-    [(all_classes,)] = query("SELECT count(*) FROM t", t=classes)
-    [(with_images,)] = query("SELECT count(DISTINCT class_id) FROM t WHERE status = 'ok'", t=index)
     unused = query(
         """SELECT status, count(*) AS files, min(path), CASE
                    WHEN error IS NOT NULL THEN error
@@ -176,13 +239,83 @@ def count_dataset(index: pa.Table, classes: pa.Table) -> Row:
         t=index,
     )
     return {
+        "classes": len(classes),
         "images": {split: per_split.get(split, 0) for split in SPLITS},
-        "classes": all_classes,
-        "empty_classes": all_classes - with_images,
         "unused": unused[:REASONS],
         "unused_files": sum(files for _, files, _, _ in unused),
         "unused_more": sum(files for _, files, _, _ in unused[REASONS:]),
     }
+
+
+def read_health(path: Path, images: Mapping[str, int]) -> dict[str, float | None]:
+    """The numbers behind HEALTH, from metrics.json; a spread's are KEY.min, KEY.median and KEY.max, or None.
+
+    Raises UserError where one is missing, or where it was counted on other images than `images`, by split.
+    """
+    metrics = read_json(path, INDEX_AGAIN)
+
+    def find(key: str, kinds: tuple[type, ...] = (int,)) -> Any:
+        value = metrics
+        for part in key.split("."):
+            value = value.get(part, "missing") if isinstance(value, dict) else "missing"
+        if not isinstance(value, kinds):
+            raise UserError(f"{path}: has no number {key}; {INDEX_AGAIN}")
+        return value
+
+    if any(find(f"images.{split}") != count for split, count in images.items()):
+        raise UserError(f"{path}: counts other images than images.parquet beside it holds; {INDEX_AGAIN}")
+    health = {}
+    for line in (line for lines in HEALTH.values() for line in lines):
+        if line.spread:
+            keys = [f"{line.key}.{end}" for end in ("min", "median", "max")]
+            health.update({key: find(key, (int, float, NoneType)) for key in keys})
+        else:
+            health[line.key] = find(line.key)
+    return health
+
+
+def contamination(health: Mapping[str, float | None], test_images: int) -> Row | None:
+    """How many test images are given away by train or val, and why; None where none is."""
+    found = {name: health[f"health.contaminated_test.{name}"] for name in ("images", "near_duplicates", "groups")}
+    if not found["images"]:
+        return None
+    reasons = [
+        (found["near_duplicates"], "with a near duplicate in train or val"),
+        (found["groups"], "of a group that train or val has too"),
+    ]
+    return {"images": found["images"], "of": test_images, "reasons": [reason for reason in reasons if reason[0]]}
+
+
+def near_pairs(data: Path, index: pa.Table, buckets: int) -> Row:
+    """How many pairs of near duplicates there are, and the NEAR_PAIRS that most want a look, with their thumbnails.
+
+    Pairs of a test image and one of train or val come first, then those of fewest bits, then the lowest paths.
+    Raises UserError where a pair is not of usable images or a thumbnail is missing.
+    """
+    path = data / "index/near_duplicates.parquet"
+    pairs = store.read_table(path, "index.near_duplicates/1")
+    usable = index.filter(pc.field("status") == "ok").select(["path", "image_id", "class_id", "split"])
+    [(stray,)] = query(
+        """SELECT min(path) FROM (SELECT path FROM pairs UNION SELECT other FROM pairs)
+           WHERE path NOT IN (SELECT path FROM usable)""",
+        pairs=pairs,
+        usable=usable,
+    )
+    if stray is not None:
+        raise UserError(f"{path}: names {stray!r}, no usable image of images.parquet beside it; {INDEX_AGAIN}")
+    chosen = query(
+        f"""SELECT bits, (a.split = 'test') <> (b.split = 'test') AS leak, a, b
+            FROM pairs JOIN usable a ON pairs.path = a.path JOIN usable b ON pairs.other = b.path
+            ORDER BY leak DESC, bits, a.path, b.path LIMIT {NEAR_PAIRS}""",
+        pairs=pairs,
+        usable=usable,
+    )
+    thumbs = read_thumbs(data, buckets, [image["image_id"] for _, _, *both in chosen for image in both])
+    shown = [
+        {"bits": bits, "leak": leak, "images": [{**image, "webp": thumbs[image["image_id"]]} for image in both]}
+        for bits, leak, *both in chosen
+    ]
+    return {"count": len(pairs), "shown": shown}
 
 
 def confused_pairs(matrix: Ints) -> list[tuple[int, int, int, int]]:
@@ -244,6 +377,12 @@ def rows_of(
     return rows
 
 
+def read_thumbs(data: Path, buckets: int, image_ids: Iterable[str]) -> dict[str, str]:
+    """The thumbnails of a few images, WebP in base64. Raises UserError where an image has none."""
+    rows = rows_of(data / "thumbs", "thumbs/1", buckets, set(image_ids), ["image_id", "webp"])
+    return {image_id: base64.b64encode(row["webp"]).decode() for image_id, [row] in rows.items()}
+
+
 def name_concept(row: Row, names: Mapping[str, str]) -> str:
     """A concept's text; a prototype has none and is called by its classes."""
     return row["text"] or "prototype of " + ", ".join(names[class_id] for class_id in row["class_ids"])
@@ -295,7 +434,7 @@ def make_examples(
     chosen = choose_examples(ids, predicted == shown.y[test], count)
 
     wanted = {ids[position] for position in chosen}
-    thumbs = rows_of(data / "thumbs", "thumbs/1", buckets, wanted, ["image_id", "webp"])
+    thumbs = read_thumbs(data, buckets, wanted)
     boxes = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1"]
     nodes = rows_of(data / f"embed/{shown.encoder}/images", "embed.nodes/1", buckets, wanted, boxes)
     columns = ["concept_idx", "concept_weight", "density", "selected", "selected_concepts"]
@@ -308,7 +447,7 @@ def make_examples(
         examples.append(
             {
                 "path": shown.paths[test[position]],
-                "webp": base64.b64encode(thumbs[own][0]["webp"]).decode(),
+                "webp": thumbs[own],
                 "true": shown.classes[shown.y[test[position]]],
                 "predicted": shown.classes[predicted[position]],
                 **explain(nodes[own], labels[own], by_idx, names),
@@ -376,8 +515,13 @@ def interval(bounds: tuple[float, float]) -> str:
     return f"[{signed(bounds[0])}, {signed(bounds[1])}]"
 
 
-def summarise(rows: Sequence[Row], reference: str, page: Path) -> str:
-    """The plain-text table, in % and points."""
+def number(value: float | None) -> str:
+    """A count or a median as it is: no decimals where it has none, a dash where there is nothing."""
+    return "–" if value is None else f"{value:.1f}".removesuffix(".0")
+
+
+def summarise(rows: Sequence[Row], reference: str, warning: Row | None, page: Path) -> str:
+    """The plain-text table, in % and points, and what it must not be read without."""
     lines = [["method", *SPLITS, f"test - {reference} [95 %]"]]
     for row in rows:
         splits = [f"{percent(row[split][0])} +- {percent(row[split][1])}" for split in SPLITS]
@@ -389,7 +533,12 @@ def summarise(rows: Sequence[Row], reference: str, page: Path) -> str:
     counts = sorted({row["seeds"] for row in rows})
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"accuracy in %, mean +- standard deviation over seeds ({seeds}); paired difference in points"
-    return "\n".join([*text, "", note, f"report: {page.as_posix()}"]) + "\n"
+    lasts = [note, f"report: {page.as_posix()}"]
+    if warning is not None:
+        reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
+        counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
+        lasts.insert(1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
+    return "\n".join([*text, "", *lasts]) + "\n"
 
 
 def render(content: Row) -> str:
@@ -401,7 +550,7 @@ def render(content: Row) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, signed=signed, interval=interval)
+    environment.filters.update(percent=percent, signed=signed, interval=interval, number=number)
     return environment.get_template("report.html.jinja").render(content)
 
 
@@ -420,6 +569,9 @@ def report(params: Params, data: Path) -> str:
     names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
     runs = [read_run(data, name, method.encoder) for name, method in params.train.methods.items()]
     check_same_images(data, runs, index)
+    dataset = count_dataset(index, classes)
+    health = read_health(data / "index/metrics.json", dataset["images"])
+    warning = contamination(health, dataset["images"]["test"])
 
     # Of equals, the first in params.yaml.
     shown = max(runs, key=lambda found: found.accuracy("val")[0])
@@ -442,7 +594,11 @@ def report(params: Params, data: Path) -> str:
     order = order_classes(classes, shown.classes)
     content = {
         "domain": params.domain,
-        "dataset": count_dataset(index, classes),
+        "dataset": dataset,
+        "health_table": HEALTH,
+        "health": health,
+        "warning": warning,
+        "near": near_pairs(data, index, buckets),
         "rows": rows,
         "reference": reference.method,
         "reach": max([0.01, *(abs(end) for row in rows if row["paired"] for end in row["paired"].images)]),
@@ -459,7 +615,7 @@ def report(params: Params, data: Path) -> str:
         "marks": {**marks, **{f"runs/{found.method}/predictions.parquet": found.mark for found in runs}},
     }
     page = data / "report/index.html"
-    html, summary = render(content), summarise(rows, reference.method, page)
+    html, summary = render(content), summarise(rows, reference.method, warning, page)
     write_text(page, html)
     write_text(page.with_name("summary.txt"), summary)
     return summary

@@ -25,8 +25,9 @@ from stages.params import Llm, Price
 from stages.store import canonical_json, read_table, sha256
 
 SCHEMA = "llm.answers/1"
-# What someone paid for or wrote by hand; a replayed answer never stands in for a live one.
-EARNED = {"live", "batch", "import", "edited"}
+# What someone paid for or wrote by hand; a replayed answer never stands in for a live one, an imported one has no key
+# that is asked.
+EARNED = {"live", "batch", "edited"}
 Row = dict[str, Any]
 
 

@@ -34,6 +34,23 @@ def reasons(*texts: str, **values: Any) -> list[str | None]:
 
 
 @pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("a bird with a red bill, typical of the White-breasted Kingfisher", "a bird with a red bill"),
+        ("a bird with a long, red bill, which tells kingfishers apart, too", "a bird with a long, red bill"),
+        ("a bird with a red bill, a white breast", "a bird with a red bill, a white breast"),
+        ("Kingfisher, a bird with a red bill", None),
+        ("a kingfisher with a red bill, a white breast", None),
+    ],
+)
+def test_a_remark_that_names_the_class_is_cut_off(text: str, kept: str | None) -> None:
+    [row] = [row for row in clean(answer(text)) if row["kind"] != "name"]
+    assert (row["text"] if row["kept"] else None) == kept
+    assert row["concept_id"] == store.sha256(row["text"])
+    assert row["drop_reason"] == (None if kept else "class_name")
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("a bird with a white breast", None),

@@ -246,13 +246,13 @@ def test_bad_images_are_left_out(
 def test_an_empty_bucket_is_a_file(
     set_params: SetParams, draw_images: Callable[[dict[str, int]], None], embed: Callable[..., int]
 ) -> None:
-    draw_images({"train/a/0.png": 0, "test/a/0.png": 1})
+    draw_images({"train/a/0.png": 0, "val/a/0.png": 1, "test/a/0.png": 2})
     set_params()
-    assert embed() == 2
+    assert embed() == 3
     assert len(buckets_of()) == 4
     table = read()
-    assert len(table) == 2 * 9
-    assert store.vectors_of(table).shape == (18, 16)
+    assert len(table) == 3 * 9
+    assert store.vectors_of(table).shape == (27, 16)
 
 
 def test_strays_of_a_killed_run_or_another_count_go(

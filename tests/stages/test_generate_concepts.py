@@ -8,16 +8,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages import store
 from stages.command import UserError
 from stages.generate_concepts import ANSWERS, main
+from stages.llm.imported import row_of
 from stages.llm.journal import journal_path
 from tests.openai_server import OpenAIServer, content, failure, refusal
-from tests.stages.llm.workspace import KEY, REPOSITORY, Workspace, answers, journal_lines
+from tests.stages.llm.workspace import KEY, REPOSITORY, Row, Workspace, answers, journal_lines
 
+NAMES = ("Iron ray", "Moss ray", "Salt ray")
 ODD = ('A/B "x" é', "..", "ray", "Ray", "../../etc/passwd", "{{ name }}")
 JOURNAL = Path(".cache/generate_concepts.jsonl")
 
@@ -34,8 +37,38 @@ def workspace(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr("stages.llm.client.FIRST_PAUSE_S", 0.01)
     workspace = Workspace(monkeypatch, server.base_url)
     workspace.write()
-    workspace.write_classes("Iron ray", "Moss ray", "Salt ray")
+    workspace.write_classes(*NAMES)
     return workspace
+
+
+def id_of(name: str) -> str:
+    return store.sha256(name)[:8]
+
+
+def own_texts(workspace: Workspace, texts: dict[str, list[str]], **concepts: Any) -> None:
+    """Let concepts.import be a file of these texts; no texts, no import."""
+    Path("own.json").write_text(json.dumps(texts))
+    workspace.blocks["concepts"] = concepts | ({"import": "own.json"} if texts else {})
+    workspace.write()
+
+
+def record_answers(*names: str) -> None:
+    """Recordings of an empty answer for each of these classes, in recordings/."""
+    Path("recordings").mkdir(exist_ok=True)
+    record = {
+        "prompt": "concepts",
+        "prompt_sha": store.sha256(Path("prompts/concepts.md").read_bytes()),
+        "sample": 0,
+        "model": "authored",
+        "created_at": "2026-11-21T00:00:00Z",
+        "response": {"concepts": []},
+    }
+    lines = [json.dumps(record | {"class_id": id_of(name)}) for name in names]
+    Path("recordings/concepts.jsonl").write_text("\n".join(lines))
+
+
+def by_class() -> dict[str, Row]:
+    return {row["subject_id"]: row for row in answers()}
 
 
 def edit_prompt() -> None:
@@ -75,11 +108,11 @@ def test_an_edited_prompt_is_one_call_a_class_and_its_undo_none(server: OpenAISe
 def test_a_class_more_is_one_call_and_its_removal_none(server: OpenAIServer, workspace: Workspace) -> None:
     workspace.run(main)
     before = ANSWERS.read_bytes()
-    workspace.write_classes("Iron ray", "Moss ray", "Salt ray", "Wing ray")
+    workspace.write_classes(*NAMES, "Wing ray")
     workspace.run(main)
     assert len(server.calls) == 4
     assert "Wing ray" in server.calls[-1]["messages"][-1]["content"]
-    workspace.write_classes("Iron ray", "Moss ray", "Salt ray")
+    workspace.write_classes(*NAMES)
     workspace.run(main)
     assert len(server.calls) == 4
     assert ANSWERS.read_bytes() == before
@@ -159,8 +192,13 @@ def test_show_prints_the_messages(workspace: Workspace, capsys: pytest.CaptureFi
     by_name = capsys.readouterr().out
     assert "# system" in by_name
     assert "tell Iron ray from other reef fish" in by_name
-    workspace.run(main, "--show", store.sha256("Iron ray")[:8])
+    workspace.run(main, "--show", id_of("Iron ray"))
     assert capsys.readouterr().out == by_name
+    own_texts(workspace, {"Iron ray": ["a grey fish", "a fish"]})
+    workspace.run(main, "--show", "Iron ray")
+    assert capsys.readouterr().out == "# imported from own.json\n\na grey fish\na fish\n"
+    workspace.run(main, "--show", "Moss ray")
+    assert "tell Moss ray from other reef fish" in capsys.readouterr().out
     with pytest.raises(UserError, match="did you mean 'Iron ray'"):
         workspace.run(main, "--show", "Iron rai")
 
@@ -176,24 +214,7 @@ def test_listed_answers_that_are_not_here_are_not_paid_again(server: OpenAIServe
 
 
 def test_a_replayed_answer_never_satisfies_live(server: OpenAIServer, workspace: Workspace) -> None:
-    names = ("Iron ray", "Moss ray", "Salt ray")
-    sha = store.sha256(Path("prompts/concepts.md").read_bytes())
-    Path("recordings").mkdir()
-    lines = [
-        json.dumps(
-            {
-                "prompt": "concepts",
-                "prompt_sha": sha,
-                "class_id": store.sha256(name)[:8],
-                "sample": 0,
-                "model": "authored",
-                "created_at": "2026-11-21T00:00:00Z",
-                "response": {"concepts": []},
-            }
-        )
-        for name in names
-    ]
-    Path("recordings/concepts.jsonl").write_text("\n".join(lines))
+    record_answers(*NAMES)
     workspace.write(mode="replay", recordings="recordings")
     workspace.monkeypatch.delenv("FIELDMARK_TEST_KEY")
     workspace.run(main)
@@ -223,6 +244,137 @@ def test_a_replayed_answer_never_satisfies_live(server: OpenAIServer, workspace:
     assert len(server.calls) == 3
 
 
+def test_imported_classes_are_never_asked_for(server: OpenAIServer, workspace: Workspace) -> None:
+    names = [f"ray {number}" for number in range(6)]
+    workspace.write_classes(*names)
+    own_texts(workspace, {name: ["a grey fish"] for name in names[:3]}, samples=2)
+    workspace.run(main)
+    assert len(server.calls) == 6
+    for name in names:
+        asked = sum(f"tell {name} from" in call["messages"][-1]["content"] for call in server.calls)
+        assert asked == (0 if name in names[:3] else 2)
+    rows = answers()
+    assert [row for row in rows if row["source"] == "import"] == [
+        row_of(class_id, ["a grey fish"]) for class_id in sorted(map(id_of, names[:3]))
+    ]
+    assert sorted(row["subject_id"] for row in rows if row["source"] == "live") == sorted(2 * [*map(id_of, names[3:])])
+    before = ANSWERS.read_bytes()
+    workspace.run(main)
+    assert len(server.calls) == 6
+    assert ANSWERS.read_bytes() == before
+
+
+def test_an_edit_changes_only_what_it_is_about(server: OpenAIServer, workspace: Workspace) -> None:
+    own_texts(workspace, {"Iron ray": ["a grey fish"], "Moss ray": ["a green fish"]})
+    workspace.run(main)
+    first, header = by_class(), store.read_header(ANSWERS, "llm.answers/1")
+    own_texts(workspace, {"Iron ray": ["a grey fish"], "Moss ray": ["a mossy fish"]})
+    workspace.run(main)
+    second = by_class()
+    assert [name for name in NAMES if first[id_of(name)] != second[id_of(name)]] == ["Moss ray"]
+    assert store.read_header(ANSWERS, "llm.answers/1").fingerprint != header.fingerprint
+    edit_prompt()
+    workspace.run(main)
+    third = by_class()
+    assert [name for name in NAMES if second[id_of(name)] != third[id_of(name)]] == ["Salt ray"]
+    assert len(server.calls) == 2
+
+
+def test_where_all_is_imported_nobody_and_nothing_is_needed(server: OpenAIServer, workspace: Workspace) -> None:
+    own_texts(workspace, {name: ["a grey fish"] for name in NAMES})
+    workspace.monkeypatch.delenv("FIELDMARK_TEST_KEY")
+    Path("dvc.lock").write_text("stages: {generate_concepts: {outs: [{path: data/concepts/answers.parquet}]}}")
+    workspace.run(main)
+    made = ANSWERS.read_bytes()
+    assert str(Path.cwd()).encode() not in made
+    assert b"own.json" not in made
+
+    edit_prompt()
+    Path("own.json").rename("moved.json")
+    workspace.blocks["concepts"]["import"] = "moved.json"
+    workspace.write(mode="replay", recordings="nowhere", model="other")
+    workspace.run(main)
+    assert ANSWERS.read_bytes() == made
+    assert server.calls == []
+
+
+def test_an_import_comes_and_goes_without_a_second_payment(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.run(main)
+    before = ANSWERS.read_bytes()
+    # As if the answers had been pulled from elsewhere: the journal knows none of them.
+    JOURNAL.unlink()
+    for texts in (["a grey fish"], ["a green fish"]):
+        own_texts(workspace, dict.fromkeys(NAMES, texts))
+        workspace.run(main)
+        assert {row["source"] for row in answers()} == {"import"}
+    own_texts(workspace, {})
+    workspace.run(main)
+    assert ANSWERS.read_bytes() == before
+    assert len(server.calls) == 3
+    own_texts(workspace, {}, per_class=3)
+    workspace.run(main)
+    assert len(server.calls) == 6
+
+
+def test_what_is_not_imported_is_replayed(workspace: Workspace) -> None:
+    record_answers("Moss ray", "Salt ray")
+    own_texts(workspace, {"Iron ray": ["a grey fish"]})
+    workspace.write(mode="replay", recordings="recordings")
+    workspace.run(main)
+    sources = {class_id: row["source"] for class_id, row in by_class().items()}
+    assert sources == {id_of("Iron ray"): "import", id_of("Moss ray"): "replay", id_of("Salt ray"): "replay"}
+
+    own_texts(workspace, {"Moss ray": ["a green fish"]})
+    with pytest.raises(UserError, match=f"no recording of {id_of('Iron ray')}; .*own.json .* covers 1 of 3 classes"):
+        workspace.run(main)
+    own_texts(workspace, {})
+    with pytest.raises(UserError, match=r"or record it there$"):
+        workspace.run(main)
+
+
+def test_a_dry_run_says_what_is_imported(
+    server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_texts(workspace, {"Iron ray": ["a grey fish"]})
+    workspace.run(main, "--dry-run")
+    live = capsys.readouterr().out
+    assert "own.json (concepts.import) covers 1 of 3 classes, 0 calls" in live
+    assert "2 items, 0 cached, 2 calls to tiny" in live
+    own_texts(workspace, {name: ["a grey fish"] for name in NAMES})
+    workspace.write(mode="replay")
+    workspace.run(main, "--dry-run")
+    assert "covers 3 of 3 classes, 0 calls" in capsys.readouterr().out
+    assert server.calls == []
+    assert not ANSWERS.exists()
+
+
+def test_imported_classes_count_for_coverage(server: OpenAIServer, workspace: Workspace) -> None:
+    server.script += [refusal("no")]
+    own_texts(workspace, {"Iron ray": ["a grey fish"], "Moss ray": ["a green fish"]})
+    with pytest.raises(UserError, match=r"2 of 3 answered.* missing: Salt ray \(refused\)"):
+        workspace.run(main)
+    assert {row["status"] for row in answers() if row["source"] == "import"} == {"ok"}
+
+
+def test_a_wrong_import_stops_before_any_call(server: OpenAIServer, workspace: Workspace) -> None:
+    own_texts(workspace, {"Iron rai": ["a grey fish"]})
+    with pytest.raises(UserError, match=r"own\.json: 'Iron rai': is no .* did you mean 'Iron ray'"):
+        workspace.run(main)
+    assert server.calls == []
+    assert not ANSWERS.exists()
+
+
+def test_without_an_import_the_parameters_are_as_ever(workspace: Workspace) -> None:
+    workspace.run(main)
+    asked = {"prompt_sha", "domain", "model", "temperature", "per_class", "samples"}
+    assert store.read_header(ANSWERS, "llm.answers/1").params.keys() == asked
+    own_texts(workspace, {"Iron ray": ["a grey fish"]})
+    workspace.run(main)
+    params = store.read_header(ANSWERS, "llm.answers/1").params
+    assert params.keys() == asked | {"imported"}
+    assert params["imported"] == store.sha256(store.canonical_json({id_of("Iron ray"): ["a grey fish"]}))
+
+
 def test_nothing_secret_is_stored_or_said(server: OpenAIServer, workspace: Workspace) -> None:
     server.script += [failure(400, message=f"your key {KEY} is fine"), content(f"my key is {KEY}")]
     workspace.write(concurrency=1, base_url=server.base_url.replace("//", f"//user:{KEY}@"))
@@ -239,6 +391,14 @@ def test_nothing_secret_is_stored_or_said(server: OpenAIServer, workspace: Works
     assert KEY not in str(answers())
 
 
+def settle(server: OpenAIServer) -> None:
+    """Wait until the server has counted what a killed process had sent."""
+    seen = -1
+    while seen != len(server.calls):
+        seen = len(server.calls)
+        time.sleep(0.3)
+
+
 def test_a_kill_loses_no_answer_and_pays_none_twice(server: OpenAIServer, workspace: Workspace) -> None:
     total, in_flight, kills = 48, 4, 3
     server.latency = 0.02
@@ -252,6 +412,7 @@ def test_a_kill_loses_no_answer_and_pays_none_twice(server: OpenAIServer, worksp
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        settle(server)
         assert process.returncode == -signal.SIGKILL
         assert not ANSWERS.exists()
         lines = journal_lines()

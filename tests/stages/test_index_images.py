@@ -13,8 +13,8 @@ from PIL import Image
 
 from stages import store
 from stages.command import UserError
-from stages.index_images import class_id_of, index, mark_duplicates, name_classes, split_validation
-from stages.params import Params
+from stages.index_images import hold_out, index, mark_duplicates, name_classes, split_rows
+from stages.params import Dataset, Params
 from tests.stages.project import image_id, snapshot
 
 SetParams = Callable[..., Params]
@@ -50,7 +50,9 @@ def test_every_file_is_a_row(set_params: SetParams, dataset: list[str], project:
         "classes": 2,
         "images": {"train": 6, "val": 2, "test": 4},
         "unused": {"broken": 2, "duplicate": 0, "conflict": 0},
+        "health": counts["health"],
     }
+    assert counts["health"]["passed_over"] == 1
     assert [row["split"] for row in rows.values() if row["class_id"] == "a" and row["status"] == "ok"].count(
         "val"
     ) == 1
@@ -88,8 +90,9 @@ def test_running_twice_gives_the_same_bytes(
     first = [{name: content for name, (content, _) in snapshot(folder).items()} for folder in folders]
     run_stage("index_images")
     assert first == [{name: content for name, (content, _) in snapshot(folder).items()} for folder in folders]
-    assert set(first[0]) == {f"{name}.parquet" for name in ("images", "classes", "parts", "attributes")} | {
-        "metrics.json"
+    assert set(first[0]) == {
+        *(f"{name}.parquet" for name in ("images", "classes", "parts", "attributes", "near_duplicates")),
+        "metrics.json",
     }
     assert set(first[1]) == {f"b{bucket:03d}.parquet" for bucket in range(4)}
     assert json.loads(first[0]["metrics.json"])["images"]["test"] == 4
@@ -124,15 +127,22 @@ def test_equal_files_in_two_classes_are_not_used() -> None:
     assert all("another class" in row["error"] for row in rows[:3])
 
 
-@given(st.integers(1, 60), st.floats(0.01, 0.99), st.integers(0, 9))
-def test_one_image_more_moves_at_most_one(count: int, fraction: float, seed: int) -> None:
+def by_image(row: dict[str, Any]) -> str:
+    return store.sha256(f"0:{row.get('group') or row['image_id']}")
+
+
+def val_of(rows: list[dict[str, Any]], fraction: float) -> set[str]:
+    hold_out(rows, "val", fraction, by_image)
+    return {row["path"] for row in rows if row["split"] == "val"}
+
+
+@given(st.integers(1, 60), st.floats(0.01, 0.99))
+def test_one_image_more_moves_at_most_one(count: int, fraction: float) -> None:
     def val(numbers: range) -> set[str]:
-        rows = [{**row(f"train/a/{n}", n), "status": "ok"} for n in numbers]
-        split_validation(rows, fraction, seed)
-        return {row["path"] for row in rows if row["split"] == "val"}
+        return val_of([{**row(f"train/a/{n}", n), "status": "ok"} for n in numbers], fraction)
 
     before, after = val(range(count)), val(range(count + 1))
-    assert len(before) == round(fraction * count)
+    assert len(before) == min(round(fraction * count), count - 1)
     assert len((before ^ after) - {f"train/a/{count}"}) <= 1
 
 
@@ -146,12 +156,87 @@ def test_validation_is_taken_in_each_class_from_usable_training_images() -> None
             + [("test", "a", "ok")] * 4
         )
     ]
-    split_validation(rows, 0.25, 0)
+    val_of(rows, 0.25)
     val = [row for row in rows if row["split"] == "val"]
     assert sorted(row["class_id"] for row in val) == ["a", "b", "b"]
     assert {row["status"] for row in val} == {"ok"}
-    lowest = min(rows[:4], key=lambda row: store.sha256(f"0:{row['image_id']}"))
+    lowest = min(rows[:4], key=by_image)
     assert lowest["split"] == "val"
+
+
+groups = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 9) | st.none()), min_size=1, max_size=60)
+
+
+@given(groups, st.floats(0.05, 0.5))
+def test_a_group_stays_whole_and_a_class_keeps_a_training_image(
+    drawn: list[tuple[str, int | None]], fraction: float
+) -> None:
+    """Also where a group (a camera) holds images of two classes."""
+    rows = [
+        {**row(f"train/{name}/{n}", n), "status": "ok", "group": None if group is None else f"camera {group}"}
+        for n, (name, group) in enumerate(drawn)
+    ]
+    val_of(rows, fraction)
+    for group in {row["group"] for row in rows} - {None}:
+        assert len({row["split"] for row in rows if row["group"] == group}) == 1
+    for name in {row["class_id"] for row in rows}:
+        assert "train" in {row["split"] for row in rows if row["class_id"] == name}
+
+
+def test_a_group_goes_where_it_brings_its_class_closest() -> None:
+    """Of 20 images, 3 are wanted: a group of 4 is nearer to it than nothing, one of 6 is not."""
+    for size, taken in ((4, 4), (6, 0)):
+        rows = [{**row(f"train/a/{n}", n), "status": "ok", "group": f"g{n // size}"} for n in range(20)]
+        rows = [each for each in rows if each["group"] == "g0"] + [
+            {**each, "group": "rest"} for each in rows if each["group"] != "g0"
+        ]
+        assert len(val_of(rows, 0.15)) == taken
+
+
+def undecided(names: str, **more: Any) -> list[dict[str, Any]]:
+    return [{**row(f"-/{name}/{n}", n), "split": None, "status": "ok", **more} for n, name in enumerate(names)]
+
+
+def test_without_splits_test_is_drawn_first_and_val_from_the_rest() -> None:
+    rows = undecided("a" * 20 + "b" * 10)
+    split_rows(rows, Dataset(root="x", test_fraction=0.2, val_fraction=0.25))
+    count = {(name, split): 0 for name in "ab" for split in ("train", "val", "test")}
+    for each in rows:
+        count[each["class_id"], each["split"]] += 1
+    assert count == {
+        ("a", "test"): 4, ("a", "val"): 4, ("a", "train"): 12,
+        ("b", "test"): 2, ("b", "val"): 2, ("b", "train"): 6,
+    }  # fmt: skip
+    other = undecided("a" * 20 + "b" * 10)
+    split_rows(other, Dataset(root="x", test_fraction=0.2, val_fraction=0.25, seed=1))
+    assert [each["split"] for each in rows] != [each["split"] for each in other]
+
+
+def test_rows_without_a_split_are_for_training_where_others_are_test() -> None:
+    rows = [*undecided("aaaaaaaa"), {**row("test/a/99", 99), "status": "ok"}]
+    split_rows(rows, Dataset(root="x"))
+    assert [each["split"] for each in rows].count("test") == 1
+
+
+def test_a_class_of_one_image_is_trained_on() -> None:
+    rows = undecided("a" * 10 + "b")
+    split_rows(rows, Dataset(root="x", test_fraction=0.6, val_fraction=0.6))
+    assert rows[-1]["split"] == "train"
+
+
+def test_a_copy_stands_where_the_image_stands_that_is_used() -> None:
+    for count in range(8, 20):
+        rows = undecided("a" * count)
+        rows.append({**rows[0], "path": "-/a/copy", "status": "duplicate", "duplicate_of": rows[0]["path"]})
+        split_rows(rows, Dataset(root="x", test_fraction=0.5))
+        assert rows[-1]["split"] == rows[0]["split"]
+
+
+@pytest.mark.parametrize(("split", "key"), [("val", "val_fraction"), ("test", "test_fraction")])
+def test_a_split_without_images_is_refused_before_anyone_pays(split: str, key: str) -> None:
+    rows = undecided("aaaabbbb")
+    with pytest.raises(UserError, match=f"left for {split}; .*dataset.{key}"):
+        split_rows(rows, Dataset.model_validate({"root": "x", key: 0.01}))
 
 
 def test_a_validation_folder_is_taken_as_it_is(
@@ -160,6 +245,73 @@ def test_a_validation_folder_is_taken_as_it_is(
     draw_images({"val/a/0.png": 99})
     index(set_params())
     assert [path for path, row in by_path().items() if row["split"] == "val"] == ["val/a/0.png"]
+
+
+def test_a_list_names_the_validation_images(set_params: SetParams, dataset: list[str]) -> None:
+    Path("val.txt").write_text("\ufefftrain/a/1.png\n\ntrain/b/3.png\n", encoding="utf-8")
+    index(set_params(dataset={"val_list": "val.txt"}))
+    assert [path for path, row in by_path().items() if row["split"] == "val"] == ["train/a/1.png", "train/b/3.png"]
+    for line, words in (("train/a/9.png", "is no image"), ("test/a/0.png", "is a test image")):
+        Path("val.txt").write_text(line)
+        with pytest.raises(UserError, match=f"val.txt: '{line}' {words}"):
+            index(set_params(dataset={"val_list": "val.txt"}))
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read"):
+        index(set_params(dataset={"val_list": "gone.txt"}))
+
+
+def test_what_changes_when_images_come_go_and_move(
+    set_params: SetParams, dataset: list[str], draw_images: DrawImages, run_stage: Callable[..., None]
+) -> None:
+    """An image is its bytes: a new name or split embeds nothing, a new image embeds one, a removed one leaves."""
+    set_params()
+
+    def embedded() -> tuple[set[str], dict[str, bytes]]:
+        run_stage("index_images")
+        run_stage("embed_images", "--encoder", "conv")
+        folder = Path("data/embed/conv/images")
+        ids = store.read_buckets(folder, "embed.nodes/1", 4, ["image_id"]).column("image_id").to_pylist()
+        return set(ids), {name: content for name, (content, _) in snapshot(folder).items()}
+
+    first, before = embedded()
+    Path("images/train/a/0.png").rename("images/train/a/renamed.png")
+    Path("images/train/b/1.png").rename("images/test/b/moved.png")
+    same, after = embedded()
+    assert same == first
+    assert after == before
+    rows = by_path()
+    assert rows["train/a/renamed.png"]["status"] == "ok"
+    assert rows["test/b/moved.png"]["split"] == "test"
+    draw_images({"train/a/new.png": 77})
+    more, after = embedded()
+    assert len(more - first) == 1
+    assert sum(after[name] != before[name] for name in before) == 1
+    Path("images/train/a/new.png").unlink()
+    assert embedded() == (first, before)
+
+
+def test_what_it_warns_of(
+    set_params: SetParams, dataset: list[str], draw_images: DrawImages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index(set_params())
+    assert "warning" not in capsys.readouterr().err
+    near = np.asarray(Image.open("images/test/a/0.png")).copy()
+    near[0, 0] ^= 1
+    Image.fromarray(near).save("images/train/a/near.png")
+    draw_images({"train/c/0.png": 0})
+    Path("images/train/d").mkdir()
+    Path("images/train/a/broken.png").write_bytes(b"")
+    counts = index(set_params())
+    said = capsys.readouterr().err
+    for words in (
+        "test is contaminated: 1 of 4 test images",
+        "2 files stand under two classes",
+        "1 files are broken",
+        "1 folders hold no image and are no classes: d",
+    ):
+        assert f"warning: {words}" in said
+    assert read("near_duplicates") == [{"path": "test/a/0.png", "other": "train/a/near.png", "bits": 0}]
+    assert counts["health"]["contaminated_test"] == {"near_duplicates": 1, "groups": 0, "images": 1}
+    assert "d" not in {row["class_id"] for row in read("classes")}
 
 
 names = st.text(st.sampled_from("aAbB01 -_.é鱼ß'"), min_size=1, max_size=6) | st.text(
@@ -174,14 +326,14 @@ def test_class_ids_are_safe_and_never_shared(folders: set[str]) -> None:
     assert len(set(ids.values())) == len(folders)
     for folder, class_id in ids.items():
         assert re.fullmatch("[a-z0-9_-]+", class_id)
-        assert class_id == class_id_of(folder)
+        assert class_id == store.class_id_of(folder)
         assert (class_id == folder) == bool(re.fullmatch("[a-z0-9_-]+", folder))
 
 
 def test_a_class_named_as_the_id_of_another_is_refused() -> None:
-    assert class_id_of("Blue Tang") == f"blue-tang-{store.sha256('Blue Tang')[:8]}"
+    assert store.class_id_of("Blue Tang") == f"blue-tang-{store.sha256('Blue Tang')[:8]}"
     with pytest.raises(UserError, match="one class_id") as error:
-        name_classes({"Blue Tang", class_id_of("Blue Tang")})
+        name_classes({"Blue Tang", store.class_id_of("Blue Tang")})
     assert "\n" not in str(error.value)
 
 
@@ -198,7 +350,7 @@ def test_tables_beside_the_images(set_params: SetParams, dataset: list[str], dra
         "path,part,x0,y0,x1,y1,visible\ntrain/a/0.png,tail,0,0.25,0.5,0.75,1\ntrain/a/0.png,eye,0,0,0,0,0\n"
     )
     index(set_params())
-    tang = class_id_of("Blue Tang")
+    tang = store.class_id_of("Blue Tang")
     classes = {row["class_id"]: row for row in read("classes")}
     assert set(classes) == {"a", "b", "c", tang}
     assert (classes[tang]["name"], classes[tang]["superclass"], classes[tang]["note"]) == (
@@ -240,22 +392,13 @@ def test_a_malformed_table_is_one_line(
     assert not Path("data/index").exists()
 
 
-def test_a_layout_that_is_none(set_params: SetParams, project: Path) -> None:
-    params = set_params()
-    with pytest.raises(UserError, match=r"dataset\.root: images is not a folder"):
-        index(params)
-    (project / "images/train/a").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"has no folder test/; lay it out as test/CLASS/IMAGE"):
-        index(params)
-    (project / "images/test").mkdir()
-    with pytest.raises(UserError, match="holds no image"):
-        index(params)
+def test_a_name_that_is_not_utf8(set_params: SetParams, dataset: list[str]) -> None:
     try:
         Path("images/train/a", "ca\udcff.png").write_bytes(b"")
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
     with pytest.raises(UserError, match="is not UTF-8") as error:
-        index(params)
+        index(set_params())
     str(error.value).encode()
 
 

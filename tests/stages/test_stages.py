@@ -12,8 +12,9 @@ from stages import command
 from stages.command import UserError
 from tests.stages.project import ROOT
 
-# What dvc.yaml runs of stages/, and the check of params.yaml that goes before.
-MODULES = sorted({*re.findall(r"cmd: python -m stages\.(\w+)", (ROOT / "dvc.yaml").read_text()), "params"})
+# What dvc.yaml runs of stages/, and what goes before it.
+STAGES = re.findall(r"cmd: python -m stages\.(\w+)", (ROOT / "dvc.yaml").read_text())
+MODULES = sorted({*STAGES, "params", "preflight", "profiles"})
 
 
 def test_there_are_stages() -> None:

@@ -76,7 +76,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
                     }
                 )
     rows = [{key: value for key, value in image.items() if key != "label"} for image in images]
-    rows.append({"path": "train/broken.png", "class_id": classes[0], "split": "train", "status": "unreadable"})
+    rows.append({"path": "train/broken.png", "class_id": classes[0], "split": "train", "status": "broken"})
     write_table(
         make_table("index.images/1", rows), folder / "index/images.parquet", "index.images/1", {}, marks["index"]
     )

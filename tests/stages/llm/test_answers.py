@@ -128,7 +128,7 @@ def test_what_failed_is_a_row_and_is_asked_again(server: OpenAIServer, trouble: 
     assert len(server.calls) == 2
 
 
-@pytest.mark.parametrize(("source", "calls"), [("replay", 1), ("live", 0), ("batch", 0), ("import", 0), ("edited", 0)])
+@pytest.mark.parametrize(("source", "calls"), [("replay", 1), ("live", 0), ("batch", 0), ("import", 1), ("edited", 0)])
 def test_only_what_was_earned_stands_for_an_answer(server: OpenAIServer, source: str, calls: int) -> None:
     [row] = ask(server, "a")
     journal_path(STAGE).unlink()

@@ -1,0 +1,130 @@
+"""Texts of one's own for the classes: read from files, matched to classes, kept as answers that nobody was asked for.
+
+`concepts.import` is a JSON object of class -> list of texts, or a folder of CLASS.txt, one text a line (blank lines and
+hidden files are passed over). Both are UTF-8, with or without a BOM. A class stands there as its folder or given name,
+its class_id, or else its `name`.
+"""
+
+import difflib
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from stages.command import UserError
+from stages.params import NONE
+from stages.store import canonical_json, class_id_of, sha256
+
+KEY = "params.yaml: concepts.import"
+FORM = "a JSON object of class -> list of texts, or a folder of CLASS.txt"
+Row = dict[str, Any]
+Texts = dict[str, list[str]]
+
+
+def read_imported(path: str, classes: list[Row]) -> Texts:
+    """The texts of each class_id that `path` covers; `classes` are rows of index.classes/1.
+
+    Raises UserError: unreadable, a key that is no class or the name of several, two keys for one class, or a class
+    without texts.
+    """
+    source = Path(path)
+    if path == NONE:
+        return {}
+    return match_classes(source, read_folder(source) if source.is_dir() else read_json(source), classes)
+
+
+def read_json(path: Path) -> list[tuple[str, Any]]:
+    """The pairs of a JSON object, a key that stands there twice as two."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        # Objects become tuples of pairs: a dict would keep one of two equal keys.
+        content = json.loads(text, object_pairs_hook=tuple)
+        # A lone surrogate is JSON but no text.
+        canonical_json(content).encode()
+    except OSError as error:
+        raise UserError(f"{KEY}: {path} cannot be read ({error.strerror}); name {FORM}, or {NONE}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON in UTF-8 ({error}); {KEY} takes {FORM}") from None
+    if not isinstance(content, tuple) or not content:
+        raise UserError(f"{path}: holds no class; {KEY} takes {FORM}")
+    return list(content)
+
+
+def read_folder(folder: Path) -> list[tuple[str, list[str]]]:
+    """CLASS and lines of each CLASS.txt."""
+    pairs = []
+    for path in sorted(folder.glob("[!.]*")):
+        if path.suffix != ".txt":
+            raise UserError(f"{path}: is not named CLASS.txt; rename it, or take it out of {folder} ({KEY})")
+        try:
+            path.name.encode()
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"{path}: cannot be read as UTF-8 ({error}); save it as that") from None
+        pairs.append((path.stem, [line for line in lines if line]))
+    if not pairs:
+        raise UserError(f"{folder}: holds no CLASS.txt; {KEY} takes {FORM}")
+    return pairs
+
+
+def match_classes(path: Path, pairs: list[tuple[str, Any]], classes: list[Row]) -> Texts:
+    """The texts by class_id. A folder or class_id goes before a name: no two classes share those."""
+    ids = {row["class_id"] for row in classes}
+    named: dict[str, list[str]] = defaultdict(list)
+    for row in classes:
+        named[row["name"]].append(row["class_id"])
+    found = [[class_id_of(key)] if class_id_of(key) in ids else named.get(key, []) for key, _ in pairs]
+
+    unknown = [key for (key, _), matches in zip(pairs, found, strict=True) if not matches]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [*named, *ids], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "data/index/classes.parquet lists them"
+        refuse(path, [(key, f"is no folder, class_id or name of a class; {hint}") for key in unknown])
+
+    texts: Texts = {}
+    keys: dict[str, str] = {}
+    wrong = []
+    for (key, value), (class_id, *others) in zip(pairs, found, strict=True):
+        first = keys.setdefault(class_id, key)
+        if others:
+            wrong.append((key, f"is the name of {', '.join([class_id, *others])}; put a class_id in its place"))
+        elif class_id in texts:
+            wrong.append((key, f"stands for the class of {first!r} too, {class_id}; keep one of them"))
+        elif not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            wrong.append((key, 'is not a list of texts; write it as ["...", "..."]'))
+        elif not any(text.strip() for text in value):
+            wrong.append((key, "has no text; write some, or take it out"))
+        else:
+            texts[class_id] = value
+    refuse(path, wrong)
+    return texts
+
+
+def refuse(path: Path, wrong: list[tuple[str, str]]) -> None:
+    """Raises UserError for the first of the keys that something is wrong with, where there is one."""
+    if wrong:
+        key, what = wrong[0]
+        raise UserError(f"{path}: {key!r}: {what}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}")
+
+
+def row_of(class_id: str, texts: list[str]) -> Row:
+    """A row of llm.answers/1, a function of its class and texts alone: no time, no path, no prompt."""
+    concepts = [{"text": text, "kind": "visual", "part": None} for text in texts]
+    return {
+        "item_key": sha256(canonical_json({"import": [class_id, texts]})),
+        "subject_id": class_id,
+        "sample": 0,
+        "prompt_sha": sha256(canonical_json(texts)),
+        "status": "ok",
+        "response_json": canonical_json({"concepts": concepts}),
+        "model_requested": "import",
+        "model_reported": None,
+        "response_id": None,
+        "finish_reason": None,
+        "input_tokens": None,
+        "output_tokens": None,
+        "cost_usd": None,
+        "attempts": 0,
+        "source": "import",
+        "created_at": "",
+    }
