@@ -1,42 +1,16 @@
 """The real stage graph, run by DVC in a temporary checkout on a small reef: promises 1, 2, 3 and 5 of the design."""
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
+from tests.checkout import checkout, command, commit, edit_params, git
 from tests.openai_server import OpenAIServer
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 METHODS = ["zero_shot", "description_zero_shot", "linear_probe", "attention_pool", "concept_graph"]
-
-
-def command(*words: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run as a user's shell would: no key, no leave to skip compiled files, which once made every clone start anew."""
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "OPENAI_API_KEY")}
-    env |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def git(*words: str, cwd: Path) -> None:
-    command("git", "-c", "user.name=test", "-c", "user.email=test@example.org", *words, cwd=cwd)
-
-
-def edit_params(folder: Path, edit: Any) -> None:
-    yaml = YAML()
-    path = folder / "params.yaml"
-    params = yaml.load(path.read_text())
-    edit(params)
-    with open(path, "w") as file:
-        yaml.dump(params, file)
 
 
 def make_small(params: Any) -> None:
@@ -47,26 +21,12 @@ def make_small(params: Any) -> None:
         params["train"]["methods"][method].update(epochs=3)
 
 
-def checkout(target: Path) -> Path:
-    """This working tree as a fresh clone would have it, in a repository of its own."""
-    made_here = shutil.ignore_patterns(".git", ".venv", "*cache*", "tmp", "config.local", "dvc.lock")
-
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        outputs = set(names) - {"demo", "none"} if Path(folder) == ROOT / "data" else set()
-        return {*made_here(folder, names), *outputs} - {"cache.py"}
-
-    shutil.copytree(ROOT, target, ignore=ignored)
-    edit_params(target, make_small)
-    git("init", "-q", "-b", "main", cwd=target)
-    git("add", "-A", cwd=target)
-    git("commit", "-q", "-m", "start", cwd=target)
-    return target
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which the whole pipeline ran once."""
     folder = checkout(tmp_path_factory.mktemp("first") / "fieldmark")
+    edit_params(folder, make_small)
+    commit(folder)
     command("dvc", "repro", cwd=folder)
     return folder
 
@@ -86,8 +46,7 @@ def test_second_repro_runs_no_stage(made: Path) -> None:
 def test_second_clone_trains_to_the_same_metrics_with_no_images_and_no_key(made: Path, tmp_path: Path) -> None:
     remote, clone = tmp_path / "remote", tmp_path / "second"
     command("dvc", "remote", "add", "--force", "--default", "share", str(remote), cwd=made)
-    git("add", "-A", cwd=made)
-    git("commit", "-q", "-m", "share", cwd=made)
+    commit(made)
     command("dvc", "push", cwd=made)
     git("clone", "-q", str(made), str(clone), cwd=tmp_path)
     paths = command(sys.executable, "-m", "stages.lock", "train@concept_graph", cwd=clone).stdout.split()

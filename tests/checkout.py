@@ -1,0 +1,57 @@
+"""A checkout of this working tree in a temporary folder, and commands run in it as a user's shell would run them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def command(*words: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run as a user's shell would: no key, no leave to skip compiled files, which once made every clone start anew."""
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "OPENAI_API_KEY")}
+    env |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def git(*words: str, cwd: Path) -> None:
+    command("git", "-c", "user.name=test", "-c", "user.email=test@example.org", *words, cwd=cwd)
+
+
+def edit_params(folder: Path, edit: Callable[[Any], object], name: str = "params.yaml") -> None:
+    yaml = YAML()
+    path = folder / name
+    params = yaml.load(path.read_text())
+    edit(params)
+    with open(path, "w") as file:
+        yaml.dump(params, file)
+
+
+def checkout(target: Path) -> Path:
+    """This working tree as a fresh clone would have it, in a repository of its own."""
+    made_here = shutil.ignore_patterns(".git", ".venv", "*cache*", "tmp", "config.local", "dvc.lock")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        outputs = set(names) - {"demo", "none"} if Path(folder) == ROOT / "data" else set()
+        return {*made_here(folder, names), *outputs} - {"cache.py"}
+
+    shutil.copytree(ROOT, target, ignore=ignored)
+    commit(target, "init", "-q", "-b", "main")
+    return target
+
+
+def commit(folder: Path, *first: str) -> None:
+    """Commit all of a repository, after a first git command where one is given."""
+    if first:
+        git(*first, cwd=folder)
+    git("add", "-A", cwd=folder)
+    git("commit", "-q", "-m", "change", cwd=folder)
