@@ -17,8 +17,8 @@ The cells of every transformer carry context from the whole picture. A text goes
 open_clip's, or one of Hugging Face's with its own cleaning.
 
 Vectors leave here in float32, not normalised. An encoder's fingerprint covers architecture, weights, preprocessing,
-precision and these rules, a Hugging Face text tower and tokenizer by what is in them, not by where they lie; the device
-and the batch size are not in it.
+precision, these rules and those of decoding (images.py), a Hugging Face text tower and tokenizer by what is in them, not
+by where they lie; the device and the batch size are not in it.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from safetensors import SafetensorError
 from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
 
-from stages import store
+from stages import images, store
 from stages.command import UserError
 from stages.params import Encoder
 
@@ -176,6 +176,7 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
     preprocessing = dict(visual.preprocess_cfg)
     identity = {
         "rules": RULES,
+        "decoding": images.RULES,
         # The configuration, since what PyTorch prints of a model leaves out attention heads and pooling.
         "architecture": {**architecture, "text_cfg": architecture["text_cfg"] | hf_content(model, tokenizer, key)},
         "weights": weights_sha(model),

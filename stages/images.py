@@ -1,5 +1,11 @@
-"""Pictures as everything downstream sees them: upright, 8-bit RGB, one frame, opened within a set memory."""
+"""Pictures as everything downstream sees them: upright, 8-bit sRGB, one frame, opened within a set memory.
 
+Colours go from the picture's own ICC profile to sRGB; a profile that cannot be read counts as none. Transparency lies
+on BACKGROUND. Integers of 16 bits are divided by 257; of 32 bits too, unless all are under 256; floats are taken as
+[0,1], [0,255] or [0,65535], the smallest of these that holds them all. Of several frames it is the first.
+"""
+
+import io
 import struct
 import warnings
 import zlib
@@ -10,15 +16,21 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import pillow_heif
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # A picture of more pixels is refused as a decompression bomb before it is decoded: 3 bytes a pixel in memory.
 MAX_PIXELS = 120_000_000
 # What shows through where a picture is transparent: mid-grey, so that neither dark nor light subjects vanish.
 BACKGROUND = (128, 128, 128)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
+}  # fmt: skip
 # What a file may be, whatever its suffix says. Pillow knows formats that run other programs (EPS starts Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+pillow_heif.register_heif_opener(thumbnails=False)
+# Raised when the pixels that the rules of this module give for the same file change.
+RULES = 2
 
 # Pillow warns of sizes that MAX_PIXELS judges, and of odd metadata that does not touch the pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -46,22 +58,46 @@ def open_rgb(path: str | Path | IO[bytes]) -> Image.Image:
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or ' '.join(str(error).split())[:160]}") from None
     # Pillow's decoders raise many types on broken bytes; each is a fact about the picture, not about the program.
-    except (ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, NotImplementedError,
+    except (ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError,
             MemoryError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as 8-bit RGB: 16-bit scaled, transparency laid on BACKGROUND."""
+    """Any Pillow mode as 8-bit sRGB, as the module's docstring says."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        scale = 257.0 if values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
+        return Image.fromarray(to_bytes(np.asarray(image, dtype=np.float32), image.mode)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        rgba = to_srgb(image.convert("RGBA"), "RGBA")
         ground = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
-        image = Image.alpha_composite(ground, rgba)
-    return image.convert("RGB")
+        return Image.alpha_composite(ground, rgba).convert("RGB")
+    return to_srgb(image.convert("RGB") if image.mode not in ("L", "CMYK", "LAB") else image, "RGB")
+
+
+def to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey values of more than 8 bits as bytes; the range of `I` and `F` is told from what they hold."""
+    most = values.max(initial=0)
+    if mode == "F" and most <= 1:
+        values = values * 255
+    elif mode.startswith("I;16") or most > 255:
+        values = values / 257
+    return np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
+
+
+def to_srgb(image: Image.Image, mode: str) -> Image.Image:
+    """A picture in `mode` (RGB or RGBA), its colours converted from its ICC profile where it has one but sRGB."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(source):
+                target = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(image, source, target, outputMode=mode)
+                assert converted is not None
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass
+    return image.convert(mode)
 
 
 def dhash(image: Image.Image) -> int:

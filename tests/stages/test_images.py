@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from stages.images import BACKGROUND, MAX_PIXELS, BadImage, dhash, map_ahead, open_rgb
 
@@ -47,6 +47,51 @@ def test_every_exif_orientation_gives_the_upright_picture(orientation: int, tmp_
 def test_sixteen_bits_keep_their_shades(name: str, tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(tmp_path / name)
     assert pixels(tmp_path / name).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+def test_sixteen_dark_bits_stay_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert (pixels(tmp_path / "a.png") == 0).all()
+
+
+@pytest.mark.parametrize(("values", "shades"), [([0, 0.5, 1], [0, 127, 255]), ([0, 100, 255], [0, 100, 255])])
+def test_floats_are_taken_by_their_range(values: list[float], shades: list[int], tmp_path: Path) -> None:
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tif")
+    assert pixels(tmp_path / "a.tif")[0, :, 0].tolist() == shades
+
+
+def swapped_profile() -> bytes:
+    """sRGB with the primaries of red and green exchanged: what it calls red is green."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"tmp.").replace(b"gXYZ", b"rXYZ").replace(b"tmp.", b"gXYZ")
+    return profile.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
+def test_colours_go_through_the_profile(tmp_path: Path) -> None:
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    red.save(tmp_path / "a.png", icc_profile=swapped_profile())
+    assert pixels(tmp_path / "a.png")[0, 0] == pytest.approx([0, 255, 0], abs=3)
+    red.convert("RGBA").save(tmp_path / "b.png", icc_profile=swapped_profile())
+    assert pixels(tmp_path / "b.png")[0, 0] == pytest.approx([0, 255, 0], abs=3)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, profile in {"srgb": srgb, "bad": b"x"}.items():
+        red.save(tmp_path / f"{name}.png", icc_profile=profile)
+        assert pixels(tmp_path / f"{name}.png")[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_profile_of_another_kind_counts_as_none(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 100).save(tmp_path / "a.png", icc_profile=swapped_profile())
+    assert (pixels(tmp_path / "a.png") == 100).all()
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.avif"])
+def test_pictures_of_phones(name: str, tmp_path: Path) -> None:
+    picture = UPRIGHT.resize((70, 50), Image.Resampling.NEAREST)
+    picture.save(tmp_path / name, quality=95)
+    assert np.abs(pixels(tmp_path / name) - np.asarray(picture)).mean() < 12
+    (tmp_path / "cut").write_bytes((tmp_path / name).read_bytes()[:300])
+    with pytest.raises(BadImage):
+        open_rgb(tmp_path / "cut")
 
 
 def test_transparency_lies_on_grey(tmp_path: Path) -> None:
@@ -156,7 +201,7 @@ def test_hostile_bytes_are_a_picture_or_a_reason() -> None:
     chance = random.Random(0)
     exif = Image.Exif()
     exif[0x0112] = 6
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF"):
         buffer = io.BytesIO()
         image = UPRIGHT.convert("P") if kind == "GIF" else UPRIGHT
         image.save(buffer, kind, **({} if kind in ("GIF", "BMP") else {"exif": exif}))
