@@ -17,8 +17,8 @@ The cells of every transformer carry context from the whole picture. A text goes
 open_clip's, or one of Hugging Face's with its own cleaning.
 
 Vectors leave here in float32, not normalised. An encoder's fingerprint covers architecture, weights, preprocessing,
-precision, these rules and those of decoding (images.py), a Hugging Face text tower and tokenizer by what is in them, not
-by where they lie; the device and the batch size are not in it.
+precision, these rules and those of decoding (images.py), a Hugging Face text tower and tokenizer by what is in them and
+not by where they lie; the device and the batch size are not in it.
 """
 
 import hashlib
