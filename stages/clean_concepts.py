@@ -2,14 +2,22 @@
 
 Reads   data/concepts/answers.parquet (rows with status ok), data/index/classes.parquet, params: domain, clean.
 Writes  data/concepts/concepts.parquet (concepts/1): every candidate of every class, kept or not, in the order in which
-        the answers gave them; and for each class its name in each of clean.name_templates (kind name).
+        the answers gave them; for each class its name in each of clean.name_templates (kind name); and the candidates
+        of the answer about no class, if there is one (class_id null, kind generic).
 Costs   nothing but a second or two.
 
 Of a text that ends in a remark on the class by its name ("a long stiff tail, typical of the Brown Creeper") the remark
-is cut off. A text is dropped, for the first of these reasons that holds: empty, fragment, too_long (more than
-clean.max_words), class_name (it gives the class away), habitat (the model says so), sound, diet, range, size,
-population, behaviour (a photo cannot show it), duplicate (another text of the class says it in the same words). A class
-that keeps no visual text is named on stderr.
+is cut off. A text is dropped, for the first of these reasons that holds:
+
+    empty, fragment    holds no words, or is no whole phrase
+    too_long           has more than clean.max_words
+    class_name         gives the class away; a generic one, any class
+    habitat            is about the surroundings: the model says so, or the words do
+    sound, smell, diet, range, habitat, size, population, breeding, mechanics, lore, behaviour, comparison,
+    nothing_visible    claims what one photo cannot show, or nothing that it can: see stages/llm/visibility.py
+    duplicate          says in the same words what another text of the class says
+
+A class that keeps no visual text is named on stderr.
 
     python -m stages.clean_concepts
 """
@@ -19,18 +27,22 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from stages import store
 from stages.command import run, stage_parser
 from stages.llm.names import ClassName, domain_words, words
+from stages.llm.visibility import Eye
 from stages.params import Clean, Domain, load_params
 
 ANSWERS = Path("data/concepts/answers.parquet")
 CLASSES = Path("data/index/classes.parquet")
 CONCEPTS = Path("data/concepts/concepts.parquet")
 SCHEMA = "concepts/1"
+# The subject of an answer about no class.
+GENERIC = "*"
 Row = dict[str, Any]
 
 # A list's bullet or number, and what ends one of several sentences in a text.
@@ -39,51 +51,6 @@ SENTENCE_END = re.compile(r"[\n;]+|(?<=[a-z)\"'])[.!]\s+(?=[A-Z])")
 CLAUSE_END = re.compile(r",|\band\b|\bwith\b|\bhas\b|\bhaving\b")
 FILLER = frozenset(words("a an the of that which is are it its this these in on at to has have with and"))
 DANGLING = frozenset(words("a an the of with and or in on at to by for from its that which has is are"))
-
-# What a photo cannot show, in general English. The first pattern that is found names the reason.
-PLACE = "in near around across throughout from"
-REGION = r"(?:north|south|east|west|central)(?:ern)? (?:america|africa|asia|europe|australia)\w*"
-UNIT = (
-    "mm cm m km inch inches ft feet foot yards? g kg grams? kilograms? lbs? pounds? oz ounces?"
-    " (?:milli|centi|kilo)?met(?:er|re)s?"
-)
-NUMBER = r"\d+(?:[.,]\d+)?"
-
-
-def any_of(alternatives: str) -> str:
-    return f"(?:{'|'.join(alternatives.split())})"
-
-
-INVISIBLE = {
-    reason: re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
-    for reason, pattern in {
-        "sound": any_of(
-            r"songs? (?<!so-)calls? calling sings? singing sounds? noisy loud\w* vocal\w* chirp\w* whistl\w* trill\w*"
-            r" melod\w* croak\w* barking roar\w* audible"
-        ),
-        "diet": any_of(
-            r"feeds? feeding eats? eaten eating diets? forag\w+ prey\w* hunts? hunting grazes? grazing scaveng\w+"
-            r" (?:carni|herbi|insecti|omni|pisci)vor\w+"
-        ),
-        "range": any_of("found lives? living occurs? occurring resides? residing breeds? winters?")
-        + rf" (?:\w+ly )?{any_of(PLACE)}|native to|{REGION}|"
-        + any_of(r"endemic inhabits? inhabiting habitats? distribution geographic\w* migrat\w+"),
-        "size": rf"{NUMBER}(?:\s*(?:-|\u2013|to)\s*{NUMBER})?[\s-]*{any_of(UNIT)}|"
-        + any_of(r"weigh weighs weighing weights? lifespans?"),
-        "population": any_of(
-            r"populations? endangered threatened conservation extinct\w* abundan\w+ rare rarely uncommon widespread"
-            r" vulnerable"
-        ),
-        "behaviour": rf"known {any_of('for to as')}|{any_of('often usually typically commonly sometimes')} "
-        + any_of("seen found observed")
-        + "|breeding season|"
-        + any_of(
-            r"behaviou?r\w* flocks? shoals? schooling solitary nocturnal diurnal crepuscular aggressive\w* shy"
-            r" territorial\w* social lifestyles? courtship mates? mating lays nests nested nesting dives? diving"
-            r" soar\w* hover\w* glides? gliding swims? swimming fly flies flying burrow\w*"
-        ),
-    }.items()
-}
 
 
 def candidates_of(answer: Row) -> list[Row]:
@@ -133,8 +100,8 @@ def singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
-def reason_to_drop(candidate: Row, name: ClassName, clean: Clean) -> str | None:
-    """Why a text cannot be a concept of its class, whatever the class's other texts are; or None."""
+def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: Clean) -> str | None:
+    """Why a text cannot be a concept, whatever the others are; or None. `names` are those it must not give away."""
     text = candidate["text"]
     tokens = words(text)
     if not tokens:
@@ -143,36 +110,61 @@ def reason_to_drop(candidate: Row, name: ClassName, clean: Clean) -> str | None:
         return "fragment"
     if len(text.split()) > clean.max_words:
         return "too_long"
-    if name.is_in(text):
+    if any(name.is_in(text) for name in names):
         return "class_name"
     if candidate["kind"] == "habitat":
         return "habitat"
-    return next((reason for reason, pattern in INVISIBLE.items() if pattern.search(text)), None)
+    return eye.why_invisible(text)
 
 
 def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean) -> list[Row]:
     """Rows of concepts/1 for one class: its names, then every candidate of its answers (in order of sample)."""
-    card = domain_words(domain.noun, domain.group, *domain.attributes)
-    noun = domain_words(domain.noun)
-    name = ClassName(row["name"], row["scientific_name"], card)
+    name = class_name(row, domain)
     texts = [template.format(name=row["name"], noun=domain.noun) for template in clean.name_templates]
     concepts = [concept_row(row["class_id"], text, "name", rank) for rank, text in enumerate(texts)]
+    candidates = [
+        found | {"text": cut_remark(found["text"], name)} for answer in answers for found in candidates_of(answer)
+    ]
+    return concepts + judge(candidates, row["class_id"], [name], domain, clean)
+
+
+def clean_generic(answers: list[Row], classes: list[Row], domain: Domain, clean: Clean) -> list[Row]:
+    """Rows of concepts/1 for what is said of no class: none names any of `classes`."""
+    candidates = [
+        found | {"kind": "generic" if found["kind"] == "visual" else found["kind"]}
+        for answer in answers
+        for found in candidates_of(answer)
+    ]
+    return judge(candidates, None, [class_name(row, domain) for row in classes], domain, clean)
+
+
+def class_name(row: Row, domain: Domain) -> ClassName:
+    card = domain_words(domain.noun, domain.group, *domain.attributes)
+    return ClassName(row["name"], row["scientific_name"], card)
+
+
+def judge(
+    candidates: list[Row], class_id: str | None, names: list[ClassName], domain: Domain, clean: Clean
+) -> list[Row]:
+    """Rows of concepts/1, one a candidate: kept, or dropped with the reason."""
+    eye = Eye(domain.noun, domain.group, domain.attributes)
+    noun = domain_words(domain.noun)
     seen: set[frozenset[frozenset[str]]] = set()
-    for rank, candidate in enumerate(found for answer in answers for found in candidates_of(answer)):
-        candidate["text"] = cut_remark(candidate["text"], name)
-        reason = reason_to_drop(candidate, name, clean)
+    concepts = []
+    for rank, candidate in enumerate(candidates):
+        reason = reason_to_drop(candidate, names, eye, clean)
         if reason is None:
             key = wording(candidate["text"], noun)
             if key in seen:
                 reason = "duplicate"
             seen.add(key)
-        concept = concept_row(row["class_id"], candidate["text"], candidate["kind"], rank)
+        concept = concept_row(class_id, candidate["text"], candidate["kind"], rank)
         concept |= {"part": candidate["part"], "item_key": candidate["item_key"]}
         concepts.append(concept | {"kept": reason is None, "drop_reason": reason})
     return concepts
 
 
-def concept_row(class_id: str, text: str, kind: str, rank: int) -> Row:
+def concept_row(class_id: str | None, text: str, kind: str, rank: int) -> Row:
     """A kept row of concepts/1 that comes from no answer."""
     return {
         "concept_id": store.sha256(text),
@@ -217,6 +209,7 @@ def main() -> None:
         for row in classes
         for concept in clean_class(row, answers[row["class_id"]], params.domain, params.clean)
     ]
+    concepts += clean_generic(answers[GENERIC], classes, params.domain, params.clean)
     content = {"domain": params.domain.model_dump(), "clean": params.clean.model_dump()}
     mark = store.fingerprint(SCHEMA, content, upstream)
     store.write_table(store.make_table(SCHEMA, concepts), CONCEPTS, SCHEMA, content, mark)

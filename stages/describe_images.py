@@ -3,10 +3,11 @@
 Reads   data/index/images.parquet and its images with status ok as `dataset` says, data/index/classes.parquet (to find
         class names in answers), the prompt `describe.prompt`, params: domain, dataset, llm, describe.
 Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image, failed ones too;
-        data/descriptions/descriptions.parquet (descriptions/1): the sentences, class names masked.
-Costs   llm.mode live: one call for each image whose answer is held neither there nor in the journal under .cache/ (or
-        $FIELDMARK_CACHE); see --dry-run. llm.mode replay, or describe.enabled false: nothing. Memory does not grow with
-        the images' sizes: a picture is opened when it is its turn.
+        data/descriptions/descriptions.parquet (descriptions/1): the sentences, class names masked;
+        data/descriptions/metrics.json: rows, tokens and cost in sum.
+Costs   llm.mode live or batch: one call for each image whose answer is held neither there nor in the journal under
+        .cache/ (or $FIELDMARK_CACHE); see --dry-run. llm.mode replay, or describe.enabled false: nothing. Memory does
+        not grow with the images' sizes: a picture is opened when it is its turn.
 
 The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
 
@@ -24,11 +25,12 @@ from typing import Any
 from PIL import Image
 
 from stages import store
-from stages.command import run, stage_parser
+from stages.command import UserError, run, stage_parser
 from stages.images import BadImage, open_rgb
-from stages.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_answers, live_answers, plan_calls, preview
+from stages.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_answers
 from stages.llm.names import NameMask
 from stages.llm.prompts import Message, Prompt, load_prompt
+from stages.llm.questions import Question, ask, foresee, write_metrics
 from stages.llm.replay import replay
 from stages.lock import refuse_cold_start
 from stages.params import Params, load_params
@@ -38,6 +40,7 @@ IMAGES = Path("data/index/images.parquet")
 CLASSES = Path("data/index/classes.parquet")
 ANSWERS = Path("data/descriptions/answers.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
+METRICS = Path("data/descriptions/metrics.json")
 JPEG_QUALITY = 90
 Row = dict[str, Any]
 
@@ -121,24 +124,31 @@ def main() -> None:
 
     paths = {row["image_id"]: params.dataset.folder / row["path"] for row in images if row["status"] == "ok"}
     items = items_of(sorted(paths), prompt, params) if params.describe.enabled else []
-    if params.llm.mode == "replay" or not params.describe.enabled:
+    if params.llm.mode == "import" and params.describe.enabled:
+        raise UserError(
+            "params.yaml: describe.enabled: descriptions cannot be imported yet; set it to false, or llm.mode to live,"
+            " batch or replay"
+        )
+    if params.llm.mode in ("live", "batch") and params.describe.enabled:
+        questions = {"images": Question(prompt, items)}
+        refuse_cold_start(ANSWERS)
+        if args.dry_run:
+            print(foresee(STAGE, questions, params.llm, ANSWERS))
+            return
+        asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: with_image(item, paths))
+        rows = asked["images"]
+    else:
         if args.dry_run:
             why = f"llm.mode {params.llm.mode}" if items else "describe.enabled false"
             print(f"{STAGE}: {len(items)} items, 0 calls ({why})")
             return
         rows = replay(items, "image_id", prompt, params.llm) if items else []
-        if params.llm.mode == "live":
-            keep_answers(STAGE, ANSWERS, [])
-    else:
-        refuse_cold_start(ANSWERS)
-        if args.dry_run:
-            print(preview(STAGE, plan_calls(STAGE, items, prompt, params.llm, ANSWERS), params.llm))
-            return
-        rows = live_answers(STAGE, items, prompt, params.llm, ANSWERS, attach=lambda item: with_image(item, paths))
+        keep_answers(STAGE, ANSWERS, [])
 
     content = content_params(prompt, params)
     mark = store.fingerprint(SCHEMA, content, [upstream])
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
+    write_metrics(rows, METRICS)
 
     names = [name for row in classes for name in (row["name"], row["scientific_name"]) if name]
     described, masked = descriptions_of(rows, NameMask(names, params.domain.noun))

@@ -2,140 +2,253 @@
 
 Reads   data/index/classes.parquet, the prompt `concepts.prompt`, params: domain, llm, concepts; in `concepts.import`
         texts of your own for some classes or all: a JSON object of class -> list of texts, or a folder of CLASS.txt
-        with one text a line. A class stands there as its folder, class_id or name.
+        with one text a line; in `concepts.edits`, of the same form, model's answers that you wrote over. A class stands
+        there as its folder, class_id or name.
 Writes  data/concepts/answers.parquet (llm.answers/1): one row a class and sample, failed ones too; one row for a class
-        that is imported.
-Costs   llm.mode live: one call for each class and sample, but for imported classes, whose answer is held neither there
-        nor in the journal under .cache/ (or $FIELDMARK_CACHE); see --dry-run. llm.mode replay: nothing.
+        that is imported or edited; data/concepts/metrics.json: rows, tokens and cost in sum.
+Costs   llm.mode live or batch: one call for each class and sample, but for imported and edited classes, whose answer is
+        held neither there nor in the journal under .cache/ (or $FIELDMARK_CACHE); see --dry-run. llm.mode replay or
+        import: nothing.
+
+Two prompts more, both off by default. `concepts.generic` N: one call for N texts that hold for many classes, kept as a
+row with subject_id "*". `concepts.contrast`: one call more a class for what tells it from its siblings, the other
+classes of its superclass; a class without any is not asked about, and of more than 20 siblings the first 20 by name are
+named. A class that comes or goes changes the question about its siblings, which is then asked anew.
+
+A class in `concepts.edits` is not asked and not imported, whatever becomes of prompt and model; --edit copies what its
+answer holds into that file, for you to edit. Texts of kind habitat stay behind: an edited text counts as visual.
 
 An answer that came back refused, broken or not at all is a row with its status, asked again whenever the stage runs.
-Too few answers (llm.min_coverage) are an error, after the file is written.
+Too few classes with an answer (llm.min_coverage) are an error, after the file is written.
 
     python -m stages.generate_concepts
     python -m stages.generate_concepts --dry-run
-    python -m stages.generate_concepts --show "Lantern bandit"
+    python -m stages.generate_concepts --show "Lantern bandit"    # or '*', for the texts of no class
+    python -m stages.generate_concepts --edit "Lantern bandit"
 """
 
 import difflib
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from stages import store
 from stages.command import UserError, run, stage_parser
-from stages.llm.answers import SCHEMA, Item, check_coverage, live_answers, plan_calls, preview
-from stages.llm.imported import Texts, read_imported, row_of
-from stages.llm.prompts import Message, Prompt, load_prompt
-from stages.llm.replay import replay
+from stages.llm.answers import SCHEMA, Item, check_coverage, keep_answers
+from stages.llm.imported import EDITS, Own, read_own, row_of, start_edit
+from stages.llm.prompts import load_prompt
+from stages.llm.questions import Question, Questions, ask, foresee, write_metrics
+from stages.llm.replay import name_some, replay
 from stages.lock import refuse_cold_start
-from stages.params import Params, load_params
+from stages.params import NONE, Params, load_params
 
 STAGE = "generate_concepts"
 CLASSES = Path("data/index/classes.parquet")
 ANSWERS = Path("data/concepts/answers.parquet")
+METRICS = Path("data/concepts/metrics.json")
+GENERIC = "*"  # no class_id: those match [a-z0-9_-]+
+MOST_SIBLINGS = 20
 Row = dict[str, Any]
 
 
-def messages_of(row: Row, prompt: Prompt, params: Params) -> list[Message]:
-    """The rendered prompt for one row of index.classes/1."""
-    return prompt.render(
-        {
-            **params.domain.model_dump(),
-            "name": row["name"],
-            "scientific_name": row["scientific_name"],
-            "note": row["note"],
-            "per_class": params.concepts.per_class,
-        }
-    )
+def questions_of(classes: list[Row], own: list[Own], params: Params) -> Questions:
+    """What is asked about the classes that have no texts of one's own: `concepts`, and where wanted the other two."""
+    settings = params.concepts
+    card = {**params.domain.model_dump(), "per_class": settings.per_class, "generic": settings.generic}
+    about = {
+        row["class_id"]: card | {key: row[key] for key in ("name", "scientific_name", "note")}
+        for row in without_own(classes, own)
+    }
+    questions = {}
+    if about:
+        prompt = load_prompt(settings.prompt)
+        rendered = {class_id: prompt.render(values) for class_id, values in about.items()}
+        samples = range(settings.samples)
+        items = [Item(class_id, sample, messages) for class_id, messages in rendered.items() for sample in samples]
+        questions["concepts"] = Question(prompt, items)
+    if settings.generic:
+        prompt = load_prompt(settings.generic_prompt)
+        questions["generic"] = Question(prompt, [Item(GENERIC, 0, prompt.render(card))])
+    if settings.contrast:
+        prompt = load_prompt(settings.contrast_prompt)
+        family = siblings_of(classes)
+        values = {class_id: about[class_id] | family[class_id] for class_id in about if class_id in family}
+        items = [Item(class_id, 0, prompt.render(each)) for class_id, each in values.items()]
+        if items:
+            questions["contrast"] = Question(prompt, items)
+    return questions
 
 
-def items_of(classes: list[Row], prompt: Prompt, params: Params) -> list[Item]:
-    items = []
+def without_own(classes: list[Row], own: list[Own]) -> list[Row]:
+    return [row for row in classes if not any(row["class_id"] in each.texts for each in own)]
+
+
+def siblings_of(classes: list[Row]) -> dict[str, dict[str, Any]]:
+    """The superclass and the names of the other classes in it, for each class that has any, by class_id.
+
+    Raises UserError where none has.
+    """
+    names = defaultdict(set)
     for row in classes:
-        messages = messages_of(row, prompt, params)
-        items += [Item(row["class_id"], sample, messages) for sample in range(params.concepts.samples)]
-    return items
+        names[row["superclass"]].add(row["name"])
+    family = {}
+    for row in classes:
+        siblings = sorted(names[row["superclass"]] - {row["name"]})
+        if row["superclass"] and siblings:
+            family[row["class_id"]] = {"superclass": row["superclass"], "siblings": siblings[:MOST_SIBLINGS]}
+    if not family:
+        remedy = "name theirs in the column `superclass` of classes.csv, or set it to false"
+        raise UserError(f"params.yaml: concepts.contrast: no two classes of {CLASSES} share a superclass; {remedy}")
+    return family
 
 
-def replay_others(items: list[Item], prompt: Prompt, params: Params, coverage: str) -> list[Row]:
-    """The recordings for the classes that are not imported; where there are no such classes, none need exist."""
-    if not items:
-        return []
+def check_imported(classes: list[Row], own: list[Own], params: Params) -> None:
+    """Raises UserError where llm.mode import, which asks nobody, leaves something to ask."""
+    settings = params.concepts
+    for key, wanted in (("generic", settings.generic), ("contrast", settings.contrast)):
+        if wanted:
+            raise UserError(f"params.yaml: concepts.{key}: asks a model, and llm.mode import asks nobody; change one")
+    missing = [row["name"] for row in without_own(classes, own)]
+    if len(classes) - len(missing) < params.llm.min_coverage * len(classes):
+        raise UserError(
+            f"params.yaml: llm.mode: import asks nobody, and {len(missing)} of {len(classes)} classes have no texts in"
+            f" {' or '.join(map(str, own))}: {name_some(missing)}; write some, choose another llm.mode, or lower"
+            " llm.min_coverage"
+        )
+
+
+def replay_all(questions: Questions, params: Params, coverage: str) -> dict[str, list[Row]]:
+    """The recordings that answer the questions; where there are no questions, none need exist."""
     try:
-        return replay(items, "class_id", prompt, params.llm)
+        return {name: replay(items, "class_id", prompt, params.llm) for name, (prompt, items) in questions.items()}
     except UserError as error:
         if not coverage:
             raise
         raise UserError(f"{error}; {coverage}") from None
 
 
-def content_params(prompt: Prompt, params: Params, texts: Texts, asked: bool) -> dict[str, Any]:
+def content_params(questions: Questions, own: list[Own], params: Params) -> dict[str, Any]:
     """What decides the answers' content: not where, how fast or with what limits they are asked for.
 
-    A hash of the imported texts where there are any; what is asked, unless all is imported.
+    A hash of one's own texts where there are any; what is asked, unless nothing is.
     """
-    imported = {"imported": store.sha256(store.canonical_json(texts))} if texts else {}
-    if texts and not asked:
-        return imported
-    return imported | {
-        "prompt_sha": prompt.sha,
-        "domain": params.domain.model_dump(),
-        "model": params.llm.model,
-        "temperature": params.llm.temperature,
-        "per_class": params.concepts.per_class,
-        "samples": params.concepts.samples,
-    }
+    settings = params.concepts
+    hashes = {each.source: store.sha256(store.canonical_json(each.texts)) for each in own if each.texts}
+    content: dict[str, Any] = {**hashes}
+    if questions:
+        content |= {"domain": params.domain.model_dump(), "model": params.llm.model}
+        content |= {"temperature": params.llm.temperature}
+    if "concepts" in questions:
+        content |= {"prompt_sha": questions["concepts"].prompt.sha, "samples": settings.samples}
+        content |= {"per_class": settings.per_class}
+    if "generic" in questions:
+        content |= {"generic_prompt_sha": questions["generic"].prompt.sha, "generic": settings.generic}
+    if "contrast" in questions:
+        content |= {"contrast_prompt_sha": questions["contrast"].prompt.sha}
+    return content
 
 
-def show(wanted: str, classes: list[Row], texts: Texts, prompt: Prompt, params: Params) -> str:
-    """The messages, or the imported texts, for the class of this class_id or name. Raises UserError: no such class."""
-    for row in classes:
-        if wanted in (row["class_id"], row["name"]):
-            if row["class_id"] in texts:
-                return "\n".join([f"# imported from {params.concepts.imported}\n", *texts[row["class_id"]]])
-            messages = messages_of(row, prompt, params)
-            return "\n\n".join(f"# {message['role']}\n\n{message['content']}" for message in messages)
-    close = difflib.get_close_matches(wanted, [row["name"] for row in classes], n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"{CLASSES} lists them"
-    raise UserError(f"--show: there is no class {wanted!r}; {hint}")
+def find_class(wanted: str, classes: list[Row], option: str) -> Row:
+    """The class of this class_id, or else of this name. Raises UserError: no such class, or several of that name."""
+    found = [row for row in classes if row["class_id"] == wanted] or [row for row in classes if row["name"] == wanted]
+    if not found:
+        close = difflib.get_close_matches(wanted, [row["name"] for row in classes], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"{CLASSES} lists them"
+        raise UserError(f"{option}: there is no class {wanted!r}; {hint}")
+    if len(found) > 1:
+        ids = ", ".join(row["class_id"] for row in found)
+        raise UserError(f"{option}: {wanted!r} is the name of {ids}; give one of these")
+    return found[0]
+
+
+def show(wanted: str, classes: list[Row], own: list[Own], questions: Questions) -> str:
+    """What is asked of a class, by prompt, or its texts of one's own; for "*" what is asked of no class."""
+    if wanted == GENERIC and "generic" not in questions:
+        raise UserError(f"--show: nothing is asked for {GENERIC!r}: concepts.generic is 0 in params.yaml; set a number")
+    class_id = GENERIC if wanted == GENERIC else find_class(wanted, classes, "--show")["class_id"]
+    for each in own:
+        if class_id in each.texts:
+            return "\n".join([f"# from {each}\n", *each.texts[class_id]])
+    return "\n\n".join(
+        f"# {message['role']} ({prompt.path})\n\n{message['content']}"
+        for prompt, items in questions.values()
+        for item in items
+        if (item.subject_id, item.sample) == (class_id, 0)
+        for message in item.messages
+    )
+
+
+def edit(wanted: str, classes: list[Row], params: Params) -> str:
+    """Copy a class's answer into concepts.edits, those of the contrast prompt last; say where and what is next."""
+    path = params.concepts.edits
+    if path == NONE:
+        raise UserError(f"--edit: params.yaml: {EDITS}: is {NONE}; name a file there that git keeps, e.g. edits.json")
+    row = find_class(wanted, classes, "--edit")
+    contrast = load_prompt(params.concepts.contrast_prompt).sha if params.concepts.contrast else None
+    answers = [
+        answer
+        for answer in store.read_table(ANSWERS, SCHEMA).to_pylist()
+        if (answer["subject_id"], answer["status"]) == (row["class_id"], "ok")
+    ]
+    answers.sort(key=lambda answer: answer["prompt_sha"] == contrast)
+    concepts = [concept for answer in answers for concept in json.loads(answer["response_json"])["concepts"]]
+    texts = list(dict.fromkeys(concept["text"] for concept in concepts if concept["kind"] != "habitat"))
+    if not texts:
+        raise UserError(f"--edit: {ANSWERS} holds no text of {row['name']!r} to edit; run the stage first (dvc repro)")
+    target = start_edit(path, row["class_id"], texts, classes)
+    return f"{target}: {len(texts)} texts of {row['name']!r} to edit; then run the stage again (dvc repro)"
 
 
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and price, and call nobody")
     parser.add_argument("--show", metavar="CLASS", help="print what is asked of a class (class_id or name), and stop")
+    parser.add_argument("--edit", metavar="CLASS", help="copy a class's answer into concepts.edits, and stop")
     args = parser.parse_args()
     params = load_params(args.params)
-    prompt = load_prompt(params.concepts.prompt)
+    llm = params.llm
     upstream = store.read_header(CLASSES, "index.classes/1").fingerprint
     classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
-    texts = read_imported(params.concepts.imported, classes)
+    if args.edit:
+        print(edit(args.edit, classes, params))
+        return
+    own = read_own(params.concepts, classes)
+    questions = questions_of(classes, own, params)
     if args.show:
-        print(show(args.show, classes, texts, prompt, params))
+        print(show(args.show, classes, own, questions))
         return
 
-    items = items_of([row for row in classes if row["class_id"] not in texts], prompt, params)
-    coverage = f"{params.concepts.imported} (concepts.import) covers {len(texts)} of {len(classes)} classes"
-    if args.dry_run and texts:
+    coverage = "; ".join(f"{each} covers {len(each.texts)} of {len(classes)} classes" for each in own if each.texts)
+    if llm.mode == "import":
+        check_imported(classes, own, params)
+        questions = {}
+    if args.dry_run and coverage:
         print(f"{STAGE}: {coverage}, 0 calls")
-    if params.llm.mode == "replay":
-        rows = replay_others(items, prompt, params, coverage if texts else "")
-        if args.dry_run:
-            print(f"{STAGE}: {len(items)} items, all from {params.llm.recordings}, 0 calls")
-            return
-    else:
-        if items:
+    if llm.mode in ("live", "batch"):
+        if questions:
             refuse_cold_start(ANSWERS)
         if args.dry_run:
-            print(preview(STAGE, plan_calls(STAGE, items, prompt, params.llm, ANSWERS), params.llm))
+            print(foresee(STAGE, questions, llm, ANSWERS))
             return
-        # Even if nothing is asked: it keeps the answers that the imported texts take the place of.
-        rows = live_answers(STAGE, items, prompt, params.llm, ANSWERS, attach=lambda item: item.messages)
-    rows += [row_of(class_id, own) for class_id, own in texts.items()]
+        answers = ask(STAGE, questions, llm, ANSWERS, attach=lambda item: item.messages)
+    else:
+        answers = replay_all(questions, params, coverage)
+        if args.dry_run:
+            items = sum(len(question.items) for question in questions.values())
+            print(f"{STAGE}: {items} items, all from {llm.recordings}, 0 calls")
+            return
+        keep_answers(STAGE, ANSWERS, [])
+    owned = [row_of(class_id, texts, each.source) for each in own for class_id, texts in each.texts.items()]
+    rows = [*owned, *(row for each in answers.values() for row in each)]
 
-    content = content_params(prompt, params, texts, bool(items))
+    content = content_params(questions, own, params)
     mark = store.fingerprint(SCHEMA, content, [upstream])
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
-    check_coverage(rows, {row["class_id"]: row["name"] for row in classes}, params.llm, ANSWERS)
+    write_metrics(rows, METRICS)
+    if llm.mode != "import":
+        names = {row["class_id"]: row["name"] for row in classes}
+        check_coverage([*owned, *answers.get("concepts", [])], names, llm, ANSWERS)
 
 
 if __name__ == "__main__":

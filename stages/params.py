@@ -40,6 +40,7 @@ class Domain(Block):
     noun: str
     group: str
     attributes: list[str] = []
+    not_shown: list[str] = []
 
 
 class Dataset(Block):
@@ -76,15 +77,21 @@ class Price(Block):
 
 
 class Llm(Block):
-    mode: Literal["replay", "live"] = "replay"
+    mode: Literal["replay", "import", "live", "batch"] = "replay"
     recordings: str = "data/demo/answers"
     base_url: str | None = None
     model: str
     api_key_env: str = "OPENAI_API_KEY"
+    organization: str | None = None
+    headers: dict[str, str] = {}
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     max_output_tokens: Count = 2000
     response_format: Literal["json_schema", "json_object", "text"] = "json_schema"
     concurrency: Count = 8
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    batch_requests: Annotated[int, Field(ge=1, le=50_000)] = 50_000
+    batch_poll_s: Annotated[float, Field(gt=0)] = 30.0
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     max_attempts: Count = 5
     max_calls: Annotated[int, Field(ge=0)] | None = None
@@ -95,7 +102,12 @@ class Llm(Block):
 
 class Concepts(Block):
     imported: Annotated[str, Field(alias="import")] = NONE
+    edits: str = NONE
     prompt: str = "prompts/concepts.md"
+    generic_prompt: str = "prompts/generic_concepts.md"
+    generic: Annotated[int, Field(ge=0)] = 0
+    contrast_prompt: str = "prompts/contrast.md"
+    contrast: bool = False
     per_class: Count = 10
     samples: Count = 1
 

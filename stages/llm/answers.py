@@ -1,24 +1,31 @@
 """The item cache: one row of llm.answers/1 an item, and a call only where no paid answer is held.
 
+Modes live (a call an item, llm.concurrency at a time) and batch (OpenAI's Batch API, stages.llm.batch) ask the same
+questions under the same keys: an answer of one satisfies the other.
+
 Two layers hold answers: the stage's own answers.parquet, which DVC persists and shares, and below it the journal, which
 survives `kill -9`, a change of branch and a reverted prompt. An item is known by its key, the hash of what is asked and
 of whom; where it is asked (base_url) and how patiently (limits, room for the answer) is no part of it. Of the held rows
-only one that was paid for and is `ok` answers an item: every other is asked again.
+only one that was earned and is `ok` answers an item: every other is asked again.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from stages.command import UserError
-from stages.llm.client import Client, public_url, server_of
+from stages.llm.batch import Asked, Batches, Upload, listed, read_uploads, record_path
+from stages.llm.client import LIMITS, Client, Reply, objection, public_url, server_of, total
 from stages.llm.journal import Entry, Journal, journal_path, read_journal
 from stages.llm.prompts import Message, Prompt
 from stages.params import Llm, Price
@@ -28,6 +35,10 @@ SCHEMA = "llm.answers/1"
 # What someone paid for or wrote by hand; a replayed answer never stands in for a live one, an imported one has no key
 # that is asked.
 EARNED = {"live", "batch", "edited"}
+# Answers that are asked for once more, as Client.ask does.
+MENDABLE = {"truncated", "invalid"}
+# What OpenAI's Batch API costs of the price of a call [mem].
+BATCH_PRICE = 0.5
 Row = dict[str, Any]
 
 
@@ -45,12 +56,17 @@ class Unaskable(Exception):
 
 
 class Plan(NamedTuple):
-    """What a run has to do: the key of each item, the answers held, the items to ask (one a key)."""
+    """What a run has to do: the key of each item, the answers held, the items to ask (one a key).
+
+    `base_urls` are the servers that the held answers came from, `under_way` the keys of the items to ask that are in
+    batches at this server already.
+    """
 
     keys: list[str]
     held: dict[str, Row]
     new: dict[str, Item]
     base_urls: set[str]
+    under_way: frozenset[str] = frozenset()
 
 
 def item_key(item: Item, prompt: Prompt, llm: Llm) -> str:
@@ -70,7 +86,7 @@ def earned(row: Row) -> bool:
 
 
 def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path) -> Plan:
-    """Look each item up, first in the stage's output, then in its journal. Writes nothing."""
+    """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing."""
     keys = [item_key(item, prompt, llm) for item in items]
     wanted = set(keys)
     held = {row["item_key"]: row for row in read_rows(output) if row["item_key"] in wanted and earned(row)}
@@ -80,7 +96,9 @@ def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: 
             held.setdefault(key, entry.row)
     new = {key: item for key, item in zip(keys, items, strict=True) if key not in held}
     base_urls = {entry.base_url for key, entry in journal.items() if key in held and entry.base_url}
-    return Plan(keys, held, new, base_urls)
+    here = public_url(server_of(llm))
+    uploads = [upload for upload in read_uploads(stage, new) if upload.base_url == here]
+    return Plan(keys, held, new, base_urls, keys_in(uploads, new))
 
 
 def read_rows(output: Path) -> list[Row]:
@@ -104,7 +122,8 @@ def keep_answers(stage: str, output: Path, wanted: Iterable[str]) -> None:
 def live_answers(
     stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path, *, attach: Callable[[Item], list[Message]]
 ) -> list[Row]:
-    """One row an item, asking for what is not held. `attach` makes the messages to send, and may raise Unaskable.
+    """One row an item, asking for what is not held, in mode live or batch. `attach` makes the messages to send, and may
+    raise Unaskable.
 
     Raises UserError: a limit would be passed, there is no key, or no call can succeed.
     """
@@ -116,7 +135,11 @@ def live_answers(
         check_limits(plan, llm)
         client = Client(prompt, llm)
         with Journal(journal_path(stage)) as journal:
-            answers |= ask_all(stage, plan.new, client, journal, attach)
+            if llm.mode == "batch":
+                answers |= ask_in_batches(stage, plan, client, journal, attach)
+            else:
+                warn_of_batches(plan)
+                answers |= ask_all(stage, plan.new, client, journal, attach)
     return [
         {**answers[key], "subject_id": item.subject_id, "sample": item.sample}
         for key, item in zip(plan.keys, items, strict=True)
@@ -133,6 +156,15 @@ def warn_of_other_servers(plan: Plan, base_url: str) -> None:
         )
 
 
+def warn_of_batches(plan: Plan) -> None:
+    if plan.under_way:
+        print(
+            f"warning: {len(plan.under_way)} of the {len(plan.new)} questions are in batches that are not read yet, and"
+            " are paid for twice in mode live; llm.mode batch goes on with those",
+            file=sys.stderr,
+        )
+
+
 def ask_all(
     stage: str, new: dict[str, Item], client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
 ) -> dict[str, Row]:
@@ -143,9 +175,8 @@ def ask_all(
     pool = ThreadPoolExecutor(llm.concurrency)
     progress = tqdm(total=len(new), desc=stage, unit="call", dynamic_ncols=True)
     try:
-        futures = [pool.submit(ask_one, key, item, client, journal, attach) for key, item in new.items()]
-        for future in as_completed(futures):
-            row = future.result()
+        ask = partial(ask_one, client=client, journal=journal, attach=attach)
+        for row in rows_of(pool, ask, new, 2 * llm.concurrency):
             if row is None:
                 continue
             answers[row["item_key"]] = row
@@ -168,45 +199,157 @@ def ask_all(
     return answers
 
 
+def rows_of(
+    pool: ThreadPoolExecutor, ask: Callable[[str, Item], Row | None], new: dict[str, Item], room: int
+) -> Iterator[Row | None]:
+    """Rows in the order in which they come; no more than `room` questions wait in the pool."""
+    waiting = iter(new.items())
+    futures: set[Future[Row | None]] = {pool.submit(ask, *question) for question in islice(waiting, room)}
+    while futures:
+        done, futures = wait(futures, return_when=FIRST_COMPLETED)
+        futures |= {pool.submit(ask, *question) for question in islice(waiting, len(done))}
+        for future in done:
+            yield future.result()
+
+
 def ask_one(
     key: str, item: Item, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
 ) -> Row | None:
     """Ask and journal. None where the run is stopping: another call has shown that none can succeed."""
     if client.stopping.is_set():
         return None
-    llm = client.llm
-    row: Row = {
-        "item_key": key,
-        "subject_id": item.subject_id,
-        "sample": item.sample,
-        "prompt_sha": client.prompt.sha,
-        "model_requested": llm.model,
-        "source": "live",
-    }
+    asked = Asked(key, item.subject_id, item.sample)
     try:
         messages = attach(item)
     except Unaskable as error:
-        said = canonical_json({"error": str(error)})
-        return {**row, "status": "error", "response_json": said, "attempts": 0, "created_at": now()} | dict.fromkeys(
-            ["model_reported", "response_id", "finish_reason", "input_tokens", "output_tokens", "cost_usd"]
-        )
-    reply = client.ask(messages)
-    row |= {
-        "status": reply.status,
-        "response_json": reply.response_json,
-        "model_reported": reply.model_reported,
-        "response_id": reply.response_id,
-        "finish_reason": reply.finish_reason,
-        "input_tokens": reply.input_tokens,
-        "output_tokens": reply.output_tokens,
-        "cost_usd": cost(reply.input_tokens, reply.output_tokens, llm.prices.get(llm.model)),
-        "attempts": reply.attempts,
-        "created_at": now(),
-    }
+        return row_of(asked, unasked(error), client.prompt.sha, client.llm)
+    row = row_of(asked, client.ask(messages, tokens_of(item.messages)), client.prompt.sha, client.llm)
     # An error is no answer: there is nothing to keep.
     if row["status"] != "error":
         journal.append(Entry(row, client.base_url))
     return row
+
+
+def ask_in_batches(
+    stage: str, plan: Plan, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
+) -> dict[str, Row]:
+    """Ask in batches, those of an earlier run first; what failed goes into a further one, llm.max_attempts at most.
+
+    An answer that is invalid or truncated is asked for once more. However it ends, batches go on at the server and the
+    next run reads them.
+    """
+    llm = client.llm
+    answers: dict[str, Row] = {}
+
+    def requests(todo: list[Asked]) -> Iterator[tuple[Asked, dict[str, Any]]]:
+        for asked in todo:
+            try:
+                messages = attach(plan.new[asked.item_key])
+            except Unaskable as error:
+                answers[asked.item_key] = row_of(asked, unasked(error), client.prompt.sha, llm)
+            else:
+                yield asked, request_of(asked, messages, client)
+
+    with (
+        Journal(record_path(stage)) as record,
+        tqdm(total=len(plan.new), desc=stage, unit="answer", dynamic_ncols=True) as progress,
+    ):
+        batches = Batches(stage, client, record, progress)
+        try:
+            batches.resume(set(plan.new))
+            under_way = keys_in(batches.open, plan.new)
+            todo = [Asked(key, item.subject_id, item.sample) for key, item in plan.new.items() if key not in under_way]
+            while todo or batches.open:
+                if todo:
+                    written = tqdm(requests(todo), f"{stage}, writing", len(todo), leave=False, dynamic_ncols=True)
+                    batches.send(written)
+                todo = []
+                for upload, asked, reply, passing in batches.answers():
+                    if asked.item_key in plan.held:
+                        continue
+                    row = row_of(asked, reply, upload.prompt_sha, llm)
+                    if row["status"] != "error":
+                        journal.append(Entry(row, client.base_url))
+                    if asked.item_key not in plan.new:
+                        continue
+                    answers[asked.item_key] = row
+                    mendable = reply.status in MENDABLE and reply.status not in asked.mended
+                    if row["attempts"] < llm.max_attempts and (passing or mendable):
+                        mended = (*asked.mended, reply.status) if mendable else asked.mended
+                        todo.append(asked._replace(before=row, mended=mended))
+                check_spending(answers, todo, plan, llm)
+        except KeyboardInterrupt:
+            names = listed([upload.batch_id for upload in batches.open if upload.batch_id])
+            goes_on = f"; {names} goes on at the server, the same command reads what comes of it" if names else ""
+            progress.write(f"{stage}: {len(answers)} of {len(plan.new)} answered{goes_on}", file=sys.stderr)
+            raise
+    return answers
+
+
+def keys_in(uploads: list[Upload], new: Container[str]) -> frozenset[str]:
+    return frozenset(key for upload in uploads for key in upload.asked if key in new)
+
+
+def request_of(asked: Asked, messages: list[Message], client: Client) -> dict[str, Any]:
+    """The body of a call, with the remedies that Client.ask has: more room, or what was wrong with the last answer."""
+    options = dict(client.options)
+    if "truncated" in asked.mended:
+        limit = next(name for name in LIMITS if name in options)
+        options[limit] *= 2
+    if asked.before and asked.before["status"] == "invalid":
+        messages = [*messages, *objection(Reply("invalid", asked.before["response_json"], 0), client.prompt)]
+    return {"model": client.llm.model, "messages": messages, **options}
+
+
+def check_spending(answers: dict[str, Row], todo: list[Asked], plan: Plan, llm: Llm) -> None:
+    """Raises UserError where a further batch may pass llm.max_usd."""
+    usd = estimate(plan._replace(new={asked.item_key: plan.new[asked.item_key] for asked in todo}), llm).usd
+    spent = math.fsum(row["cost_usd"] or 0.0 for row in answers.values())
+    if todo and llm.max_usd is not None and usd is not None and spent + usd > llm.max_usd:
+        raise UserError(
+            f"params.yaml: llm.max_usd: ${spent:.4f} is spent, and {len(todo)} calls that failed may cost ${usd:.4f}"
+            f" in a further batch, more than {llm.max_usd}; all answers are kept, raise the limit to go on"
+        )
+
+
+def unasked(error: Unaskable) -> Reply:
+    return Reply("error", canonical_json({"error": str(error)}), 0)
+
+
+def row_of(asked: Asked, reply: Reply, prompt_sha: str, llm: Llm) -> Row:
+    """A row of llm.answers/1. What was answered before, if badly, stands where asking again fails, and was paid for."""
+    input_tokens, output_tokens = reply.input_tokens, reply.output_tokens
+    if asked.before and asked.before["status"] != "error":
+        if reply.status == "error":
+            return {**asked.before, "attempts": reply.attempts}
+        input_tokens = total([asked.before["input_tokens"], input_tokens])
+        output_tokens = total([asked.before["output_tokens"], output_tokens])
+    return {
+        "item_key": asked.item_key,
+        "subject_id": asked.subject_id,
+        "sample": asked.sample,
+        "prompt_sha": prompt_sha,
+        "status": reply.status,
+        "response_json": reply.response_json,
+        "model_requested": llm.model,
+        "model_reported": reply.model_reported,
+        "response_id": reply.response_id,
+        "finish_reason": reply.finish_reason,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "cost_usd": cost(input_tokens, output_tokens, price_of(llm)),
+        "attempts": reply.attempts,
+        "source": llm.mode,
+        "created_at": now(),
+    }
+
+
+def price_of(llm: Llm) -> Price | None:
+    """What a token costs in this mode; None where params.yaml has no price."""
+    price = llm.prices.get(llm.model)
+    if price and llm.mode == "batch":
+        return Price(input=price.input * BATCH_PRICE, output=price.output * BATCH_PRICE)
+    return price
 
 
 def now() -> str:
@@ -232,7 +375,7 @@ class Estimate(NamedTuple):
 def estimate(plan: Plan, llm: Llm) -> Estimate:
     inputs = sum(tokens_of(item.messages) for item in plan.new.values())
     outputs = len(plan.new) * llm.max_output_tokens
-    return Estimate(len(plan.new), inputs, outputs, cost(inputs, outputs, llm.prices.get(llm.model)))
+    return Estimate(len(plan.new), inputs, outputs, cost(inputs, outputs, price_of(llm)))
 
 
 def tokens_of(messages: Iterable[Message]) -> int:
@@ -271,13 +414,37 @@ def preview(stage: str, plan: Plan, llm: Llm) -> str:
     """What a run would do, for --dry-run."""
     calls, inputs, outputs, usd = estimate(plan, llm)
     price = f"unknown price (llm.prices has no {llm.model!r})" if usd is None else f"at most ${usd:.4f}"
-    return "\n".join(
-        [
-            f"{stage}: {len(plan.keys)} items, {len(plan.keys) - calls} cached, {calls} calls to {llm.model}",
-            f"tokens: about {inputs:,} in, at most {outputs:,} out",
-            f"price: {price}",
-        ]
-    )
+    lines = [
+        f"{stage}: {len(plan.keys)} items, {len(plan.keys) - calls} cached, {calls} calls to {llm.model}",
+        f"tokens: about {inputs:,} in, at most {outputs:,} out",
+        f"price: {price}",
+    ]
+    if llm.mode == "batch":
+        lines[0] += " by batch"
+        lines[2] += f", {BATCH_PRICE:.0%} of live" if usd is not None else ""
+        if plan.under_way:
+            lines.append(f"of these calls, {len(plan.under_way)} are in batches already and are not made anew")
+    return "\n".join(lines)
+
+
+def summarise(rows: list[Row]) -> dict[str, Any]:
+    """What a stage's rows amount to, for its metrics file: the same rows in any order, the same numbers.
+
+    Rows by status and by source; then, each question counted once, attempts, tokens and US dollars as far as they are
+    known. `unpriced` are the questions put to a server whose cost is not: no price in params.yaml, or no usage block.
+    """
+    asked = {row["item_key"]: row for row in rows}.values()
+    costs = [row["cost_usd"] for row in asked if row["cost_usd"] is not None]
+    return {
+        "rows": len(rows),
+        "status": dict(sorted(Counter(row["status"] for row in rows).items())),
+        "source": dict(sorted(Counter(row["source"] for row in rows).items())),
+        "attempts": sum(row["attempts"] for row in asked),
+        "input_tokens": sum(row["input_tokens"] or 0 for row in asked),
+        "output_tokens": sum(row["output_tokens"] or 0 for row in asked),
+        "cost_usd": math.fsum(costs),
+        "unpriced": sum(row["cost_usd"] is None and row["source"] in ("live", "batch") for row in asked),
+    }
 
 
 def check_coverage(rows: list[Row], names: dict[str, str], llm: Llm, output: Path) -> None:

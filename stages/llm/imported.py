@@ -1,40 +1,72 @@
 """Texts of one's own for the classes: read from files, matched to classes, kept as answers that nobody was asked for.
 
-`concepts.import` is a JSON object of class -> list of texts, or a folder of CLASS.txt, one text a line (blank lines and
-hidden files are passed over). Both are UTF-8, with or without a BOM. A class stands there as its folder or given name,
-its class_id, or else its `name`.
+`concepts.import` and `concepts.edits` are each a JSON object of class -> list of texts, or a folder of CLASS.txt, one
+text a line (blank lines and hidden files are passed over). All is UTF-8, with or without a BOM. A class stands there as
+its folder or given name, its class_id, or else its `name`.
+
+An edit is a model's answer that someone wrote over. It goes before an import and before every model, whatever becomes
+of the prompt. Like an import's, its row is a function of its texts alone, so it does not name the model that wrote the
+first version, and every text counts as seen on the class itself (kind visual).
 """
 
 import difflib
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.command import UserError
-from stages.params import NONE
-from stages.store import canonical_json, class_id_of, sha256
+from stages.params import NONE, Concepts
+from stages.store import canonical_json, class_id_of, sha256, write_atomic
 
-KEY = "params.yaml: concepts.import"
+IMPORT, EDITS = "concepts.import", "concepts.edits"
 FORM = "a JSON object of class -> list of texts, or a folder of CLASS.txt"
 Row = dict[str, Any]
 Texts = dict[str, list[str]]
 
 
-def read_imported(path: str, classes: list[Row]) -> Texts:
-    """The texts of each class_id that `path` covers; `classes` are rows of index.classes/1.
+class Own(NamedTuple):
+    """Texts of one's own by class_id, the key of params.yaml and its value that they come from, their rows' source."""
+
+    texts: Texts
+    key: str
+    path: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.key})"
+
+
+def read_own(concepts: Concepts, classes: list[Row]) -> list[Own]:
+    """What is edited, and of the other classes what is imported. Raises UserError as `read_texts` does."""
+    edited = read_texts(concepts.edits, EDITS, classes)
+    imported = read_texts(concepts.imported, IMPORT, classes)
+    imported = {class_id: texts for class_id, texts in imported.items() if class_id not in edited}
+    return [Own(edited, EDITS, concepts.edits, "edited"), Own(imported, IMPORT, concepts.imported, "import")]
+
+
+def read_texts(path: str, key: str, classes: list[Row]) -> Texts:
+    """The texts of each class_id that `path`, the value of `key`, covers; `classes` are rows of index.classes/1.
 
     Raises UserError: unreadable, a key that is no class or the name of several, two keys for one class, or a class
     without texts.
     """
-    source = Path(path)
     if path == NONE:
         return {}
-    return match_classes(source, read_folder(source) if source.is_dir() else read_json(source), classes)
+    source = Path(path)
+    pairs = read_pairs(source, key)
+    if not pairs:
+        what = "CLASS.txt" if source.is_dir() else "class"
+        raise UserError(f"{path}: holds no {what}; {key} takes {FORM}, or {NONE}")
+    return match_classes(source, pairs, classes)
 
 
-def read_json(path: Path) -> list[tuple[str, Any]]:
-    """The pairs of a JSON object, a key that stands there twice as two."""
+def read_pairs(path: Path, key: str) -> list[tuple[str, Any]]:
+    return read_folder(path, key) if path.is_dir() else read_json(path, key)
+
+
+def read_json(path: Path, key: str) -> list[tuple[str, Any]]:
+    """The pairs of a JSON object, a class that stands there twice as two."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         # Objects become tuples of pairs: a dict would keep one of two equal keys.
@@ -42,28 +74,27 @@ def read_json(path: Path) -> list[tuple[str, Any]]:
         # A lone surrogate is JSON but no text.
         canonical_json(content).encode()
     except OSError as error:
-        raise UserError(f"{KEY}: {path} cannot be read ({error.strerror}); name {FORM}, or {NONE}") from None
+        said = f"{path} cannot be read ({error.strerror}); name {FORM}, or {NONE}"
+        raise UserError(f"params.yaml: {key}: {said}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON in UTF-8 ({error}); {KEY} takes {FORM}") from None
-    if not isinstance(content, tuple) or not content:
-        raise UserError(f"{path}: holds no class; {KEY} takes {FORM}")
+        raise UserError(f"{path}: is not JSON in UTF-8 ({error}); {key} takes {FORM}") from None
+    if not isinstance(content, tuple):
+        raise UserError(f"{path}: holds no class; {key} takes {FORM}")
     return list(content)
 
 
-def read_folder(folder: Path) -> list[tuple[str, list[str]]]:
+def read_folder(folder: Path, key: str) -> list[tuple[str, list[str]]]:
     """CLASS and lines of each CLASS.txt."""
     pairs = []
     for path in sorted(folder.glob("[!.]*")):
         if path.suffix != ".txt":
-            raise UserError(f"{path}: is not named CLASS.txt; rename it, or take it out of {folder} ({KEY})")
+            raise UserError(f"{path}: is not named CLASS.txt; rename it, or take it out of {folder} ({key})")
         try:
             path.name.encode()
             lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeError) as error:
             raise UserError(f"{path}: cannot be read as UTF-8 ({error}); save it as that") from None
         pairs.append((path.stem, [line for line in lines if line]))
-    if not pairs:
-        raise UserError(f"{folder}: holds no CLASS.txt; {KEY} takes {FORM}")
     return pairs
 
 
@@ -107,17 +138,40 @@ def refuse(path: Path, wrong: list[tuple[str, str]]) -> None:
         raise UserError(f"{path}: {key!r}: {what}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}")
 
 
-def row_of(class_id: str, texts: list[str]) -> Row:
-    """A row of llm.answers/1, a function of its class and texts alone: no time, no path, no prompt."""
+def start_edit(path: str, class_id: str, texts: list[str], classes: list[Row]) -> Path:
+    """Put texts into `path`, the value of concepts.edits, for someone to edit; make a JSON file where nothing is there.
+
+    Returns the file to edit. Raises UserError: the class stands there already, or `path` cannot be read.
+    """
+    source = Path(path)
+    pairs = read_pairs(source, EDITS) if source.exists() else []
+    if class_id in match_classes(source, pairs, classes):
+        raise UserError(f"{path}: holds {class_id} already; edit it there, or take it out to start anew")
+    target = source / f"{class_id}.txt" if source.is_dir() else source
+    texts = [" ".join(text.split()) for text in texts]
+    if source.is_dir():
+        content = "".join(f"{text}\n" for text in texts)
+    else:
+        content = json.dumps({**dict(pairs), class_id: texts}, indent=2, ensure_ascii=False) + "\n"
+
+    def write(partial: Path) -> None:
+        partial.write_text(content, encoding="utf-8")
+
+    write_atomic(target, write)
+    return target
+
+
+def row_of(class_id: str, texts: list[str], source: str = "import") -> Row:
+    """A row of llm.answers/1 with source import or edited, a function of class and texts: no time, path or prompt."""
     concepts = [{"text": text, "kind": "visual", "part": None} for text in texts]
     return {
-        "item_key": sha256(canonical_json({"import": [class_id, texts]})),
+        "item_key": sha256(canonical_json({source: [class_id, texts]})),
         "subject_id": class_id,
         "sample": 0,
         "prompt_sha": sha256(canonical_json(texts)),
         "status": "ok",
         "response_json": canonical_json({"concepts": concepts}),
-        "model_requested": "import",
+        "model_requested": source,
         "model_reported": None,
         "response_id": None,
         "finish_reason": None,
@@ -125,6 +179,6 @@ def row_of(class_id: str, texts: list[str]) -> Row:
         "output_tokens": None,
         "cost_usd": None,
         "attempts": 0,
-        "source": "import",
+        "source": source,
         "created_at": "",
     }

@@ -1,60 +1,101 @@
 """Class names in texts: found word by word, so that what gives a class away can be dropped or masked.
 
 A class name is made of words that give it away ("Kingfisher", "Brandt's") and of plain words that merely describe
-("white", "breasted"). The plain words below are general English for colours, sizes, shapes, patterns and the parts of
-animals, plants and vehicles; the words of the domain card are plain as well. No word is there for one data set's sake.
+("white", "breasted"). The plain words below are general English for colours, shapes, patterns, the parts of animals,
+plants and vehicles, and little else; the words of the domain card are plain as well. No word is there for one data
+set's sake. (visibility.py takes most of them for signs of something visible.)
 """
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 WORD = re.compile(r"[^\W_]+")
-# Shorter words ("A", "MD", "11") are too common to give a class away on their own.
+# Shorter words ("A", "MD", "11") are too common to give a class away on their own, but for codes ("S4", "3d").
 SHORTEST = 3
+CODE = re.compile(r"[^\W\d_]\d|\d[^\W\d_]")
 
 
 def words(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
-PLAIN = frozenset(
+COLOURS = frozenset(
     words("""
-    amber ash auburn azure beige black blond blonde blue bluish brass bronze brown brownish buff buffy charcoal chestnut
-    cinnamon copper cream creamy crimson dark drab dun dusky ebony emerald fawn gold golden gray grayish green greenish
-    grey greyish hazel indigo ivory lavender lemon light lilac magenta maroon mauve navy ochre olive orange pale pearl
-    pink pinkish plum purple purplish red reddish rose rosy ruby ruddy rufous russet rust rusty saffron salmon sandy
-    scarlet silver silvery sooty tan tawny teal turquoise vermilion violet white whitish yellow yellowish bright dull
-    glossy shiny iridescent metallic pied plain two tone toned three four five colour color coloured colored bicolor
-    bicolored bicoloured tricolor tricolored tricoloured
-
-    big broad curved deep double elongated fine flat forked great giant heavy high large least lesser greater little
-    long low medium narrow pointed round rounded sharp short single slender small square stout straight tall thick thin
-    tiny triangular wide oval even odd
-
-    band banded bar barred blotch blotched checker checkered dot dotted edge edged fleck flecked freckle freckled fringe
-    fringed line lined margin marbled mark marking masked mask mottle mottled patch patched pattern patterned pearly
-    ring ringed saddle scallop scalloped speckle speckled spectacled spot spotted streak streaked stripe striped tip
-    tipped tufted tuft vein veined vermiculated wash washed crescent crescented
-
-    abdomen antenna antler arm back barbel beak belly bill body breast brow cap cape cere cheek chest chin claw collar
-    comb coat crest crown dewlap dorsal ear eye eyebrow eyelid eyeline eyering face facial feather feet fin finger
-    flank foot forehead fur gill hair hand head hind hip hood horn iris jaw knee leg lip lore lower mandible mane mouth
-    muzzle nape neck nose nostril patagium pectoral pelvic paw plumage plume pouch rump scale shell shoulder side skin
-    snout spine stomach streamer tail tailfin talon thigh throat toe tongue tooth teeth trunk tusk undertail
-    underwing upper upperparts underparts vent ventral whisker wing wingbar
-
-    anther bark berry blade bloom blossom branch bract bud bulb calyx cone corolla flower fruit leaf leaves needle petal
-    pistil pod root seed sepal spadix spathe stamen stem stigma thorn trunk twig
-
-    bonnet bumper cabin cockpit door engine fender fuselage grille headlight hull mirror nacelle propeller roof rotor
-    spoiler stabiliser stabilizer taillight tyre tire wheel window windscreen windshield winglet
-
-    and the with for from of
+    amber auburn azure beige bicolor bicolored bicoloured black blackish blond blonde blue bluish brass bronze brown
+    brownish buff buffy charcoal chestnut cinnamon color coloration colored colorful colour colouration coloured
+    colourful copper cream creamy crimson cyan dark drab dun dusky ebony emerald fawn ginger gloss glossy gold golden
+    gray grayish green greenish grey greyish hazel hue indigo iridescent ivory jade lavender lemon lilac magenta maroon
+    mauve metallic multicolored multicoloured navy ochre olive orange pale pearl pearly pied pink pinkish plum purple
+    purplish rainbow red reddish rose rosy ruby ruddy rufous russet rusty saffron salmon scarlet shaded sheen shiny
+    silver silvery sooty tan tawny teal tinge tinged tint tinted translucent transparent tricolor tricolored tricoloured
+    turquoise vermilion violet white whitish yellow yellowish
     """)
 )
+SHAPES = frozenset(
+    words("""
+    angular arched arrow blunt bristly broad bulbous bulging bulky chubby chunky circular compact concave convex curl
+    curled curve curved cylindrical decurved diamond disc domed downy droopy elongate elongated fan flat fluffy fork
+    forked fuzzy hairless hairy heart hook hooked hump humped hunched jagged lance lanky leathery narrow notch notched
+    oblong outline oval overlapping plump pointed pointy protruding robust round rounded ruffled serrated shaggy shaped
+    sharp silhouette sleek slender slim slit sloping smooth spiky spiny spiral square squared squat star stocky stout
+    straight streamlined sturdy swept taper tapered tapering teardrop thick thin toothed triangular tubular upcurved
+    upright upturned velvety wavy waxy wedge wispy woolly wrinkled
+    """)
+)
+PATTERNS = frozenset(
+    words("""
+    band banded bar bare barred blotch blotched braided checker checkered chevron crescent crescented dappled dot dotted
+    edge edged eyespot fleck flecked freckle freckled fringe fringed frosted grizzled hatched lacy line lined marbled
+    margin mark marking mask masked mosaic mottle mottled ocellus outlined patch patched pattern patterned ring ringed
+    rosette saddle scallop scalloped speckle speckled spectacled spot spotless spotted streak streaked stripe striped
+    swirl tip tipped tuft tufted unmarked unspotted unstreaked vein veined vermiculated wash washed
+    """)
+)
+ANIMAL_PARTS = frozenset(
+    words("""
+    abdomen anal antenna antennae antler arm back barbel beak beard bearded belly bib bill body breast brow cap cape
+    carapace caudal cere cheek chest chin claw coat collar comb covert crest crested crown dewlap dorsal ear eared eye
+    eyebrow eyelid eyeline eyering face facial feather feet fin finger flank flipper foot forehead frill frilled fur
+    gill gorget hackle hair hand head hind hip hood hoof horn iris jaw keel keeled knee lateral leg lip lobe lobed lore
+    lower malar mandible mane mantle mouth muzzle nape neck nose nostril patagium paw pectoral peduncle pelvic pincer
+    plumage plume pouch primaries proboscis rib ribbed rump sail scale scaly scute secondaries shank shell shoulder side
+    skin snout spine spur stomach streamer supercilium tail tailfin talon tarsus teeth tentacle tertial thigh thorax
+    throat toe tongue tooth trunk tusk underparts underside undertail underwing upper upperparts upperside vent ventral
+    wattle webbed webbing whisker wing wingbar
+    """)
+)
+PLANT_PARTS = frozenset(
+    words("""
+    anther bark berry blade bloom blossom branch bract bud bulb calyx cone corolla flower fruit leaf leaves needle petal
+    pistil pod root seed sepal spadix spathe stamen stem stigma thorn trunk twig
+    """)
+)
+VEHICLE_PARTS = frozenset(
+    words("""
+    badge bonnet bumper cab cabin canopy cockpit convertible coupe cowling door emblem engine exhaust fender fuselage
+    grille hatchback headlight hull lamp lettering livery logo minivan mirror nacelle pickup propeller rim roof
+    rotor sedan spoiler spoke stabiliser stabilizer strut suv tailgate taillight tailpipe tire tyre undercarriage van
+    wagon wheel window windscreen windshield winglet
+    """)
+)
+# What describes without saying what is seen: how big, how many, how bright, where and when; and words of grammar.
+OTHERS = frozenset(
+    words("""
+    big deep double fine giant great heavy high large least lesser greater little long low medium short single small
+    tall tiny wide even odd
+
+    ash bay bright dull light plain rust sandy two tone toned three four five common northern southern eastern western
+    summer winter
+
+    and the with for from of may will
+    """)
+)
+PLAIN = COLOURS | SHAPES | PATTERNS | ANIMAL_PARTS | PLANT_PARTS | VEHICLE_PARTS | OTHERS
 
 
-def stems(word: str) -> set[str]:
+@cache
+def stems(word: str) -> frozenset[str]:
     """The word and what it may be a form of: spots, spotted -> spot; striped -> stripe; berries -> berry."""
     found = {word}
     if word.endswith("ies"):
@@ -67,7 +108,11 @@ def stems(word: str) -> set[str]:
         found |= {word[:-2], word[:-1]}
         if word[-4:-3] == word[-3:-2]:
             found.add(word[:-3])
-    return {stem for stem in found if len(stem) >= SHORTEST}
+    return frozenset(stem for stem in found if tells(stem))
+
+
+def tells(word: str) -> bool:
+    return len(word) >= SHORTEST or CODE.fullmatch(word) is not None
 
 
 def is_plain(word: str, domain: frozenset[str]) -> bool:
@@ -86,7 +131,7 @@ class ClassName:
         self.phrases = [phrase for phrase in (words(name), words(scientific_name or "")) if phrase]
         # Of the scientific name the genus alone gives the class away; epithets are often plain Latin ("minor").
         single = words(name) + words(scientific_name or "")[:1]
-        telling = [word for word in single if len(word) >= SHORTEST and not is_plain(word, domain)]
+        telling = [word for word in single if tells(word) and not is_plain(word, domain)]
         self.telling = frozenset(
             stem for word in telling for stem in stems(word) if stem == word or not is_plain(stem, domain)
         )

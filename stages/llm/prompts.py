@@ -9,6 +9,8 @@ schema: {type: object, ...}    # JSON schema of the answer
 ...
 # user
 What tells {{ name }} ...
+
+Jinja's own filters and one more work there: `{{ noun | with_article }}` writes "a fish", "an aircraft".
 """
 
 import re
@@ -30,6 +32,8 @@ FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)---\s*\n(.*)", re.DOTALL)
 HEADING = re.compile(r"^# (system|user|assistant)[ \t]*$", re.MULTILINE)
 KEYS = {"purpose", "variables", "schema"}
 JINJA = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+# A vowel that is heard as one: an orchid, but a unicorn and a eucalypt; and an hourglass.
+VOWEL = re.compile(r"(?!eu|ew|one\b|uni(?![dmn])|us[aeu])[aeiou]|hour|heir", re.IGNORECASE)
 
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -41,6 +45,13 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "null": (type(None),),
 }
 SCHEMA_WORDS = {"type", "enum", "properties", "required", "additionalProperties", "items", "description", "title"}
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if VOWEL.match(noun) else 'a'} {noun}"
+
+
+JINJA.filters["with_article"] = with_article
 
 
 @dataclass(frozen=True)

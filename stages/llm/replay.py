@@ -1,7 +1,8 @@
 """Answers from recordings in the repository: no network, no key, no journal.
 
 `llm.recordings`/PROMPT.jsonl holds one JSON object a line: prompt, prompt_sha, class_id or image_id, sample, model,
-created_at, response. A recording answers one version of the prompt, known by its sha256.
+created_at, response. A recording answers one version of the prompt, known by its sha256. The class_id of texts that are
+of no class is "*".
 """
 
 import json

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages import store
-from stages.clean_concepts import CONCEPTS, clean_class, main, normalise, split_text, wording
+from stages.clean_concepts import CONCEPTS, clean_class, clean_generic, main, normalise, split_text, wording
 from stages.llm.names import domain_words
 from stages.params import Clean, Domain
 from tests.stages.llm.workspace import Row, Workspace
@@ -74,6 +74,8 @@ def test_a_remark_that_names_the_class_is_cut_off(text: str, kept: str | None) -
         ("a bird with an endangered status", "population"),
         ("a bird with a habit of diving", "behaviour"),
         ("a bird often seen with others", "behaviour"),
+        ("a bird with a bill longer than other birds have", "comparison"),
+        ("a bird with a charm of its own", "nothing_visible"),
         ("a bird with a", "fragment"),
         ("crest", "fragment"),
         ("...", "empty"),
@@ -88,6 +90,35 @@ def test_reasons(text: str, reason: str | None) -> None:
 def test_habitat_is_kept_apart() -> None:
     [row] = [row for row in clean(answer("a bird on a river bank", kind="habitat")) if row["kind"] != "name"]
     assert (row["kind"], row["kept"], row["drop_reason"]) == ("habitat", False, "habitat")
+
+
+def test_generic_texts_name_no_class() -> None:
+    texts = [
+        "a bird with a hooked bill",
+        "a bird with hooked bills",
+        "a bird with the bill of a tern",
+        "a bird in a tree",
+    ]
+    answers = [answer(*texts, "a bird with a black Halcyon's bill"), answer("a bird on a river bank", kind="habitat")]
+    rows = clean_generic(answers, [CLASS, CLASS | {"name": "Least Tern", "scientific_name": None}], BIRD, Clean())
+    assert [(row["rank"], row["kind"], row["drop_reason"]) for row in rows] == [
+        (0, "generic", None),
+        (1, "generic", "duplicate"),
+        (2, "generic", "class_name"),
+        (3, "generic", "habitat"),
+        (4, "generic", "class_name"),
+        (5, "habitat", "habitat"),
+    ]
+    assert {row["class_id"] for row in rows} == {None}
+
+
+def test_a_further_answer_of_a_class_is_merged() -> None:
+    [first, again, more] = clean(
+        answer("a bird with a red bill", key="own"),
+        answer("a bird with red bills", "a bird with a redder bill than terns", key="contrast"),
+    )[1:]
+    assert [row["drop_reason"] for row in (first, again, more)] == [None, "duplicate", "comparison"]
+    assert [row["item_key"] for row in (first, again, more)] == ["own", "contrast", "contrast"]
 
 
 def test_duplicates_are_the_same_words() -> None:
@@ -186,6 +217,7 @@ def test_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         answer("a fish with a tail.", "a fish that sings", subject_id=ids["Iron ray"], key="b"),
         answer("a fish with a tail", subject_id=ids["Moss ray"], key="c"),
         answer("a fish with a fin", subject_id=ids["Salt ray"], key="d", status="invalid"),
+        answer("a fish with a gill", "a fish like a moss ray", subject_id="*", key="e"),
     ]
     schema = "llm.answers/1"
     store.write_table(store.make_table(schema, rows), "data/concepts/answers.parquet", schema, {}, "m")
@@ -200,9 +232,15 @@ def test_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         (ids["Moss ray"], "c", None),
     }
     assert {row["class_id"] for row in concepts if row["kind"] == "name"} == set(ids.values())
+    # Without a class, and last of all.
+    assert [(row["class_id"], row["kind"], row["drop_reason"]) for row in concepts[-2:]] == [
+        (None, "generic", None),
+        (None, "generic", "class_name"),
+    ]
     said = capsys.readouterr().err
     assert "1 classes keep no visual concept: Salt ray" in said
-    assert "4 texts, 2 kept; dropped: 1 sound, 1 duplicate" in said or "1 duplicate, 1 sound" in said
+    assert "6 texts, 3 kept; dropped: " in said
+    assert all(f"1 {reason}" in said for reason in ("sound", "duplicate", "class_name"))
 
     before = CONCEPTS.read_bytes()
     mark = store.read_header(CONCEPTS, "concepts/1").fingerprint

@@ -13,8 +13,9 @@ from PIL import Image
 
 from stages import store
 from stages.command import UserError
-from stages.describe_images import ANSWERS, DESCRIPTIONS, JPEG_QUALITY, data_url, main
+from stages.describe_images import ANSWERS, DESCRIPTIONS, JPEG_QUALITY, METRICS, data_url, main
 from stages.images import BadImage
+from stages.llm.answers import summarise
 from stages.llm.journal import journal_path
 from tests.openai_server import OpenAIServer, content, refusal
 from tests.stages.llm.workspace import KEY, Row, Workspace, answers
@@ -94,18 +95,43 @@ def test_switched_off_it_writes_empty_tables_and_asks_nobody(server: OpenAIServe
     workspace.blocks["describe"]["enabled"] = False
     workspace.write()
     workspace.monkeypatch.delenv("FIELDMARK_TEST_KEY")
-    workspace.run(main)
-    assert answers(str(ANSWERS)) == []
-    assert descriptions() == []
-    workspace.write(mode="replay")
-    workspace.run(main)
-    assert answers(str(ANSWERS)) == []
+    for mode in ("live", "import", "replay"):
+        workspace.write(mode=mode)
+        workspace.run(main)
+        assert answers(str(ANSWERS)) == []
+        assert descriptions() == []
+        assert json.loads(METRICS.read_text()) == summarise([])
     # Even answers that only the old table held come back for nothing.
     workspace.blocks["describe"]["enabled"] = True
     workspace.write(mode="live")
     workspace.run(main)
     assert len(server.calls) == 2
     assert ANSWERS.read_bytes() == before
+
+
+def test_a_run_ends_with_what_it_did_and_leaves_metrics_of_all_rows(
+    server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = workspace.write_images(3)
+    Path("data/photos", images[0]["path"]).write_bytes(b"no picture")
+    workspace.write(min_coverage=0.0)
+    workspace.run(main)
+    assert "describe_images: asked 2, cached 0, spent $0.0004, failed: 1 error\n" in capsys.readouterr().err
+    metrics = METRICS.read_bytes()
+    assert json.loads(metrics) == summarise(answers(str(ANSWERS)))
+    assert json.loads(metrics)["status"] == {"error": 1, "ok": 2}
+    workspace.run(main)
+    assert "describe_images: asked 0, cached 2, spent $0.0000, failed: 1 error\n" in capsys.readouterr().err
+    assert METRICS.read_bytes() == metrics
+
+
+def test_descriptions_cannot_be_imported(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(1)
+    workspace.write(mode="import")
+    with pytest.raises(UserError, match=r"^params\.yaml: describe\.enabled: descriptions cannot be imported yet;"):
+        workspace.run(main)
+    assert server.calls == []
+    assert not ANSWERS.exists()
 
 
 def test_a_picture_gone_bad_is_a_row_and_the_run_goes_on(server: OpenAIServer, workspace: Workspace) -> None:

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from stages.llm.answers import (
     live_answers,
     plan_calls,
     preview,
+    rows_of,
+    summarise,
 )
 from stages.llm.journal import Entry, Journal, journal_path, read_journal
 from stages.llm.prompts import Message, Prompt
@@ -302,3 +305,47 @@ def test_coverage_names_the_missing(server: OpenAIServer) -> None:
         check_coverage(rows, names, llm_of(server), OUTPUT)
     check_coverage(rows, names, llm_of(server, min_coverage=0.5), OUTPUT)
     check_coverage([], {}, llm_of(server), OUTPUT)
+
+
+def test_no_more_questions_wait_than_there_is_room_for(server: OpenAIServer) -> None:
+    new = dict(zip("abcdefghij", items_of(*"abcdefghij"), strict=True))
+    taken: list[str] = []
+
+    class Counted(dict[str, Item]):
+        def items(self) -> Any:
+            for key, item in new.items():
+                taken.append(key)
+                yield key, item
+
+    with ThreadPoolExecutor(2) as pool:
+        for done, row in enumerate(rows_of(pool, lambda key, item: {"item_key": key}, Counted(), 4)):
+            assert row is not None
+            # Those that are done at once are replaced at once.
+            assert len(taken) <= done + 2 * 4
+    assert sorted(taken) == list(new)
+
+
+def test_the_summary_counts_each_question_once() -> None:
+    asked = {"attempts": 2, "input_tokens": 100, "output_tokens": 50, "cost_usd": 0.1, "source": "live", "status": "ok"}
+    other = {**asked, "attempts": 1, "input_tokens": None, "output_tokens": None, "cost_usd": None, "status": "refused"}
+    own = {**other, "attempts": 0, "source": "import", "status": "ok"}
+    rows = [
+        {**asked, "item_key": "a"},
+        {**asked, "item_key": "a"},
+        {**asked, "item_key": "b", "cost_usd": 0.2, "source": "batch"},
+        {**other, "item_key": "c"},
+        {**own, "item_key": "d"},
+    ]
+    found = summarise(rows)
+    assert found == {
+        "rows": 5,
+        "status": {"ok": 4, "refused": 1},
+        "source": {"batch": 1, "import": 1, "live": 3},
+        "attempts": 5,
+        "input_tokens": 200,
+        "output_tokens": 100,
+        "cost_usd": 0.1 + 0.2,
+        "unpriced": 1,
+    }
+    assert json.dumps(summarise(rows[::-1])) == json.dumps(found)
+    assert summarise([])["cost_usd"] == 0.0

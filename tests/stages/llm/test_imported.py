@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.command import UserError
-from stages.llm.imported import read_imported, row_of
+from stages.llm.imported import EDITS, IMPORT, read_own, read_texts, row_of, start_edit
 from stages.llm.prompts import load_prompt, problem
-from stages.params import NONE
+from stages.params import NONE, Concepts
 from stages.store import canonical_json, class_id_of, make_table, sha256
 from tests.stages.project import ROOT
 
@@ -31,7 +31,7 @@ def read(path: Path, content: str | bytes | Any) -> dict[str, list[str]]:
     if not isinstance(content, str | bytes):
         content = json.dumps(content)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_imported(str(path), CLASSES)
+    return read_texts(str(path), IMPORT, CLASSES)
 
 
 @pytest.mark.parametrize("key", ["001.Iron_ray", RAY, "Iron ray"])
@@ -43,14 +43,14 @@ def test_a_folder_goes_before_a_name(tmp_path: Path) -> None:
     classes = [{"class_id": "a", "name": "b"}, {"class_id": "b", "name": "x"}]
     path = tmp_path / "own.json"
     path.write_text('{"b": ["of b"]}')
-    assert read_imported(str(path), classes) == {"b": ["of b"]}
+    assert read_texts(str(path), IMPORT, classes) == {"b": ["of b"]}
 
 
 def test_a_folder_holds_one_text_a_line(tmp_path: Path) -> None:
     (tmp_path / "001.Iron_ray.txt").write_bytes("\ufeffa grey fish\r\n\r\n  a fish with é \r\n".encode())
     (tmp_path / "Blue tang.txt").write_text("a blue fish")
     (tmp_path / ".DS_Store").write_bytes(b"\xff")
-    assert read_imported(str(tmp_path), CLASSES) == {RAY: ["a grey fish", "a fish with é"], TANG: ["a blue fish"]}
+    assert read_texts(str(tmp_path), IMPORT, CLASSES) == {RAY: ["a grey fish", "a fish with é"], TANG: ["a blue fish"]}
 
 
 def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_none_imports_nothing_and_another_empty_file_is_refused(
     with pytest.raises(UserError, match=r"own\.json: is not JSON"):
         read(tmp_path / "own.json", "")
     monkeypatch.chdir(tmp_path)
-    assert read_imported(NONE, CLASSES) == {}
+    assert read_texts(NONE, IMPORT, CLASSES) == {}
     monkeypatch.chdir(ROOT)
     assert Path(NONE).read_bytes() == b""
 
@@ -113,7 +113,7 @@ def test_what_is_wrong_with_a_json_file_is_one_line(tmp_path: Path, content: Any
 def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
-        read_imported(str(tmp_path), CLASSES)
+        read_texts(str(tmp_path), IMPORT, CLASSES)
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -122,9 +122,42 @@ def test_two_files_for_one_class_and_a_missing_source_are_one_line(tmp_path: Pat
     (tmp_path / "Iron ray.txt").write_text("x")
     (tmp_path / f"{RAY}.txt").write_text("y")
     with pytest.raises(UserError, match=f"stands for the class of '({RAY}|Iron ray)' too"):
-        read_imported(str(tmp_path), CLASSES)
-    with pytest.raises(UserError, match=r"^params\.yaml: concepts\.import: .*gone\.json cannot be read .*data/none$"):
-        read_imported(str(tmp_path / "gone.json"), CLASSES)
+        read_texts(str(tmp_path), IMPORT, CLASSES)
+    with pytest.raises(UserError, match=r"^params\.yaml: concepts\.edits: .*gone\.json cannot be read .*data/none$"):
+        read_texts(str(tmp_path / "gone.json"), EDITS, CLASSES)
+
+
+def test_an_edit_goes_before_an_import(tmp_path: Path) -> None:
+    edits, own = tmp_path / "edits.json", tmp_path / "own.json"
+    edits.write_text('{"Iron ray": ["edited"]}')
+    own.write_text('{"001.Iron_ray": ["imported"], "Blue Tang": ["imported"]}')
+    edited, imported = read_own(Concepts.model_validate({"import": str(own), "edits": str(edits)}), CLASSES)
+    assert (edited.texts, edited.source) == ({RAY: ["edited"]}, "edited")
+    assert (imported.texts, imported.source) == ({TANG: ["imported"]}, "import")
+    assert str(edited) == f"{edits} (concepts.edits)"
+    assert row_of("a", ["x"], "edited")["item_key"] != row_of("a", ["x"])["item_key"]
+
+
+def test_an_edit_is_put_beside_those_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "edits.json"
+    assert start_edit(str(path), RAY, ["a fish\nwith é"], CLASSES) == path
+    path.write_text(path.read_text().replace("with é", "without é"))
+    start_edit(str(path), TANG, ["b"], CLASSES)
+    assert read_texts(str(path), EDITS, CLASSES) == {RAY: ["a fish without é"], TANG: ["b"]}
+    assert path.read_text().count("\n") == 8
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"edits\.json: holds {TANG} already"):
+        start_edit(str(path), TANG, ["c"], CLASSES)
+    assert path.read_bytes() == before
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"is not JSON.*concepts\.edits takes"):
+        start_edit(str(path), TANG, ["c"], CLASSES)
+    assert [each.name for each in path.parent.iterdir()] == ["edits.json"]
+
+
+def test_a_folder_takes_an_edit_as_a_file(tmp_path: Path) -> None:
+    assert start_edit(str(tmp_path), RAY, ["a", "b"], CLASSES) == tmp_path / f"{RAY}.txt"
+    assert read_texts(str(tmp_path), EDITS, CLASSES) == {RAY: ["a", "b"]}
 
 
 @given(st.lists(st.text(), min_size=1))
@@ -143,10 +176,10 @@ def test_a_row_is_a_function_of_class_and_texts_and_fits_the_prompt(texts: list[
 def test_texts_of_cub_match_its_class_folders() -> None:
     folders = [line.split()[1] for line in (CUB / "CUB_200_2011/classes.txt").read_text().splitlines()]
     classes = [{"class_id": class_id_of(folder), "name": folder.partition(".")[2]} for folder in folders]
-    texts = read_imported(str(CUB / "concepts_gpt4.json"), classes)
+    texts = read_texts(str(CUB / "concepts_gpt4.json"), IMPORT, classes)
     assert len(texts) == len(folders) == 100
     assert sum(map(len, texts.values())) == 2395
     albatross = texts[class_id_of("001.Black_footed_Albatross")]
     assert albatross[3] == "A bird with a white ring around the base of its bill."
     with pytest.raises(UserError, match=r"'001\.Black_footed_Albatross': is no .* \(and 49 more\)$"):
-        read_imported(str(CUB / "concepts_gpt4.json"), classes[50:])
+        read_texts(str(CUB / "concepts_gpt4.json"), IMPORT, classes[50:])

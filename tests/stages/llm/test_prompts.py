@@ -1,6 +1,7 @@
 """Prompt files: what is read, rendered and refused."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,33 @@ from typing import Any
 import pytest
 
 from stages.command import UserError
-from stages.llm.prompts import load_prompt, problem
+from stages.llm.prompts import load_prompt, problem, with_article
 from tests.stages.llm.workspace import REPOSITORY
 
 VALUES: dict[str, Any] = {
     "noun": "aircraft",
     "group": "airliners",
     "attributes": ["nose", "winglets"],
+    "not_shown": ["engine", "how far it flies"],
     "name": 'A/B "x" {{ é }}',
     "scientific_name": None,
     "note": None,
+    "superclass": "A/Bs",
+    "siblings": ["C", "D"],
     "per_class": 7,
+    "generic": 30,
     "sentences": 3,
 }
+PROMPTS = ("concepts", "generic_concepts", "contrast", "describe")
+# The words of four domains: noun, group, attributes, not_shown, a class and its siblings.
+CARDS = {
+    "bird": ("birds", ["bill", "head and face"], ["song", "diet"], "White-breasted Kingfisher", ["Pied Kingfisher"]),
+    "fish": ("reef fish", ["bars, stripes and spots"], [], "Lantern bandit", ["Ember bandit", "Hooded bandit"]),
+    "car": ("cars", [], ["price"], "Audi S4 Sedan 2012", ["BMW M5 Sedan 2010"]),
+    "oak leaf": ("leaves of trees", ["margin", "veins"], ["smell"], "Sessile oak", ["English oak"]),
+}
+# What a template gets wrong where a word is missing: doubled spaces, lines and stops, empty brackets, a for an.
+BLEMISH = re.compile(r" {2}|\n{3}|\.\.| [.,]|\(\)|[{}]{2}|\ban [^aeiou]|\ba [aeiou]", re.IGNORECASE)
 GOOD = """---
 purpose: a test
 variables: [name]
@@ -50,7 +65,8 @@ def test_the_prompts_of_the_repository_render() -> None:
     assert "photo" in user["content"]
     assert "an aircraft with CHARACTERISTIC" in system["content"]
     assert 'A/B "x" {{ é }} from other airliners' in user["content"]
-    assert "nose, winglets" in user["content"]
+    assert "nose; winglets." in user["content"]
+    assert "nothing that a photo cannot show (engine, how far it flies)." in " ".join(user["content"].split())
     assert "About it" not in user["content"]
     about = concepts.render(VALUES | {"note": "a twinjet", "scientific_name": "Aquila ferrea"})[1]["content"]
     assert "About it: a twinjet." in about
@@ -61,6 +77,38 @@ def test_a_description_is_asked_for_without_a_label() -> None:
     prompt = load_prompt(REPOSITORY / "prompts/describe.md")
     assert not {"name", "scientific_name", "note", "class_id"} & set(prompt.variables)
     assert "in 3 sentences" in prompt.render(VALUES)[1]["content"]
+
+
+@pytest.mark.parametrize("noun", CARDS)
+@pytest.mark.parametrize("name", PROMPTS)
+def test_one_template_serves_birds_fish_cars_and_leaves(name: str, noun: str) -> None:
+    group, attributes, not_shown, known, siblings = CARDS[noun]
+    card = {"noun": noun, "group": group, "attributes": attributes, "not_shown": not_shown}
+    prompt = load_prompt(REPOSITORY / f"prompts/{name}.md")
+    system, user = (
+        message["content"] for message in prompt.render(VALUES | card | {"name": known, "siblings": siblings})
+    )
+    said = f"{system}\n{user}"
+    article = "an" if noun == "oak leaf" else "a"
+    assert f'"{article} {noun} with CHARACTERISTIC"' in said
+    assert group in system
+    assert group in user
+    assert "photo" in said
+    assert ("; ".join(attributes) + ".") in user
+    assert ("(" + ", ".join(not_shown) + ")" in said) == bool(not_shown)
+    assert (known in said) == (name in ("concepts", "contrast"))
+    assert all(f"- {sibling}\n" in said for sibling in siblings) == (name == "contrast")
+    assert not BLEMISH.search(said.replace("...", "X"))
+
+
+def test_the_three_prompts_for_concepts_share_a_schema() -> None:
+    first, *others = (load_prompt(REPOSITORY / f"prompts/{name}.md").schema for name in PROMPTS[:3])
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize("noun", ["an aircraft", "an unknown fish", "an urchin", "an hourglass", "a unicorn", "a ewe"])
+def test_an_article_is_chosen_by_sound(noun: str) -> None:
+    assert with_article(noun.split(" ", 1)[1]) == noun
 
 
 def test_sections_and_identity(tmp_path: Path) -> None:

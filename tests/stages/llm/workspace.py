@@ -46,7 +46,12 @@ class Workspace:
     def write(self, **llm: Any) -> None:
         self.llm |= llm
         content = {
-            "domain": {"noun": "fish", "group": "reef fish", "attributes": ["tail", "bars and stripes"]},
+            "domain": {
+                "noun": "fish",
+                "group": "reef fish",
+                "attributes": ["tail", "bars and stripes"],
+                "not_shown": ["sound"],
+            },
             "dataset": {"root": "data/photos"},
             "llm": self.llm,
             "encoders": {"toy": {"model": "toy"}},
@@ -57,9 +62,15 @@ class Workspace:
         with open("params.yaml", "w") as file:
             YAML(typ="safe").dump(content, file)
 
-    def write_classes(self, *names: str, **columns: Any) -> None:
+    def write_classes(self, *names: str, superclasses: dict[str, str] | None = None, **columns: Any) -> None:
         rows = [
-            {"class_id": store.sha256(name)[:8], "name": name, "from_images": False, **columns}
+            {
+                "class_id": store.sha256(name)[:8],
+                "name": name,
+                "from_images": False,
+                "superclass": (superclasses or {}).get(name),
+                **columns,
+            }
             for name in sorted(names)
         ]
         table = store.make_table("index.classes/1", rows)
