@@ -747,8 +747,9 @@ def settle(server: OpenAIServer) -> None:
         time.sleep(0.3)
 
 
-def test_a_kill_loses_no_answer_and_pays_none_twice(server: OpenAIServer, workspace: Workspace) -> None:
-    total, in_flight, kills = 48, 4, 3
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_kill_loses_no_answer_and_pays_none_twice(kills: int, server: OpenAIServer, workspace: Workspace) -> None:
+    total, in_flight = 16 * kills, 4
     server.latency = 0.02
     workspace.write_classes(*(f"ray {number}" for number in range(total)))
     draw = random.Random(0)
