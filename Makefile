@@ -5,6 +5,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 METHOD ?=
+REMOTE ?=
 PROFILE ?=
 SHELL := /bin/bash
 
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 # Where there is no git (an unpacked archive) DVC must be told.
 NO_SCM := $(if $(wildcard .git),,.dvc/config.local)
 
-.PHONY: setup profile repro retry pull test test-all bench clean
+.PHONY: setup profile repro retry pull share test test-all bench clean
 
 setup: $(STAMP) $(NO_SCM)
 
@@ -47,6 +48,23 @@ retry: profile
 pull: setup
 	@test -n "$(METHOD)" || { echo "error: make pull METHOD=NAME, a name under train.methods in params.yaml" >&2; exit 1; }
 	@paths=$$(python -m stages.lock train@$(METHOD)) && dvc pull $$paths
+
+# Push every output to the remote. REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH sets it first, named `share`.
+share: setup
+	@test -f dvc.lock || { echo "error: dvc.lock: is missing: nothing to share; run make repro first" >&2; exit 1; }
+	@case "$(REMOTE)" in \
+	"") dvc remote default > /dev/null && exit; \
+	    echo "error: no remote is set; make share REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH" >&2; exit 1 ;; \
+	*://*:*@*) echo "error: REMOTE holds a password, and .dvc/config is committed; leave it out" >&2; exit 1 ;; \
+	*://*) url="$(REMOTE)" ;; \
+	*@*:*) echo "error: REMOTE=$(REMOTE) is a folder to DVC; write ssh://HOST/PATH" >&2; exit 1 ;; \
+	*) url=$$(python -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(REMOTE)"); \
+	    echo ".dvc/config names a folder of this machine, $$url; where another machine sees it elsewhere, run there:"; \
+	    echo "    dvc config --local remote.share.url FOLDER" ;; \
+	esac; \
+	dvc config remote.share.url "$$url" && dvc config core.remote share
+	@dvc push
+	@echo 'to commit for a second machine: dvc.lock and .dvc/config'
 
 test: setup
 	ruff check .

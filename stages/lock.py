@@ -1,6 +1,7 @@
 """What dvc.lock knows of outputs that are not here, read as plain YAML: no import of DVC.
 
-Reads   dvc.lock in the working folder.
+Reads   dvc.lock, dvc.yaml and params.yaml in the working folder. Stages that DVC keeps in dvc.lock though an encoder or
+        method is no longer in params.yaml are passed over: `dvc pull` does not know their outputs.
 Writes  to stdout, one path a line: the data that STAGE reads and that a remote can hold. Source code is not listed.
 Costs   nothing.
 
@@ -19,6 +20,8 @@ from ruamel.yaml.error import YAMLError
 from stages.command import UserError, run
 
 LOCK = Path("dvc.lock")
+PIPELINE = Path("dvc.yaml")
+PARAMS = Path("params.yaml")
 
 
 def read_stages() -> dict[str, dict[str, Any]]:
@@ -31,6 +34,22 @@ def read_stages() -> dict[str, dict[str, Any]]:
     except (OSError, UnicodeDecodeError, YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{LOCK}: is not a lock file of DVC ({' '.join(str(error).split())[:160]})") from None
     return stages
+
+
+def defined_stages() -> set[str]:
+    """The stages that dvc.yaml defines today, NAME@KEY for each key of what a `foreach` loops over."""
+    yaml = YAML(typ="safe", pure=True)
+    params = yaml.load(PARAMS.read_text(encoding="utf-8"))
+    names = set()
+    for name, stage in yaml.load(PIPELINE.read_text(encoding="utf-8"))["stages"].items():
+        if "foreach" not in stage:
+            names.add(name)
+            continue
+        keys = params
+        for part in stage["foreach"].removeprefix("${").removesuffix("}").split("."):
+            keys = keys[part]
+        names |= {f"{name}@{key}" for key in keys}
+    return names
 
 
 def paths_of(stage: dict[str, Any], side: str) -> list[str]:
@@ -56,7 +75,8 @@ def refuse_cold_start(path: Path) -> None:
 
 def data_of(name: str) -> list[str]:
     """The paths under data/ that a stage depends on and that DVC tracks. Raises UserError for an unknown stage."""
-    stages = read_stages()
+    defined = defined_stages()
+    stages = {stage: entry for stage, entry in read_stages().items() if stage in defined}
     if name not in stages:
         close = difflib.get_close_matches(name, stages, n=1)
         hint = f"did you mean {close[0]}?" if close else f"it knows {', '.join(stages) or 'none'}"

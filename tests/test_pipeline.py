@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkout import checkout, command, commit, edit_params, git
+from tests.checkout import checkout, command, commit, edit_params
 from tests.openai_server import OpenAIServer
 
 METHODS = ["zero_shot", "description_zero_shot", "linear_probe", "attention_pool", "concept_graph"]
@@ -41,26 +41,6 @@ def test_second_repro_runs_no_stage(made: Path) -> None:
     again = command("dvc", "repro", cwd=made)
     assert "Running stage" not in again.stdout
     assert "Data and pipelines are up to date." in again.stdout
-
-
-def test_second_clone_trains_to_the_same_metrics_with_no_images_and_no_key(made: Path, tmp_path: Path) -> None:
-    remote, clone = tmp_path / "remote", tmp_path / "second"
-    command("dvc", "remote", "add", "--force", "--default", "share", str(remote), cwd=made)
-    commit(made)
-    command("dvc", "push", cwd=made)
-    git("clone", "-q", str(made), str(clone), cwd=tmp_path)
-    paths = command(sys.executable, "-m", "stages.lock", "train@concept_graph", cwd=clone).stdout.split()
-    command("dvc", "pull", *paths, cwd=clone)
-    assert not (clone / "data/reef").exists()
-    assert not (clone / "data/runs").exists()
-    assert (clone / "data/embed/reef/images/b000.parquet").is_file()
-
-    trained = command("dvc", "repro", "--single-item", "train@concept_graph", cwd=clone)
-
-    assert "Running stage 'train@concept_graph'" in trained.stdout
-    for name in ("metrics.json", "predictions.parquet", "model.safetensors", "history.csv"):
-        path = Path("data/runs/concept_graph", name)
-        assert (clone / path).read_bytes() == (made / path).read_bytes()
 
 
 def test_an_edited_prompt_in_replay_mode_is_one_line_and_changes_nothing(made: Path) -> None:

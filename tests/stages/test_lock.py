@@ -38,6 +38,14 @@ stages:
     - {path: database/x, md5: j, size: 1}
     outs: [{path: data/runs/probe, md5: k.dir, size: 1}]
 """
+PIPELINE = """\
+stages:
+  draw_reef: {cmd: python -m stages.reef.draw}
+  generate_concepts: {cmd: python -m stages.generate_concepts}
+  embed_images: {foreach: "${encoders}", do: {cmd: x}}
+  train: {foreach: "${train.methods}", do: {cmd: "python -m training.train --method ${key}"}}
+"""
+PARAMS = "{encoders: {toy: {}}, train: {methods: {probe: {}}}}"
 ANSWERS = Path("data/concepts/answers.parquet")
 
 
@@ -46,6 +54,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FIELDMARK_COLD", raising=False)
     Path("dvc.lock").write_text(LOCK)
+    Path("dvc.yaml").write_text(PIPELINE)
+    Path("params.yaml").write_text(PARAMS)
     Path("data").mkdir()
     Path("data/mine.dvc").touch()
 
@@ -80,6 +90,17 @@ def test_what_a_stage_reads() -> None:
     ]
     assert data_of("generate_concepts") == []
     assert data_of("embed_images@toy") == []
+
+
+def test_what_params_yaml_no_longer_names_is_passed_over() -> None:
+    """DVC leaves the stages of an encoder that is gone in dvc.lock, and knows their outputs no more."""
+    gone = "  embed_images@gone:\n    cmd: x\n    outs: [{path: data/embed/gone/images, md5: f.dir, size: 1}]\n"
+    Path("dvc.lock").write_text(LOCK + gone)
+    assert "data/embed/gone/images" not in data_of("train@probe")
+    with pytest.raises(UserError, match="has no stage 'embed_images@gone'; did you mean embed_images@toy"):
+        data_of("embed_images@gone")
+    Path("params.yaml").write_text(PARAMS.replace("toy", "gone"))
+    assert "data/embed/gone/images" in data_of("train@probe")
 
 
 def test_the_command_prints_one_path_a_line(

@@ -12,9 +12,9 @@ from stages import command
 from stages.command import UserError
 from tests.stages.project import ROOT
 
-# What dvc.yaml runs of stages/, and what goes before it.
+# What dvc.yaml runs of stages/, and what people run beside it.
 STAGES = re.findall(r"cmd: python -m stages\.(\w+)", (ROOT / "dvc.yaml").read_text())
-MODULES = sorted({*STAGES, "params", "preflight", "profiles"})
+MODULES = sorted({*STAGES, "params", "preflight", "profiles", "export_embeddings", "shards"})
 
 
 def test_there_are_stages() -> None:

@@ -1,0 +1,247 @@
+"""The README's "A second machine", run line by line by DVC: two clones and a folder remote, promise 5 of the design.
+
+What is shared is a small reef; links between DVC's cache and the outputs are tried on it too.
+"""
+
+import base64
+import hashlib
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.checkout import BIN, ROOT, checkout, command, commit, edit_params, git
+
+pytestmark = pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="clones borrow the virtual environment")
+
+# What concept_graph reads of its encoder, and all that a second machine needs to train it.
+READS = ["data/bank/reef.parquet", "data/descriptions/descriptions.parquet", "data/embed/reef/images",
+         "data/embed/reef/text.parquet", "data/graphs/reef", "data/index/classes.parquet", "data/index/images.parquet",
+         "data/labels/reef"]  # fmt: skip
+AUTHOR = {"GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
+          "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org"}  # fmt: skip
+BUCKETS = 4
+
+
+def readme_blocks() -> list[str]:
+    """The shell blocks of the section, in their order: share, train, report, links."""
+    section = re.search(r"^## A second machine\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert section is not None
+    blocks = re.findall(r"```sh\n(.*?)```", section[1], re.DOTALL)
+    assert len(blocks) == 4
+    return blocks
+
+
+def shell(script: str, folder: Path) -> str:
+    """Run lines as a user types them, without GPU and key; return all that they say."""
+    words = ("bash", "-eo", "pipefail", "-c", f"exec 2>&1\n{script}")
+    return command(*words, cwd=folder, CUDA_VISIBLE_DEVICES="", **AUTHOR).stdout
+
+
+def lend_environment(folder: Path) -> None:
+    """A .venv that make takes for up to date: this one's, by links."""
+    venv = folder / ".venv"
+    venv.mkdir()
+    for path in BIN.parent.iterdir():
+        if not path.name.startswith(".fieldmark-"):
+            (venv / path.name).symlink_to(path)
+    pins = (folder / "pyproject.toml").read_bytes() + (folder / "constraints.txt").read_bytes()
+    (venv / f".fieldmark-{hashlib.sha256(pins).hexdigest()[:16]}").touch()
+
+
+def make_small(params: Any) -> None:
+    params["demo"]["reef"].update(train_per_class=6, test_per_class=2)
+    params["dataset"]["buckets"] = BUCKETS
+    methods = {name: params["train"]["methods"][name] for name in ("zero_shot", "concept_graph")}
+    methods["concept_graph"].update(epochs=3, weight_decay=[0.01])
+    params["train"].update(seeds=1, methods=methods)
+    params["report"].update(reference="zero_shot", examples=3)
+
+
+def data_files(folder: Path) -> dict[str, str]:
+    """The md5 of each file under data/ that git does not bring."""
+    files = [path for path in sorted((folder / "data").rglob("*")) if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: hashlib.md5(path.read_bytes()).hexdigest()
+        for name, path in names.items()
+        if not name.startswith("data/demo/") and name != "data/none"
+    }
+
+
+def cached(folder: Path) -> dict[str, str]:
+    """The md5 of each object of DVC's cache by the md5 that it goes by; a folder's list has `.dir` behind it."""
+    objects = (folder / ".dvc/cache/files/md5").glob("??/*")
+    return {f"{path.parent.name}{path.name}": hashlib.md5(path.read_bytes()).hexdigest() for path in objects}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first machine: the whole pipeline ran."""
+    folder = checkout(tmp_path_factory.mktemp("first") / "fieldmark")
+    lend_environment(folder)
+    edit_params(folder, make_small)
+    commit(folder)
+    command("dvc", "repro", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(first: Path) -> str:
+    """What `make share` said on the first machine, and its commit."""
+    return shell(readme_blocks()[0], first)
+
+
+class Second(NamedTuple):
+    folder: Path
+    pulled: dict[str, str]
+    fetched: dict[str, str]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def second(first: Path, shared: str, tmp_path_factory: pytest.TempPathFactory) -> Second:
+    """The second machine, a clone at another depth: what `make pull` brought, then the method trained."""
+    folder = tmp_path_factory.mktemp("second") / "some/where/fieldmark"
+    git("clone", "-q", str(first), str(folder), cwd=first)
+    lend_environment(folder)
+    pull, train = readme_blocks()[1].split("\n", 1)
+    shell(pull, folder)
+    return Second(folder, data_files(folder), cached(folder), shell(train, folder))
+
+
+def test_share_names_what_to_commit_and_the_folder_of_this_machine(first: Path, shared: str) -> None:
+    remote = first.parent / "fieldmark-cache"
+    assert f"a folder of this machine, {remote};" in shared
+    assert "dvc.lock and .dvc/config" in shared
+    assert f"url = {remote}\n" in (first / ".dvc/config").read_text()
+    assert command("git", "status", "--porcelain", cwd=first).stdout == ""
+    assert command("git", "ls-files", "dvc.lock", cwd=first).stdout == "dvc.lock\n"
+    pushed = {f"{path.parent.name}{path.name}" for path in (remote / "files/md5").glob("??/*")}
+    assert pushed == set(cached(first))
+    assert "Everything is up to date." in shell("make share", first)
+
+
+def test_pull_brings_what_the_trainer_reads_and_nothing_else(first: Path, second: Second) -> None:
+    wanted = {
+        name: digest
+        for name, digest in data_files(first).items()
+        if any(Path(name).is_relative_to(path) for path in READS)
+    }
+    assert len(wanted) == 5 + 3 * BUCKETS
+    assert second.pulled == wanted
+    folders = {name for name in second.fetched if name.endswith(".dir")}
+    assert len(folders) == 3
+    assert set(second.fetched) - folders == set(wanted.values())
+
+
+def test_a_clone_trains_to_the_same_metrics_without_images_gpu_or_key(first: Path, second: Second) -> None:
+    assert second.said.count("Running stage") == 1
+    assert "Running stage 'train@concept_graph'" in second.said
+    assert not (second.folder / "data/reef").exists()
+    for name in ("metrics.json", "history.csv", "predictions.parquet", "model.safetensors"):
+        path = Path("data/runs/concept_graph", name)
+        assert (second.folder / path).read_bytes() == (first / path).read_bytes()
+
+
+def test_the_report_of_the_clone_shows_its_pictures_from_the_thumbnails(first: Path, second: Second) -> None:
+    said = shell("source .venv/bin/activate\n" + readme_blocks()[2], second.folder)
+    assert "Running stage 'report'" in said
+    assert not (second.folder / "data/reef").exists()
+    page = (second.folder / "data/report/index.html").read_text()
+    thumbs = pq.read_table(second.folder / "data/thumbs", columns=["webp"], partitioning=None)["webp"].to_pylist()
+    shown = [webp for webp in thumbs if base64.b64encode(webp).decode() in page]
+    assert len(shown) >= 3
+    assert (second.folder / "data/report/summary.txt").read_bytes() == (first / "data/report/summary.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("remote", "said"),
+    [
+        ("", "error: no remote is set; make share REMOTE="),
+        ("ssh://me:secret@host/path", "error: REMOTE holds a password"),
+        ("me@host:/path", "write ssh://HOST/PATH"),
+    ],
+)
+def test_what_cannot_be_shared_is_one_line(remote: str, said: str, bare: Path) -> None:
+    before = (bare / ".dvc/config").read_bytes()
+    failed = command("make", "share", f"REMOTE={remote}", cwd=bare, check=False)
+    line, *of_make = failed.stderr.splitlines()
+    assert failed.returncode != 0
+    assert said in line
+    assert [each[:5] for each in of_make] == ["make:"]
+    assert (bare / ".dvc/config").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with an empty dvc.lock and no remote."""
+    folder = checkout(tmp_path_factory.mktemp("bare") / "fieldmark")
+    lend_environment(folder)
+    (folder / "dvc.lock").write_text("schema: '2.0'\n")
+    return folder
+
+
+def test_another_remote_takes_the_place_of_the_former(bare: Path) -> None:
+    config = (bare / ".dvc/config").read_text()
+    try:
+        for name in ("one", "two words"):
+            command("make", "share", f"REMOTE=../{name}", cwd=bare)
+        settings = (bare / ".dvc/config").read_text()
+        assert settings.count("url = ") == 1
+        assert f"url = {bare.parent}/two words\n" in settings
+        assert "remote = share\n" in settings
+    finally:
+        (bare / ".dvc/config").write_text(config)
+
+
+def test_nothing_made_is_nothing_to_share(bare: Path) -> None:
+    (bare / "dvc.lock").rename(bare / "lock")
+    try:
+        failed = command("make", "share", "REMOTE=../cache", cwd=bare, check=False)
+    finally:
+        (bare / "lock").rename(bare / "dvc.lock")
+    assert failed.stderr.startswith("error: dvc.lock: is missing")
+
+
+@pytest.mark.parametrize("kind", ["hardlink", "symlink"])
+def test_links_to_the_cache_survive_an_update(
+    kind: str, first: Path, tmp_path: Path, run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image more by DVC, one less by hand: buckets are renamed into place, what the cache holds stays as it is."""
+    folder = tmp_path / "linked"
+    shutil.copytree(first, folder, symlinks=True)
+    # The demo is drawn by a stage; images of one's own are not.
+    edit_params(folder, lambda params: params.update(demo={}))
+    shell(readme_blocks()[3].replace("reflink,hardlink,symlink,copy", kind), folder)
+    before = data_files(folder)
+    bucket = folder / "data/embed/reef/images/b000.parquet"
+
+    def linked_to_cache() -> bool:
+        return bucket.is_symlink() if kind == "symlink" else bucket.stat().st_nlink == 2
+
+    def unspoilt() -> bool:
+        return all(name.removesuffix(".dir") == digest for name, digest in cached(folder).items())
+
+    assert linked_to_cache()
+    source = sorted((folder / "data/reef/train").glob("*/*.jpg"))[0]
+    extra = source.with_name("extra.jpg")
+    extra.write_bytes(source.read_bytes() + b"\0")
+    assert "1 images linked anew" in shell("dvc repro build_graphs@reef", folder)
+    assert linked_to_cache()
+    assert unspoilt()
+
+    extra.unlink()
+    changed = [name for name, digest in data_files(folder).items() if before[name] != digest]
+    assert {Path(name).parts[1] for name in changed} == {"index", "thumbs", "embed", "graphs"}
+    monkeypatch.chdir(folder)
+    run_stage("index_images")
+    run_stage("embed_images", "--encoder", "reef")
+    run_stage("build_graphs", "--encoder", "reef")
+    assert data_files(folder) == before
+    assert unspoilt()
