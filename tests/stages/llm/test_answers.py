@@ -4,8 +4,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +32,16 @@ from stages.llm.journal import Entry, Journal, journal_path, read_journal
 from stages.llm.prompts import Message, Prompt
 from stages.params import Llm, Price
 from tests.openai_server import OpenAIServer, content, drop, failure, refusal
-from tests.stages.llm.workspace import KEY
+from tests.stages.llm import workspace
+from tests.stages.llm.workspace import PRICES, PROMPT, items_of, plain
 
-SCHEMA = {"type": "object", "required": ["x"], "properties": {"x": {"type": "string"}}}
-PROMPT = Prompt("prompts/test.md", "0" * 64, "a test", (), SCHEMA, ())
 OUTPUT = Path("data/answers.parquet")
 STAGE = "test_stage"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[OpenAIServer]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FIELDMARK_TEST_KEY", KEY)
-    monkeypatch.delenv("FIELDMARK_CACHE", raising=False)
-    monkeypatch.setattr("stages.llm.client.FIRST_PAUSE_S", 0.01)
-    with OpenAIServer(lambda request: {"x": request["messages"][0]["content"]}) as server:
-        yield server
-
-
-def llm_of(server: OpenAIServer, **values: Any) -> Llm:
-    return Llm(
-        **{
-            "mode": "live",
-            "base_url": server.base_url,
-            "model": "tiny",
-            "api_key_env": "FIELDMARK_TEST_KEY",
-            "concurrency": 4,
-            "max_attempts": 2,
-            "prices": {"tiny": Price(input=1.0, output=2.0)},
-            **values,
-        }
-    )
-
-
-def items_of(*texts: str) -> list[Item]:
-    return [Item(f"id of {text}", 0, [{"role": "user", "content": text}]) for text in texts]
-
-
-def plain(item: Item) -> list[Message]:
-    return item.messages
+llm_of = partial(workspace.llm_of, concurrency=4, max_attempts=2, prices=PRICES)
 
 
 def ask(server: OpenAIServer, *texts: str, **values: Any) -> list[dict[str, Any]]:
-    return live_answers(STAGE, items_of(*texts), PROMPT, llm_of(server, **values), OUTPUT, attach=plain)
+    return live_answers(STAGE, items_of(texts), PROMPT, llm_of(server, **values), OUTPUT, attach=plain)
 
 
 def write(rows: list[dict[str, Any]]) -> None:
@@ -85,7 +52,7 @@ def test_a_row_says_what_was_asked_and_what_it_cost(server: OpenAIServer) -> Non
     [row] = ask(server, "hello")
     assert row.pop("created_at").endswith("Z")
     assert row == {
-        "item_key": item_key(items_of("hello")[0], PROMPT, llm_of(server)),
+        "item_key": item_key(items_of(["hello"])[0], PROMPT, llm_of(server)),
         "subject_id": "id of hello",
         "sample": 0,
         "prompt_sha": PROMPT.sha,
@@ -167,7 +134,7 @@ def test_keys_differ_where_the_question_does(
 
 
 def test_keys_do_not_depend_on_where_and_how_patiently_one_asks() -> None:
-    [item] = items_of("a")
+    [item] = items_of(["a"])
     key = item_key(item, PROMPT, Llm(model="tiny"))
     patient = Llm(
         mode="live",
@@ -181,7 +148,7 @@ def test_keys_do_not_depend_on_where_and_how_patiently_one_asks() -> None:
         response_format="text",
     )
     assert item_key(item, PROMPT, patient) == key
-    moved = Prompt("prompts/moved.md", "1" * 64, "another purpose", (), SCHEMA, ())
+    moved = Prompt("prompts/moved.md", "1" * 64, "another purpose", (), PROMPT.schema, ())
     assert item_key(item, moved, patient) == key
     assert item_key(item, Prompt("p.md", PROMPT.sha, "", (), {"type": "object"}, ()), patient) != key
 
@@ -215,7 +182,7 @@ def test_the_preview_counts(server: OpenAIServer) -> None:
     llm = llm_of(server, max_output_tokens=1000)
     image = {"type": "image", "image_id": "0" * 64, "px": 600}
     picture = Item("i", 0, [{"role": "user", "content": [{"type": "text", "text": "abcd"}, image]}])
-    items = [*items_of("a", "12345"), picture]
+    items = [*items_of(["a", "12345"]), picture]
     plan = plan_calls(STAGE, items, PROMPT, llm, OUTPUT)
     assert estimate(plan, llm) == (2, 2 + 1 + 85 + 4 * 170, 2000, pytest.approx((768 + 4000) / 1e6))
     assert "3 items, 1 cached, 2 calls to tiny" in preview(STAGE, plan, llm)
@@ -247,7 +214,7 @@ def test_what_cannot_be_asked_is_a_row(server: OpenAIServer) -> None:
             raise Unaskable("no picture")
         return item.messages
 
-    rows = live_answers(STAGE, items_of("a", "b"), PROMPT, llm_of(server), OUTPUT, attach=attach)
+    rows = live_answers(STAGE, items_of(["a", "b"]), PROMPT, llm_of(server), OUTPUT, attach=attach)
     assert [(row["status"], row["attempts"]) for row in rows] == [("error", 0), ("ok", 1)]
     assert "no picture" in rows[0]["response_json"]
     write(rows)
@@ -277,7 +244,7 @@ def test_ctrl_c_ends_pauses_and_keeps_what_is_answered(
         return item.messages
 
     with pytest.raises(KeyboardInterrupt):
-        live_answers(STAGE, items_of(*"abcdef"), PROMPT, llm_of(server, concurrency=2), OUTPUT, attach=attach)
+        live_answers(STAGE, items_of("abcdef"), PROMPT, llm_of(server, concurrency=2), OUTPUT, attach=attach)
     assert "of 6 calls answered" in capsys.readouterr().err
     answered = len(read_journal(journal_path(STAGE), KeysAll()))
     calls = len(server.calls)
@@ -308,7 +275,7 @@ def test_coverage_names_the_missing(server: OpenAIServer) -> None:
 
 
 def test_no_more_questions_wait_than_there_is_room_for(server: OpenAIServer) -> None:
-    new = dict(zip("abcdefghij", items_of(*"abcdefghij"), strict=True))
+    new = dict(zip("abcdefghij", items_of("abcdefghij"), strict=True))
     taken: list[str] = []
 
     class Counted(dict[str, Item]):

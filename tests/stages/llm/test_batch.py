@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from stages.llm.answers import Item, Unaskable, estimate, live_answers, plan_cal
 from stages.llm.batch import read_uploads, record_path
 from stages.llm.client import LIMITS
 from stages.llm.journal import Entry, Journal, journal_path, read_journal
-from stages.llm.prompts import Message, Prompt
-from stages.params import Llm, Price
+from stages.llm.prompts import Message
 from tests.openai_server import (
     Course,
     OpenAIServer,
@@ -29,46 +28,13 @@ from tests.openai_server import (
     hold,
     unheard,
 )
-from tests.stages.llm.workspace import KEY, Workspace, answers
+from tests.stages.llm import workspace
+from tests.stages.llm.workspace import KEY, PRICES, PROMPT, Workspace, answers, items_of, plain
 
-SCHEMA = {"type": "object", "required": ["x"], "properties": {"x": {"type": "string"}}}
-PROMPT = Prompt("prompts/test.md", "0" * 64, "a test", (), SCHEMA, ())
 OUTPUT = Path("data/answers.parquet")
 STAGE = "test_stage"
 Row = dict[str, Any]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[OpenAIServer]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FIELDMARK_TEST_KEY", KEY)
-    monkeypatch.delenv("FIELDMARK_CACHE", raising=False)
-    monkeypatch.setattr("stages.llm.client.FIRST_PAUSE_S", 0.01)
-    with OpenAIServer(lambda request: {"x": request["messages"][0]["content"]}) as server:
-        yield server
-
-
-def llm_of(server: OpenAIServer, **values: Any) -> Llm:
-    return Llm(
-        **{
-            "mode": "batch",
-            "base_url": server.base_url,
-            "model": "tiny",
-            "api_key_env": "FIELDMARK_TEST_KEY",
-            "batch_poll_s": 0.01,
-            "max_attempts": 3,
-            "prices": {"tiny": Price(input=1.0, output=2.0)},
-            **values,
-        }
-    )
-
-
-def items_of(texts: str) -> list[Item]:
-    return [Item(f"id of {text}", 0, [{"role": "user", "content": text}]) for text in texts]
-
-
-def plain(item: Item) -> list[Message]:
-    return item.messages
+llm_of = partial(workspace.llm_of, mode="batch", batch_poll_s=0.01, prices=PRICES)
 
 
 def ask(server: OpenAIServer, texts: str, **values: Any) -> list[Row]:

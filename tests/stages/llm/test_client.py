@@ -10,7 +10,6 @@ import pytest
 
 from stages.command import UserError
 from stages.llm.client import Client, Reply, limit_name, public_url
-from stages.llm.prompts import Prompt
 from stages.llm.rates import Rates
 from stages.params import Llm
 from tests.openai_server import (
@@ -28,10 +27,8 @@ from tests.openai_server import (
     without_usage,
 )
 from tests.stages.llm.test_rates import Clock
-from tests.stages.llm.workspace import KEY
+from tests.stages.llm.workspace import KEY, PROMPT, llm_of
 
-SCHEMA = {"type": "object", "required": ["x"], "properties": {"x": {"type": "string"}}}
-PROMPT = Prompt("prompts/test.md", "0" * 64, "a test", (), SCHEMA, ())
 GOOD = '{"x": "é"}'
 MESSAGES = [{"role": "user", "content": "x?"}]
 
@@ -42,20 +39,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
     monkeypatch.setattr("stages.llm.client.FIRST_PAUSE_S", 0.01)
     with OpenAIServer(lambda request: {"x": "é"}) as server:
         yield server
-
-
-def llm_of(server: OpenAIServer, **values: Any) -> Llm:
-    return Llm(
-        **{
-            "mode": "live",
-            "base_url": server.base_url,
-            "model": "tiny",
-            "api_key_env": "FIELDMARK_TEST_KEY",
-            "timeout_s": 5.0,
-            "max_attempts": 3,
-            **values,
-        }
-    )
 
 
 def ask(server: OpenAIServer, **values: Any) -> Reply:
@@ -297,7 +280,7 @@ def test_servers_that_do_it_their_way(server: OpenAIServer, turn: Any, response_
 def test_response_formats(server: OpenAIServer) -> None:
     ask(server, temperature=0.5, max_output_tokens=77)
     request = server.calls[0]
-    assert request["response_format"]["json_schema"] == {"name": "test", "schema": SCHEMA, "strict": True}
+    assert request["response_format"]["json_schema"] == {"name": "test", "schema": PROMPT.schema, "strict": True}
     assert (request["temperature"], request["max_tokens"]) == (0.5, 77)
     ask(server, response_format="json_object")
     assert server.calls[1]["response_format"] == {"type": "json_object"}

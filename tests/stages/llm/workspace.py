@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from stages import store
+from stages.llm.answers import Item
 from stages.llm.journal import journal_path
+from stages.llm.prompts import Message, Prompt
+from stages.params import Llm, Price
+from tests.openai_server import OpenAIServer
 
 REPOSITORY = Path(__file__).parents[3]
 KEY = "sk-test-0123456789-not-to-be-seen"
@@ -114,3 +118,23 @@ def journal_lines(stage: str = "generate_concepts") -> list[bytes]:
     """The complete lines of a stage's journal."""
     content = journal_path(stage).read_bytes()
     return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+SCHEMA = {"type": "object", "required": ["x"], "properties": {"x": {"type": "string"}}}
+PROMPT = Prompt("prompts/test.md", "0" * 64, "a test", (), SCHEMA, ())
+PRICES = {"tiny": Price(input=1.0, output=2.0)}
+
+
+def llm_of(server: OpenAIServer, **values: Any) -> Llm:
+    """The settings that ask a local server."""
+    settings = {"mode": "live", "base_url": server.base_url, "model": "tiny", "api_key_env": "FIELDMARK_TEST_KEY"}
+    return Llm.model_validate({**settings, "timeout_s": 5.0, "max_attempts": 3, **values})
+
+
+def items_of(texts: Iterable[str]) -> list[Item]:
+    """A question a text."""
+    return [Item(f"id of {text}", 0, [{"role": "user", "content": text}]) for text in texts]
+
+
+def plain(item: Item) -> list[Message]:
+    return item.messages
