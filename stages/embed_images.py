@@ -2,22 +2,31 @@
 
 Reads   data/index/images.parquet and the images it names; `encoders.NAME` and `embed` of params.yaml.
 Writes  data/embed/NAME/images/bNNN.parquet (embed.nodes/1). Rows that are there already, made by the same encoder and
-        parameters, are kept: an image more embeds one image and rewrites one bucket.
-Costs   one forward pass an image and view (`crops: [3]` adds 9 a view); 2 bytes a dimension and node on disk. The demo
-        takes seconds; the progress line shows the rate of your encoder.
+        parameters, are kept: an image more embeds one image and rewrites one bucket. What a run that was killed had
+        finished, bucket by bucket, is kept too.
+Costs   one forward pass an image and view (`crops: [3]` adds 9 a view); 2 bytes a dimension and node on disk; memory
+        does not grow with the images. --dry-run embeds a few batches, writes nothing, and says what is to come.
 
 Nodes of a view, in this order: `global`; `token`s, row by row, where `embed.tokens`; for each g of `embed.grids` g x g
 `grid` cells, means of the tokens they cover; for each c of `embed.crops` c x c windows with a pass of their own. View 0
-is the picture as it is; views 1 to `embed.views` are random crops, flipped at random, seeded by image_id.
+is the picture as it is; views 1 to `embed.views` are random crops, flipped at random, seeded by image_id. A vector has
+unit length; it is 0, as its norm, for a cell in which a tower that ends with a ReLU sees nothing.
 
     python -m stages.embed_images --encoder reef
+    python -m stages.embed_images --encoder reef --dry-run
 """
 
+import hashlib
+import heapq
+import io
 import math
 import os
 import random
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,11 +48,22 @@ SCHEMA = "embed.nodes/1"
 Region = tuple[int, int, int, int]
 # A view's crop covers this share of the picture's largest square.
 VIEW_AREA = (0.5, 1.0)
+# Batches that --dry-run embeds to tell the rate.
+SAMPLE_BATCHES = 4
 
 
 class Source(NamedTuple):
     image_id: str
     path: Path
+
+
+class Work(NamedTuple):
+    """What is to do in a folder: the buckets that change, and which of their images are there and which missing."""
+
+    made_by: dict[str, Any]
+    mark: str
+    todo: list[tuple[Path, store.Kept]]
+    missing: list[Source]
 
 
 class View(NamedTuple):
@@ -79,12 +99,23 @@ def cut_windows(box: Box, count: int) -> list[Box]:
     return [(xs[i], ys[j], xs[i + 1], ys[j + 1]) for j in range(count) for i in range(count)]
 
 
-def prepare(source: Source, encoder: LoadedEncoder, settings: Embed) -> list[View]:
-    """Decode one image and cut its views and their crops. Raises UserError where it can no longer be read."""
+def open_indexed(source: Source) -> Image.Image:
+    """Decode an image that the index calls usable. Raises UserError where its bytes are not those that were indexed."""
+    remedy = "run index_images again (dvc repro)"
     try:
-        image = open_rgb(source.path)
-    except BadImage as error:
-        raise UserError(f"{source.path}: could be read when it was indexed, not now ({error}); run dvc repro") from None
+        with open(source.path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != source.image_id:
+                raise UserError(f"{source.path}: has changed since it was indexed; {remedy}")
+            file.seek(0)
+            return open_rgb(file)
+    except (OSError, BadImage) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{source.path}: could be read when it was indexed, not now ({reason}); {remedy}") from None
+
+
+def prepare(source: Source, encoder: LoadedEncoder, settings: Embed) -> list[View]:
+    """Decode one image and cut its views and their crops. Raises UserError as open_indexed does."""
+    image = open_indexed(source)
     views = []
     for number in range(settings.views + 1):
         region, flip = view_region(source.image_id, number, *image.size)
@@ -159,8 +190,8 @@ def make_rows(view: View, pooled: Tensor, tokens: Tensor, settings: Embed) -> pa
     """The embed.nodes rows of one view."""
     kinds, boxes, raw = view_nodes(view, pooled, tokens, settings)
     norms = raw.norm(dim=1)
-    if not bool(torch.isfinite(norms).all() and (norms > 0).all()):
-        raise UserError(f"image {view.image_id}: its embedding is not finite; try encoders.NAME.precision: fp32")
+    if not bool(torch.isfinite(norms).all() and norms[0] > 0):
+        raise UserError(f"image {view.image_id}: its embedding is 0 or not finite; try encoders.NAME.precision: fp32")
     corners = np.clip(np.asarray(boxes, dtype=np.float32), 0, 1)
     count = len(kinds)
     return pa.table({
@@ -171,7 +202,7 @@ def make_rows(view: View, pooled: Tensor, tokens: Tensor, settings: Embed) -> pa
         **{name: pa.array(corners[:, i]) for i, name in enumerate(("x0", "y0", "x1", "y1"))},
         "flip": pa.array([view.flip] * count),
         "norm": pa.array(norms.numpy()),
-        "vector": store.vector_column((raw / norms[:, None]).numpy()),
+        "vector": store.vector_column((raw / norms.where(norms > 0, 1)[:, None]).numpy()),
     })
 
 
@@ -205,52 +236,94 @@ def embed_views(views: Iterable[View], encoder: LoadedEncoder, settings: Embed) 
     yield from finished()
 
 
-def embed(sources: list[Source], encoder: LoadedEncoder, settings: Embed, folder: Path, buckets: int) -> int:
-    """Bring a folder of buckets up to date with `sources`; return how many images were embedded."""
+def count_passes(settings: Embed) -> int:
+    """Forward passes an image."""
+    return (settings.views + 1) * (1 + sum(count**2 for count in settings.crops))
+
+
+def embed_sources(sources: list[Source], encoder: LoadedEncoder, settings: Embed) -> Iterator[pa.Table]:
+    """Yield the embed.nodes rows of each image in order; threads decode the images ahead."""
+    schema = store.arrow_schema(SCHEMA, encoder.dimension)
+    workers = os.cpu_count() or 1
+    prepared = map_ahead(
+        lambda source: prepare(source, encoder, settings), sources,
+        workers=workers, ahead=max(workers, 2 * encoder.batch_size // count_passes(settings)),
+    )
+    rows = embed_views((view for views in prepared for view in views), encoder, settings)
+    for _ in sources:
+        yield pa.concat_tables(islice(rows, settings.views + 1)).cast(schema)
+
+
+def find_work(sources: list[Source], encoder: LoadedEncoder, settings: Embed, folder: Path, buckets: int) -> Work:
+    """Compare a folder of buckets with what it should hold of `sources`."""
     made_by: dict[str, Any] = {
         "encoder": encoder.fingerprint, "views": settings.views, "tokens": settings.tokens,
         "grids": settings.grids, "crops": settings.crops,
     }
     mark = store.fingerprint(SCHEMA, made_by)
     by_id = {source.image_id: source for source in sources}
-    split = store.split_buckets(list(by_id), buckets)
     todo: list[tuple[Path, store.Kept]] = []
-    for bucket, wanted in enumerate(split):
+    for bucket, wanted in enumerate(store.split_buckets(list(by_id), buckets)):
         path = store.bucket_path(folder, bucket)
         kept = store.find_kept(path, SCHEMA, mark, wanted)
         if kept.changes:
             todo.append((path, kept))
+    return Work(made_by, mark, todo, [by_id[image_id] for _, kept in todo for image_id in kept.missing])
 
-    missing = [image_id for _, kept in todo for image_id in kept.missing]
-    passes = (settings.views + 1) * (1 + sum(count**2 for count in settings.crops))
-    workers = os.cpu_count() or 1
-    prepared = map_ahead(
-        lambda image_id: prepare(by_id[image_id], encoder, settings), missing,
-        workers=workers, ahead=max(workers, 2 * encoder.batch_size // passes),
-    )
-    rows = embed_views((view for views in prepared for view in views), encoder, settings)
-    schema = store.arrow_schema(SCHEMA, encoder.dimension)
-    with tqdm(total=len(missing), desc=f"embed {encoder.name}", unit="img") as progress:
-        for path, kept in todo:
-            tables = [store.read_images(path, SCHEMA, kept.present)] if kept.present else []
-            for _ in kept.missing:
-                tables += [next(rows).cast(schema) for _ in range(settings.views + 1)]
-                progress.update()
-            table = pa.concat_tables(tables) if tables else schema.empty_table()
-            store.write_table(table, path, SCHEMA, made_by, mark)
+
+def embed(sources: list[Source], encoder: LoadedEncoder, settings: Embed, folder: Path, buckets: int) -> int:
+    """Bring a folder of buckets up to date with `sources`; return how many images were embedded."""
     store.remove_strays(folder, buckets)
-    return len(missing)
+    work = find_work(sources, encoder, settings, folder, buckets)
+    columns = store.arrow_schema(SCHEMA, encoder.dimension)
+    with tqdm(total=len(work.missing), desc=f"embed {encoder.name}", unit="img") as progress:
+
+        def count(images: Iterable[pa.Table]) -> Iterator[pa.Table]:
+            for image in images:
+                progress.update()
+                yield image
+
+        rows = count(embed_sources(work.missing, encoder, settings))
+        for path, kept in work.todo:
+            old = store.iterate_images(path, SCHEMA, kept.present) if kept.present else iter(())
+            images = heapq.merge(old, islice(rows, len(kept.missing)), key=store.image_of)
+            store.write_sorted(images, path, SCHEMA, columns, work.made_by, work.mark)
+    return len(work.missing)
+
+
+def preview(work: Work, kept: int, encoder: LoadedEncoder, settings: Embed) -> str:
+    """What a run would do, for --dry-run: the rate and the bytes are those of a few images embedded now."""
+    total = len(work.missing)
+    lines = [f"{total} images to embed, {kept} kept; {len(work.todo)} buckets to write"]
+    if total:
+        sample = work.missing[: max(1, SAMPLE_BATCHES * encoder.batch_size // count_passes(settings))]
+        # A first pass is slower than those that follow.
+        list(embed_sources(sample[:1], encoder, settings))
+        started = perf_counter()
+        images = list(embed_sources(sample, encoder, settings))
+        rate = len(sample) / (perf_counter() - started)
+        file = io.BytesIO()
+        store.write_parquet(images, file, images[0].schema)
+        size = file.tell() / len(sample) * total / 1e6
+        measured = f"{rate:.1f} images/s on {encoder.device}, measured with {len(sample)} of them"
+        lines += [f"time: about {timedelta(seconds=round(total / rate))} ({measured})", f"on disk: about {size:.2f} MB"]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = encoder_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dry-run", action="store_true", help="print images, time and bytes to come; write nothing")
     arguments = parser.parse_args()
     params = load_params(arguments.params)
     settings = params.encoder(arguments.encoder)
     sources = read_sources(params.dataset.folder)
     encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device))
     folder = EMBED / arguments.encoder / "images"
+    if arguments.dry_run:
+        work = find_work(sources, encoder, params.embed, folder, params.dataset.buckets)
+        print(f"{folder}: {preview(work, len(sources) - len(work.missing), encoder, params.embed)}")
+        return
     count = embed(sources, encoder, params.embed, folder, params.dataset.buckets)
     print(f"{folder}: {count} images embedded, {len(sources) - count} kept")
 

@@ -1,15 +1,23 @@
 """Embed every text once: class names, concepts and image descriptions.
 
 Reads   data/concepts/concepts.parquet (kept rows), data/descriptions/descriptions.parquet; `encoders.NAME`.
-Writes  data/embed/NAME/text.parquet (embed.text/1): one row a distinct text, in the space of the images.
-Costs   one forward pass of the text tower a text: seconds for thousands.
+Writes  data/embed/NAME/text.parquet (embed.text/1): one row a distinct text, in the space of the images. Rows that are
+        there already, made by the same encoder, are kept: a concept more embeds one text.
+Costs   one forward pass of the text tower a text: seconds for thousands. --dry-run embeds a few batches, writes
+        nothing, and says what is to come.
 
     python -m stages.embed_text --encoder reef
+    python -m stages.embed_text --encoder reef --dry-run
 """
 
+import io
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
@@ -22,6 +30,8 @@ CONCEPTS = Path("data/concepts/concepts.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
 EMBED = Path("data/embed")
 SCHEMA = "embed.text/1"
+# Batches that --dry-run embeds to tell the rate.
+SAMPLE_BATCHES = 4
 
 
 def read_texts() -> dict[str, str]:
@@ -37,11 +47,23 @@ def read_texts() -> dict[str, str]:
     return kinds
 
 
+def read_kept(path: Path, kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
+    """The embed.text rows of `kinds` that are there already and that this encoder made."""
+    columns = store.arrow_schema(SCHEMA, encoder.dimension)
+    if not path.is_file() or store.read_header(path, SCHEMA).params["encoder"] != encoder.fingerprint:
+        return columns.empty_table()
+    table = store.read_table(path, SCHEMA)
+    table = table.filter(pc.is_in(table.column("text"), pa.array(list(kinds))))
+    # What was a concept may be a description now.
+    kind = pa.array([kinds[text] for text in table.column("text").to_pylist()], pa.string())
+    return table.set_column(columns.get_field_index("kind"), "kind", kind).cast(columns)
+
+
 def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
     """The embed.text rows of `kinds`, vectors of unit length."""
     texts = sorted(kinds)
     counts = [encoder.count_tokens(text) for text in texts]
-    vectors = []
+    vectors = [torch.empty(0, encoder.dimension)]
     for start in tqdm(range(0, len(texts), encoder.batch_size), desc=f"text {encoder.name}", unit="batch"):
         vectors.append(encoder.embed_texts(texts[start : start + encoder.batch_size]))
     raw = torch.cat(vectors)
@@ -55,25 +77,52 @@ def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
         "n_tokens": [count for count, _ in counts],
         "truncated": [truncated for _, truncated in counts],
         "vector": store.vector_column((raw / norms).numpy()),
-    })
+    }).cast(store.arrow_schema(SCHEMA, encoder.dimension))
+
+
+def preview(missing: dict[str, str], kept: int, encoder: LoadedEncoder) -> str:
+    """What a run would do, for --dry-run: the rate and the bytes are those of a few texts embedded now."""
+    lines = [f"{len(missing)} texts to embed, {kept} kept"]
+    if missing:
+        sample = dict(islice(missing.items(), SAMPLE_BATCHES * encoder.batch_size))
+        # A first pass is slower than those that follow.
+        embed_texts(dict(islice(sample.items(), 1)), encoder)
+        started = perf_counter()
+        table = embed_texts(sample, encoder)
+        rate = len(sample) / (perf_counter() - started)
+        file = io.BytesIO()
+        store.write_parquet([table], file, table.schema)
+        size = file.tell() / len(sample) * len(missing) / 1e6
+        time = timedelta(seconds=round(len(missing) / rate))
+        measured = f"{rate:.1f} texts/s on {encoder.device}, measured with {len(sample)} of them"
+        lines += [f"time: about {time} ({measured})", f"on disk: about {size:.2f} MB"]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = encoder_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dry-run", action="store_true", help="print texts, time and bytes to come; write nothing")
     arguments = parser.parse_args()
     settings = load_params(arguments.params).encoder(arguments.encoder)
     kinds = read_texts()
     encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device))
+    path = EMBED / arguments.encoder / "text.parquet"
+    kept = read_kept(path, kinds, encoder)
+    held = set(kept.column("text").to_pylist())
+    missing = {text: kind for text, kind in kinds.items() if text not in held}
+    if arguments.dry_run:
+        print(f"{path}: {preview(missing, len(kept), encoder)}")
+        return
     made_by = {"encoder": encoder.fingerprint, "logit_scale": encoder.logit_scale}
     upstream = [
         store.read_header(CONCEPTS, "concepts/1").fingerprint,
         store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint,
     ]
-    path = EMBED / arguments.encoder / "text.parquet"
-    table = embed_texts(kinds, encoder)
+    table = pa.concat_tables([kept, embed_texts(missing, encoder)])
     store.write_table(table, path, SCHEMA, made_by, store.fingerprint(SCHEMA, made_by, upstream))
-    print(f"{path}: {len(kinds)} texts, {sum(table.column('truncated').to_pylist())} of them cut")
+    cut = sum(table.column("truncated").to_pylist())
+    print(f"{path}: {len(missing)} texts embedded, {len(kept)} kept; {cut} are cut")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,21 @@
 import itertools
-from collections.abc import Callable
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,12 +24,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stages import embed_images, store
+from stages import store
 from stages.clip import load_encoder
 from stages.command import UserError
-from stages.embed_images import crop_fraction, cut_windows, grid_cells, in_image, view_region
+from stages.embed_images import (
+    Source,
+    crop_fraction,
+    cut_windows,
+    embed_sources,
+    grid_cells,
+    in_image,
+    view_region,
+)
 from stages.params import Params
-from tests.stages.project import CONV, draw, image_id, save_model, snapshot, unit
+from tests.stages.project import CONV, ROOT, VIT, draw, image_id, save_model, snapshot, unit
 
 SetParams = Callable[..., Params]
 RunStage = Callable[..., None]
@@ -32,8 +51,8 @@ def contents(files: dict[str, tuple[bytes, int]]) -> dict[str, bytes]:
     return {name: content for name, (content, _) in files.items()}
 
 
-def read(name: str = "conv") -> pa.Table:
-    return store.read_buckets(f"data/embed/{name}/images", "embed.nodes/1", 4)
+def read(name: str = "conv", buckets: int = 4) -> pa.Table:
+    return store.read_buckets(f"data/embed/{name}/images", "embed.nodes/1", buckets)
 
 
 @pytest.fixture
@@ -197,6 +216,22 @@ def test_a_view_is_a_square_of_half_to_all_of_the_largest(
     assert view_region(name, 0, width, height) == ((0, 0, width, height), False)
 
 
+@pytest.mark.parametrize("name", ["conv", "vit"])
+def test_company_and_order_do_not_change_bits(name: str, set_params: SetParams, dataset: list[str]) -> None:
+    params = set_params(embed={"views": 1, "grids": [2], "crops": [2]})
+    encoder = load_encoder(name, params.encoder(name), torch.device("cpu"))
+    sources = [
+        Source(store.sha256(path.read_bytes()), path) for path in sorted(Path("images").glob("*/*/*.png"))[:5]
+    ]
+    together = list(embed_sources(sources, encoder, params.embed))
+    for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0]):
+        for number, rows in zip(
+            order, embed_sources([sources[i] for i in order], encoder, params.embed), strict=True
+        ):
+            assert store.image_of(rows) == sources[number].image_id
+            assert rows.equals(together[number])
+
+
 def test_one_image_more_embeds_one_and_changes_one_bucket(
     set_params: SetParams, dataset: list[str], embed: Callable[..., int], project: Path
 ) -> None:
@@ -220,6 +255,68 @@ def test_one_image_more_embeds_one_and_changes_one_bucket(
     assert contents(buckets_of()) == contents(before)
 
 
+def test_a_changed_image_embeds_one_and_its_return_restores_the_bytes(
+    set_params: SetParams, dataset: list[str], embed: Callable[..., int], project: Path
+) -> None:
+    set_params()
+    embed()
+    before = contents(buckets_of())
+    path = project / "images/train/a/0.png"
+    original = path.read_bytes()
+    draw(path, 1000)
+    touched = {store.bucket_of(store.sha256(content), 4) for content in (original, path.read_bytes())}
+    assert embed() == 1
+    after = contents(buckets_of())
+    assert {int(name[1:4]) for name in after if after[name] != before[name]} == touched
+    path.write_bytes(original)
+    assert embed() == 1
+    assert contents(buckets_of()) == before
+
+
+def test_another_class_or_split_embeds_nothing(
+    set_params: SetParams, dataset: list[str], embed: Callable[..., int], project: Path
+) -> None:
+    set_params()
+    embed()
+    before = buckets_of()
+    (project / "images/train/a/0.png").rename(project / "images/train/b/moved.png")
+    assert embed() == 0
+    (project / "images/train/b/1.png").rename(project / "images/test/b/moved.png")
+    assert embed() == 0
+    assert buckets_of() == before
+
+
+def test_images_more_than_a_row_group_are_merged_in_order(
+    set_params: SetParams,
+    dataset: list[str],
+    embed: Callable[..., int],
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 9 nodes an image: every row group ends within one.
+    monkeypatch.setattr(store, "ROW_GROUP", 20)
+    set_params(dataset={"buckets": 1, "val_fraction": 0.25})
+    held = [path for path in (project / "images").glob("train/*/*.png") if path.stem == "1"]
+    kept = {path: path.read_bytes() for path in held}
+    for path in held:
+        path.unlink()
+    assert embed() == len(dataset) - len(held)
+    fewer = contents(buckets_of())
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert embed() == len(held)
+    bucket = Path("data/embed/conv/images/b000.parquet")
+    merged = bucket.read_bytes()
+    assert pq.ParquetFile(bucket).num_row_groups == 6
+    bucket.unlink()
+    assert embed() == len(dataset)
+    assert bucket.read_bytes() == merged
+    for path in held:
+        path.unlink()
+    assert embed() == 0
+    assert contents(buckets_of()) == fewer
+
+
 def test_paths_and_batches_do_not_change_bytes(
     set_params: SetParams, dataset: list[str], embed: Callable[..., int], project: Path
 ) -> None:
@@ -241,6 +338,118 @@ def test_bad_images_are_left_out(
     (project / "images/train/a/same.png").write_bytes((project / "images" / dataset[0]).read_bytes())
     set_params()
     assert embed() == len(dataset)
+
+
+# Imports torch once, then runs the stage in a process of its own for each line of arguments: says its id, then how it
+# ended. Its output goes to the files `said` and `progress`.
+FORKER = """
+import os, sys
+from stages import embed_images
+from stages.command import run
+
+for line in sys.stdin:
+    said, progress = (os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("said", "progress"))
+    process = os.fork()
+    if process == 0:
+        os.dup2(said, 1)
+        os.dup2(progress, 2)
+        sys.argv = ["embed_images", *line.split()]
+        try:
+            run(embed_images.main)
+        except SystemExit as stop:
+            sys.stdout.flush()
+            # Python's own end takes longer than the work, and nothing is left to kill in it.
+            os._exit(stop.code)
+    os.close(said)
+    os.close(progress)
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def run_until(project: Path) -> Iterator[Callable[[float], tuple[int, float]]]:
+    """Run embed_images in a process, killed so many seconds after it began to embed; its exit code and its time."""
+    forker = subprocess.Popen(
+        [sys.executable, "-c", FORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert forker.stdin is not None
+    assert forker.stdout is not None
+
+    def run(seconds: float) -> tuple[int, float]:
+        (project / "progress").unlink(missing_ok=True)
+        print("--encoder vit --device cpu", file=forker.stdin, flush=True)
+        process = int(forker.stdout.readline())
+        while not (project / "progress").stat().st_size:
+            time.sleep(0.001)
+        started = time.perf_counter()
+        ended = threading.Timer(seconds, os.kill, (process, signal.SIGKILL))
+        ended.start()
+        code = int(forker.stdout.readline())
+        ended.cancel()
+        return code, time.perf_counter() - started
+
+    yield run
+    forker.stdin.close()
+    forker.wait()
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(
+    set_params: SetParams,
+    draw_images: Callable[[dict[str, int]], None],
+    run_stage: RunStage,
+    run_until: Callable[[float], tuple[int, float]],
+) -> None:
+    """Twenty kills: of runs that begin with nothing, and of runs that change what is there."""
+    folder = Path("data/embed/vit/images")
+    set_params(dataset={"buckets": 16}, embed={"views": 3})
+
+    def run_through() -> tuple[dict[str, bytes], float]:
+        run_stage("index_images")
+        code, seconds = run_until(600)
+        assert code == 0
+        return contents(snapshot(folder)), seconds
+
+    draw_images({f"{('train', 'test')[seed % 2]}/a/{seed}.png": seed for seed in range(60)})
+    old, _ = run_through()
+    for path in Path("images/test/a").glob("*1.png"):
+        path.unlink()
+    draw_images({f"train/b/{seed}.png": seed for seed in range(60, 90)})
+    shutil.rmtree(folder)
+    new, seconds = run_through()
+    wanted = set(read("vit", 16).column("image_id").to_pylist())
+
+    chance = random.Random(0)
+    kills, starts = 0, itertools.cycle([{}, old])
+    while kills < 20:
+        start = next(starts)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for name, content in start.items():
+            (folder / name).write_bytes(content)
+        code = -signal.SIGKILL
+        while code:
+            before = snapshot(folder)
+            done = {name: file for name, file in before.items() if file[0] == new.get(name)}
+            held = [pq.read_table(path, columns=["image_id"]) for path in folder.glob("b*")]
+            missing = wanted.difference(*(table.column("image_id").to_pylist() for table in held))
+            code, _ = run_until(chance.uniform(0, seconds / 2) if kills < 20 else 600)
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+            after = snapshot(folder)
+            # What was finished is not touched; what is there is whole, as it was before or as it should be; what a
+            # killed run had begun is removed by the next one.
+            assert {name: after[name] for name in done} == done
+            assert sum(name.endswith(".partial") for name in after) <= 1
+            for name, (content, _) in after.items():
+                assert name.endswith(".partial") or content in (new[name], start.get(name))
+        assert contents(after) == new
+        kept = len(wanted) - len(missing)
+        assert Path("said").read_text() == f"{folder}: {len(missing)} images embedded, {kept} kept\n"
 
 
 def test_an_empty_bucket_is_a_file(
@@ -281,21 +490,81 @@ def test_a_corrupt_bucket_is_told(
         embed()
 
 
-def test_another_encoder_embeds_all_anew(
-    set_params: SetParams, dataset: list[str], embed: Callable[..., int], models: dict[str, Path]
+@pytest.mark.parametrize(
+    "change", [{"views": 1}, {"grids": [1]}, {"crops": [2]}, {"tokens": False}], ids=lambda change: str(*change)
+)
+def test_a_changed_parameter_embeds_all_anew(
+    change: dict[str, Any], set_params: SetParams, dataset: list[str], embed: Callable[..., int]
 ) -> None:
     set_params()
     embed()
-    before = read().column("norm").to_pylist()
-    set_params(encoders={"conv": {"model": f"local-dir:{models['vit']}", "batch_size": 4}})
+    before = contents(buckets_of())
+    set_params(embed=change)
     assert embed() == len(dataset)
-    assert read().column("norm").to_pylist()[:5] != before[:5]
-    set_params(encoders={"conv": {"model": f"local-dir:{models['vit']}", "batch_size": 3}})
     assert embed() == 0
-    set_params(
-        embed={"grids": [1]}, encoders={"conv": {"model": f"local-dir:{models['vit']}", "batch_size": 4}}
-    )
+    set_params()
     assert embed() == len(dataset)
+    assert contents(buckets_of()) == before
+
+
+def test_a_changed_encoder_embeds_all_of_its_own_anew(
+    set_params: SetParams, dataset: list[str], embed: Callable[..., int], models: dict[str, Path], tmp_path: Path
+) -> None:
+    set_params()
+    embed("conv")
+    embed("vit")
+    before, other = read().column("norm").to_pylist(), buckets_of("vit")
+    set_params(encoders={"conv": {"model": f"local-dir:{models['vit']}", "batch_size": 4}})
+    assert embed("conv") == len(dataset)
+    assert embed("vit") == 0
+    assert buckets_of("vit") == other
+    assert read().column("norm").to_pylist()[:5] != before[:5]
+    # What changes no vector: how many go through at a time, and where the weights lie.
+    moved = shutil.copytree(models["vit"], tmp_path / "moved")
+    set_params(encoders={"conv": {"model": f"local-dir:{moved}", "batch_size": 3}})
+    assert embed("conv") == 0
+    weights = load_file(moved / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] += 0.5
+    save_file(weights, moved / "open_clip_model.safetensors")
+    assert embed("conv") == len(dataset)
+    assert buckets_of("vit") == other
+
+
+def test_a_dry_run_says_what_is_to_come_and_writes_nothing(
+    set_params: SetParams,
+    dataset: list[str],
+    embed: Callable[..., int],
+    run_stage: RunStage,
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def preview() -> list[str]:
+        before = {path: path.stat().st_mtime_ns for path in project.rglob("*")}
+        capsys.readouterr()
+        run_stage("embed_images", "--encoder", "vit", "--dry-run")
+        assert {path: path.stat().st_mtime_ns for path in project.rglob("*")} == before
+        return capsys.readouterr().out.splitlines()
+
+    embedding = {"tokens": True, "views": 9, "grids": [1, 2]}
+    params = set_params(dataset={"buckets": 1}, embed=embedding)
+    # Four batches of 15 passes, 10 an image: a sample of 6.
+    encoder = {"model": params.encoder("vit").model, "batch_size": 15}
+    set_params(dataset={"buckets": 1}, embed=embedding, encoders={"vit": encoder})
+    run_stage("index_images")
+    head, rate, size = preview()
+    assert head == "data/embed/vit/images: 12 images to embed, 0 kept; 1 buckets to write"
+    assert re.fullmatch(r"time: about 0:00:\d\d \(\d+\.\d images/s on cpu, measured with 6 of them\)", rate)
+    embed("vit")
+    written = Path("data/embed/vit/images/b000.parquet").stat().st_size / 1e6
+    assert float(re.fullmatch(r"on disk: about (\d+\.\d\d) MB", size)[1]) == pytest.approx(written, rel=0.3)  # type: ignore[index]
+    assert preview() == ["data/embed/vit/images: 0 images to embed, 12 kept; 0 buckets to write"]
+    draw(project / "images/train/a/new.png", 1000)
+    run_stage("index_images")
+    assert preview()[0] == "data/embed/vit/images: 1 images to embed, 12 kept; 1 buckets to write"
+    (project / "images/train/a/new.png").unlink()
+    (project / "images/train/a/0.png").unlink()
+    run_stage("index_images")
+    assert preview() == ["data/embed/vit/images: 0 images to embed, 11 kept; 1 buckets to write"]
 
 
 def test_what_cannot_be_is_one_line(
@@ -313,10 +582,31 @@ def test_what_cannot_be_is_one_line(
     with pytest.raises(UserError, match=r"embed\.grids: 3 x 3 is finer than the 2 x 2 tokens"):
         embed()
     assert not list(project.glob("data/embed/**/*.p*"))
-    (project / "images/train/a/0.png").write_bytes(b"no longer a picture")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.unlink(), r"could be read when it was indexed, not now \(No such file or directory\)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), "has changed since it was indexed"),
+        (lambda path: draw(path, 1000), "has changed since it was indexed"),
+    ],
+    ids=["gone", "cut", "another"],
+)
+def test_a_file_that_is_not_as_it_was_indexed_is_one_line(
+    change: Callable[[Path], object], words: str, set_params: SetParams, dataset: list[str], run_stage: RunStage
+) -> None:
     set_params()
-    with pytest.raises(UserError, match=r"images/train/a/0\.png: could be read when it was indexed"):
+    run_stage("index_images")
+    change(Path("images/train/a/0.png"))
+    with pytest.raises(UserError, match=rf"^images/train/a/0\.png: {words}.*; run index_images again") as error:
         run_stage("embed_images", "--encoder", "conv")
+    assert "\n" not in str(error.value)
+    assert not list(Path("data").glob("embed/**/.*"))
+    run_stage("index_images")
+    run_stage("embed_images", "--encoder", "conv")
+    rows = store.read_table("data/index/images.parquet", "index.images/1").to_pylist()
+    assert set(read().column("image_id").to_pylist()) == {row["image_id"] for row in rows if row["status"] == "ok"}
 
 
 def test_an_embedding_that_is_no_number_is_told(
@@ -327,81 +617,38 @@ def test_an_embedding_that_is_no_number_is_told(
     weights["visual.head.proj.weight"].fill_(torch.nan)
     save_file(weights, folder / "open_clip_model.safetensors")
     set_params(encoders={"conv": {"model": f"local-dir:{folder}"}})
-    with pytest.raises(UserError, match=r"not finite; try encoders\.NAME\.precision"):
+    with pytest.raises(UserError, match=r"is 0 or not finite; try encoders\.NAME\.precision"):
         embed()
     assert not list(Path("data").glob("embed/**/*.p*"))
 
 
-def test_the_zoo_of_orientations_embeds_alike(
-    set_params: SetParams, project: Path, embed: Callable[..., int]
+def test_a_cell_in_which_a_tower_sees_nothing_is_zero(
+    set_params: SetParams, dataset: list[str], embed: Callable[..., int], project: Path, tmp_path: Path
 ) -> None:
-    chance = np.random.default_rng(0)
-    upright = Image.fromarray(chance.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
-        (80, 60), Image.Resampling.BICUBIC
-    )
-    stored = (
-        None,
-        Image.Transpose.FLIP_LEFT_RIGHT,
-        Image.Transpose.ROTATE_180,
-        Image.Transpose.FLIP_TOP_BOTTOM,
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.TRANSVERSE,
-        Image.Transpose.ROTATE_270,
-    )
-    (project / "images/train/a").mkdir(parents=True)
-    for orientation, method in enumerate(stored, 1):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        picture = upright if method is None else upright.transpose(method)
-        picture.save(project / f"images/train/a/{orientation}.jpg", exif=exif, quality=95)
-    draw(project / "images/test/a/0.png", 5)
-    set_params()
-    embed()
-    table = read()
-    vectors = store.vectors_of(table).astype(np.float32)[np.array(table.column("node")) == 0]
-    train = {
-        row["image_id"]
-        for row in store.read_table("data/index/images.parquet", "index.images/1").to_pylist()
-        if row["path"].startswith("train")
-    }
-    ids = [
-        each
-        for each, node in zip(table["image_id"].to_pylist(), table["node"].to_pylist(), strict=True)
-        if node == 0
-    ]
-    same = vectors[[each in train for each in ids]]
-    assert len(same) == 8
-    assert (same @ same.T).min() > 0.999
-
-
-def test_memory_does_not_hold_what_is_kept(
-    set_params: SetParams, dataset: list[str], embed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows of a bucket are read when it is written, not all at the start."""
-    set_params()
-    embed()
-    for number in range(8):
-        draw(Path("images/train/a") / f"new{number}.png", 100 + number)
-    events: list[str] = []
-    read_images, write_table = store.read_images, store.write_table
-
-    def note_read(path: Any, *rest: Any) -> Any:
-        events.append("read")
-        return read_images(path, *rest)
-
-    def note_write(table: Any, path: Any, schema: str, *rest: Any) -> None:
-        events.append("write")
-        write_table(table, path, schema, *rest)
-
-    monkeypatch.setattr(store, "read_images", note_read)
-    monkeypatch.setattr(store, "write_table", note_write)
-    params = set_params()
-    sources = [
-        embed_images.Source(store.sha256(path.read_bytes()), path)
-        for path in Path("images").glob("*/*/*.png")
-    ]
-    encoder = load_encoder("conv", params.encoder("conv"), torch.device("cpu"))
-    assert embed_images.embed(sources, encoder, params.embed, Path("data/embed/conv/images"), 4) == 8
-    assert events.count("write") > 1
-    assert all(pair != ("read", "read") for pair in itertools.pairwise(events))
+    folder = save_model(tmp_path / "blind", VIT)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    # Without blocks, positions and biases, a token is a patch's own: a grey patch gives 0, and so it stays.
+    for name, tensor in weights.items():
+        if name.startswith("visual.") and (
+            name.endswith(("bias", "out_proj.weight", "c_proj.weight")) or "positional" in name
+        ):
+            tensor.zero_()
+    save_file(weights, folder / "open_clip_model.safetensors")
+    half = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    half[:, 16:] = 127
+    path = project / "images/train/a/half.png"
+    Image.fromarray(half).save(path)
+    # Grey is 0 to the encoder.
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] = {"mean": [127 / 255] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    set_params(encoders={"vit": {"model": f"local-dir:{folder}", "batch_size": 4}}, embed={"grids": [2]})
+    embed("vit")
+    name = store.sha256(path.read_bytes())
+    rows = [row for row in read("vit").to_pylist() if row["image_id"] == name]
+    assert {row["kind"] for row in rows} == {"global", "token", "grid"}
+    for row in rows:
+        blind = row["kind"] != "global" and row["x0"] >= 0.5
+        length = float(np.linalg.norm(np.array(row["vector"], dtype=np.float32)))
+        assert length == (0 if blind else pytest.approx(1, abs=2e-3))
+        assert (row["norm"] == 0) == blind

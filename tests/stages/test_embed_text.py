@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,61 @@ def test_running_twice_gives_the_same_bytes(texts: Params, run_stage: Callable[.
     assert path.read_bytes() == first
     header = store.read_header(path, "embed.text/1")
     assert header.params["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-4)
+
+
+def test_only_texts_that_are_not_there_are_embedded(
+    texts: Params,
+    set_params: Callable[..., Params],
+    run_stage: Callable[..., None],
+    models: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path("data/embed/conv/text.parquet")
+
+    def run() -> str:
+        capsys.readouterr()
+        run_stage("embed_text", "--encoder", "conv")
+        return capsys.readouterr().out
+
+    assert run() == f"{path}: 5 texts embedded, 0 kept; 1 are cut\n"
+    first = path.read_bytes()
+    assert run() == f"{path}: 0 texts embedded, 5 kept; 1 are cut\n"
+    assert path.read_bytes() == first
+    # One concept less, which stays as a description, and two texts more.
+    write_concepts([("a photo of a tang", "tang", "name"), ("a blue tail", "tang", "visual"), (LONG, "tang", "visual")])
+    write_descriptions(["a fish by a rock", "a forked tail", "a fish on sand"])
+    assert run() == f"{path}: 2 texts embedded, 4 kept; 1 are cut\n"
+    kinds = {row["text"]: row["kind"] for row in read()}
+    assert len(kinds) == 6
+    assert kinds["a forked tail"] == "description"
+    # As if it had been made at once.
+    merged = path.read_bytes()
+    path.unlink()
+    assert run() == f"{path}: 6 texts embedded, 0 kept; 1 are cut\n"
+    assert path.read_bytes() == merged
+    set_params(encoders={"conv": {"model": f"local-dir:{models['vit']}", "batch_size": 4}})
+    assert run() == f"{path}: 6 texts embedded, 0 kept; 1 are cut\n"
+    path.write_bytes(merged[:-30])
+    with pytest.raises(UserError, match=r"text\.parquet: is not readable Parquet"):
+        run()
+
+
+def test_a_dry_run_says_what_is_to_come_and_writes_nothing(
+    texts: Params, run_stage: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("data/embed/conv/text.parquet")
+    run_stage("embed_text", "--encoder", "conv", "--dry-run")
+    head, rate, size = capsys.readouterr().out.splitlines()
+    assert not path.exists()
+    assert head == f"{path}: 5 texts to embed, 0 kept"
+    assert re.fullmatch(r"time: about 0:00:\d\d \(\d+\.\d texts/s on cpu, measured with 5 of them\)", rate)
+    assert re.fullmatch(r"on disk: about 0\.\d\d MB", size)
+    run_stage("embed_text", "--encoder", "conv")
+    before = path.read_bytes()
+    capsys.readouterr()
+    run_stage("embed_text", "--encoder", "conv", "--dry-run")
+    assert capsys.readouterr().out == f"{path}: 0 texts to embed, 5 kept\n"
+    assert path.read_bytes() == before
 
 
 def test_what_cannot_be_is_one_line(

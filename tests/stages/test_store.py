@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,77 @@ def test_what_a_bucket_keeps(tmp_path: Path) -> None:
         find(old)
     path.unlink()
     assert find(old) == ([], old, True, True)
+
+
+def description_rows(counts: list[int]) -> pa.Table:
+    """So many rows of each image, sorted by key."""
+    rows = [
+        {"image_id": image, "rank": rank, "text": f"{rank}"}
+        for image, count in zip(sorted(image_id(n) for n in range(len(counts))), counts, strict=True)
+        for rank in range(count)
+    ]
+    return store.make_table("descriptions/1", rows)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 30])
+def test_pieces_give_the_bytes_of_the_whole(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ROW_GROUP", 4)
+    table = description_rows([count])
+    store.write_table(table, tmp_path / "whole", "descriptions/1", {"a": 1}, "mark")
+    assert pq.ParquetFile(tmp_path / "whole").num_row_groups == max(1, -(-count // 4))
+    for size in (1, 3, 4, 5, 100):
+        pieces = [table.slice(start, size) for start in range(0, count, size)]
+        store.write_sorted(pieces, tmp_path / "pieces", "descriptions/1", table.schema, {"a": 1}, "mark")
+        assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    again = store.read_table(tmp_path / "whole", "descriptions/1")
+    store.write_table(again, tmp_path / "again", "descriptions/1", {"a": 1}, "mark")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_one_row_group_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ROW_GROUP", 10)
+    table, taken = description_rows([100]), 0
+
+    def pieces() -> Iterator[pa.Table]:
+        nonlocal taken
+        for start in range(0, 100, 3):
+            taken += 3
+            yield table.slice(start, 3)
+
+    written = 0
+    for group in store.row_groups(pieces(), table.schema):
+        written += len(group)
+        assert taken < written + 10
+    assert written == 100
+
+
+def test_images_of_a_bucket_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ROW_GROUP", 4)
+    path = tmp_path / "bucket"
+    # Images that end with a row group, within one, and after a whole one.
+    table = description_rows([4, 1, 9, 1, 1, 3])
+    store.write_table(table, path, "descriptions/1", {}, "mark")
+    ids = table.column("image_id").unique().to_pylist()
+    for wanted in (ids, ids[::2], [ids[5]], [ids[2], image_id(99)], []):
+        images = list(store.iterate_images(path, "descriptions/1", wanted))
+        assert [store.image_of(image) for image in images] == [each for each in ids if each in wanted]
+        for image in images:
+            assert image.to_pylist() == [row for row in table.to_pylist() if row["image_id"] == store.image_of(image)]
+    store.write_table(table.slice(0, 0), path, "descriptions/1", {}, "mark")
+    assert list(store.iterate_images(path, "descriptions/1", ids)) == []
+
+
+def test_a_flipped_bit_is_told_while_images_come(tmp_path: Path) -> None:
+    path = tmp_path / "bucket"
+    chance = np.random.default_rng(0)
+    rows = [{"image_id": image_id(n), "rank": 0, "text": chance.bytes(40).hex()} for n in range(500)]
+    store.write_table(store.make_table("descriptions/1", rows), path, "descriptions/1", {}, "mark")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(UserError) as error:
+        list(store.iterate_images(path, "descriptions/1", [image_id(0)]))
+    one_line(error, path, "not readable Parquet")
 
 
 def test_a_fingerprint_is_of_schema_parameters_and_upstream() -> None:
