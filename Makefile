@@ -13,6 +13,9 @@ STAMP := $(VENV)/.fieldmark-$(shell cat pyproject.toml constraints.txt | sha256s
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Threads that spin while they wait take the cores from each other.
 export OMP_WAIT_POLICY ?= passive
+# glibc gives the memory of each batch back and asks for it anew, which takes as long as half of the forward pass.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 # Where there is no git (an unpacked archive) DVC must be told.
 NO_SCM := $(if $(wildcard .git),,.dvc/config.local)
 

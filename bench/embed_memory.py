@@ -58,7 +58,7 @@ def embed(folder: Path, rows: list[dict[str, Any]]) -> tuple[float, float]:
     started = perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.embed_images", "--encoder", "demo", "--device", "cpu"],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:

@@ -19,7 +19,7 @@ import numpy as np
 import pillow_heif
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-# A picture of more pixels is refused as a decompression bomb before it is decoded: 3 bytes a pixel in memory.
+# A picture of more pixels is refused as a decompression bomb before it is decoded: up to 24 bytes a pixel in memory.
 MAX_PIXELS = 120_000_000
 # What shows through where a picture is transparent: mid-grey, so that neither dark nor light subjects vanish.
 BACKGROUND = (128, 128, 128)
@@ -51,7 +51,8 @@ def open_rgb(path: str | Path | IO[bytes]) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     # Neither message names the path: what is written of a picture is the same on every machine.
     except UnidentifiedImageError:
         raise BadImage(f"is none of {', '.join(FORMATS)}") from None
@@ -71,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = to_srgb(image.convert("RGBA"), "RGBA")
         ground = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
         return Image.alpha_composite(ground, rgba).convert("RGB")
-    return to_srgb(image.convert("RGB") if image.mode not in ("L", "CMYK", "LAB") else image, "RGB")
+    return to_srgb(image if image.mode in ("RGB", "L", "CMYK", "LAB") else image.convert("RGB"), "RGB")
 
 
 def to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
@@ -97,7 +98,7 @@ def to_srgb(image: Image.Image, mode: str) -> Image.Image:
                 return converted
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def dhash(image: Image.Image) -> int:

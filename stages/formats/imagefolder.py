@@ -20,10 +20,10 @@ def read(dataset: Dataset) -> Listing:
     root = Path(dataset.root)
     if not root.is_dir():
         raise UserError(f"params.yaml: dataset.root: {root} is not a folder; run draw_reef first, or name your images")
-    tops = [entry.name for entry in visible(root) if entry.is_dir()]
+    tops = [entry.name for entry in visible(root) if is_folder(entry)]
     listing = Listing([], read_class_table(root), read_parts(root), read_attributes(root))
     # A folder `train` that holds images and no folders is a class of vehicles.
-    if any(name in SPLITS and any(entry.is_dir() for entry in visible(root / name)) for name in tops):
+    if any(name in SPLITS and any(is_folder(entry) for entry in visible(root / name)) for name in tops):
         check_splits(root, tops)
         found: set[str] = set()
         bare: set[str] = set()
@@ -62,12 +62,12 @@ def check_splits(root: Path, tops: list[str]) -> None:
 def add_classes(listing: Listing, root: Path, split: str | None, found: set[str], bare: set[str]) -> None:
     """Add the images of the class folders in root/SPLIT, or in root; put the folders' names in `found` or `bare`."""
     for folder in visible(root / split if split else root):
-        if not folder.is_dir():
+        if not is_folder(folder):
             listing.passed_over += Path(folder.name).suffix.lower() in IMAGE_SUFFIXES
             continue
         before = len(listing.images)
         for entry in visible(folder.path):
-            if entry.is_dir():
+            if is_folder(entry):
                 listing.passed_over += sum(1 for path in Path(entry.path).rglob("[!.]*") if path.is_file())
             elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                 path = Path(entry.path).relative_to(root).as_posix()
@@ -75,6 +75,14 @@ def add_classes(listing: Listing, root: Path, split: str | None, found: set[str]
             else:
                 listing.passed_over += 1
         (found if len(listing.images) > before else bare).add(folder.name)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def visible(folder: str | Path) -> Iterator[os.DirEntry[str]]:

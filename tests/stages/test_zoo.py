@@ -1,4 +1,4 @@
-"""Every odd picture that a folder may hold, through index_images and embed_images: handled, or a row with its reason."""
+"""Every odd file that a folder may hold, through index_images and embed_images: a picture, or a row with its reason."""
 
 import io
 import json
@@ -150,6 +150,8 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
+# A test runs with filters of its own.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_every_animal_of_the_zoo_has_its_place(
     folder: Path, set_params: SetParams, run_stage: RunStage, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +227,6 @@ def test_the_same_picture_embeds_alike_however_it_is_stored(
     assert shade("clear.png") == pytest.approx(BACKGROUND[0], abs=2)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="formats/imagefolder.py asks such a link whether it is a folder")
 def test_a_link_that_leads_to_itself_is_a_row(folder: Path, set_params: SetParams, run_stage: RunStage) -> None:
     (folder / "loop.png").symlink_to("loop.png")
     set_params()
@@ -234,10 +235,11 @@ def test_a_link_that_leads_to_itself_is_a_row(folder: Path, set_params: SetParam
     assert "Too many levels of symbolic links" in read_index()["loop.png"]["error"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_a_file_that_may_not_be_read_is_a_row(folder: Path, set_params: SetParams, run_stage: RunStage) -> None:
     write(folder, {"secret.png": encode(PICTURE, "PNG")})
     (folder / "secret.png").chmod(0)
+    if os.access(folder / "secret.png", os.R_OK):
+        pytest.skip("this user may read every file, as root may")
     set_params()
     run_stage("index_images")
     row = read_index()["secret.png"]
@@ -266,7 +268,5 @@ def test_bombs_do_not_raise_memory(folder: Path, set_params: SetParams) -> None:
     without = peak_mb()
     write(folder, {name: content for name, (content, _) in bombs().items()})
     # The least of them would take 100 MB.
-    print(without)
-    w=peak_mb();print(w)
-    assert w < without + 20
+    assert peak_mb() < without + 20
     assert sum(row["status"] == "broken" for row in read_index().values()) == len(bombs())
