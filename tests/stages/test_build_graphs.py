@@ -47,6 +47,14 @@ def test_a_negative_likeness_is_none() -> None:
     assert semantic_weights(vectors[:, :1], 5).shape == (1, 1, 1)
 
 
+def test_a_cell_of_nothing_but_zeros_is_like_no_other() -> None:
+    """A tower that ends in ReLU gives some."""
+    vectors = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.6, 0.8]]])
+    weights = semantic_weights(vectors, 1)[0]
+    assert weights[0].abs().sum() == weights[:, 0].abs().sum() == 0
+    assert weights[1, 2] == pytest.approx(0.6)
+
+
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 999))
 def test_graphs_are_symmetric_and_the_whole_is_linked_to_all(nodes: int, neighbours: int, seed: int) -> None:
     chance = np.random.default_rng(seed)

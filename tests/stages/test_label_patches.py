@@ -29,6 +29,12 @@ def test_weights_are_a_softmax() -> None:
         assert found[n].tolist() == pytest.approx([power / sum(powers) for power in powers], rel=1e-4)
 
 
+def test_a_node_of_nothing_but_zeros_shows_every_concept_alike() -> None:
+    weights = concept_weights(torch.zeros(1, 4), random_units(5, 4), 7.0)
+    assert weights[0].tolist() == pytest.approx([0.2] * 5)
+    assert entropy_of(weights).item() == pytest.approx(math.log(5))
+
+
 def test_entropy() -> None:
     assert entropy_of(torch.full((1, 8), 1 / 8)).item() == pytest.approx(math.log(8))
     assert entropy_of(torch.tensor([[1.0, 0.0, 0.0]])).item() == 0
