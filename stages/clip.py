@@ -1,20 +1,25 @@
 """Encoders that open_clip loads, and how their image cells and texts reach one space.
 
-An image gives one global embedding and a map of dense tokens from one forward pass. Each tower family has its rule:
+An image gives one global embedding and a map of dense tokens from one forward pass. One rule holds for every family:
+what follows the feature map (the tower's own norm, pooling, projection) is applied to each cell as if the whole map
+were that cell. So a map whose cells are all equal has tokens that all equal its global embedding. By kind of pooling:
 
-- timm towers, convolutional ones (feature map (n, C, h, w)) and transformers ((n, prefix + h w, C), CLS and register
-  tokens first): what follows the feature map (the tower's own norm, pooling, projection) is applied to each cell as if
-  it were the whole map. So a map whose cells are all equal has tokens that all equal its global embedding.
-  Average pooling: the mean of the cells is the global embedding exactly if the projection is linear and no norm stands
-  between. Attention pooling (`map` as in SigLIP, `rot_attn`): a cell pays all its attention to itself; the mean of the
-  cells is not the global embedding. CLS pooling (`token`): a cell takes the place of the CLS token, as in open_clip
-  ViTs. CLS and register tokens are no cells; where pooling reads them too, they give way to copies of the cell.
-  Pooling that adds a learned position to each cell (`abs_attn`) is refused: a cell by itself has no place.
-- open_clip ViTs: the last block's patch tokens through `ln_post` and `proj`, as the tower does with its CLS token. The
-  mean of the cells is not the global embedding.
+- average (ConvNeXt, MobileCLIP-S, ViTamin, Swin, CLIPA): the mean of the cells is the global embedding exactly if the
+  projection is linear and no norm stands between.
+- CLS token (ViTs of OpenAI and LAION, EVA, MobileCLIP-B): a cell takes the place of the CLS token. The mean of the
+  cells is not the global embedding, here and below.
+- attention (SigLIP, SigLIP 2, PE: `map`; CoCa; `rot_attn`): a cell pays all its attention to itself, so that values and
+  output projection alone act on it.
+- attention with positions (ModifiedResNet, CLIP's ResNets): the cell stands at every place at once and attends to
+  itself there. Without the positions this is the rule of MaskCLIP (Zhou et al., ECCV 2022) [mem]: `v_proj`, then
+  `c_proj`. Pooling of timm's that adds positions (`abs_attn`) is refused: no configuration of open_clip has it.
 
-The cells of every transformer carry context from the whole picture. A text goes through the encoder's own tokenizer:
-open_clip's, or one of Hugging Face's with its own cleaning.
+CLS and register tokens are no cells; where pooling reads them too, they give way to copies of the cell. The cells of
+every transformer carry context from the whole picture. A text goes through the encoder's own tokenizer: open_clip's, or
+one of Hugging Face's with its own cleaning. LongCLIP's checkpoints: see longclip.py.
+
+Weights trained with QuickGELU (OpenAI's, DFN's, MetaCLIP's) need open_clip's NAME-quickgelu: under NAME their tag is
+refused. A checkpoint file does not say which it needs, so there the name decides.
 
 Vectors leave here in float32, not normalised. An encoder's fingerprint covers architecture, weights, preprocessing,
 precision, these rules and those of decoding (images.py), a Hugging Face text tower and tokenizer by what is in them and
@@ -25,6 +30,7 @@ import hashlib
 import json
 import math
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +39,18 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 from safetensors import SafetensorError
 from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
+from torch.nn import functional
 
-from stages import images, store
+from stages import images, longclip, store
 from stages.command import UserError
 from stages.params import Encoder
 
@@ -49,6 +58,11 @@ from stages.params import Encoder
 RULES = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Box = tuple[float, float, float, float]
+# What open_clip and torch raise for files and configurations that are broken or do not fit.
+LOADING_ERRORS = (
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, EOFError,
+    StopIteration, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 @dataclass
@@ -94,7 +108,8 @@ class LoadedEncoder:
         tokens = pad_rows(self.tokenizer(texts), self.batch_size).to(self.device)
         encode = self.model.encode_text
         assert callable(encode)
-        return encode(tokens)[: len(texts)].float().cpu()
+        # CoCa normalises unless told not to.
+        return encode(tokens, normalize=False)[: len(texts)].float().cpu()
 
     def count_tokens(self, text: str) -> tuple[int, bool]:
         """How many tokens the encoder reads of a text, start and end included, and whether it had to cut it."""
@@ -159,20 +174,25 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         if text_tower.startswith((".", "/")) and not Path(text_tower).is_dir():
             remedy = "correct it there (a path counts from where the command runs)"
             raise UserError(f"{key}.model: {folder} names its text tower {text_tower}, which is no folder; {remedy}")
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            settings.model, settings.pretrained, precision=settings.precision, device=device, require_pretrained=True
+        if by_name:
+            check_activation(settings.model, str(settings.pretrained), architecture, key)
+        long = longclip.read_checkpoint(str(settings.pretrained)) if by_name else None
+        if long is None:
+            model = open_clip.create_model(
+                settings.model, settings.pretrained, precision=settings.precision, device=device,
+                require_pretrained=True,
+            )
+        else:
+            architecture = longclip.adapt(architecture, long)
+            model = longclip.build(architecture, long, settings.precision).to(device)
+        tokenizer = open_clip.get_tokenizer(
+            settings.model, context_length=architecture["text_cfg"]["context_length"] if long else None
         )
-        tokenizer = open_clip.get_tokenizer(settings.model)
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError,
-            SafetensorError, pickle.UnpicklingError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{key}: open_clip cannot load {settings.model!r} ({reason}); correct it") from None
     model.eval().requires_grad_(False)
     visual = model.visual
-    hugging_face = isinstance(getattr(model, "text", None), HFTextEncoder)
-    if hugging_face and settings.precision != "fp32" and not isinstance(visual, TimmModel):
-        reason = "open_clip runs a Hugging Face text tower beside a ViT of its own in fp32 only"
-        raise UserError(f"{key}.precision: {reason}; use fp32")
     preprocessing = dict(visual.preprocess_cfg)
     identity = {
         "rules": RULES,
@@ -183,11 +203,41 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         "preprocessing": preprocessing,
         "precision": settings.precision,
     }
-    return LoadedEncoder(
-        name=name, model=model, preprocess=preprocess, preprocessing=preprocessing, tokenizer=tokenizer,
+    encoder = LoadedEncoder(
+        name=name, model=model, preprocess=image_transform_v2(PreprocessCfg(**preprocessing), is_train=False),
+        preprocessing=preprocessing, tokenizer=tokenizer,
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
         fingerprint=store.sha256(store.canonical_json(identity)),
     )
+    if settings.precision != "fp32":
+        check_precision(encoder, settings.precision)
+    return encoder
+
+
+def check_activation(model: str, tag: str, architecture: dict[str, Any], key: str) -> None:
+    """Raises UserError for a tag of open_clip's whose weights need QuickGELU, where the model is the one without.
+
+    open_clip warns and embeds. The other way round there is one model (roberta-ViT-B-32): its own configuration counts.
+    """
+    if open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") and not architecture.get("quick_gelu"):
+        raise UserError(f"{key}.model: {tag} was trained with QuickGELU, and {model} is without; use {model}-quickgelu")
+
+
+@torch.inference_mode()
+def check_precision(encoder: LoadedEncoder, precision: str) -> None:
+    """Raises UserError where open_clip leaves parts of a model in fp32 that do not fit the rest.
+
+    So it does with layer scale, CoCa's poolings and a Hugging Face text tower beside a ViT of its own.
+    """
+    model: Any = encoder.model
+    blank = encoder.preprocess(Image.new("RGB", (8, 8)))[None]
+    try:
+        model.encode_text(encoder.tokenizer(["a"]).to(encoder.device))
+        model.encode_image(blank.to(encoder.device, encoder.dtype))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        remedy = f"open_clip cannot run this model in {precision} ({reason}); use fp32"
+        raise UserError(f"params.yaml: encoders.{encoder.name}.precision: {remedy}") from None
 
 
 def hf_content(model: nn.Module, tokenizer: Any, key: str) -> dict[str, Any]:
@@ -227,16 +277,51 @@ def weights_sha(model: nn.Module) -> str:
 
 def image_features(visual: Any, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Global embeddings (n, D) and dense tokens (n, h, w, D) of one forward pass. Raises UserError for other towers."""
+    key = f"params.yaml: encoders.{name}"
     if isinstance(visual, TimmModel):
-        return timm_features(visual, pixels, f"params.yaml: encoders.{name}: {type(visual.trunk).__name__}")
-    if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.proj is not None:
-        output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True)
-        tokens = output["image_intermediates"][0].permute(0, 2, 3, 1) @ visual.proj
-        return output["image_features"], tokens
-    raise UserError(
-        f"params.yaml: encoders.{name}: no rule for the dense tokens of a {type(visual).__name__}"
-        f" ({getattr(visual, 'pool_type', 'its own')} pooling); use a timm tower or an open_clip ViT"
-    )
+        return timm_features(visual, pixels, f"{key}: {type(visual.trunk).__name__}")
+    if isinstance(visual, VisionTransformer):
+        return vit_features(visual, pixels, f"{key}: {type(visual).__name__}")
+    if isinstance(visual, ModifiedResNet):
+        return resnet_features(visual, pixels)
+    remedy = "use a timm tower, or a ViT or a ResNet of open_clip"
+    raise UserError(f"{key}: no rule for the dense tokens of a {type(visual).__name__}; {remedy}")
+
+
+def vit_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
+    """image_features for a ViT of open_clip's own, which errors call `tower`."""
+    pool = visual.attn_pool
+    output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=pool is None)
+    pooled, cells = output["image_features"], output["image_intermediates"][0].permute(0, 2, 3, 1)
+    if pooled.ndim != 2:
+        problem = f"gives {tuple(pooled.shape)} for a batch of pictures"
+        raise UserError(f"{tower}: {problem}; give it pooling (pool_type tok or avg, attentional_pool true)")
+    if pool is not None:
+        alone = pool.ln_k(cells).reshape(-1, 1, cells.shape[-1])
+        # Over one key, every query gives the same.
+        query = pool.ln_q(pool.query[:1]).expand(len(alone), 1, -1)
+        attended, _ = pool.attn(query, alone, alone, need_weights=False)
+        cells = visual.ln_post(attended).reshape(*cells.shape[:3], -1)
+    return pooled, cells @ visual.proj
+
+
+def resnet_features(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """image_features for CLIP's ResNet, whose pooling adds positions p: p_0 to the mean, p_1 to p_hw to the cells x.
+
+    Over a map of one cell x everywhere, keys and values are W_k (x + p_i) and W_v (x + p_i): softmax drops q W_k x, and
+    the weights sum to one, so what is pooled is W_v x + sum_i softmax_i(q W_k p_i) W_v p_i with q = W_q (x + p_0).
+    """
+    output = visual.forward_intermediates(pixels, indices=1)
+    pool, cells = visual.attnpool, output["image_intermediates"][0].permute(0, 2, 3, 1)
+    places = pool.positional_embedding.to(cells.dtype)
+
+    def heads(rows: Tensor) -> Tensor:
+        return rows.reshape(-1, pool.num_heads, rows.shape[-1] // pool.num_heads).transpose(0, 1)
+
+    query = heads(pool.q_proj(cells + places[0]))
+    keys, values = (heads(functional.linear(places, linear.weight)) for linear in (pool.k_proj, pool.v_proj))
+    attended = functional.scaled_dot_product_attention(query, keys, values)
+    return output["image_features"], pool.c_proj(pool.v_proj(cells) + attended.transpose(0, 1).reshape(cells.shape))
 
 
 def timm_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
@@ -244,12 +329,12 @@ def timm_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tens
     trunk = visual.trunk
     for part in visual.modules():
         if isinstance(part, AttentionPool2d | AttentionPoolLatent) and part.pos_embed is not None:
-            problem = "its pooling adds a learned position to each cell, so a cell has no embedding of its own"
+            problem = "its pooling adds a learned position to each cell, and no rule for that is written"
             raise UserError(f"{tower}: {problem}; use another encoder")
     features = trunk.forward_features(pixels)
     maps = cut_cells(trunk, features)
     if maps is None:
-        raise UserError(f"{tower}: gives no map of cells; use a convolutional timm tower or a ViT")
+        raise UserError(f"{tower}: gives no map of cells; use a convolutional timm tower, a ViT or a Swin")
     cells, (height, width) = maps
     pooled = visual.head(trunk.forward_head(features))
     if pooled.ndim != 2:
@@ -263,6 +348,9 @@ def cut_cells(trunk: Any, features: Any) -> tuple[Tensor, tuple[int, int]] | Non
     channels = trunk.num_features
     if not isinstance(features, Tensor):
         return None
+    if features.ndim == 4 and getattr(trunk, "output_fmt", None) == "NHWC":
+        height, width = features.shape[1:3]
+        return features.reshape(-1, 1, 1, channels), (height, width)
     if features.ndim == 4 and features.shape[1] == channels:
         height, width = features.shape[2:]
         return features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1), (height, width)

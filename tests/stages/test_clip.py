@@ -349,6 +349,11 @@ def test_an_encoder_that_cannot_be_loaded_is_one_line(models: dict[str, Path], t
         shutil.copytree(models["vit"], tmp_path / "odd"), lambda config: config["model_cfg"].update(foo=1)
     )
     (tmp_path / "empty").mkdir()
+    files = {"none.pt": b"", "words.pt": b"no tensors\n", "zip.pt": b"PK\x05\x06" + bytes(18), "cut.npz": b"PK\x03\x04"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({}, tmp_path / "nothing.pt")
+    torch.save([1], tmp_path / "list.pt")
     for settings, words in (
         ({"model": f"local-dir:{tmp_path / 'none'}"}, "mine.model: there is no folder"),
         ({"model": "ViT-B-33", "pretrained": "openai"}, "mine.model: open_clip knows no 'ViT-B-33'"),
@@ -358,6 +363,10 @@ def test_an_encoder_that_cannot_be_loaded_is_one_line(models: dict[str, Path], t
         ({"model": f"local-dir:{tmp_path / 'empty'}"}, "open_clip_config.json"),
         ({"model": f"local-dir:{models['vit']}", "precision": "fp16"}, "mine.precision: fp16 needs a GPU"),
         *(({"model": f"local-dir:{folder}"}, "open_clip cannot load") for folder in (cut, other, odd)),
+        *(
+            ({"model": "ViT-S-32-alt", "pretrained": f"{tmp_path / name}"}, "open_clip cannot load")
+            for name in (*files, "nothing.pt", "list.pt")
+        ),
     ):
         with pytest.raises(UserError, match=words) as error:
             load_encoder("mine", Encoder(**settings), CPU)  # type: ignore[arg-type]
@@ -370,9 +379,10 @@ def test_an_encoder_that_cannot_be_loaded_is_one_line(models: dict[str, Path], t
     [
         ({"timm_model_name": "test_vit", "timm_proj": "none"}, 160, r"gives \(4, 101, 64\)"),
         ({"timm_model_name": "test_convnext", "timm_proj": "none"}, 64, r"gives \(4, 64, 2, 2\)"),
-        ({"timm_model_name": "test_mambaout", "timm_pool": "avg"}, 64, "no map of cells"),
+        ({"timm_model_name": "levit_128s", "timm_pool": "avg"}, 224, "no map of cells"),
         ({"timm_model_name": "resnet10t", "timm_pool": "abs_attn", "timm_proj": ""}, 64, "a learned position"),
-        ({"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True}, 32, "no rule"),
+        ({**VIT["vision_cfg"], "pool_type": "none"}, 32, r"VisionTransformer: gives \(4, 17, 16\)"),
+        ({**VIT["vision_cfg"], "width": 16, "attentional_pool": "parallel"}, 32, r"gives \(4, 1, 16\)"),
     ],
 )
 def test_a_tower_without_a_rule_is_refused(

@@ -14,7 +14,7 @@ from tests.stages.project import ROOT
 
 # What dvc.yaml runs of stages/, and what people run beside it.
 STAGES = re.findall(r"cmd: python -m stages\.(\w+)", (ROOT / "dvc.yaml").read_text())
-MODULES = sorted({*STAGES, "params", "preflight", "profiles", "export_embeddings", "shards"})
+MODULES = sorted({*STAGES, "params", "preflight", "profiles", "export_embeddings", "shards", "longclip"})
 
 
 def test_there_are_stages() -> None:
