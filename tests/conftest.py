@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from stages.params import Params, load_params
 from tests.stages.project import CONV, PARAMS, ROOT, VIT, draw, save_model
 
+# A shell that starts a job in the background has it ignore Ctrl-C, and tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run in as many processes as there are cores: more threads than that only wait for each other.
 torch.set_num_threads(1)
 
