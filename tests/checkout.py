@@ -12,11 +12,13 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+# What the test run has and a user's shell has not; the last are of `make test`.
+NOT_A_SHELLS = {"PYTHONDONTWRITEBYTECODE", "OPENAI_API_KEY", "MAKELEVEL", "MAKEFLAGS", "MFLAGS"}
 
 
 def command(*words: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run as a user's shell would: no key, no leave to skip compiled files, which once made every clone start anew."""
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "OPENAI_API_KEY")}
+    env = {key: value for key, value in os.environ.items() if key not in NOT_A_SHELLS}
     env |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
