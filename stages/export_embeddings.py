@@ -215,7 +215,7 @@ def write_shards(source: Source, out: Path, *, thumbs: bool) -> None:
             }
             store.write_atomic(out / shard_name(split, bucket), partial(write_tar, samples))
     about = store.canonical_json(source.about) + "\n"
-    store.write_atomic(out / "dataset.json", partial(write_text, about))
+    store.write_text(out / "dataset.json", about)
 
 
 def read_thumbs(bucket: int, image_ids: list[str]) -> dict[str, bytes]:
@@ -241,10 +241,6 @@ def make_sample(row: dict[str, Any], nodes: Nodes, thumb: bytes | None) -> dict[
     }
     sample = {"npy": array.getvalue(), "json": store.canonical_json(about).encode()}
     return sample if thumb is None else {**sample, "webp": thumb}
-
-
-def write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def write_tar(samples: dict[str, dict[str, bytes]], path: Path) -> None:

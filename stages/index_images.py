@@ -273,11 +273,7 @@ def index(params: Params) -> dict[str, Any]:
 
 def main() -> None:
     counts = index(load_params(stage_parser(__doc__).parse_args().params))
-
-    def write_counts(path: Path) -> None:
-        path.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-
-    store.write_atomic(INDEX / "metrics.json", write_counts)
+    store.write_text(INDEX / "metrics.json", json.dumps(counts, indent=2) + "\n")
     images = ", ".join(f"{count} {split}" for split, count in counts["images"].items())
     unused = ", ".join(f"{count} {kind}" for kind, count in counts["unused"].items())
     print(f"{counts['classes']} classes; images: {images}; not used: {unused}")

@@ -193,6 +193,15 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
 def write_table(table: pa.Table, path: str | Path, schema: str, params: dict[str, Any], mark: str) -> None:
     """Write rows sorted by key under a contract; `mark` is their fingerprint. Raises ValueError on a forbidden null."""
     dimension = table.schema.field("vector").type.list_size if "vector" in table.schema.names else None

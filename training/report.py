@@ -554,13 +554,6 @@ def render(content: Row) -> str:
     return environment.get_template("report.html.jinja").render(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
-
-    store.write_atomic(path, write)
-
-
 def report(params: Params, data: Path) -> str:
     """Write data/report/ and return the summary."""
     buckets = params.dataset.buckets
@@ -616,8 +609,8 @@ def report(params: Params, data: Path) -> str:
     }
     page = data / "report/index.html"
     html, summary = render(content), summarise(rows, reference.method, warning, page)
-    write_text(page, html)
-    write_text(page.with_name("summary.txt"), summary)
+    store.write_text(page, html)
+    store.write_text(page.with_name("summary.txt"), summary)
     return summary
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from stages.command import UserError, run, stage_parser
 from stages.params import Params, load_params
-from stages.store import canonical_json, fingerprint, write_atomic
+from stages.store import canonical_json, fingerprint, write_atomic, write_text
 from training.data import SPLITS, Cache, read_cache
 from training.evaluate import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.loop import predict
@@ -106,13 +106,6 @@ def history_csv(fits: dict[int, Fitted]) -> str:
     for seed, fitted in fits.items():
         writer.writerows({"seed": seed, **row} for row in fitted.history)
     return text.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
 
 
 def write_json(path: Path, content: Any) -> None:

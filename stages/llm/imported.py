@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from stages.command import UserError
 from stages.params import NONE, Concepts
-from stages.store import canonical_json, class_id_of, sha256, write_atomic
+from stages.store import canonical_json, class_id_of, sha256, write_text
 
 IMPORT, EDITS = "concepts.import", "concepts.edits"
 FORM = "a JSON object of class -> list of texts, or a folder of CLASS.txt"
@@ -153,11 +153,7 @@ def start_edit(path: str, class_id: str, texts: list[str], classes: list[Row]) -
         content = "".join(f"{text}\n" for text in texts)
     else:
         content = json.dumps({**dict(pairs), class_id: texts}, indent=2, ensure_ascii=False) + "\n"
-
-    def write(partial: Path) -> None:
-        partial.write_text(content, encoding="utf-8")
-
-    write_atomic(target, write)
+    write_text(target, content)
     return target
 
 

@@ -23,7 +23,7 @@ from stages.llm.answers import (
 )
 from stages.llm.prompts import Message, Prompt
 from stages.params import Llm
-from stages.store import write_atomic
+from stages.store import write_text
 
 
 class Question(NamedTuple):
@@ -106,9 +106,4 @@ def report(stage: str, plan: Plan, rows: dict[str, list[Row]], llm: Llm) -> str:
 
 def write_metrics(rows: list[Row], path: Path) -> None:
     """A stage's metrics file: what all its rows amount to, whichever run asked for them."""
-    content = json.dumps(summarise(rows), indent=2) + "\n"
-
-    def write(partial: Path) -> None:
-        partial.write_text(content, encoding="utf-8")
-
-    write_atomic(path, write)
+    write_text(path, json.dumps(summarise(rows), indent=2) + "\n")
