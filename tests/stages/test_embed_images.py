@@ -27,16 +27,10 @@ from safetensors.torch import load_file, save_file
 from stages import store
 from stages.clip import load_encoder
 from stages.command import UserError
-from stages.embed_images import (
-    Source,
-    crop_fraction,
-    cut_windows,
-    embed_sources,
-    grid_cells,
-    in_image,
-    view_region,
-)
+from stages.embed_images import nodes_of
 from stages.params import Params
+from stages.passes import forward_sources
+from stages.views import Source, crop_fraction, cut_windows, grid_cells, in_image, view_region
 from tests.stages.project import CONV, ROOT, VIT, draw, image_id, save_model, snapshot, unit
 
 SetParams = Callable[..., Params]
@@ -220,14 +214,13 @@ def test_a_view_is_a_square_of_half_to_all_of_the_largest(
 def test_company_and_order_do_not_change_bits(name: str, set_params: SetParams, dataset: list[str]) -> None:
     params = set_params(embed={"views": 1, "grids": [2], "crops": [2]})
     encoder = load_encoder(name, params.encoder(name), torch.device("cpu"))
+    product = nodes_of(encoder, params.embed)
     sources = [
         Source(store.sha256(path.read_bytes()), path) for path in sorted(Path("images").glob("*/*/*.png"))[:5]
     ]
-    together = list(embed_sources(sources, encoder, params.embed))
+    together = list(forward_sources(sources, product))
     for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0]):
-        for number, rows in zip(
-            order, embed_sources([sources[i] for i in order], encoder, params.embed), strict=True
-        ):
+        for number, rows in zip(order, forward_sources([sources[i] for i in order], product), strict=True):
             assert store.image_of(rows) == sources[number].image_id
             assert rows.equals(together[number])
 
