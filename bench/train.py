@@ -44,6 +44,7 @@ def synthetic_cache(images: int) -> Cache:
         paths=[f"{number}" for number in range(total)],
         split=np.array(["train"] * images + ["val"] * validation),
         y=torch.arange(total) % CLASSES,
+        target=torch.arange(total) % CLASSES,
         views=1,
         vectors=vectors,
         mask=torch.ones(total, NODES, dtype=torch.bool),

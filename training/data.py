@@ -52,6 +52,7 @@ class Batch:
     """B images, each seen in one view. Node 0 is the whole image, nodes 1..N its local nodes, padded under `mask`."""
 
     y: Tensor  # (B,) int64, the position in Cache.classes
+    target: Tensor  # (B,) int64 or (B, C) float32: what training is told of the class, as Cache.target
     nodes: Tensor  # (B, N+1, D) float32, unit length; 0 where padded
     mask: Tensor  # (B, N+1) bool, true for node 0
     box: Tensor  # (B, N, 4) float32, x0 y0 x1 y1 of the local nodes in [0,1] of the full image
@@ -87,6 +88,7 @@ class Cache:
     paths: list[str]
     split: np.ndarray  # (n,) str
     y: Tensor  # (n,) int64
+    target: Tensor  # y, unless a regime tells training otherwise: (n,) int64, or (n, C) float32 whose rows sum to 1
     views: int  # V
     vectors: Tensor  # (n V, N+1, D) float16
     mask: Tensor  # (n V, N+1) bool
@@ -117,6 +119,7 @@ class Cache:
         rows = images * self.views + (0 if views is None else views)
         return Batch(
             y=self.y[images],
+            target=self.target[images],
             nodes=self.vectors[rows].float(),
             mask=self.mask[rows],
             box=self.boxes[rows, 1:],
@@ -184,11 +187,13 @@ def read_cache(folder: str | Path, encoder: str, buckets: int) -> Cache:
         image_ids,
         vectors.shape[2],
     )
+    labels_of = torch.from_numpy(y.to_numpy().astype(np.int64))
     return Cache(
         classes=classes,
         paths=index["path"].to_pylist(),
         split=split,
-        y=torch.from_numpy(y.to_numpy().astype(np.int64)),
+        y=labels_of,
+        target=labels_of,
         views=views,
         vectors=torch.from_numpy(vectors),
         mask=torch.from_numpy(mask),

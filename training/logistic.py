@@ -62,7 +62,10 @@ def fit_logistic(
     strengths: Sequence[float] = STRENGTHS,
     max_iterations: int = MAX_ITERATIONS,
 ) -> Chosen:
-    """Fit x (n, D) to y (n,) at every strength, and keep the fit that x_val, y_val prefer."""
+    """Fit x (n, D) to y at every strength, and keep the fit that x_val, y_val prefer.
+
+    y is classes (n,), or probabilities (n, C); y_val is classes.
+    """
     linear = nn.Linear(x.shape[1], classes)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -73,7 +73,7 @@ def starting_point(cache: Cache) -> StartingPoint:
     standardise_global = Standardise(cache.globals(train))
     sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
     x, x_val = standardise_global(cache.globals(train)), standardise_global(cache.globals(val))
-    probe = fit_logistic(x, cache.y[train], x_val, cache.y[val], len(cache.classes)).linear
+    probe = fit_logistic(x, cache.target[train], x_val, cache.y[val], len(cache.classes)).linear
     return StartingPoint(standardise_global, Standardise(sample.nodes[sample.mask]), probe)
 
 
@@ -100,9 +100,12 @@ def state_row(epoch: int, train_loss: float, val: tuple[float, float]) -> dict[s
     return {"epoch": epoch, "train_loss": train_loss, "val_loss": val[1], "val_accuracy": val[0]}
 
 
-def total_loss(output: Output, y: Tensor, weights: Mapping[str, float]) -> Tensor:
-    """Cross entropy plus the method's losses by their weights. Raises KeyError for a loss without a weight."""
-    loss = F.cross_entropy(output.logits.float(), y)
+def total_loss(output: Output, target: Tensor, weights: Mapping[str, float]) -> Tensor:
+    """Cross entropy with `target`, classes (B,) or probabilities (B, C), plus the method's losses by their weights.
+
+    Raises KeyError for a loss without a weight.
+    """
+    loss = F.cross_entropy(output.logits.float(), target)
     for name, value in output.losses.items():
         loss = loss + weights[name] * value
     return loss
@@ -164,7 +167,7 @@ def fit_once(
             batch = cache.batch(images, view)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 output = model(batch)
-            loss = total_loss(output, batch.y, weights)
+            loss = total_loss(output, batch.target, weights)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)

@@ -58,8 +58,8 @@ class AttentionPool(nn.Module):
         losses = {}
         if self.training:
             losses = {
-                "image": F.cross_entropy(by_global.float(), batch.y),
-                "pooled": F.cross_entropy(by_pooled.float(), batch.y),
+                "image": F.cross_entropy(by_global.float(), batch.target),
+                "pooled": F.cross_entropy(by_pooled.float(), batch.target),
             }
         return Output(by_global + by_pooled, losses, attention)
 

@@ -110,8 +110,8 @@ class ConceptGraph(nn.Module):
         losses = {}
         if self.training:
             losses = {
-                "image": F.cross_entropy(by_global.float(), batch.y),
-                "graph": F.cross_entropy(by_graph.float(), batch.y),
+                "image": F.cross_entropy(by_global.float(), batch.target),
+                "graph": F.cross_entropy(by_graph.float(), batch.target),
             }
         return Output(by_global + by_graph, losses, attention)
 

@@ -38,7 +38,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     standardise = Standardise(sample)
     chosen = fit_logistic(
         standardise(sample),
-        cache.y[train].repeat(cache.views),
+        torch.cat([cache.target[train]] * cache.views),
         standardise(cache.globals(val)),
         cache.y[val],
         len(cache.classes),
