@@ -5,6 +5,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 METHOD ?=
+NAME ?=
+STUDY ?=
 REMOTE ?=
 PROFILE ?=
 SHELL := /bin/bash
@@ -13,13 +15,10 @@ STAMP := $(VENV)/.fieldmark-$(shell cat pyproject.toml constraints.txt | sha256s
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Threads that spin while they wait take the cores from each other.
 export OMP_WAIT_POLICY ?= passive
-# glibc gives the memory of each batch back and asks for it anew, which takes as long as half of the forward pass.
-export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
-export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 # Where there is no git (an unpacked archive) DVC must be told.
 NO_SCM := $(if $(wildcard .git),,.dvc/config.local)
 
-.PHONY: setup profile repro retry pull share test test-all bench clean
+.PHONY: setup profile repro retry study compare pull share test test-all bench clean
 
 setup: $(STAMP) $(NO_SCM)
 
@@ -46,6 +45,15 @@ repro: profile
 retry: profile
 	dvc repro --single-item --force generate_concepts describe_images
 	@$(MAKE) --no-print-directory repro
+
+# The runs of studies.NAME in params.yaml, those that are not there yet; its tables.
+study: setup
+	@test -n "$(NAME)" || { echo "error: make study NAME=NAME, a name under studies in params.yaml" >&2; exit 1; }
+	@python -m training.study --name "$(NAME)"
+
+compare: setup
+	@test -n "$(STUDY)" || { echo "error: make compare STUDY=NAME, a name under studies in params.yaml" >&2; exit 1; }
+	@python -m training.compare --study "$(STUDY)"
 
 # What `dvc repro --single-item train@METHOD` reads, and nothing else: no images, no key, no GPU needed.
 pull: setup

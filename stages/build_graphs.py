@@ -118,7 +118,7 @@ def update_bucket(source: Path, target: Path, settings: Graphs, made_by: dict[st
 def main() -> None:
     arguments = encoder_parser(__doc__).parse_args()
     params = load_params(arguments.params)
-    params.encoder(arguments.encoder)
+    params.image_encoder(arguments.encoder)
     buckets = params.dataset.buckets
     images, folder = EMBED / arguments.encoder / "images", GRAPHS / arguments.encoder
     embed_mark = store.read_folder_header(images, "embed.nodes/1", buckets).fingerprint

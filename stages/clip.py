@@ -49,6 +49,7 @@ from safetensors import SafetensorError
 from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms import Compose, PILToTensor
 
 from stages import images, longclip, store
 from stages.command import UserError
@@ -71,7 +72,8 @@ class LoadedEncoder:
 
     name: str
     model: nn.Module
-    preprocess: Callable[[Image.Image], Tensor]
+    preprocess: Callable[[Image.Image], Tensor]  # to bytes (3, H, W)
+    normalise: Callable[[Tensor], Tensor]  # of bytes (n, 3, H, W), to float32
     preprocessing: dict[str, Any]
     tokenizer: Callable[[list[str]], Tensor]
     dtype: torch.dtype
@@ -93,14 +95,18 @@ class LoadedEncoder:
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (n, 3, H, W) to the global embeddings (n, D) and the dense tokens (n, h, w, D), float32 on the CPU.
+        """Pixels (n, 3, H, W) to the global embeddings (n, D) and the dense tokens (n, h, w, D), float32 on the device.
 
-        n is at most batch_size; the batch is padded to it, since another batch shape changes bits.
+        Pixels are bytes as `preprocess` gives them, or floats that are normalised already. n is at most batch_size; the
+        batch is padded to it, since another batch shape changes bits.
         """
         count = len(pixels)
-        pixels = pad_rows(pixels, self.batch_size).to(self.device, self.dtype, memory_format=torch.channels_last)
+        pixels = pad_rows(pixels, self.batch_size).to(self.device)
+        if pixels.dtype == torch.uint8:
+            pixels = self.normalise(pixels)
+        pixels = pixels.to(self.dtype, memory_format=torch.channels_last)
         pooled, tokens = image_features(self.model.visual, pixels, self.name)
-        return pooled[:count].float().cpu(), tokens[:count].float().cpu()
+        return pooled[:count].float(), tokens[:count].float()
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
@@ -203,8 +209,9 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         "preprocessing": preprocessing,
         "precision": settings.precision,
     }
+    preprocess, normalise = split_transform(image_transform_v2(PreprocessCfg(**preprocessing), is_train=False), device)
     encoder = LoadedEncoder(
-        name=name, model=model, preprocess=image_transform_v2(PreprocessCfg(**preprocessing), is_train=False),
+        name=name, model=model, preprocess=preprocess, normalise=normalise,
         preprocessing=preprocessing, tokenizer=tokenizer,
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
         fingerprint=store.sha256(store.canonical_json(identity)),
@@ -233,7 +240,7 @@ def check_precision(encoder: LoadedEncoder, precision: str) -> None:
     blank = encoder.preprocess(Image.new("RGB", (8, 8)))[None]
     try:
         model.encode_text(encoder.tokenizer(["a"]).to(encoder.device))
-        model.encode_image(blank.to(encoder.device, encoder.dtype))
+        model.encode_image(encoder.normalise(blank.to(encoder.device)).to(encoder.dtype))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         remedy = f"open_clip cannot run this model in {precision} ({reason}); use fp32"
@@ -363,11 +370,30 @@ def cut_cells(trunk: Any, features: Any) -> tuple[Tensor, tuple[int, int]] | Non
     return cells.expand(-1, prefix + 1, -1), grid
 
 
+def split_transform(
+    transform: Compose, device: torch.device
+) -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor]]:
+    """A library's preprocessing in two steps: a picture to bytes (3, H, W), and bytes (n, 3, H, W) to float32.
+
+    Together they give its bits. A thread that decodes moves a quarter of the memory so, and no tensor in it is large
+    enough for PyTorch to start threads of its own.
+    """
+    *cut, _, normalize = transform.transforms
+    mean, std = (torch.as_tensor(each, device=device)[:, None, None] for each in (normalize.mean, normalize.std))
+
+    def normalise(pixels: Tensor) -> Tensor:
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    return Compose([*cut, PILToTensor()]), normalise
+
+
 def visible_box(width: int, height: int, preprocessing: dict[str, Any]) -> Box:
     """What part of a picture of this size the encoder sees, (x0, y0, x1, y1), where [0, 1] is the whole of it."""
+    # Where timm's crop takes less than the whole side of the resized picture (towers.py).
+    share = preprocessing.get("crop_share", 1.0)
     if preprocessing["resize_mode"] == "squash":
-        return 0.0, 0.0, 1.0, 1.0
+        return (1 - share) / 2, (1 - share) / 2, (1 + share) / 2, (1 + share) / 2
     # `shortest` crops to the middle square; `longest` pads to a square that reaches out of the picture.
-    side = min(width, height) if preprocessing["resize_mode"] == "shortest" else max(width, height)
+    side = share * (min(width, height) if preprocessing["resize_mode"] == "shortest" else max(width, height))
     x, y = (width - side) / 2 / width, (height - side) / 2 / height
     return x, y, 1 - x, 1 - y

@@ -6,6 +6,7 @@ Writes  data/embed/NAME/images/bNNN.parquet (embed.nodes/1). Rows that are there
         finished, bucket by bucket, is kept too.
 Costs   one forward pass an image and view (`crops: [3]` adds 9 a view); 2 bytes a dimension and node on disk; memory
         does not grow with the images. --dry-run embeds a few batches, writes nothing, and says what is to come.
+        --find-batch-size times the forward pass at growing batches. Large JPEGs are decoded at reduced size (views.py).
 
 Nodes of a view, in this order: `global`; `token`s, row by row, where `embed.tokens`; for each g of `embed.grids` g x g
 `grid` cells, means of the tokens they cover; for each c of `embed.crops` c x c windows with a pass of their own. View 0
@@ -14,6 +15,7 @@ unit length; it is 0, as its norm, for a cell in which a tower that ends with a 
 
     python -m stages.embed_images --encoder reef
     python -m stages.embed_images --encoder reef --dry-run
+    python -m stages.embed_images --encoder reef --device cuda:0,cuda:1
 """
 
 from functools import partial
@@ -26,10 +28,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages import store
-from stages.clip import Box, LoadedEncoder, choose_device, load_encoder
-from stages.command import UserError, encoder_parser, run
+from stages.clip import Box, LoadedEncoder, choose_device
+from stages.command import UserError, run
 from stages.params import Embed, load_params
-from stages.passes import Pass, Product, preview, update
+from stages.passes import (
+    ALL,
+    Pass,
+    Product,
+    compile_blocks,
+    find_batch_size,
+    keep_memory,
+    list_devices,
+    passes_parser,
+    preview,
+    run_shards,
+    update,
+)  # fmt: skip
+from stages.towers import LoadedTower, load_image_encoder
 from stages.views import View, grid_cells, read_sources
 
 EMBED = Path("data/embed")
@@ -75,7 +90,7 @@ def make_rows(settings: Embed, view: View, passes: list[Pass]) -> pa.Table:
     })
 
 
-def nodes_of(encoder: LoadedEncoder, settings: Embed) -> Product:
+def nodes_of(encoder: LoadedEncoder | LoadedTower, settings: Embed) -> Product:
     """What this stage makes with an encoder."""
     return Product(
         folder=EMBED / encoder.name / "images",
@@ -93,20 +108,30 @@ def nodes_of(encoder: LoadedEncoder, settings: Embed) -> Product:
 
 
 def main() -> None:
-    parser = encoder_parser(__doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dry-run", action="store_true", help="print images, time and bytes to come; write nothing")
-    arguments = parser.parse_args()
+    arguments = passes_parser(__doc__).parse_args()
+    keep_memory()
     params = load_params(arguments.params)
-    settings = params.encoder(arguments.encoder)
+    settings = params.image_encoder(arguments.encoder)
     sources = read_sources(params.dataset.folder)
-    encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device))
-    product = nodes_of(encoder, params.embed)
-    if arguments.dry_run:
-        print(f"{product.folder}: {preview(product, sources, params.dataset.buckets)}")
+    buckets = params.dataset.buckets
+    devices = list_devices(arguments.device)
+    if len(devices) > 1 and not (arguments.dry_run or arguments.find_batch_size):
+        store.remove_strays(EMBED / arguments.encoder / "images", buckets)
+        run_shards("stages.embed_images", devices)
         return
-    count = update(product, sources, params.dataset.buckets)
-    print(f"{product.folder}: {count} images embedded, {len(sources) - count} kept")
+    encoder = load_image_encoder(arguments.encoder, settings, choose_device(devices[0]))
+    if arguments.compile:
+        compile_blocks(encoder.model)
+    product = nodes_of(encoder, params.embed)
+    if arguments.find_batch_size:
+        print(find_batch_size(product))
+    elif arguments.dry_run:
+        print(f"{product.folder}: {preview(product, sources, buckets, len(devices))}")
+    else:
+        count = update(product, sources, buckets, arguments.shard)
+        rank, world = arguments.shard or ALL
+        total = sum(store.bucket_of(source.image_id, buckets) % world == rank for source in sources)
+        print(f"{product.folder}: {count} images embedded, {total - count} kept")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Export the embeddings of one encoder for other tools: one safetensors file, or a folder of WebDataset shards.
+"""Export the embeddings of one encoder or tower for other tools: a safetensors file, or a folder of WebDataset shards.
 
 Reads   data/index/images.parquet, data/index/classes.parquet, data/embed/NAME/images/; with --thumbs data/thumbs/.
 Writes  OUT alone, the usable images of the index in one view (--view, 0 is the picture as it is). Equal inputs give
@@ -263,7 +263,7 @@ def main() -> None:
     if arguments.thumbs and arguments.to == "safetensors":
         parser.error("--thumbs goes with --to webdataset")
     params = load_params(arguments.params)
-    params.encoder(arguments.encoder)
+    params.image_encoder(arguments.encoder)
     source = find_source(arguments.encoder, arguments.view, params.dataset.buckets)
     try:
         if arguments.to == "safetensors":

@@ -3,44 +3,66 @@
 A stage says in a `Product` what it makes of a view; here is what all of them share. Rows that are there already, made
 alike, are kept; what a run that was killed had finished, bucket by bucket, is kept too; memory does not grow with the
 images.
+
+Threads decode, one thread runs the encoder, and the main thread makes rows of what came out and writes them: so the
+encoder waits for nothing but pictures. On a GPU the copies there and back run beside the passes. With several devices
+there is a process each, which takes the buckets with `bucket % world == rank`.
 """
 
+import ctypes
 import heapq
 import io
 import os
+import platform
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages import store
+from stages.command import UserError, encoder_parser
 from stages.images import map_ahead
 from stages.params import Embed
 from stages.views import Eyes, Source, View, count_passes, prepare
 
 # Batches that --dry-run embeds to tell the rate.
 SAMPLE_BATCHES = 4
+# Batches that wait for the encoder while one is in it.
+AHEAD = 2
+# --find-batch-size goes on while twice the batch is this much faster, and times each for so many seconds.
+GAIN, TIMED = 1.02, 2.0
+Item = TypeVar("Item")
 # What one forward pass gave, by output.
 Pass = tuple[Tensor, ...]
+# Rank and world: this process takes the buckets with bucket % world == rank.
+Shard = tuple[int, int]
+ALL: Shard = (0, 1)
 
 
 class Model(Eyes, Protocol):
-    """What of an encoder decides how passes are batched and told of."""
+    """What of an encoder decides how passes are batched and told of. Out of memory halves its `batch_size`."""
+
+    batch_size: int
 
     @property
     def name(self) -> str: ...
     @property
     def device(self) -> torch.device: ...
     @property
-    def batch_size(self) -> int: ...
+    def normalise(self) -> Callable[[Tensor], Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,7 @@ class Product:
     made_by: dict[str, Any]  # all that changes content
     cuts: Embed  # which views and windows are shown
     model: Model
-    forward: Callable[[Tensor], tuple[Tensor, ...]]  # pixels (n, 3, H, W) to outputs, each (n, ...) on the CPU
+    forward: Callable[[Tensor], tuple[Tensor, ...]]  # normalised pixels (n, 3, H, W) to outputs, each (n, ...)
     rows: Callable[[View, list[Pass]], pa.Table]  # one view's rows from its passes, that of the whole view first
 
     @property
@@ -69,79 +91,207 @@ class Work(NamedTuple):
     missing: list[Source]
 
 
-def find_work(product: Product, sources: list[Source], buckets: int) -> Work:
-    """Compare a folder of buckets with what it should hold of `sources`."""
+class Clock:
+    """What a run waited for: `decode`, the pictures, and `forward`, the encoder; the rest made rows and wrote them."""
+
+    def __init__(self) -> None:
+        self.started = perf_counter()
+        self.waited = {"decode": 0.0, "forward": 0.0}
+
+    def over(self, items: Iterable[Item], name: str) -> Iterator[Item]:
+        """The items, with the time that each took to come counted under a name."""
+        arriving = iter(items)
+        while True:
+            asked = perf_counter()
+            try:
+                item = next(arriving)
+            except StopIteration:
+                return
+            finally:
+                self.waited[name] += perf_counter() - asked
+            yield item
+
+    def seconds(self) -> float:
+        return perf_counter() - self.started
+
+    def shares(self) -> str:
+        """The shares of the time so far."""
+        # Pictures are waited for while the encoder is asked for its next batch.
+        decode, forward = self.waited["decode"], self.waited["forward"] - self.waited["decode"]
+        write = self.seconds() - decode - forward
+        shares = {"decode": decode, "forward": forward, "write": write}
+        return ", ".join(f"{name} {spent / self.seconds():.0%}" for name, spent in shares.items())
+
+
+class Passes:
+    """Batches through a product's model in the order they come, on a GPU with the copies beside the passes."""
+
+    def __init__(self, product: Product) -> None:
+        self.product = product
+        device = product.model.device
+        # One there and one back. Passes themselves keep to one stream: with two, cuBLAS does not promise the same bits.
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
+
+    def start(self, pixels: Tensor) -> Callable[[], Pass]:
+        """Begin with bytes (n, 3, H, W); what is returned waits for their outputs, each (n, ...) on the CPU."""
+        if not self.streams:
+            outputs = self.forward(pixels)
+            return lambda: outputs
+        there, back = self.streams
+        device = self.product.model.device
+        here = torch.cuda.current_stream(device)
+        with torch.cuda.stream(there):
+            moved = pixels.pin_memory().to(device, non_blocking=True)
+        here.wait_stream(there)
+        moved.record_stream(here)
+        made = self.forward(moved)
+        back.wait_stream(here)
+        with torch.cuda.stream(back):
+            # To pinned memory, since it does not block.
+            outputs = tuple(each.to("cpu", non_blocking=True) for each in made)
+            arrived = back.record_event()
+        for each in made:
+            if each.is_cuda:
+                each.record_stream(back)
+
+        def wait() -> Pass:
+            arrived.synchronize()
+            return outputs
+
+        return wait
+
+    def forward(self, pixels: Tensor) -> Pass:
+        """The outputs of a batch; where memory does not suffice, by batches of half the size from here on."""
+        model = self.product.model
+        while True:
+            try:
+                parts = [self.product.forward(model.normalise(part)) for part in pixels.split(model.batch_size)]
+                return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            if model.batch_size == 1:
+                where = f"{model.device} has not the memory for one picture at a time"
+                raise UserError(f"params.yaml: {model.name}: {where}; use a smaller encoder, or --device cpu")
+            model.batch_size //= 2
+            remedy = f"set its batch_size in params.yaml to {model.batch_size}, since another one changes the last bits"
+            tqdm.write(f"warning: {model.name}: out of memory, going on with half the batch; {remedy}", sys.stderr)
+            if self.streams:
+                torch.cuda.empty_cache()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device could not allocate; of the CPU, PyTorch says it in words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def keep_memory() -> None:
+    """Have glibc keep the memory of a batch for the next one, as the Makefile does for what it runs.
+
+    To give it back and ask for it anew takes as long as half of the forward pass. One arena: that of another thread, in
+    which the encoder runs, is given back whatever the thresholds say.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+        for option, value in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (arena_max, 1)):
+            libc.mallopt(option, value)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch.compile make code of every block of a tower when it first runs, each on its own.
+
+    A block is an entry of a list of modules; those that are alike share their code.
+    """
+    for child in model.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            for block in child:
+                block.compile()
+        else:
+            compile_blocks(child)
+
+
+def find_work(product: Product, sources: list[Source], buckets: int, shard: Shard = ALL) -> Work:
+    """Compare a folder of buckets, or a shard of it, with what it should hold of `sources`."""
+    rank, world = shard
     by_id = {source.image_id: source for source in sources}
     todo: list[tuple[Path, store.Kept]] = []
     for bucket, wanted in enumerate(store.split_buckets(list(by_id), buckets)):
-        path = store.bucket_path(product.folder, bucket)
-        kept = store.find_kept(path, product.schema, product.mark, wanted)
-        if kept.changes:
-            todo.append((path, kept))
+        if bucket % world == rank:
+            path = store.bucket_path(product.folder, bucket)
+            kept = store.find_kept(path, product.schema, product.mark, wanted)
+            if kept.changes:
+                todo.append((path, kept))
     return Work(todo, [by_id[image_id] for _, kept in todo for image_id in kept.missing])
 
 
-def forward_views(views: Iterable[View], product: Product) -> Iterator[pa.Table]:
+def forward_views(views: Iterable[View], product: Product, clock: Clock) -> Iterator[pa.Table]:
     """Yield the rows of each view in order, its passes batched with those of the views around it."""
-    waiting: list[View] = []
-    pixels: list[Tensor] = []
-    done: list[Pass] = []
+    waiting: deque[View] = deque()
+    done: deque[Pass] = deque()
 
-    def forward(count: int) -> None:
-        batch = torch.stack(pixels[:count])
-        del pixels[:count]
-        done.extend(zip(*product.forward(batch), strict=True))
+    def batches() -> Iterator[Tensor]:
+        pixels: list[Tensor] = []
+        for view in clock.over(views, "decode"):
+            waiting.append(view)
+            pixels.extend(view.pixels)
+            while len(pixels) >= (size := product.model.batch_size):
+                yield torch.stack(pixels[:size])
+                del pixels[:size]
+        if pixels:
+            yield torch.stack(pixels)
 
-    def finished() -> Iterator[pa.Table]:
+    begun = map_ahead(Passes(product).start, batches(), workers=1, ahead=AHEAD)
+    for outputs in clock.over((wait() for wait in begun), "forward"):
+        done.extend(zip(*outputs, strict=True))
         while waiting and len(done) >= len(waiting[0].pixels):
-            view = waiting.pop(0)
-            passes = done[: len(view.pixels)]
-            del done[: len(view.pixels)]
-            yield product.rows(view, passes)
-
-    for view in views:
-        waiting.append(view)
-        pixels.extend(view.pixels)
-        while len(pixels) >= product.model.batch_size:
-            forward(product.model.batch_size)
-            yield from finished()
-    if pixels:
-        forward(len(pixels))
-    yield from finished()
+            view = waiting.popleft()
+            yield product.rows(view, [done.popleft() for _ in view.pixels])
 
 
-def forward_sources(sources: list[Source], product: Product) -> Iterator[pa.Table]:
-    """Yield the rows of each image in order; threads decode the images ahead."""
+def forward_sources(sources: list[Source], product: Product, clock: Clock | None = None) -> Iterator[pa.Table]:
+    """Yield the rows of each image in order."""
     workers = os.cpu_count() or 1
     prepared = map_ahead(
         lambda source: prepare(source, product.model, product.cuts), sources,
         workers=workers, ahead=max(workers, 2 * product.model.batch_size // count_passes(product.cuts)),
     )
-    rows = forward_views((view for views in prepared for view in views), product)
+    rows = forward_views((view for views in prepared for view in views), product, clock or Clock())
     for _ in sources:
         yield pa.concat_tables(islice(rows, product.cuts.views + 1)).cast(product.columns)
 
 
-def update(product: Product, sources: list[Source], buckets: int) -> int:
-    """Bring a folder of buckets up to date with `sources`; return how many images went through the encoder."""
-    store.remove_strays(product.folder, buckets)
-    work = find_work(product, sources, buckets)
-    with tqdm(total=len(work.missing), desc=f"embed {product.model.name}", unit="img") as progress:
+def update(product: Product, sources: list[Source], buckets: int, shard: Shard | None = None) -> int:
+    """Bring a folder of buckets up to date with `sources`; return how many images went through the encoder.
+
+    With a shard, its buckets alone: what else lies in the folder is left to whoever started the processes.
+    """
+    if shard is None:
+        store.remove_strays(product.folder, buckets)
+    work = find_work(product, sources, buckets, shard or ALL)
+    clock = Clock()
+    name = product.model.name if shard is None else f"{product.model.name} {shard[0]}/{shard[1]}"
+    with tqdm(total=len(work.missing), desc=f"embed {name}", unit="img") as progress:
 
         def count(images: Iterable[pa.Table]) -> Iterator[pa.Table]:
             for image in images:
+                progress.set_postfix_str(clock.shares(), refresh=False)
                 progress.update()
                 yield image
 
-        rows = count(forward_sources(work.missing, product))
+        rows = count(forward_sources(work.missing, product, clock))
         for path, kept in work.todo:
             old = store.iterate_images(path, product.schema, kept.present) if kept.present else iter(())
             images = heapq.merge(old, islice(rows, len(kept.missing)), key=store.image_of)
             store.write_sorted(images, path, product.schema, product.columns, product.made_by, product.mark)
+    if work.missing:
+        embedded, seconds = len(work.missing), clock.seconds()
+        rate = f"{embedded} images in {seconds:.2f} s, {embedded / seconds:.1f} images/s"
+        print(f"embed {name}: {rate}; {clock.shares()}", file=sys.stderr)
     return len(work.missing)
 
 
-def preview(product: Product, sources: list[Source], buckets: int) -> str:
+def preview(product: Product, sources: list[Source], buckets: int, devices: int = 1) -> str:
     """What a run would do, for --dry-run: the rate and the bytes are those of a few images embedded now."""
     work = find_work(product, sources, buckets)
     total = len(work.missing)
@@ -157,5 +307,103 @@ def preview(product: Product, sources: list[Source], buckets: int) -> str:
         store.write_parquet(images, file, images[0].schema)
         size = file.tell() / len(sample) * total / 1e6
         measured = f"{rate:.1f} images/s on {product.model.device}, measured with {len(sample)} of them"
-        lines += [f"time: about {timedelta(seconds=round(total / rate))} ({measured})", f"on disk: about {size:.2f} MB"]
+        if devices > 1:
+            measured += f", times {devices} devices"
+        seconds = round(total / rate / devices)
+        lines += [f"time: about {timedelta(seconds=seconds)} ({measured})", f"on disk: about {size:.2f} MB"]
     return "\n".join(lines)
+
+
+def measure_rate(product: Product, batch: Tensor) -> float:
+    """Images a second of the forward pass alone, over batches that lie on the device."""
+    device = product.model.device
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    # A first pass is slower than those that follow.
+    product.forward(batch)
+    synchronise()
+    count, spent, started = 0, 0.0, perf_counter()
+    while spent <= TIMED:
+        product.forward(batch)
+        synchronise()
+        count, spent = count + len(batch), perf_counter() - started
+    return count / spent
+
+
+def find_batch_size(product: Product) -> str:
+    """A table of rates, for --find-batch-size: the batch is doubled until that gains nothing or memory ends."""
+    model = product.model
+    picture = model.preprocess(Image.new("RGB", (8, 8)))
+    best, best_rate = model.batch_size, 0.0
+    lines = [f"{'batch_size':>10s} {'images/s':>9s}"]
+    while True:
+        try:
+            pixels = picture.to(model.device).expand(model.batch_size, *picture.shape)
+            rate = measure_rate(product, model.normalise(pixels))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            lines.append(f"{model.batch_size:10d} out of memory")
+            break
+        lines.append(f"{model.batch_size:10d} {rate:9.1f}")
+        if rate < GAIN * best_rate:
+            break
+        best, best_rate = model.batch_size, rate
+        model.batch_size *= 2
+    if not best_rate:
+        raise UserError(f"params.yaml: {model.name}: out of memory at batch_size {model.batch_size}; make it smaller")
+    return "\n".join([*lines, f"params.yaml: {model.name}: batch_size: {best} (another one changes the last bits)"])
+
+
+def passes_parser(doc: str | None) -> ArgumentParser:
+    """A parser for the stages that show images to an encoder."""
+    parser = encoder_parser(doc)
+    devices = "auto, cpu, cuda, cuda:N, or several with commas, a process each (default: auto, every GPU or the CPU)"
+    parser.add_argument("--device", default="auto", metavar="DEVICES", help=devices)
+    share = "only the buckets with bucket %% WORLD == RANK; strays are left (what several devices are given)"
+    parser.add_argument("--shard", type=parse_shard, metavar="RANK/WORLD", help=share)
+    compiled = "torch.compile: vectors may differ from those without to cosine 0.999; on CPU it needs a C++ compiler"
+    parser.add_argument("--compile", action="store_true", help=compiled)
+    parser.add_argument("--dry-run", action="store_true", help="print images, time and bytes to come; write nothing")
+    found = "time the forward pass at batch_size, twice that, ..., print what is fastest; write nothing"
+    parser.add_argument("--find-batch-size", action="store_true", help=found)
+    return parser
+
+
+def parse_shard(text: str) -> Shard:
+    """`RANK/WORLD`, 0/2 and 1/2 for two. Raises ValueError, which argparse tells."""
+    rank, world = map(int, text.split("/"))
+    if not 0 <= rank < world:
+        raise ValueError
+    return rank, world
+
+
+def list_devices(names: str) -> list[str]:
+    """The devices of --device; `auto` is every GPU, or the CPU where there is none."""
+    if names == "auto":
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    return names.split(",")
+
+
+def run_shards(stage: str, devices: list[str]) -> None:
+    """Run this command once a device, each on its share of the buckets. Exits with the code of the first that failed.
+
+    What each has to say it says itself; where one fails, the others finish.
+    """
+    processes = [
+        subprocess.Popen([
+            sys.executable, "-m", stage, *sys.argv[1:], "--device", device, "--shard", f"{rank}/{len(devices)}",
+        ])
+        for rank, device in enumerate(devices)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait() for process in processes]
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    if failed := [code for code in codes if code]:
+        sys.exit(max(failed[0], 1))

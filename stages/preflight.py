@@ -48,6 +48,9 @@ def named_paths(params: Params) -> Iterator[tuple[str, str, str]]:
     for name, encoder in params.encoders.items():
         if encoder.model.startswith("local-dir:"):
             yield f"encoders.{name}.model", encoder.model.removeprefix("local-dir:"), "folder"
+    for name, tower in params.towers.items():
+        if tower.pretrained is not None:
+            yield f"towers.{name}.pretrained", tower.pretrained, "file"
 
 
 def check_path(where: str, path: str, kind: str) -> None:

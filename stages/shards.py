@@ -1,4 +1,4 @@
-"""List what lies on disk for each encoder, and remove what is left of one that params.yaml no longer names.
+"""List what lies on disk for each encoder and tower, and remove what is left of one that params.yaml does not name.
 
 Reads   params.yaml, data/index/images.parquet, and all that lies under data/embed, data/bank, data/labels and
         data/graphs; of data/runs the methods that params.yaml no longer names.
@@ -119,7 +119,7 @@ def list_parts(params: Params) -> Iterator[Part]:
     buckets, usable = params.dataset.buckets, usable_images()
     for encoder in find_encoders():
         for path in shards_of(encoder):
-            yield inspect(path, named=encoder in params.encoders, buckets=buckets, usable=usable)
+            yield inspect(path, named=encoder in params.image_encoders, buckets=buckets, usable=usable)
     for folder in sorted(RUNS.glob("*/")):
         if folder.name not in params.train.methods:
             predictions = inspect(folder / "predictions.parquet", named=False, buckets=buckets, usable=usable)
@@ -150,6 +150,8 @@ def remove(encoder: str, params: Params) -> int:
     """Delete an encoder's shards; return their bytes. Raises UserError for one that params.yaml names, or unknown."""
     if encoder in params.encoders:
         raise UserError(f"params.yaml: encoders.{encoder}: is in use; take it out first, with the methods that name it")
+    if encoder in params.towers:
+        raise UserError(f"params.yaml: towers.{encoder}: is in use; take it out first")
     found = find_encoders()
     if encoder not in found:
         there = ", ".join(found) or "no encoder"
@@ -178,7 +180,7 @@ def main() -> None:
     parts = list(list_parts(params))
     print(table(parts))
     for encoder in find_encoders():
-        if encoder not in params.encoders:
+        if encoder not in params.image_encoders:
             freed = sum(size_of(path) for path in shards_of(encoder))
             print(f"\n{encoder} is not in params.yaml: --remove {encoder} frees {freed / MB:,.1f} MB")
 

@@ -8,7 +8,8 @@ rows, paths, modes, batch sizes, devices or limits.
 A folder of buckets (`bNNN.parquet`) holds one row set an image, in bucket `int(image_id[:8], 16) % buckets`. All
 buckets exist, empty ones too, so a missing one is seen. Everything is written to a temporary name and renamed: no
 reader meets half a file. Pages carry checksums: a flipped bit is an error, not a number. Row groups are of ROW_GROUP
-rows, so that a file that is written row group by row group has the bytes of one that is written at once.
+rows, wide ones of WIDE_ROW_GROUP, so that a file that is written row group by row group has the bytes of one that is
+written at once.
 """
 
 import hashlib
@@ -30,6 +31,8 @@ from stages.command import UserError
 HALF, FLOAT, TEXT, INT = pa.float16(), pa.float32(), pa.string(), pa.int32()
 # Rows in a row group: 4 MB of vectors at D = 512, which costs 1 % of the file and reads faster than one group does.
 ROW_GROUP = 4096
+# The same of rows that hold all vectors of a map, 0.3 MB each with 14 x 14 cells of 768.
+WIDE_ROW_GROUP = 16
 
 
 def required(name: str, kind: pa.DataType) -> pa.Field:
@@ -83,9 +86,18 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("x0", FLOAT), required("y0", FLOAT), required("x1", FLOAT), required("y1", FLOAT),
         required("flip", pa.bool_()), required("norm", FLOAT), required("vector", HALF),
     ],
+    "embed.tokens/1": [
+        required("image_id", TEXT), required("view", pa.int16()), required("layer", pa.int16()),
+        required("grid_h", pa.int16()), required("grid_w", pa.int16()), required("width", INT),
+        required("vectors", items(HALF)), pa.field("cls", items(HALF)), pa.field("rollout", items(HALF)),
+    ],
     "embed.text/1": [
         required("text_id", TEXT), required("text", TEXT), required("kind", TEXT), required("n_tokens", INT),
         required("truncated", pa.bool_()), required("vector", HALF),
+    ],
+    "embed.controls/1": [
+        required("kind", TEXT), pa.field("class_id", TEXT), required("rank", INT), required("text", TEXT),
+        required("vector", HALF),
     ],
     "bank/1": [
         required("concept_idx", INT), pa.field("concept_id", TEXT), pa.field("text", TEXT),
@@ -115,7 +127,9 @@ KEYS: dict[str, list[str]] = {
     "descriptions/1": ["image_id", "rank"],
     "concepts/1": ["class_id", "kind", "rank", "concept_id", "item_key"],
     "embed.nodes/1": ["image_id", "view", "node"],
+    "embed.tokens/1": ["image_id", "view", "layer"],
     "embed.text/1": ["text_id"],
+    "embed.controls/1": ["kind", "class_id", "rank"],
     "bank/1": ["concept_idx"],
     "labels/1": ["image_id", "view", "node"],
     "graphs/1": ["image_id", "view"],
@@ -221,22 +235,27 @@ def write_sorted(
 
 def write_parquet(pieces: Iterable[pa.Table], sink: Path | IO[bytes], columns: pa.Schema) -> None:
     """Write tables, one after the other, as one Parquet file: how every file here is encoded."""
-    with pq.ParquetWriter(sink, columns, compression="zstd", write_page_checksum=True) as writer:
+    # Texts repeat; numbers hardly do, and a dictionary of them takes three times as long and makes the file larger.
+    repeating = [field.name for field in columns if field.type == TEXT]
+    with pq.ParquetWriter(
+        sink, columns, compression="zstd", write_page_checksum=True, use_dictionary=repeating
+    ) as writer:
         for group in row_groups(pieces, columns):
             writer.write_table(group)
 
 
 def row_groups(pieces: Iterable[pa.Table], columns: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of `pieces` in tables of ROW_GROUP rows, the last of 1 to ROW_GROUP, or of 0 where there is no row."""
+    """The rows of `pieces` in tables of one size, the last of one row or more, or of none where there is no row."""
+    size = WIDE_ROW_GROUP if "vectors" in columns.names else ROW_GROUP
     waiting, count = [columns.empty_table()], 0
     for piece in pieces:
         waiting.append(piece.replace_schema_metadata(columns.metadata))
         count += len(piece)
-        while count > ROW_GROUP:
+        while count > size:
             table = pa.concat_tables(waiting)
             # One chunk: Arrow keeps the chunks it was given, and they would show in the bytes.
-            yield table.slice(0, ROW_GROUP).combine_chunks()
-            waiting, count = [table.slice(ROW_GROUP)], count - ROW_GROUP
+            yield table.slice(0, size).combine_chunks()
+            waiting, count = [table.slice(size)], count - size
     yield pa.concat_tables(waiting).combine_chunks()
 
 

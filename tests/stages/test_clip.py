@@ -55,7 +55,7 @@ def test_the_global_row_is_what_open_clip_gives(
     model.eval()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
     pixels = torch.stack([preprocess(picture), *noise(encoder, 2)])
-    assert torch.equal(encoder.preprocess(picture), pixels[0])
+    assert torch.equal(encoder.normalise(encoder.preprocess(picture)[None])[0], pixels[0])
     pooled, tokens = encoder.embed_images(pixels)
     assert pooled.dtype == tokens.dtype == torch.float32
     assert tokens.shape == (3, *{"conv": (2, 2), "vit": (4, 4)}[name], 16)

@@ -566,7 +566,7 @@ def test_what_cannot_be_is_one_line(
     set_params()
     with pytest.raises(UserError, match=r"data/index/images\.parquet: is missing"):
         run_stage("embed_images", "--encoder", "conv")
-    with pytest.raises(UserError, match=r"params\.yaml: encoders\.reef: .*conv, vit"):
+    with pytest.raises(UserError, match=r"params\.yaml: .*'reef'; choose one of: conv, vit"):
         run_stage("embed_images", "--encoder", "reef")
     run_stage("index_images")
     with pytest.raises(UserError, match="--device abacus: "):

@@ -206,7 +206,7 @@ def test_what_is_missing_is_one_line(made: list[Row], export: Export, run_stage:
             export(*words)
         assert "\n" not in str(error.value)
 
-    with pytest.raises(UserError, match=r"encoders\.none: is not there; choose one of"):
+    with pytest.raises(UserError, match=r"has 'none'; choose one of"):
         run_stage("export_embeddings", "--encoder", "none", "--to", "safetensors", "x")
     with pytest.raises(UserError, match=r"data/embed/vit/images/b000\.parquet: is missing"):
         run_stage("export_embeddings", "--encoder", "vit", "--to", "safetensors", "x")

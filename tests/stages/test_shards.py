@@ -66,6 +66,24 @@ def test_every_part_of_every_encoder_is_listed(made: None) -> None:
         assert (graphs.images, graphs.rows) == (12, 12)
 
 
+def test_a_tower_is_listed_and_kept_as_an_encoder_is(
+    made: None, set_params: Callable[..., Params], run_stage: RunStage
+) -> None:
+    write_nodes(Path("data/embed/dino/images"), VECTORS)
+    write_graphs(Path("data/graphs/dino"), "dino-graphs")
+    set_params(towers={"dino": {"model": "vit_small_patch14_dinov2"}})
+    own = {path: part for path, part in parts().items() if "dino" in path}
+    assert list(own) == ["data/embed/dino/images", "data/graphs/dino"]
+    assert all(part.named and part.state == "complete" for part in own.values())
+    before = files()
+    with pytest.raises(UserError, match=r"params\.yaml: towers\.dino: is in use; take it out first$"):
+        run_stage("shards", "--remove", "dino")
+    assert files() == before
+    set_params()
+    run_stage("shards", "--remove", "dino")
+    assert files() == {path: content for path, content in before.items() if "dino" not in path}
+
+
 def test_what_is_wrong_is_said(made: None, set_params: Callable[..., Params]) -> None:
     images = Path("data/embed/old/images")
     lost = len(store.read_table(store.bucket_path(images, 1), "embed.nodes/1")) // 3

@@ -1,0 +1,185 @@
+"""Store what chosen layers of an encoder hold of every image: all cells of the map, CLS and attention rollout.
+
+Reads   data/index/images.parquet and the images it names; `tokens.NAME`, `encoders.NAME` or `towers.NAME`, and
+        `embed.views` of params.yaml.
+Writes  data/embed/NAME/tokens/bNNN.parquet (embed.tokens/1). Rows that are there already, made by the same encoder and
+        layers, are kept, bucket by bucket, as embed_images keeps its own.
+Costs   one forward pass an image and view, up to the last layer asked for; 2 bytes a number on disk, which is much:
+        0.3 MB an image, view and layer for a ViT of 14 x 14 cells and 768 numbers. It says how much, and stops before
+        the first image where the disk has less. --dry-run tells time and bytes, and writes nothing.
+
+For methods that train a block or a pooling of their own over raw tokens; all others read nodes (embed_images). Views
+are those of `embed.views`, without crops. A row is one layer of one view. `vectors` holds grid_h x grid_w cells, row
+by row, of `width` numbers each, as they left the layer (layers.py): not projected, not of unit length. `cls` is null
+where the tower has no CLS token. `rollout`, heads x cells, is in the row of the last layer but one, where `rollout:
+true` asks for it, and null elsewhere.
+
+    python -m stages.embed_tokens --encoder vit-b-16 --dry-run
+    python -m stages.embed_tokens --encoder vit-b-16
+"""
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stages import store
+from stages.clip import LoadedEncoder, choose_device, pad_rows
+from stages.command import UserError, run
+from stages.layers import RULES, Choice, choose_layers, find_tower, hidden_states
+from stages.params import Embed, load_params
+from stages.passes import (
+    ALL,
+    Pass,
+    Product,
+    Work,
+    find_batch_size,
+    find_work,
+    keep_memory,
+    list_devices,
+    passes_parser,
+    preview,
+    run_shards,
+    update,
+)
+from stages.towers import LoadedTower, load_image_encoder
+from stages.views import View, read_sources
+
+EMBED = Path("data/embed")
+SCHEMA = "embed.tokens/1"
+Loaded = LoadedEncoder | LoadedTower
+
+
+@torch.inference_mode()
+def forward(encoder: Loaded, choice: Choice, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Normalised pixels (n, 3, H, W) to the cells of each layer, CLS of each, and rollout: float16, on the device.
+
+    n is at most batch_size; the batch is padded to it, since another batch shape changes bits.
+    """
+    count = len(pixels)
+    pixels = pad_rows(pixels, encoder.batch_size).to(encoder.device, encoder.dtype, memory_format=torch.channels_last)
+    hidden = hidden_states(find_tower(encoder.model), pixels, choice, key_of(encoder))
+    return tuple(each[:count].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
+
+
+def key_of(encoder: Loaded) -> str:
+    return f"params.yaml: tokens.{encoder.name}"
+
+
+def make_rows(name: str, choice: Choice, view: View, passes: list[Pass]) -> pa.Table:
+    """The embed.tokens rows of one view, one a layer, from what `forward` gave for it."""
+    outputs, count = passes[0], len(choice.layers)
+    cells, cls, rollout = outputs[:count], outputs[count:-1], outputs[-1]
+    for layer, *parts in zip(choice.layers, cells, cls, strict=True):
+        if not all(part.isfinite().all() for part in parts):
+            problem = f"layer {layer} of {name} has numbers that float16 cannot hold, or that are none"
+            remedy = f"try precision: fp32, or take the layer out of tokens.{name}.layers"
+            raise UserError(f"image {view.image_id}: {problem}; {remedy}")
+    height, width, length = zip(*(each.shape for each in cells), strict=True)
+    return pa.table({
+        "image_id": pa.array([view.image_id] * count),
+        "view": pa.array([view.number] * count, pa.int16()),
+        "layer": pa.array(choice.layers, pa.int16()),
+        "grid_h": pa.array(height, pa.int16()),
+        "grid_w": pa.array(width, pa.int16()),
+        "width": pa.array(length, pa.int32()),
+        "vectors": list_column(cells),
+        "cls": list_column(cls),
+        "rollout": list_column([rollout if layer == choice.rollout else rollout[:0] for layer in choice.layers]),
+    })
+
+
+def list_column(tensors: Sequence[Tensor]) -> pa.Array:
+    """A list of numbers a tensor, null for one that has none."""
+    return pa.array([each.numpy().reshape(-1) if each.numel() else None for each in tensors], store.items(store.HALF))
+
+
+def tokens_of(encoder: Loaded, choice: Choice, embed: Embed) -> Product:
+    """What this stage makes with an encoder."""
+    return Product(
+        folder=EMBED / encoder.name / "tokens",
+        schema=SCHEMA,
+        columns=store.arrow_schema(SCHEMA),
+        made_by={
+            "encoder": encoder.fingerprint, "views": embed.views, "layers": choice.layers,
+            "rollout": choice.rollout is not None, "rules": RULES,
+        },
+        cuts=embed.model_copy(update={"crops": []}),
+        model=encoder,
+        forward=partial(forward, encoder, choice),
+        rows=partial(make_rows, encoder.name, choice),
+    )  # fmt: skip
+
+
+def bytes_an_image(product: Product) -> int:
+    """What the numbers of one image take before they are compressed, from a pass of a blank picture."""
+    model = product.model
+    blank = model.preprocess(Image.new("RGB", (8, 8)))[None].to(model.device)
+    outputs = product.forward(model.normalise(blank))
+    return 2 * sum(output[0].numel() for output in outputs) * (product.cuts.views + 1)
+
+
+def space_needed(work: Work, bytes_each: int) -> int:
+    """The most bytes that a run takes beyond those taken now: a bucket is written beside its former self."""
+    taken = most = 0
+    for path, kept in work.todo:
+        taken += bytes_each * (len(kept.present) + len(kept.missing))
+        most = max(most, taken)
+        taken -= path.stat().st_size if path.exists() else 0
+    return most
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def main() -> None:
+    arguments = passes_parser(__doc__).parse_args()
+    if arguments.compile:
+        raise UserError("--compile: hidden states are read on the way, where compiled code has none; leave it out")
+    keep_memory()
+    params = load_params(arguments.params)
+    name, buckets = arguments.encoder, params.dataset.buckets
+    settings = params.image_encoder(name)
+    if name not in params.tokens:
+        remedy = f"add it, as in `tokens: {{{name}: {{layers: [-2]}}}}`"
+        raise UserError(f"params.yaml: tokens.{name}: is not there, so that no layer is asked for; {remedy}")
+    asked = params.tokens[name]
+    sources = read_sources(params.dataset.folder)
+    devices = list_devices(arguments.device)
+    if len(devices) > 1 and not (arguments.dry_run or arguments.find_batch_size):
+        store.remove_strays(EMBED / name / "tokens", buckets)
+        run_shards("stages.embed_tokens", devices)
+        return
+    encoder = load_image_encoder(name, settings, choose_device(devices[0]))
+    choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key_of(encoder))
+    product = tokens_of(encoder, choice, params.embed)
+    if arguments.find_batch_size:
+        print(find_batch_size(product))
+        return
+    # Of all buckets, since each process writes to the same disk.
+    work, each = find_work(product, sources, buckets), bytes_an_image(product)
+    needed, free = space_needed(work, each), free_space(product.folder)
+    size = f"at most {len(work.missing) * each / 1e6:.2f} MB to write, {each / 1e6:.2f} MB an image"
+    layers = ", ".join(map(str, choice.layers))
+    print(f"{product.folder}: layers {layers}; {size}; {free / 1e6:.0f} MB are free", flush=True)
+    if arguments.dry_run:
+        print(preview(product, sources, buckets, len(devices)))
+        return
+    if needed > free:
+        problem = f"up to {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free"
+        raise UserError(f"{product.folder}: {problem}; free some, or take layers out of tokens.{name}.layers")
+    count = update(product, sources, buckets, arguments.shard)
+    rank, world = arguments.shard or ALL
+    total = sum(store.bucket_of(source.image_id, buckets) % world == rank for source in sources)
+    print(f"{product.folder}: {count} images embedded, {total - count} kept")
+
+
+if __name__ == "__main__":
+    run(main)
