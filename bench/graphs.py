@@ -16,7 +16,7 @@ import torch
 
 from stages import store
 from stages.build_graphs import graph_rows
-from stages.label_patches import label
+from stages.label_patches import Reference, label
 from stages.params import Graphs, Labels
 
 NODES, DIMENSION, CONCEPTS, BUCKETS, SCALE = 33, 512, 1000, 16, 100.0
@@ -54,7 +54,7 @@ def main() -> None:
         vectors = torch.from_numpy(store.vectors_of(nodes).astype(np.float32))
         for name, work in (
             ("bare product", lambda vectors=vectors: vectors @ concepts.T),
-            ("labels", lambda nodes=nodes: label(nodes, concepts, numbers, SCALE, Labels())),
+            ("labels", lambda nodes=nodes: label(nodes, concepts, numbers, SCALE, Labels(), Reference())),
             ("graphs", lambda nodes=nodes: graph_rows(nodes, Graphs())),
         ):
             started = perf_counter()

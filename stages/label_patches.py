@@ -1,22 +1,38 @@
 """Say what each node of each image shows, in concepts, and which nodes and concepts are worth a closer look.
 
-Reads   data/embed/NAME/images/, data/bank/NAME.parquet; `labels` of params.yaml.
+Reads   data/embed/NAME/images/, data/bank/NAME.parquet; `labels` of params.yaml. Where labels lean on training images
+        (mode splice, density gaga or product) or on boxes of objects, data/index/images.parquet too.
 Writes  data/labels/NAME/bNNN.parquet (labels/1).
-Costs   one matrix product of all nodes with the kept concepts: seconds for ten thousand images.
+Costs   softmax: one matrix product of all nodes with the kept concepts, seconds for ten thousand images. splice: some
+        0.2 ms a node and core. gaga: k-means over training nodes first, half a minute for 200 classes.
 
-For node n with unit vector l_n and the kept concepts K_k (methods.md section 4, stages D and E [design]):
-  P_n = softmax_k(scale * l_n . K_k / labels.temperature), of which the `labels.top` largest are stored;
-  entropy H_n = -sum_k P_nk ln P_nk, in nats;  density = 1 - H_n / ln M: 1 where one concept explains the node, 0 where
-  all do equally;
+For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md section 4, stages D and E [design]):
+  P_n, of which the `labels.top` largest are stored:
+    softmax  P_n = softmax_k(scale * l_n . K_k / labels.temperature);
+    splice   P_n = W_n / sum W_n, W_n the sparse non-negative combination of stages/splice.py; l_n is centred by the
+             mean of our training nodes (view 0), global and local ones apart; all weights are 0 if no concept helps;
+  entropy H_n = -sum_k P_nk ln P_nk, in nats; ln M where all weights are 0;
+  density, in [0, 1], by `labels.density`:
+    neg_entropy  1 - H_n / ln M: 1 where one concept explains the node, 0 where all do equally;
+    entropy      H_n / ln M;
+    gaga         1 / (1 + |l_n - c_n|), c_n the nearest of the k-means centres of local training nodes (M25);
+    product      neg_entropy times gaga;
+    times the share of the node's box inside the object's, with `labels.inside_object`, where the index has a box;
   selected: node 0, and `labels.select_locals` others taken one by one at the maximum of density_n - redundancy * r_n,
   r_n the largest l_n . l_m over those taken before, node 0 aside, and never under 0 (maximal marginal relevance);
-  selected_concepts, on node 0: the `labels.select_concepts` largest of P_0k + sum over selected n of density_n P_nk.
+  on node 0 also
+    selected_concepts: the `labels.select_concepts` largest of P_0k + sum over selected n of density_n P_nk;
+    ring_gains: the `labels.rings` values of stages/rings.py, dH_2 .. dH_K and JS over the other nodes; all 0 if there
+    are none.
 
     python -m stages.label_patches --encoder reef
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,14 +43,29 @@ from tqdm import tqdm
 
 from stages import store
 from stages.command import UserError, encoder_parser, run
+from stages.kmeans import PER_CENTRE, find_centres, nearest_centres
 from stages.params import Labels, load_params
+from stages.rings import ring_gains
+from stages.splice import centre, decompose
+from stages.splits import count_locals, iterate_nodes, read_split, sample_locals
 
+INDEX = Path("data/index/images.parquet")
 EMBED = Path("data/embed")
 BANK = Path("data/bank")
 LABELS = Path("data/labels")
 SCHEMA = "labels/1"
-# Nodes labelled at once: nodes x concepts floats in memory.
-CHUNK = 8_192
+# Nodes labelled at once, at most, and their weights: nodes x concepts floats in memory, some times over.
+CHUNK, CHUNK_WEIGHTS = 8_192, 2**22
+# k-means centres a class for density gaga, and the nodes a centre stands for at least.
+CENTRES_PER_CLASS, NODES_PER_CENTRE = 10, 10
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What labels know of the training images, view 0; None where the settings do not ask."""
+
+    means: Tensor | None = None  # (2, D): of global nodes, and of local ones
+    centres: Tensor | None = None  # (K, D): k-means of local nodes
 
 
 def concept_weights(nodes: Tensor, concepts: Tensor, scale: float) -> Tensor:
@@ -45,6 +76,48 @@ def concept_weights(nodes: Tensor, concepts: Tensor, scale: float) -> Tensor:
 def entropy_of(weights: Tensor) -> Tensor:
     """Shannon entropy in nats of each row."""
     return torch.special.entr(weights).sum(dim=1)
+
+
+def softmax_weights(nodes: Tensor, concepts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """concept_weights, and entropy_of them without a logarithm an entry: ln Z - sum P logit."""
+    logits = scale * nodes @ concepts.T
+    largest, place = logits.max(dim=1)
+    weights = torch.softmax(logits, dim=1)
+    log_z = largest - weights.gather(1, place[:, None])[:, 0].log()
+    return weights, (log_z - torch.einsum("nm,nm->n", weights, logits)).clamp(0, math.log(len(concepts)))
+
+
+def splice_weights(
+    nodes: Tensor, is_global: Tensor, concepts: Tensor, means: Tensor, sparsity: float
+) -> tuple[Tensor, Tensor]:
+    """Sparse weights (n, M), of sum 1 or 0, and their entropy: ln M where the sum is 0."""
+    targets = centre(nodes, means[(~is_global).long()])
+    weights = decompose(targets, centre(concepts, concepts.mean(dim=0)), sparsity)
+    total = weights.sum(dim=1)
+    weights /= torch.where(total > 0, total, 1.0)[:, None]
+    return weights, torch.where(total > 0, entropy_of(weights), math.log(len(concepts)))
+
+
+def label_nodes(
+    nodes: Tensor, is_global: Tensor, concepts: Tensor, scale: float, settings: Labels, reference: Reference
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights P (n, M), entropy (n,) and density (n,) of nodes (n, D), of which is_global (n,) are whole images.
+
+    `concepts` (M, D) are the kept ones, `scale` the encoder's, `reference` what read_reference gave for `settings`.
+    """
+    if settings.mode == "softmax":
+        weights, entropy = softmax_weights(nodes, concepts, scale / settings.temperature)
+    else:
+        assert reference.means is not None
+        weights, entropy = splice_weights(nodes, is_global, concepts, reference.means, settings.sparsity)
+    most = math.log(len(concepts)) or 1.0  # one concept explains all: H is 0, density 1
+    unsure = (entropy / most).clamp(0, 1)
+    density = unsure if settings.density == "entropy" else 1 - unsure
+    if settings.density in ("gaga", "product"):
+        assert reference.centres is not None
+        typical = 1 / (1 + (nodes - reference.centres[nearest_centres(nodes, reference.centres)]).norm(dim=1))
+        density = typical if settings.density == "gaga" else typical * density
+    return weights, entropy, density
 
 
 def select_nodes(vectors: Tensor, density: Tensor, count: int, redundancy: float) -> Tensor:
@@ -70,52 +143,137 @@ def score_concepts(weights: Tensor, density: Tensor, selected: Tensor) -> Tensor
     return torch.einsum("bn,bnm->bm", share, weights)
 
 
-def label(table: pa.Table, concepts: Tensor, numbers: np.ndarray, scale: float, settings: Labels) -> pa.Table:
-    """The labels rows of a bucket's nodes; `numbers` (M,) are the concept_idx of `concepts` (M, D)."""
+def largest_weights(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row of weights (n, M), falling, and where they stand: topk, in a third of the time.
+
+    Columns are dealt to about sqrt(count M) groups; the largest are in the `count` groups of the largest maxima.
+    """
+    columns = weights.shape[1]
+    groups = max(count, math.isqrt(count * columns))
+    size = columns // groups
+    if size < 2:
+        best = weights.topk(count, dim=1)
+        return best.values, best.indices
+    dealt = weights[:, : groups * size].unflatten(1, (size, groups))
+    top = dealt.amax(dim=1).topk(count, dim=1).indices
+    place = (top[:, None] + groups * torch.arange(size)[:, None]).flatten(1)
+    rest = torch.arange(groups * size, columns).expand(len(weights), -1)
+    place = torch.cat([place, rest], dim=1)
+    best = weights.gather(1, place).topk(count, dim=1)
+    return best.values, place.gather(1, best.indices)
+
+
+def object_share(corners: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """Share (n,) of each node's box (n, 4) inside the object's (n, 4), x0 y0 x1 y1; 1 where the object's is nan."""
+    low, high = np.maximum(corners[:, :2], objects[:, :2]), np.minimum(corners[:, 2:], objects[:, 2:])
+    area = np.prod(corners[:, 2:] - corners[:, :2], axis=1)
+    share = np.prod((high - low).clip(min=0), axis=1) / np.maximum(area, np.finfo(np.float32).tiny)
+    return np.where(np.isnan(objects[:, 0]), 1.0, share.clip(0, 1)).astype(np.float32)
+
+
+def object_boxes(image_ids: pa.ChunkedArray, index: pa.Table) -> np.ndarray:
+    """The object's box (n, 4) of each image_id from the columns image_id and box of an index, nan where it has none."""
+    boxes = np.full((len(index) + 1, 4), np.nan, dtype=np.float32)  # the last row: an image that is not there
+    known = index.column("box").is_valid().to_numpy()
+    flat = pc.list_flatten(index.column("box").drop_null()).to_numpy()
+    boxes[:-1][known] = flat.reshape(-1, 4)
+    row = pc.fill_null(pc.index_in(image_ids, index.column("image_id").combine_chunks()), len(index))
+    return boxes[row.to_numpy()]
+
+
+class Labelled(NamedTuple):
+    """What label_images says of B views of n nodes each; concepts by their place in the M that were given."""
+
+    idx: Tensor  # (B, n, top): the concepts of the largest weights, falling
+    weight: Tensor  # (B, n, top)
+    entropy: Tensor  # (B, n), nats
+    density: Tensor  # (B, n)
+    selected: Tensor  # (B, n) bool
+    shown: Tensor  # (B, select_concepts): what the selected nodes show most
+    gains: Tensor  # (B, rings)
+
+
+def label_images(
+    vectors: Tensor,
+    places: Tensor,
+    concepts: Tensor,
+    scale: float,
+    settings: Labels,
+    reference: Reference,
+    share: Tensor | None = None,
+) -> Iterator[tuple[slice, Labelled]]:
+    """Labels of views, some at a time, with the slice of the views they are of.
+
+    vectors (V, n, D) and places (V, n, 2), the centres of their boxes, are all nodes of the views, node 0 the whole
+    image. `concepts` (M, D), `scale`, `settings` and `reference` are as in label_nodes; share (V, n) multiplies the
+    density.
+    """
+    size, count = vectors.shape[1], len(concepts)
+    step = max(1, min(CHUNK, CHUNK_WEIGHTS // count) // size)
+    for start in range(0, len(vectors), step):
+        rows = slice(start, start + step)
+        nodes = vectors[rows].float()
+        shape = nodes.shape[:2]
+        is_global = torch.arange(shape.numel()) % size == 0
+        flat, entropy, density = label_nodes(nodes.flatten(0, 1), is_global, concepts, scale, settings, reference)
+        weights, density = flat.view(*shape, count), density.view(shape)
+        if share is not None:
+            density = density * share[rows]
+        selected = select_nodes(nodes, density, settings.select_locals, settings.redundancy)
+        shown = score_concepts(weights, density, selected).topk(min(settings.select_concepts, count), dim=1).indices
+        gains = torch.zeros(shape[0], settings.rings)
+        if size > 1:
+            gains = ring_gains(weights[:, 1:], density[:, 1:], places[rows, 1:], settings)
+        weight, idx = largest_weights(flat, min(settings.top, count))
+        yield rows, Labelled(
+            idx.view(*shape, -1), weight.view(*shape, -1), entropy.view(shape), density, selected, shown, gains
+        )
+
+
+def label(
+    table: pa.Table,
+    concepts: Tensor,
+    numbers: np.ndarray,
+    scale: float,
+    settings: Labels,
+    reference: Reference,
+    index: pa.Table | None = None,
+) -> pa.Table:
+    """The labels rows of a bucket's nodes; `numbers` (M,) are the concept_idx of `concepts` (M, D).
+
+    `reference` is read_reference's, and `index` has image_id and box where `settings.inside_object` asks for them.
+    """
     if len(table) == 0:
         return store.arrow_schema(SCHEMA).empty_table()
     keys = table.select(["image_id", "view", "node"])
     vectors = torch.from_numpy(store.vectors_of(table).astype(np.float32))
+    corners = np.stack([table.column(name).to_numpy() for name in ("x0", "y0", "x1", "y1")], axis=1)
     # A view's nodes stand together and begin with node 0; every view of an encoder has the same number of them.
     starts = np.flatnonzero(table.column("node").to_numpy() == 0)
     size = len(table) // len(starts)
     if not np.array_equal(starts, np.arange(len(starts)) * size) or len(starts) * size != len(table):
         raise UserError("data/embed: views of one encoder differ in their nodes; run embed_images again")
-    top = min(settings.top, len(concepts))
-    names = ("idx", "weight", "entropy", "density", "selected", "shown")
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    step = max(1, CHUNK // size)
-    for start in range(0, len(starts), step):
-        nodes = vectors[start * size : (start + step) * size]
-        weights = concept_weights(nodes, concepts, scale / settings.temperature)
-        entropy = entropy_of(weights)
-        most = math.log(len(concepts)) or 1.0  # one concept explains all: H is 0, density 1
-        density = (1 - entropy / most).clamp(0, 1)
-        grouped = density.reshape(-1, size)
-        by_view = nodes.reshape(-1, size, nodes.shape[1])
-        selected = select_nodes(by_view, grouped, settings.select_locals, settings.redundancy)
-        shown = score_concepts(weights.reshape(-1, size, len(concepts)), grouped, selected)
-        weight, idx = weights.topk(top, dim=1)
-        parts["idx"].append(numbers[idx.numpy()])
-        parts["weight"].append(weight.numpy())
-        parts["entropy"].append(entropy.numpy())
-        parts["density"].append(density.numpy())
-        parts["selected"].append(selected.reshape(-1).numpy())
-        best = shown.topk(min(settings.select_concepts, len(concepts)), dim=1).indices
-        parts["shown"].append(numbers[best.numpy()])
+    share = np.ones(len(table), dtype=np.float32)
+    if index is not None:
+        share = object_share(corners, object_boxes(table.column("image_id"), index))
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in Labelled._fields}
+    by_view = (len(starts), size, -1)
+    for _, labelled in label_images(
+        vectors.view(by_view), torch.from_numpy((corners[:, :2] + corners[:, 2:]) / 2).view(by_view),
+        concepts, scale, settings, reference, torch.from_numpy(share).view(by_view[:2]),
+    ):  # fmt: skip
+        for name, found in labelled._asdict().items():
+            parts[name].append(found.numpy())
     columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    shown_rows: list[list[int] | None] = [None] * len(table)
-    for row, chosen in zip(starts, columns["shown"].tolist(), strict=True):
-        shown_rows[row] = chosen
     return pa.table({
         **{name: keys.column(name) for name in keys.column_names},
-        "concept_idx": list_column(columns["idx"].astype(np.int32)),
-        "concept_weight": list_column(columns["weight"].astype(np.float16)),
-        "entropy": columns["entropy"].astype(np.float32),
-        "density": columns["density"].astype(np.float32),
-        "selected": columns["selected"],
-        "ring_gains": pa.nulls(len(table), store.items(store.FLOAT)),
-        "selected_concepts": pa.array(shown_rows, store.items(store.INT)),
+        "concept_idx": list_column(numbers[columns["idx"]].astype(np.int32).reshape(len(table), -1)),
+        "concept_weight": list_column(columns["weight"].astype(np.float16).reshape(len(table), -1)),
+        "entropy": columns["entropy"].astype(np.float32).reshape(-1),
+        "density": columns["density"].astype(np.float32).reshape(-1),
+        "selected": columns["selected"].reshape(-1),
+        "ring_gains": first_node_column(columns["gains"].astype(np.float32), size),
+        "selected_concepts": first_node_column(numbers[columns["shown"]].astype(np.int32), size),
     })
 
 
@@ -125,11 +283,61 @@ def list_column(values: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
 
 
+def first_node_column(values: np.ndarray, size: int) -> pa.Array:
+    """A (views, k) array as a column of lists of k on the first of each view's `size` nodes, null on the others."""
+    row = np.arange(len(values) * size)
+    return list_column(values).take(pa.array(row // size, mask=row % size > 0))
+
+
+def node_means(folder: Path, buckets: int, images: dict[str, str]) -> Tensor:
+    """(2, D): the mean vectors of these images' global and local nodes; the global one stands for local if none is."""
+    sums: list[np.ndarray] = []
+    counts = np.zeros(2)
+    for table in iterate_nodes(folder, buckets, images, ["image_id", "node", "vector"]):
+        vectors, is_local = store.vectors_of(table).astype(np.float32), table.column("node").to_numpy() > 0
+        sums.append(np.stack([vectors[~is_local].sum(axis=0), vectors[is_local].sum(axis=0)]))
+        counts += [(~is_local).sum(), is_local.sum()]
+    total = np.sum(sums, axis=0)
+    if counts[1] == 0:
+        total[1], counts[1] = total[0], counts[0]
+    return torch.from_numpy((total / counts[:, None]).astype(np.float32))
+
+
+def read_reference(folder: Path, index: Path, buckets: int, settings: Labels) -> Reference:
+    """What `settings` need to know of the training images in `index`, from data/embed/NAME/images: maybe nothing.
+
+    Raises UserError where there is no training image, or none with a local node for k-means.
+    """
+    by_centres = settings.density in ("gaga", "product")
+    if settings.mode == "softmax" and not by_centres:
+        return Reference()
+    images = read_split(index, "train")
+    if not images:
+        raise UserError(f"{index}: holds no training image; labels.mode and labels.density, as set, lean on them")
+    means = node_means(folder, buckets, images) if settings.mode == "splice" else None
+    if not by_centres:
+        return Reference(means)
+    count = count_locals(folder, buckets, images)
+    if count == 0:
+        raise UserError(
+            f"{folder}: images have no node but the global one, and labels.density {settings.density} is learnt from"
+            " others; set embed.tokens, embed.grids or embed.crops, or another labels.density"
+        )
+    wanted = max(1, min(CENTRES_PER_CLASS * len(set(images.values())), count // NODES_PER_CENTRE))
+    vectors, _ = sample_locals(folder, buckets, images, PER_CENTRE * wanted / count)
+    return Reference(means, find_centres(torch.from_numpy(vectors), wanted))
+
+
+def reads_index(settings: Labels) -> bool:
+    """Whether labels depend on which images train, or on boxes of objects."""
+    return settings.mode == "splice" or settings.density in ("gaga", "product") or settings.inside_object
+
+
 def main() -> None:
     arguments = encoder_parser(__doc__).parse_args()
     params = load_params(arguments.params)
     params.encoder(arguments.encoder)
-    buckets = params.dataset.buckets
+    buckets, settings = params.dataset.buckets, params.labels
     images, bank_path = EMBED / arguments.encoder / "images", BANK / f"{arguments.encoder}.parquet"
     embed_mark = store.read_folder_header(images, "embed.nodes/1", buckets).fingerprint
     bank_header = store.read_header(bank_path, "bank/1")
@@ -140,16 +348,23 @@ def main() -> None:
     concepts = torch.from_numpy(store.vectors_of(bank).astype(np.float32))
     numbers = bank.column("concept_idx").to_numpy()
 
-    made_by = {**params.labels.model_dump(), "embed": embed_mark, "bank": bank_header.fingerprint}
+    made_by = {**settings.model_dump(), "embed": embed_mark, "bank": bank_header.fingerprint}
+    if reads_index(settings):
+        made_by["index"] = store.read_header(INDEX, "index.images/1").fingerprint
+    reference = read_reference(images, INDEX, buckets, settings)
+    boxes = None
+    if settings.inside_object:
+        boxes = store.read_table(INDEX, "index.images/1", ["image_id", "box", "status"])
+        boxes = boxes.filter(pc.field("status") == "ok")
     mark = store.fingerprint(SCHEMA, made_by)
     folder = LABELS / arguments.encoder
-    columns = ["image_id", "view", "node", "vector"]
+    columns = ["image_id", "view", "node", "x0", "y0", "x1", "y1", "vector"]
     for bucket in tqdm(range(buckets), desc=f"label {arguments.encoder}", unit="bucket"):
         nodes = store.read_table(store.bucket_path(images, bucket), "embed.nodes/1", columns)
-        labels = label(nodes, concepts, numbers, text_header.params["logit_scale"], params.labels)
+        labels = label(nodes, concepts, numbers, text_header.params["logit_scale"], settings, reference, boxes)
         store.write_table(labels, store.bucket_path(folder, bucket), SCHEMA, made_by, mark)
     store.remove_strays(folder, buckets)
-    print(f"{folder}: nodes labelled with {len(concepts)} concepts")
+    print(f"{folder}: nodes labelled with {len(concepts)} concepts, by {settings.mode}")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import store
+from stages import select_concepts, store
 from stages.command import UserError
 from stages.params import Params, Select
-from stages.select_concepts import choose, class_means, discriminability, merge_candidates
+from stages.select_concepts import choose, class_means, discriminability, find_duplicates, merge_candidates
 from tests.stages.project import image_id, unit, write_concepts, write_index, write_nodes, write_texts
 
 
@@ -43,7 +44,7 @@ def candidates(owners: list[set[str]]) -> list[dict[str, Any]]:
 def test_a_near_duplicate_hands_its_classes_over() -> None:
     rows = candidates([{"a"}, {"b"}, {"c"}])
     vectors = unit([[1, 0, 0], [1, 0.1, 0], [0, 1, 0]])
-    choose(rows, vectors, np.array([0.2, 0.9, 0.5]), Select(per_class=8, max_cosine=0.95))
+    choose(rows, vectors, np.array([0.2, 0.9, 0.5]), Select(per_class=8, max_cosine=0.95), 3)
     assert [row["kept"] for row in rows] == [False, True, True]
     assert rows[0]["drop_reason"] == "near duplicate of: text 1"
     assert rows[1]["class_ids"] == {"a", "b"}
@@ -53,7 +54,7 @@ def test_a_near_duplicate_hands_its_classes_over() -> None:
 def test_each_class_keeps_its_best() -> None:
     rows = candidates([{"a"}, {"a"}, {"a", "b"}, {"b"}, set()])
     gains = np.array([0.9, 0.8, 0.7, 0.6, 0.1])
-    choose(rows, np.eye(5, dtype=np.float32), gains, Select(per_class=1))
+    choose(rows, np.eye(5, dtype=np.float32), gains, Select(per_class=1), 2)
     # The third is second in `a` but best in `b`; what no class owns stays.
     assert [row["kept"] for row in rows] == [True, False, True, False, True]
     assert "more telling" in rows[1]["drop_reason"]
@@ -62,19 +63,61 @@ def test_each_class_keeps_its_best() -> None:
 @given(
     st.lists(st.sets(st.sampled_from("abcd"), min_size=1), min_size=1, max_size=12),
     st.integers(1, 3),
+    st.sampled_from([0.0, 1.0]),
     st.integers(0, 99),
 )
-def test_every_class_with_a_candidate_keeps_one(owners: list[set[str]], per_class: int, seed: int) -> None:
+def test_every_class_with_a_candidate_keeps_one(
+    owners: list[set[str]], per_class: int, weight: float, seed: int
+) -> None:
     chance = np.random.default_rng(seed)
     rows = candidates(owners)
     vectors = unit(chance.standard_normal((len(rows), 2)))
-    choose(rows, vectors, chance.uniform(size=len(rows)), Select(per_class=per_class, max_cosine=0.9))
+    settings = Select(per_class=per_class, max_cosine=0.9, coverage=weight)
+    choose(rows, vectors, chance.uniform(size=len(rows)), settings, 4)
     kept = [row for row in rows if row["kept"]]
     assert {name for row in kept for name in row["class_ids"]} == set().union(*owners)
     assert all((row["drop_reason"] is None) == row["kept"] for row in rows)
     cosines = np.triu(vectors @ vectors.T, 1)
     for i, j in zip(*np.nonzero(cosines > 0.9), strict=True):
         assert not (rows[i]["kept"] and rows[j]["kept"])
+
+
+def one_by_one(vectors: np.ndarray, order: list[int], max_cosine: float) -> dict[int, int]:
+    taken: list[int] = []
+    twin_of: dict[int, int] = {}
+    for i in order:
+        nearest = max(taken, key=lambda j: float(vectors[i] @ vectors[j]), default=None)
+        if nearest is not None and vectors[i] @ vectors[nearest] > max_cosine:
+            twin_of[i] = nearest
+        else:
+            taken.append(i)
+    return twin_of
+
+
+@pytest.mark.parametrize("block", [1, 3, 512])
+def test_duplicates_by_a_loop(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_concepts, "BLOCK", block)
+    for seed in range(20):
+        chance = np.random.default_rng(seed)
+        vectors = unit(chance.standard_normal((25, 3))).astype(np.float64)
+        order = chance.permutation(25).tolist()
+        expected = one_by_one(vectors, order, 0.9)
+        assert expected
+        assert find_duplicates(vectors, order, 0.9) == expected
+
+
+def test_coverage_keeps_what_is_not_said_yet() -> None:
+    # The second says what the first does and some of the third; with it, only the third is left to say.
+    vectors, gains = unit([[1, 0, 0], [1, 0.4, 0], [0, 1, 1]]), np.array([1.0, 0.9, 0.2])
+    for weight, expected in ((0.0, [True, True, False]), (2.0, [False, True, True])):
+        rows = candidates([{"a"}, {"a"}, {"a"}])
+        choose(rows, vectors, gains, Select(per_class=2, coverage=weight), 3)
+        assert [row["kept"] for row in rows] == expected
+
+
+def test_class_means() -> None:
+    vectors = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    np.testing.assert_allclose(class_means(vectors, np.array(["b", "a", "b"])), [[0, 1], [0.5, 0]])
 
 
 def test_one_candidate_a_text() -> None:
@@ -136,7 +179,6 @@ def tables(set_params: Callable[..., Params]) -> Params:
 
 
 def test_the_bank(tables: Params, run_stage: Callable[..., None]) -> None:
-    np.testing.assert_allclose(class_means(Path("data/embed/conv/images"), 4), [[1, 0, 0], [0, 1, 0]])
     run_stage("select_concepts", "--encoder", "conv")
     path = Path("data/bank/conv.parquet")
     rows = store.read_table(path, "bank/1").to_pylist()
@@ -195,3 +237,122 @@ def test_what_cannot_be_is_one_line(tables: Params, run_stage: Callable[..., Non
     refused("holds no training image")
     store.bucket_path(images, 2).unlink()
     refused(r"b002\.parquet: is missing")
+
+
+LABELS = [f"c{number}" for number in range(7)]
+
+
+@pytest.fixture
+def seven(set_params: Callable[..., Params]) -> Callable[..., Params]:
+    """Seven classes on seven axes: images with two local nodes, and a concept a class, along its axis or another's."""
+    axes = dict(zip(LABELS, np.eye(8), strict=False))
+    chance = np.random.default_rng(0)
+    images = {image_id(n): LABELS[n % 7] for n in range(70)}
+    split = {each: "val" if n % 5 == 4 else "train" for n, each in enumerate(images)}
+    write_index({each: (name, split[each]) for each, name in images.items()})
+    vectors = {
+        each: unit(axes[name] + 0.05 * chance.standard_normal((3, 8))) for each, name in images.items()
+    }
+    write_nodes(Path("data/embed/conv/images"), vectors)
+    names = [(f"photo of {name}", name, "name") for name in LABELS]
+    write_concepts([*names, *((name, name, "visual") for name in LABELS)])
+
+    def write(shift: int, **select: object) -> Params:
+        texts = {f"photo of {name}": axes[name] for name in LABELS}
+        texts |= {name: axes[LABELS[(n + shift) % 7]] for n, name in enumerate(LABELS)}
+        write_texts(Path("data/embed/conv/text.parquet"), texts)
+        return set_params(select={"per_class": 2, **select})
+
+    return write
+
+
+def read_bank() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    rows = store.read_table("data/bank/conv.parquet", "bank/1").to_pylist()
+    return rows, json.loads(Path("data/bank/conv.json").read_text())
+
+
+def test_concepts_with_signal_stay(
+    seven: Callable[..., Params], run_stage: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seven(0, fallback="auto")
+    run_stage("select_concepts", "--encoder", "conv")
+    rows, metrics = read_bank()
+    assert metrics["judged"]["verdict"] == "signal"
+    assert (metrics["candidates"], metrics["kept"], metrics["prototypes"]) == (7, 7, 0)
+    assert {row["kind"] for row in rows} == {"name", "visual"}
+    captured = capsys.readouterr()
+    assert "these concepts carry signal" in captured.out
+    assert "warning" not in captured.err
+
+
+def test_concepts_without_signal_are_told(
+    seven: Callable[..., Params], run_stage: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seven(1)
+    run_stage("select_concepts", "--encoder", "conv")
+    rows, metrics = read_bank()
+    assert metrics["judged"]["verdict"] == "none"
+    assert metrics["kept"] == 7
+    assert sum(row["kept"] for row in rows) == 7
+    message = capsys.readouterr().err
+    assert "carry NO signal" in message
+    assert "select.fallback" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(("fallback", "shift"), [("auto", 1), ("prototypes", 0)])
+def test_prototypes_stand_in(
+    fallback: str, shift: int, seven: Callable[..., Params], run_stage: Callable[..., None]
+) -> None:
+    seven(shift, fallback=fallback)
+    run_stage("select_concepts", "--encoder", "conv")
+    rows, metrics = read_bank()
+    # 112 local nodes of training images, and two prototypes a class at most of ten nodes each.
+    assert (metrics["kept"], metrics["prototypes"]) == (0, 11)
+    prototypes = [row for row in rows if row["kind"] == "proto"]
+    assert len(prototypes) == 11
+    assert all(row["kept"] for row in prototypes)
+    assert {row["kept"] for row in rows if row["kind"] != "proto"} == {False}
+    assert {row["drop_reason"] for row in rows if row["kind"] == "visual"} == {
+        "visual prototypes stand in for named concepts"
+    }
+    for row in prototypes:
+        assert row["text"] is None
+        assert row["concept_id"] is None
+        assert np.linalg.norm(np.array(row["vector"], dtype=float)) == pytest.approx(1, abs=1e-2)
+        # Nodes of a class lie about its axis: who owns a prototype is the axis it lies along.
+        assert row["class_ids"] == [LABELS[int(np.argmax(row["vector"]))]]
+    assert {name for row in prototypes for name in row["class_ids"]} == set(LABELS)
+    first = Path("data/bank/conv.parquet").read_bytes()
+    run_stage("select_concepts", "--encoder", "conv")
+    assert Path("data/bank/conv.parquet").read_bytes() == first
+    run_stage("label_patches", "--encoder", "conv")
+    labelled = store.read_buckets(Path("data/labels/conv"), "labels/1", 4).to_pylist()
+    proto = {row["concept_idx"] for row in prototypes}
+    assert all(set(row["concept_idx"]) <= proto for row in labelled)
+
+
+def test_what_no_class_has_most_of_is_nobodys(seven: Callable[..., Params], run_stage: Callable[..., None]) -> None:
+    seven(0, fallback="prototypes")
+    nodes = unit(np.eye(8)[:3])  # the same in every image of every class
+    write_nodes(Path("data/embed/conv/images"), {image_id(n): nodes for n in range(70)})
+    run_stage("select_concepts", "--encoder", "conv")
+    prototypes = [row for row in read_bank()[0] if row["kind"] == "proto"]
+    assert [row["class_ids"] for row in prototypes] == [[]] * 11
+
+
+def test_prototypes_without_any_concept(seven: Callable[..., Params], run_stage: Callable[..., None]) -> None:
+    seven(0, fallback="auto")
+    write_concepts([(f"photo of {name}", name, "name") for name in LABELS])
+    run_stage("select_concepts", "--encoder", "conv")
+    rows, metrics = read_bank()
+    assert metrics["judged"]["verdict"] == "unknown"
+    assert metrics["prototypes"] == 11
+    assert len(rows) == 7 + 11
+
+
+def test_prototypes_need_local_nodes(seven: Callable[..., Params], run_stage: Callable[..., None]) -> None:
+    seven(0, fallback="prototypes")
+    write_nodes(Path("data/embed/conv/images"), {image_id(n): unit(np.eye(8)[:1]) for n in range(70)})
+    with pytest.raises(UserError, match="no node but the global one, and prototypes"):
+        run_stage("select_concepts", "--encoder", "conv")
