@@ -1,27 +1,43 @@
-"""Seconds an epoch of the trained methods, beside a bare two-layer graph convolution on the same batches.
+"""Seconds an epoch of the trained methods, and which share of them is matrix products that nothing can spare.
 
 The cache is synthetic, in memory: 5,994 images (CUB's training set) x 33 nodes x 512 dimensions, 200 classes, 1,000
-concepts, 16 labels a node, 5 neighbours a node. "Bare" is forward and backward of two dense convolutions of width 256
-with a linear head over tensors that lie ready, in bfloat16 where the processor has it: what no trainer can beat.
+concepts, 16 labels a node, 5 neighbours a node; 40 concepts, 4 sentences and 4 ring gains an image. "Bare" is forward
+and backward of two dense convolutions of width 256 with a linear head over tensors that lie ready, in bfloat16 where
+the processor has it. "Every part on" is the concept graph with all that its settings switch. An epoch is one pass over
+the training images with its updates; of several the fastest counts, since the machine may have other work.
 
-    python -m bench.train [--images N]
+"Arithmetic" is the time that a step's matrix products (counted by PyTorch) take at the rate that one of them, a batch's
+nodes by 256 x 256, reaches here, over the epoch's time.
+
+    python -m bench.train [--images N] [--epochs E]
 """
 
 import argparse
 import platform
+import resource
 from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from training.data import Bank, Cache
-from training.layers import GraphConv, normalise_adjacency
-from training.loop import has_bf16
+from training.graph_layers import GCN
+from training.loop import has_bf16, total_loss
 from training.methods import load_method
 
 NODES, DIMENSION, CLASSES, CONCEPTS, LABELS, NEIGHBOURS, BATCH = 33, 512, 200, 1000, 16, 5, 128
+SHOWN, SENTENCES, RINGS = 40, 4, 4
+EVERY_PART = {
+    "streams": ["global", "local", "relation", "fused", "concept"],
+    "description": "gate",
+    "bottleneck": 64,
+    "interference": 64,
+    "rings": "readout",
+    "loss_weights": {"contrast": 0.1, "bottleneck": 0.01, "recovery": 0.1, "rings": 0.1},
+}
 
 
 def unit(*shape: int) -> Tensor:
@@ -31,36 +47,39 @@ def unit(*shape: int) -> Tensor:
 def synthetic_cache(images: int) -> Cache:
     """Random features in the shapes of CUB; every image's graph has the same number of edges."""
     torch.manual_seed(0)
-    validation = images // 10
-    total = images + validation
     source = torch.arange(NODES).repeat_interleave(NEIGHBOURS)
     target = (source + torch.arange(1, NEIGHBOURS + 1).repeat(NODES)) % NODES
     edges = torch.stack([torch.cat([source, target]), torch.cat([target, source])], dim=1).to(torch.int16)
     own = torch.zeros(CONCEPTS, CLASSES, dtype=torch.bool)
     own[torch.arange(CONCEPTS), torch.arange(CONCEPTS) % CLASSES] = True
-    vectors = torch.cat([unit(min(1000, total - start), NODES, DIMENSION).half() for start in range(0, total, 1000)])
+    vectors = torch.cat([unit(min(1000, images - start), NODES, DIMENSION).half() for start in range(0, images, 1000)])
     return Cache(
         classes=[f"class-{number:03d}" for number in range(CLASSES)],
-        paths=[f"{number}" for number in range(total)],
-        split=np.array(["train"] * images + ["val"] * validation),
-        y=torch.arange(total) % CLASSES,
-        target=torch.arange(total) % CLASSES,
+        paths=[f"{number}" for number in range(images)],
+        split=np.array(["train"] * images),
+        y=torch.arange(images) % CLASSES,
+        target=torch.arange(images) % CLASSES,
         views=1,
         vectors=vectors,
-        mask=torch.ones(total, NODES, dtype=torch.bool),
-        boxes=torch.rand(total, NODES, 4),
-        concept_idx=torch.randint(CONCEPTS, (total, NODES, LABELS), dtype=torch.int32),
-        concept_weight=torch.full((total, NODES, LABELS), 1 / LABELS, dtype=torch.float16),
-        selected=torch.ones(total, NODES, dtype=torch.bool),
-        density=torch.rand(total, NODES),
-        edge_start=torch.arange(total) * len(edges),
-        edge_count=torch.full((total,), len(edges)),
-        edge_nodes=edges.repeat(total, 1),
-        edge_weight=torch.rand(total * len(edges), 2).half(),
-        sentences=torch.zeros(total, 0, DIMENSION, dtype=torch.float16),
-        sentence_mask=torch.zeros(total, 0, dtype=torch.bool),
+        mask=torch.ones(images, NODES, dtype=torch.bool),
+        boxes=torch.rand(images, NODES, 4),
+        concept_idx=torch.randint(CONCEPTS, (images, NODES, LABELS), dtype=torch.int32),
+        concept_weight=torch.full((images, NODES, LABELS), 1 / LABELS, dtype=torch.float16),
+        selected=torch.ones(images, NODES, dtype=torch.bool),
+        density=torch.rand(images, NODES),
+        ring_gains=torch.randn(images, RINGS),
+        selected_concepts=torch.rand(images, CONCEPTS).topk(SHOWN).indices.int(),
+        edge_start=torch.arange(images) * len(edges),
+        edge_count=torch.full((images,), len(edges)),
+        edge_nodes=edges.repeat(images, 1),
+        edge_weight=torch.rand(images * len(edges), 2).half(),
+        sentences=unit(images, SENTENCES, DIMENSION).half(),
+        sentence_mask=torch.ones(images, SENTENCES, dtype=torch.bool),
         bank=Bank(
-            path="synthetic", K=unit(CONCEPTS, DIMENSION), own=own, kind=("visual",) * CONCEPTS,
+            path="synthetic",
+            K=unit(CONCEPTS, DIMENSION),
+            own=own,
+            kind=("visual",) * CONCEPTS,
             kept=torch.ones(CONCEPTS, dtype=torch.bool),
         ),
         fingerprints={},
@@ -70,10 +89,11 @@ def synthetic_cache(images: int) -> Cache:
 def bare_epoch(images: int, width: int = 256) -> float:
     """Seconds of the arithmetic alone: two dense convolutions and a head, forward and backward."""
     torch.manual_seed(0)
-    layers = nn.ModuleList([GraphConv(DIMENSION, width), GraphConv(width, width)])
+    layers = nn.ModuleList([GCN(DIMENSION, width), GCN(width, width)])
     head = nn.Linear(width, CLASSES)
     x, y = unit(BATCH, NODES, DIMENSION), torch.arange(BATCH) % CLASSES
-    adjacency = normalise_adjacency(torch.rand(BATCH, NODES, NODES), torch.ones(BATCH, NODES, dtype=torch.bool))
+    edges, mask = torch.rand(BATCH, NODES, NODES, 2), torch.ones(BATCH, NODES, dtype=torch.bool)
+    adjacency = GCN.prepare(edges, mask)
     started = perf_counter()
     for _ in range(-(-images // BATCH)):
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
@@ -85,22 +105,55 @@ def bare_epoch(images: int, width: int = 256) -> float:
     return perf_counter() - started
 
 
+def matrix_rate() -> float:
+    """Floating-point operations a second of one matrix product, the best of several."""
+    dtype = torch.bfloat16 if has_bf16() else torch.float32
+    x, w = (torch.randn(*shape).to(dtype) for shape in ((BATCH * NODES, 256), (256, 256)))
+    best = float("inf")
+    for _ in range(50):
+        started = perf_counter()
+        x @ w
+        best = min(best, perf_counter() - started)
+    return 2 * x.numel() * 256 / best
+
+
+def operations(model: nn.Module, cache: Cache) -> int:
+    """Floating-point operations of the matrix products of one epoch, forward and backward."""
+    batch = cache.batch(torch.arange(BATCH))
+    with FlopCounterMode(display=False) as counter:
+        output = model.train()(batch)
+        total_loss(output, batch.target, dict.fromkeys(output.losses, 1.0)).backward()
+    return int(counter.get_total_flops() * len(cache.paths) / BATCH)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5994, help="training images (default: 5994)")
-    images = parser.parse_args().images
+    parser.add_argument("--epochs", type=int, default=5, help="of which the fastest counts (default: 5)")
+    arguments = parser.parse_args()
+    images = arguments.images
     cache = synthetic_cache(images)
     precision = "bf16" if has_bf16() else "fp32"
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
+    rate = max(matrix_rate() for _ in range(3))
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision},", end=" ")
+    print(f"{rate / 1e9:.0f} GFLOP/s in a matrix product")
     print(f"{images} images x {NODES} nodes x {DIMENSION}, {CLASSES} classes, batch {BATCH}")
     bare_epoch(10 * BATCH)
-    bare = bare_epoch(images)
+    bare = min(bare_epoch(images) for _ in range(arguments.epochs))
     print(f"{'bare two-layer convolution':30s} {bare:6.2f} s an epoch")
-    for name in ("attention_pool", "concept_graph"):
-        module = load_method(name)
-        settings = module.Settings.model_validate({"epochs": 3, "batch_size": BATCH, "weight_decay": [0.01]})
-        seconds = module.fit(cache, settings, 0).epoch_seconds
-        print(f"{name:30s} {seconds:6.2f} s an epoch, {seconds / bare:.1f} x bare")
+    for name, method, knobs in [
+        ("attention_pool", "attention_pool", {}),
+        ("concept_graph", "concept_graph", {}),
+        ("concept_graph, every part on", "concept_graph", EVERY_PART),
+    ]:
+        module = load_method(method)
+        settings = module.Settings.model_validate({"epochs": 1, "batch_size": BATCH, "weight_decay": [0.01], **knobs})
+        fits = [module.fit(cache, settings, 0) for _ in range(arguments.epochs)]
+        seconds = min(fitted.epoch_seconds for fitted in fits)
+        share = operations(fits[0].model, cache) / rate / seconds
+        print(f"{name:30s} {seconds:6.2f} s an epoch, {seconds / bare:.1f} x bare, arithmetic {share:4.0%}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory {peak:,.0f} MB, of which the cache's vectors are {cache.vectors.nbytes / 2**20:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Batch:
     selected: Tensor  # (B, N+1) bool, the patches that label_patches selected
     density: Tensor  # (B, N+1) float32, information density
     adjacency: Tensor  # (B, N+1, N+1, 2) float32, spatial and semantic weight in [0,1], symmetric, diagonal 0
+    ring_gains: Tensor  # (B, R) float32, information gained from ring to ring; R is 0 where label_patches wrote none
+    selected_concepts: Tensor  # (B, Mc) int64, rows of the bank, best first: the image's concepts; -1 where fewer
     d: Tensor  # (B, S, D) float32, sentences of the image's description; S is 0 where no image has one
     dm: Tensor  # (B, S) bool
 
@@ -97,6 +99,8 @@ class Cache:
     concept_weight: Tensor  # (n V, N+1, k) float16
     selected: Tensor  # (n V, N+1) bool
     density: Tensor  # (n V, N+1) float32
+    ring_gains: Tensor  # (n V, R) float32; R is 0 where labels have none
+    selected_concepts: Tensor  # (n V, Mc) int32, rows of the bank; -1 where a row has fewer
     edge_start: Tensor  # (n V,) int64: a row's edges are edge_start .. edge_start + edge_count
     edge_count: Tensor  # (n V,) int64
     edge_nodes: Tensor  # (edges, 2) int16
@@ -120,13 +124,15 @@ class Cache:
         return Batch(
             y=self.y[images],
             target=self.target[images],
-            nodes=self.vectors[rows].float(),
+            nodes=self.vectors.index_select(0, rows).float(),  # several times as fast as [rows]
             mask=self.mask[rows],
             box=self.boxes[rows, 1:],
             concept_idx=self.concept_idx[rows].long(),
             concept_weight=self.concept_weight[rows].float(),
             selected=self.selected[rows],
             density=self.density[rows],
+            ring_gains=self.ring_gains[rows],
+            selected_concepts=self.selected_concepts[rows].long(),
             adjacency=self.adjacency(rows),
             d=self.sentences[images].float(),
             dm=self.sentence_mask[images],
@@ -177,9 +183,10 @@ def read_cache(folder: str | Path, encoder: str, buckets: int) -> Cache:
     views, vectors, mask, boxes = read_nodes(embed, buckets, image_ids)
     rows = Rows(image_ids, views, buckets)
     concept_idx, concept_weight, selected, density = read_labels(labels, rows, mask)
+    ring_gains, selected_concepts = read_image_labels(labels, rows)
     edge_start, edge_count, edge_nodes, edge_weight = read_graphs(graphs, rows, nodes=mask.shape[1])
     bank = read_bank(folder / f"bank/{encoder}.parquet", classes)
-    if concept_idx.size and concept_idx.max() >= len(bank.kind):
+    if max(concept_idx.max(initial=0), selected_concepts.max(initial=0)) >= max(len(bank.kind), 1):
         raise UserError(f"{labels}: names concepts that {bank.path} does not hold; run label_patches again")
     sentences, sentence_mask = read_descriptions(
         folder / "descriptions/descriptions.parquet",
@@ -202,6 +209,8 @@ def read_cache(folder: str | Path, encoder: str, buckets: int) -> Cache:
         concept_weight=torch.from_numpy(concept_weight),
         selected=torch.from_numpy(selected),
         density=torch.from_numpy(density),
+        ring_gains=torch.from_numpy(ring_gains),
+        selected_concepts=torch.from_numpy(selected_concepts),
         edge_start=torch.from_numpy(edge_start),
         edge_count=torch.from_numpy(edge_count),
         edge_nodes=torch.from_numpy(edge_nodes),
@@ -333,6 +342,23 @@ def read_labels(folder: Path, rows: Rows, mask: np.ndarray) -> tuple[np.ndarray,
     )
     rows.require((labelled | ~mask).all(axis=1), folder, "label_patches")
     return concept_idx, concept_weight, selected, density
+
+
+def read_image_labels(folder: Path, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """What labels say of whole images, on node 0: ring_gains (n V, R) float32, selected_concepts (n V, Mc) int32.
+
+    Missing gains are 0 and missing concepts -1; R is 0 where no image has gains.
+    """
+    columns = ["image_id", "view", "node", "ring_gains", "selected_concepts"]
+    table = read_buckets(folder, "labels/1", rows.buckets, columns)
+    table, row = rows.place(table.filter(pc.equal(table["node"], 0)))
+    found = []
+    for name, dtype, missing in (("ring_gains", np.float32, 0), ("selected_concepts", np.int32, -1)):
+        values, lengths = flat(pc.fill_null(table[name], []))
+        wide = np.full((rows.count, int(lengths.max(initial=0))), missing, dtype=dtype)
+        wide[np.repeat(row, lengths), slots(lengths)] = values
+        found.append(wide)
+    return found[0], found[1]
 
 
 def read_graphs(folder: Path, rows: Rows, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Layers over padded batches: standardisation, a dense graph convolution, attention. Padded nodes stay inert."""
+"""Layers over padded batches: standardisation, normalised adjacency, attention. Padded nodes stay inert."""
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +38,6 @@ def normalise_adjacency(weight: Tensor, mask: Tensor) -> Tensor:
     )
     scale = looped.sum(-1).clamp(min=1e-12).rsqrt() * real
     return scale[:, :, None] * looped * scale[:, None, :]
-
-
-class GraphConv(nn.Module):
-    """A graph convolution over padded batches: A X W + b with A from `normalise_adjacency`."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=False)
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
-        """x (B, n, inputs), adjacency (B, n, n) -> (B, n, outputs). Padded nodes get the bias: mask what reads them."""
-        return adjacency @ self.linear(x) + self.bias
 
 
 class GatedAttention(nn.Module):

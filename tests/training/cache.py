@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from stages.params import Labels
 from stages.store import (
     arrow_schema,
     bucket_path,
@@ -20,6 +21,7 @@ from stages.store import (
 )
 
 ENCODER = "tiny"
+SCALE = 10.0  # of cosines, before the softmax over concepts
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Plan:
     noise: float = 0.6  # of a vector that carries the cue; 1 leaves as much noise as cue
     concepts: int = 3  # a class, plus two generic ones
     top: int = 4
+    rings: int = 0  # gains an image; 0 leaves the column null
+    shown: int = 4  # the concepts that stand for an image; every third image has two fewer where ragged
     sentences: int = 0
     ragged: bool = True
     buckets: int = 3
@@ -100,14 +104,16 @@ def write_cache(folder: Path, plan: Plan) -> None:
             boxes = np.concatenate([corner, corner + 0.4], axis=1)
             boxes[0] = (0, 0, 1, 1)
             nodes += node_rows(image["image_id"], view, vectors, boxes)
-            labels += label_rows(image["image_id"], view, vectors, bank, plan.top)
+            shown = max(plan.shown - 2 * (plan.ragged and position % 3 == 0), 0)
+            gains = rng.uniform(-0.5, 0.5, plan.rings).astype(np.float32).tolist() if plan.rings else None
+            labels += label_rows(image["image_id"], view, vectors, bank, plan.top, shown, gains)
             graphs.append(graph_row(image["image_id"], view, vectors, boxes))
     ids = [image["image_id"] for image in images]
     write_buckets(folder / f"embed/{ENCODER}/images", "embed.nodes/1", nodes, ids, plan.buckets, {}, marks["embed"])
     write_buckets(
         folder / f"graphs/{ENCODER}", "graphs/1", graphs, ids, plan.buckets, {"embed": marks["embed"]}, marks["rest"]
     )
-    made_from = {"embed": marks["embed"], "bank": marks["bank"]}
+    made_from = {"embed": marks["embed"], "bank": marks["bank"], **Labels(top=plan.top).model_dump()}
     write_buckets(folder / f"labels/{ENCODER}", "labels/1", labels, ids, plan.buckets, made_from, marks["rest"])
 
 
@@ -159,9 +165,9 @@ def write_bank(
         text_row.update(n_tokens=3, truncated=False)
     origins = {"embed": marks["embed"], "text": marks["text"]}
     write_table(with_vectors("bank/1", rows), folder / f"bank/{ENCODER}.parquet", "bank/1", origins, marks["bank"])
-    write_table(
-        with_vectors("embed.text/1", texts), folder / f"embed/{ENCODER}/text.parquet", "embed.text/1", {}, marks["text"]
-    )
+    made_by = {"encoder": marks["embed"], "logit_scale": SCALE}
+    path = folder / f"embed/{ENCODER}/text.parquet"
+    write_table(with_vectors("embed.text/1", texts), path, "embed.text/1", made_by, marks["text"])
     path = folder / "descriptions/descriptions.parquet"
     write_table(make_table("descriptions/1", sentences), path, "descriptions/1", {}, marks["rest"])
     kept = [row for row in rows if row["kept"]]
@@ -188,11 +194,14 @@ def node_rows(image_id: str, view: int, vectors: np.ndarray, boxes: np.ndarray) 
     ]
 
 
-def label_rows(image_id: str, view: int, vectors: np.ndarray, bank: np.ndarray, top: int) -> list[dict[str, Any]]:
-    similarity = 10 * vectors @ bank[:, :-1].T
+def label_rows(
+    image_id: str, view: int, vectors: np.ndarray, bank: np.ndarray, top: int, shown: int, gains: list[float] | None
+) -> list[dict[str, Any]]:
+    similarity = SCALE * vectors @ bank[:, :-1].T
     weights = np.exp(similarity - similarity.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
     order = np.argsort(-weights, axis=1)[:, :top]
+    whole = np.argsort(-weights[0])
     entropy = -(weights * np.log(weights)).sum(1)
     density = 1 - entropy / np.log(len(bank))
     return [
@@ -205,7 +214,8 @@ def label_rows(image_id: str, view: int, vectors: np.ndarray, bank: np.ndarray, 
                 "density": density[node],
                 "selected": bool(node and density[node] >= np.median(density)),
             },
-            "selected_concepts": bank[order[0], -1].astype(int).tolist() if node == 0 else None,
+            "selected_concepts": bank[whole[:shown], -1].astype(int).tolist() if node == 0 else None,
+            "ring_gains": gains if node == 0 else None,
         }
         for node in range(len(vectors))
     ]

@@ -1,4 +1,4 @@
-"""Small tensors: one thread is faster than two that wait for each other."""
+"""Tests train as training.train does, deterministic, and on one thread: faster for small tensors than two that wait."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +11,12 @@ from training.data import Cache, read_cache
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _deterministic_on_one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     yield
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
 
 

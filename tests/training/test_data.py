@@ -13,7 +13,7 @@ from stages.store import bucket_path, read_buckets, read_table, sha256, vectors_
 from tests.training.cache import ENCODER, Plan, write_cache
 from training.data import Cache, read_cache
 
-PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3)
+PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3, rings=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,11 @@ def test_every_value_arrives_where_the_files_have_it(folder: Path) -> None:
                 np.testing.assert_array_equal(batch.concept_weight[image, node], np.array(weights, np.float32))
             assert batch.selected[image, :count].tolist() == labelled["selected"].to_pylist()
             np.testing.assert_array_equal(batch.density[image, :count], labelled["density"].to_numpy())
+            np.testing.assert_array_equal(
+                batch.ring_gains[image], np.array(labelled["ring_gains"].to_pylist()[0], np.float32)
+            )
+            shown = labelled["selected_concepts"].to_pylist()[0]
+            assert batch.selected_concepts[image].tolist() == shown + [-1] * (PLAN.shown - len(shown))
             graph = graphs.filter(
                 pc.and_(pc.equal(graphs["image_id"], sha256(path)), pc.equal(graphs["view"], view))
             ).to_pylist()[0]
@@ -91,6 +96,12 @@ def test_no_description_leaves_no_sentence(planted: Callable[[Plan], Cache]) -> 
     batch = planted(Plan()).batch(torch.arange(3))
     assert batch.d.shape == (3, 0, 32)
     assert batch.dm.shape == (3, 0)
+
+
+def test_no_ring_gains_and_no_concepts_leave_none(planted: Callable[[Plan], Cache]) -> None:
+    batch = planted(Plan(shown=0)).batch(torch.arange(3))
+    assert batch.ring_gains.shape == (3, 0)
+    assert batch.selected_concepts.shape == (3, 0)
 
 
 def remark(path: Path, params: dict[str, str] | None = None, mark: str | None = None) -> None:

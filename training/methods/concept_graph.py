@@ -1,127 +1,434 @@
-"""The concept graph: patches and the words that fit them, linked by place and likeness, under two graph convolutions.
+"""The concept graph: patches and the words that fit them, linked by place and likeness, under graph convolutions.
 
-Section 4 of the method catalogue in a first, small form [design]; it reconstructs its authors' notes and claims no
-fidelity to a paper. For an image with nodes 0 (global) and 1..N (patches):
+Section 4 of the method catalogue [design]; it reconstructs its authors' notes and claims no fidelity to a paper. Each
+part below has a switch in `Settings`; those marked * are off unless it says otherwise. For an image with nodes 0
+(global) and 1..N (patches):
 
-    c_n   = norm(sum of w_nk K_k over the node's `texts` heaviest concepts)               text of a node (D)
-    x_n   = LN(Linear(v_n)) + LN(Linear(c_n))                                             (h)
-    W     = mean of spatial and semantic edges; global linked to all with 1; self loops 1
-    x     = x + dropout(GELU(A LN(x) W_l + b)), twice, A = D^-1/2 (W + I) D^-1/2          (GCN, Kipf and Welling 2017)
-    r     = sum of a_n x_n, a = gated attention over the nodes                            (h); a is `node_scores`
-    logits = Linear(g) + Linear(LN(r)), which is Linear([g; r]) with its two streams apart
+    c_n   = sum of w_nk K_k over the node's `texts` heaviest concepts, w summing to 1     text of a node (D)
+    x_n   = LN(V v_n + b) + LN(T c_n)                                 (h); LN makes the length of c_n idle
+    x_n   = U z_n, z_n ~ N(mu_n, s_n), [mu; log s^2] = Linear(GELU(x_n))    `bottleneck` *; z is mu at evaluation
+    x_n  += U' ELU(Linear(standardised v_n . a_c over classes c))     `interference` *; a_c: mean of c's concepts
+    W     = spatial and semantic edges; global linked to all with 1; self loops 1             G1
+    x     = x + dropout(GELU(layer(LN(x), W))), `layers` times        `graph`: gcn, gat, sage, mlp
+    r_1   = sum of a_n x_n, a = gated attention over the nodes        (h); a is `node_scores`
 
-The global stream starts as the tuned linear probe, the graph's at zero. Each stream also answers alone: its own cross
-entropy, by `loss_weights`, is an auxiliary loss, so that neither starves because the other has already explained the
-training images.
+    G2    = the image's concepts and the sentences of its description, linked by the `neighbours` highest cosines;
+            its own layers, half as wide, and attention over its nodes give r_2               `description` *
+    r     = gamma r_1 + (1 - gamma) r_2, gamma = sigmoid(MLP[r_1; r_2])                       gate; or
+            the attention over x_n + attention of n over the nodes of G2                      attention
+
+    logits = the sum of `streams`: global Linear(g), local Linear(LN(r_1)), relation MLP([g; LN(r_1)]), fused
+             Linear(LN(r)), concept s * standardised g . a_c, with s learned. [global, local] is Linear([g; r_1])
+
+An image without a text in G2 has gamma 1 (or nothing to attend to): it is judged by its patches. The gains of rings
+around the densest place enter by `rings` * at the readout, r_1 += MLP([r_1; gains]), or as a node linked to the global
+one; or as what r_1 has to predict (`loss_weights.rings`).
+
+The global stream starts as the tuned linear probe, the graph's at zero. `loss_weights` weighs, beside cross entropy of
+the sum: that of the global stream alone and of the graph's streams alone, so that neither starves because the other has
+already explained the training images; and, off at first, training.losses: `contrast` pulls the densest node to the
+concepts of the class, `bottleneck` is the KL of CATE, `recovery` pulls nodes to proxies of the class (TRD's loss as the
+notes read it), in a space of its own. A weight of 0 costs nothing.
+
+Where this differs from CATE: the bottleneck is in the width of the graph, not of the encoder; interference reads the
+encoder's vectors against the concepts of all classes, which no gradient reaches either, standardised by training images
+and not by the image itself.
 """
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
+import torch
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.command import UserError
 from stages.params import Block, Count, Fraction
-from training.data import Batch, Cache
-from training.layers import GatedAttention, GraphConv, Standardise, normalise_adjacency
-from training.loop import NotNegative, Schedule, fit_epochs, starting_point
+from training.data import Bank, Batch, Cache
+from training.graph_layers import GraphNetwork, Kind, drop_by_image, nearest_edges
+from training.layers import GatedAttention, Standardise
+from training.loop import EVALUATION_BATCH, NotNegative, Schedule, fit_epochs, starting_point
+from training.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
 from training.methods import Fitted, Output
 
 SEEDED = True
-LAYERS = 2
+Whole = Annotated[int, Field(ge=0)]
+Stream = Literal["global", "local", "relation", "fused", "concept"]
+GRAPH_STREAMS = ("local", "relation", "fused")
+PROXIES, PROXY_WIDTH = 4, 64  # of a class, for recovery
 
 
 class LossWeights(Block):
-    """Cross entropies of each stream alone, beside that of their sum."""
+    """Of each loss beside the cross entropy of all streams' sum; 0 switches it off."""
 
-    image: NotNegative = 0.5
-    graph: NotNegative = 0.5
+    image: NotNegative = 0.5  # cross entropy of the global stream alone
+    graph: NotNegative = 0.5  # cross entropy of the graph's streams alone
+    contrast: NotNegative = 0.0
+    bottleneck: NotNegative = 0.0
+    recovery: NotNegative = 0.0
+    rings: NotNegative = 0.0
 
 
 class Settings(Schedule):
     hidden: Count = 256
     dropout: Fraction = 0.3
-    texts: Count = 5  # concepts that make a node's text
+    texts: Whole = 5  # concepts that make a node's text; 0: none
     nodes: Literal["all", "selected"] = "all"  # selected: only the patches that label_patches selected
+    heads: Count = 8  # of graph: gat, and of description: attention
+    graph: Kind = "gcn"
+    layers: Count = 2
+    description: Literal["none", "gate", "attention"] = "none"
+    neighbours: Count = 5  # in the description graph
+    streams: list[Stream] = Field(default=["global", "local"], min_length=1)
+    bottleneck: Whole = 0  # dimensions; 0: none
+    interference: Whole = 0  # dimensions; 0: none
+    rings: Literal["none", "readout", "node"] = "none"
+    recovery_epoch: Count = 1  # the first with loss_weights.recovery
     loss_weights: LossWeights = LossWeights()
+
+    @field_validator("graph", "description")
+    @classmethod
+    def _heads_divide_the_width(cls, value: str, info: ValidationInfo) -> str:
+        hidden, heads = (info.data.get(name, 0) for name in ("hidden", "heads"))
+        if value in ("gat", "attention") and heads and hidden % (2 * heads):
+            raise ValueError(f"hidden, {hidden}, has to be a multiple of twice the heads, {2 * heads}")
+        return value
+
+
+def class_anchors(bank: Bank) -> Tensor:
+    """(C, D): the mean of the concepts that a class owns; 0 where it owns none."""
+    own = (bank.own & bank.kept[:, None]).float()
+    return own.T @ bank.K / own.sum(0).clamp(min=1)[:, None]
+
+
+def silent(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that says nothing at first."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Bottleneck(nn.Module):
+    """z ~ N(mu, s), [mu; log s^2] = Linear(GELU(x)); z = mu at evaluation. Then back to the width of x."""
+
+    def __init__(self, width: int, dimensions: int) -> None:
+        super().__init__()
+        self.distribution, self.widen = nn.Linear(width, 2 * dimensions), nn.Linear(dimensions, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, n, width) -> the same shape; mu and log s^2 (B, n, dimensions)."""
+        mean, log_variance = self.distribution(F.gelu(x)).chunk(2, dim=-1)
+        sample = torch.addcmul(mean, torch.randn_like(mean), (0.5 * log_variance).exp()) if self.training else mean
+        return self.widen(sample), mean, log_variance
+
+
+class Interference(nn.Module):
+    """How a node's vector meets the concepts of every class: U ELU(Linear(standardised v . a_c)), no gradient to v."""
+
+    anchors: Tensor
+
+    def __init__(self, anchors: Tensor, sample: Tensor, dimensions: int, width: int, dropout: float) -> None:
+        """anchors (C, D); sample (n, D): nodes of training images, which say what is standard."""
+        super().__init__()
+        self.register_buffer("anchors", anchors)
+        self.standardise = Standardise(sample @ anchors.T)
+        self.narrow, self.widen = nn.Linear(len(anchors), dimensions), nn.Linear(dimensions, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """v (B, n, D) -> (B, n, width)."""
+        # narrow(standardise(v A^T)) with its linear maps multiplied first: nothing as wide as the classes are many.
+        weight = self.narrow.weight / self.standardise.scale
+        bias = self.narrow.bias - (weight * self.standardise.mean).sum(-1)
+        out: Tensor = self.widen(drop_by_image(F.elu(F.linear(v, weight @ self.anchors, bias)), self.dropout))
+        return out
+
+
+class DescriptionGraph(nn.Module):
+    """G2: unit vectors of texts, linked to their nearest, under graph layers."""
+
+    def __init__(self, dimension: int, width: int, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.project, self.norm = nn.Linear(dimension, width), nn.LayerNorm(width)
+        self.network = GraphNetwork(settings.graph, settings.layers, width, settings.heads, 1, settings.dropout)
+
+    def forward(self, texts: Tensor, mask: Tensor) -> Tensor:
+        """texts (B, S, D), mask (B, S) -> (B, S, width)."""
+        edges = nearest_edges(texts, mask, self.settings.neighbours)
+        out: Tensor = self.network(self.norm(self.project(texts)), edges, mask)
+        return out
+
+
+class Gate(nn.Module):
+    """gamma r_1 + (1 - gamma) r_2 with gamma = sigmoid(MLP[r_1; r_2]); 1 where the image has no text."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.attention, self.widen = GatedAttention(text_width, text_width // 2), nn.Linear(text_width, width)
+        self.gamma = nn.Sequential(nn.Linear(2 * width, text_width), nn.GELU(), nn.Linear(text_width, 1))
+
+    def forward(self, patches: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        """r_1 (B, width), nodes of G2 (B, S, text_width) and their mask -> r (B, width)."""
+        described = mask.any(1, keepdim=True)
+        # Attention over nothing is no number: such an image attends to its padding, and gamma leaves that out.
+        attention = self.attention(texts, mask | ~described)
+        summary = self.widen((attention[:, None].to(texts.dtype) @ texts).squeeze(1))
+        gamma = self.gamma(torch.cat([patches, summary], dim=-1)).sigmoid().where(described, 1.0)
+        return gamma * patches + (1 - gamma) * summary.masked_fill(~described, 0.0)
+
+
+class CrossAttention(nn.Module):
+    """What each node of G1 finds in G2 (B, n, width): attention with `heads`; 0 where the image has no text."""
+
+    def __init__(self, width: int, text_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.query = nn.Linear(width, text_width)
+        self.key, self.value = nn.Linear(text_width, text_width), nn.Linear(text_width, text_width)
+        self.widen = nn.Linear(text_width, width, bias=False)
+
+    def forward(self, x: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        described = mask.any(1)[:, None, None]
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in (self.query(self.norm(x)), self.key(texts), self.value(texts))
+        )
+        seen = (mask[:, None, None, :] | ~described[:, None]).expand(-1, 1, x.shape[1], -1)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        out: Tensor = self.widen(found.transpose(1, 2).flatten(2)).masked_fill(~described, 0.0)
+        return out
+
+
+class Relation(nn.Module):
+    """MLP[g; LN(r)]."""
+
+    def __init__(self, dimension: int, width: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.both = nn.LayerNorm(width), nn.Linear(dimension + width, width)
+        self.dropout, self.classify = nn.Dropout(dropout), silent(width, classes)
+
+    def forward(self, g: Tensor, r: Tensor) -> Tensor:
+        both = torch.cat([g, self.norm(r).to(g.dtype)], dim=-1)
+        out: Tensor = self.classify(self.dropout(F.gelu(self.both(both))))
+        return out
+
+
+class ConceptStream(nn.Module):
+    """s times the mean cosine of g and a class's own concepts, standardised by training images; s starts at 1."""
+
+    anchors: Tensor
+
+    def __init__(self, anchors: Tensor, sample: Tensor) -> None:
+        """anchors (C, D), class_anchors; sample (n, D): global vectors of training images."""
+        super().__init__()
+        self.register_buffer("anchors", anchors)
+        self.standardise = Standardise(sample @ anchors.T)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, g: Tensor) -> Tensor:
+        """g (B, D) -> (B, C)."""
+        out: Tensor = self.scale * self.standardise(F.linear(g, self.anchors).float())
+        return out
 
 
 class ConceptGraph(nn.Module):
     K: Tensor
+    K_narrow: Tensor
+    own: Tensor
+    anchors: Tensor
 
-    def __init__(
-        self,
-        standardise_global: Standardise,
-        standardise_nodes: Standardise,
-        K: Tensor,
-        probe: nn.Linear,
-        settings: Settings,
-    ) -> None:
-        """K (M, D): the vectors of the bank. `probe` (D -> C): where the global stream starts."""
+    def __init__(self, cache: Cache, settings: Settings) -> None:
+        """Starts as the tuned linear probe. Raises UserError where labels lack the rings that settings ask for."""
         super().__init__()
-        dimension, hidden, classes = K.shape[1], settings.hidden, probe.out_features
+        start, bank, weights = starting_point(cache), cache.bank, settings.loss_weights
+        dimension, hidden, classes = bank.K.shape[1], settings.hidden, len(cache.classes)
         self.settings = settings
-        self.standardise_global, self.standardise_nodes = standardise_global, standardise_nodes
-        self.register_buffer("K", K)
+        self.epoch = 0  # training's; see train()
+        self.standardise_global, self.standardise_nodes = start.standardise_global, start.standardise_nodes
+        self.register_buffer("K", bank.K)
+        self.register_buffer("K_narrow", bank.K.bfloat16(), persistent=False)
         self.in_vector, self.norm_vector = nn.Linear(dimension, hidden), nn.LayerNorm(hidden)
-        self.in_text, self.norm_text = nn.Linear(dimension, hidden), nn.LayerNorm(hidden)
-        self.convolutions = nn.ModuleList(GraphConv(hidden, hidden) for _ in range(LAYERS))
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(LAYERS))
+        if settings.texts:
+            self.in_text, self.norm_text = nn.Linear(dimension, hidden, bias=False), nn.LayerNorm(hidden)
+        self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, 2, settings.dropout)
         self.attention = GatedAttention(hidden, hidden // 2)
-        self.norm_readout = nn.LayerNorm(hidden)
         self.dropout = nn.Dropout(settings.dropout)
-        self.classify_global, self.classify_graph = nn.Linear(dimension, classes), nn.Linear(hidden, classes)
-        self.classify_global.load_state_dict(probe.state_dict())
-        nn.init.zeros_(self.classify_graph.weight)
-        nn.init.zeros_(self.classify_graph.bias)
+
+        train = cache.images("train")
+        sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
+        anchors = class_anchors(bank)
+        if settings.bottleneck:
+            self.bottleneck = Bottleneck(hidden, settings.bottleneck)
+        if settings.interference:
+            nodes = sample.nodes[sample.mask]
+            self.interference = Interference(anchors, nodes, settings.interference, hidden, settings.dropout)
+        if settings.description != "none":
+            self.description = DescriptionGraph(dimension, hidden // 2, settings)
+            self.fusion = (
+                Gate(hidden, hidden // 2)
+                if settings.description == "gate"
+                else CrossAttention(hidden, hidden // 2, settings.heads)
+            )
+        gains = cache.ring_gains.shape[1]
+        if (settings.rings != "none" or weights.rings) and not gains:
+            raise UserError(f"{bank.path}: its labels hold no ring gains (column ring_gains); run label_patches again")
+        if settings.rings != "none" or weights.rings:
+            self.standardise_rings = Standardise(sample.ring_gains)
+        if settings.rings == "readout":
+            self.with_rings = nn.Sequential(nn.Linear(hidden + gains, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        if settings.rings == "node":
+            self.in_rings = nn.Linear(gains, hidden)
+        if weights.rings:
+            self.predict_rings = nn.Sequential(nn.Linear(hidden, hidden // 2), nn.GELU(), nn.Linear(hidden // 2, gains))
+
+        if weights.contrast:  # what only training reads is not saved
+            self.to_concepts = nn.Linear(hidden, dimension)
+            self.register_buffer("own", bank.own & bank.kept[:, None], persistent=False)
+            self.register_buffer("anchors", anchors, persistent=False)
+        if weights.recovery:
+            self.to_proxies = nn.Linear(hidden, PROXY_WIDTH)
+            self.proxies = nn.Parameter(torch.randn(classes, PROXIES, PROXY_WIDTH) / math.sqrt(PROXY_WIDTH))
+
+        streams = nn.ModuleDict()
+        for stream in settings.streams:
+            match stream:
+                case "global":
+                    streams[stream] = nn.Linear(dimension, classes)
+                    streams[stream].load_state_dict(start.probe.state_dict())
+                case "local" | "fused":
+                    streams[stream] = nn.Sequential(
+                        nn.LayerNorm(hidden), nn.Dropout(settings.dropout), silent(hidden, classes)
+                    )
+                case "relation":
+                    streams[stream] = Relation(dimension, hidden, classes, settings.dropout)
+                case "concept":
+                    streams[stream] = ConceptStream(anchors, cache.globals(train))
+        self.streams = streams
+
+    def train(self, mode: bool = True) -> "ConceptGraph":
+        """Training mode or not. The loop asks for training once an epoch: so epochs are counted for recovery_epoch."""
+        self.epoch += mode
+        return super().train(mode)
+
+    def texts(self) -> Tensor:
+        """K in the precision of the products: to gather wide and narrow later takes several times as long."""
+        return self.K_narrow if torch.is_autocast_enabled("cpu") else self.K
 
     def node_text(self, batch: Batch) -> Tensor:
-        """c_n (B, N+1, D), unit length; 0 for a node without concepts."""
-        weight, place = batch.concept_weight.topk(
-            min(self.settings.texts, batch.concept_weight.shape[-1]), sorted=False
-        )
-        concept = batch.concept_idx.gather(-1, place)
-        nodes = concept.shape[:2]
-        if not concept.shape[-1]:
+        """c_n (B, N+1, D), a weighted mean of concepts; 0 for a node without any."""
+        nodes, k = batch.concept_weight.shape[:2], min(self.settings.texts, batch.concept_weight.shape[-1])
+        if not k:
             return self.K.new_zeros(*nodes, self.K.shape[1])
-        mixed = F.embedding_bag(
-            concept.flatten(0, 1), self.K, per_sample_weights=weight.float().flatten(0, 1), mode="sum"
-        )
-        return F.normalize(mixed, dim=-1).unflatten(0, nodes)
+        weight, place = batch.concept_weight.float().topk(k, sorted=False)
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
+        concept = batch.concept_idx.gather(-1, place).flatten(0, 1)
+        K = self.texts()
+        mixed = F.embedding_bag(concept, K, per_sample_weights=weight.flatten(0, 1).to(K.dtype), mode="sum")
+        return mixed.unflatten(0, nodes)
+
+    def propagate(self, x: Tensor, batch: Batch, mask: Tensor) -> Tensor:
+        """The layers of G1 (B, N+1, h); the node of the rings is there only meanwhile."""
+        edges = batch.adjacency.clone()
+        edges[:, 0, 1:] = edges[:, 1:, 0] = 1.0
+        if self.settings.rings == "node":
+            x = torch.cat([x, self.in_rings(self.standardise_rings(batch.ring_gains))[:, None].to(x.dtype)], dim=1)
+            edges, mask = F.pad(edges, (0, 0, 0, 1, 0, 1)), F.pad(mask, (0, 1), value=True)
+            edges[:, 0, -1] = edges[:, -1, 0] = 1.0
+        out: Tensor = self.network(x, edges, mask)
+        return out[:, : batch.mask.shape[1]]
+
+    def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The nodes of G2 (B, S, h/2) and their mask (B, S): the image's concepts, then its sentences."""
+        concepts = batch.selected_concepts
+        vectors = self.texts().index_select(0, concepts.clamp(min=0).flatten()).unflatten(0, concepts.shape)
+        mask = torch.cat([concepts >= 0, batch.dm], dim=1)
+        return self.description(torch.cat([vectors, batch.d.to(vectors.dtype)], dim=1), mask), mask
 
     def forward(self, batch: Batch) -> Output:
+        settings, weights = self.settings, self.settings.loss_weights
+        losses: dict[str, Tensor] = {}
         mask = batch.mask
-        if self.settings.nodes == "selected":
+        if settings.nodes == "selected":
             mask = mask & batch.selected
             mask[:, 0] = True
-        weight = batch.adjacency.mean(-1)
-        weight[:, 0, 1:] = weight[:, 1:, 0] = 1.0
-        adjacency = normalise_adjacency(weight, mask)
+        g, nodes = batch.g.float(), batch.nodes.to(self.texts().dtype)
+        centred = self.dropout(self.standardise_global(g))
 
-        x = self.norm_vector(self.in_vector(self.standardise_nodes(batch.nodes.float())))
-        x = x + self.norm_text(self.in_text(self.node_text(batch)))
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            # One mask for all nodes of an image: drawing one for each would take a quarter of the epoch.
-            x = x + self.dropout(x.new_ones(len(x), 1, x.shape[-1])) * F.gelu(convolution(norm(x), adjacency))
+        # in_vector(standardise_nodes(nodes)), standardised in the weights and not in a copy of all nodes.
+        weight = self.in_vector.weight / self.standardise_nodes.scale
+        bias = self.in_vector.bias - (weight * self.standardise_nodes.mean).sum(-1)
+        x = self.norm_vector(F.linear(nodes, weight, bias))
+        if settings.texts:
+            x = x + self.norm_text(self.in_text(self.node_text(batch)))
+        if settings.bottleneck:
+            x, mean, log_variance = self.bottleneck(x)
+            if self.training and weights.bottleneck:
+                losses["bottleneck"] = kl_from_normal(mean, log_variance, mask)
+        if settings.interference:
+            x = x + self.interference(nodes)
+        x = self.propagate(x, batch, mask)
+
         attention = self.attention(x, mask)
-        readout = (attention[:, None].to(x.dtype) @ x).squeeze(1)
+        patches = pool(x, attention)
+        if settings.rings == "readout":
+            gains = self.standardise_rings(batch.ring_gains)
+            patches = patches + self.with_rings(torch.cat([patches, gains.to(patches.dtype)], dim=-1))
+        fused = patches
+        if settings.description != "none":
+            texts, text_mask = self.describe(batch)
+            if settings.description == "gate":
+                fused = self.fusion(patches, texts, text_mask)
+            else:
+                fused = patches + pool(self.fusion(x, texts, text_mask), attention)
 
-        by_global = self.classify_global(self.dropout(self.standardise_global(batch.g.float())))
-        by_graph = self.classify_graph(self.dropout(self.norm_readout(readout)))
-        losses = {}
+        by_stream: dict[str, Tensor] = {}
+        for name, stream in self.streams.items():
+            match name:
+                case "global":
+                    by_stream[name] = stream(centred)
+                case "local":
+                    by_stream[name] = stream(patches)
+                case "fused":
+                    by_stream[name] = stream(fused)
+                case "relation":
+                    by_stream[name] = stream(centred, patches)
+                case "concept":
+                    by_stream[name] = stream(g)
+        logits = torch.stack([value.float() for value in by_stream.values()]).sum(0)
         if self.training:
-            losses = {
-                "image": F.cross_entropy(by_global.float(), batch.target),
-                "graph": F.cross_entropy(by_graph.float(), batch.target),
-            }
-        return Output(by_global + by_graph, losses, attention)
+            losses |= self.losses(batch, mask, x, patches, logits, by_stream)
+        return Output(logits, losses, attention)
+
+    def losses(
+        self, batch: Batch, mask: Tensor, x: Tensor, patches: Tensor, logits: Tensor, by_stream: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Those of `loss_weights` that have a weight, the bottleneck's apart."""
+        weights, losses = self.settings.loss_weights, {}
+        if weights.image and "global" in by_stream:
+            losses["image"] = F.cross_entropy(by_stream["global"].float(), batch.target)
+        of_graph = [by_stream[name].float() for name in GRAPH_STREAMS if name in by_stream]
+        if weights.graph and of_graph:
+            losses["graph"] = F.cross_entropy(torch.stack(of_graph).sum(0), batch.target)
+        if weights.contrast:
+            densest = x[torch.arange(len(x)), densest_node(batch.density, mask)]
+            query = F.normalize(self.to_concepts(densest).float(), dim=-1)
+            present = presence(batch.selected_concepts, len(self.K))
+            losses["contrast"] = concept_contrast(query, self.K, self.own, self.anchors, present, batch.target)
+        if weights.recovery and self.epoch >= self.settings.recovery_epoch:
+            losses["recovery"] = recovery(self.to_proxies(x), mask, self.proxies, batch.target, logits)
+        if weights.rings:
+            predicted = self.predict_rings(patches).float()
+            losses["rings"] = F.mse_loss(predicted, self.standardise_rings(batch.ring_gains))
+        return losses
+
+
+def pool(x: Tensor, attention: Tensor) -> Tensor:
+    """(B, h): nodes (B, n, h) weighed by attention (B, n)."""
+    return (attention[:, None].to(x.dtype) @ x).squeeze(1)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    start = starting_point(cache)
-    return fit_epochs(
-        lambda: ConceptGraph(start.standardise_global, start.standardise_nodes, cache.bank.K, start.probe, settings),
-        cache,
-        settings,
-        seed,
-        settings.loss_weights.model_dump(),
-    )
+    return fit_epochs(lambda: ConceptGraph(cache, settings), cache, settings, seed, settings.loss_weights.model_dump())

@@ -1,0 +1,130 @@
+"""The concept graph's own losses: pure functions of tensors, each a scalar. Section 4 of the method catalogue.
+
+What a loss is told of the class is `target`, classes (B,) or probabilities (B, C), as in `Batch`: partial labels give
+each candidate a share.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TEMPERATURE = 0.1
+HARDEST = 32
+
+
+def class_shares(target: Tensor, classes: int) -> Tensor:
+    """(B, C) float32 from classes (B,) or probabilities (B, C)."""
+    return F.one_hot(target, classes).float() if target.ndim == 1 else target.float()
+
+
+def likeliest_class(target: Tensor, logits: Tensor) -> Tensor:
+    """(B,): the class; of several candidates the one that the logits favour."""
+    if target.ndim == 1:
+        return target
+    return logits.detach().masked_fill(target <= 0, float("-inf")).argmax(1)
+
+
+def kl_from_normal(mean: Tensor, log_variance: Tensor, mask: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) = -1/2 (1 + log_variance - mean^2 - variance), the mean over nodes' dimensions.
+
+    mean and log_variance (B, n, z), mask (B, n).
+    """
+    mean, log_variance = mean.float(), log_variance.float()
+    by_node = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(-1)
+    return (by_node * mask).sum() / mask.sum()
+
+
+def densest_node(density: Tensor, mask: Tensor) -> Tensor:
+    """n* (B,): the local node of the highest information density (B, N+1); 0, the whole image, where there is none."""
+    local = density.masked_fill(~mask, float("-inf"))
+    return torch.cat([local.new_full((len(local), 1), torch.finfo(local.dtype).min), local[:, 1:]], 1).argmax(1)
+
+
+def presence(concepts: Tensor, size: int) -> Tensor:
+    """(B, size) bool from lists of concepts (B, Mc), -1 where there is none."""
+    found = torch.zeros(len(concepts), size + 1, dtype=torch.bool, device=concepts.device)
+    return found.scatter(1, torch.where(concepts < 0, size, concepts), True)[:, :size]
+
+
+def concept_contrast(query: Tensor, K: Tensor, own: Tensor, anchors: Tensor, present: Tensor, target: Tensor) -> Tensor:
+    """-log(e^(q.p/t) / (e^(q.p/t) + sum over negatives of e^(q.k/t))), t = TEMPERATURE, the mean over images.
+
+    query (B, D), unit length: one node an image. K (M, D): the concepts; own (M, C) bool: their classes; anchors
+    (C, D): the mean of each class's concepts; present (B, M) bool: those of the image. Positive p: the mean of the
+    present concepts that the image's class owns, else its anchor, at unit length. Negatives: the HARDEST concepts that
+    only other classes own, and the present ones that the image's class does not own. A soft target weighs the concepts
+    (or anchors) of its candidates by their shares, and takes no candidate's concept for a negative. An image whose
+    class owns no concept has no positive and is left out.
+    """
+    shares = class_shares(target, own.shape[1])
+    weight = shares @ own.float().T  # (B, M): how much of the image's class owns a concept
+    mine = weight > 0
+    chosen = weight * present
+    positive = torch.where(chosen.any(1, keepdim=True), chosen @ K, shares @ anchors)
+    owned = positive.any(1)
+    positive = F.normalize(positive, dim=-1)
+
+    query = query.float()
+    similarity = query @ K.T
+    others = similarity.detach().masked_fill(mine | ~own.any(1), float("-inf"))
+    hardest, place = others.topk(min(HARDEST, others.shape[1]), dim=1, sorted=False)
+    negative = (present & ~mine) | torch.zeros_like(mine).scatter(1, place, hardest > float("-inf"))
+    first = (query * positive).sum(-1) / TEMPERATURE
+    rest = (similarity / TEMPERATURE).masked_fill(~negative, float("-inf"))
+    loss = torch.cat([first[:, None], rest], dim=1).logsumexp(1) - first
+    return (loss * owned).sum() / owned.sum().clamp(min=1)
+
+
+def chamfer(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
+    """(B,): half the mean squared distance of each node to its nearest proxy, plus half that of each proxy to its node.
+
+    h (B, n, r), mask (B, n), proxies (B, P, r). A form of TRD's recovery (NeurIPS 2023) [design]: every node and
+    proxy counts, where its code takes one minimum over all.
+    """
+    distance = (
+        h.square().sum(-1)[:, :, None] + proxies.square().sum(-1)[:, None, :] - 2 * h @ proxies.transpose(1, 2)
+    ).clamp(min=0)
+    by_node = (distance.amin(2) * mask).sum(1) / mask.sum(1)
+    by_proxy = distance.masked_fill(~mask[:, :, None], float("inf")).amin(1).mean(1)
+    return (by_node + by_proxy) / 2
+
+
+def assignment_logits(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
+    """(B, C): the highest h_n . P_cj over an image's nodes and a class's proxies; node 0 is real.
+
+    h (B, n, r), mask (B, n), proxies (C, P, r). Only the pair that wins has a gradient.
+    """
+    h = torch.where(mask[:, :, None], h, h[:, :1])  # another node 0 wins nothing, and needs no mask as large as `every`
+    every = h @ proxies.flatten(0, 1).T  # (B, n, C P)
+    with torch.no_grad():
+        # Maxima without their places are several times as fast: first the proxy that wins, then its node.
+        first = torch.arange(0, every.shape[2], proxies.shape[1], device=h.device)
+        proxy = first + every.amax(1).unflatten(1, proxies.shape[:2]).max(2).indices  # (B, C)
+        node = every.gather(2, proxy[:, None].expand(-1, every.shape[1], -1)).max(1).indices
+    image = torch.arange(len(h), device=h.device)[:, None] * every[0].numel()
+    won: Tensor = Pick.apply(every, image + node * every.shape[2] + proxy)
+    return won.float()
+
+
+class Pick(torch.autograd.Function):
+    """x.take(places) where no place is named twice: then backward need not add up, which takes long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = x.shape
+        return x.take(places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        flat = gradient.new_zeros(ctx.shape.numel()).scatter_(0, places.flatten(), gradient.flatten())
+        return flat.view(ctx.shape), None
+
+
+def recovery(h: Tensor, mask: Tensor, proxies: Tensor, target: Tensor, logits: Tensor) -> Tensor:
+    """Chamfer(h, proxies of the class) + cross entropy of the assignment; of several candidates see likeliest_class."""
+    assigned = F.cross_entropy(assignment_logits(h, mask, proxies), target)
+    return chamfer(h.float(), mask, proxies[likeliest_class(target, logits)].float()).mean() + assigned
