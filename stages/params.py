@@ -133,6 +133,16 @@ class Encoder(Block):
     batch_size: Count = 32
 
 
+class Tower(Block):
+    """An image-only encoder of timm's: it has no text side, so that nothing of a text is ever compared with it."""
+
+    model: str
+    pretrained: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: Count = 32
+    image_size: Annotated[int, Field(ge=16)] | None = None
+
+
 class Embed(Block):
     views: Annotated[int, Field(ge=0, le=16)] = 0
     tokens: bool = False
@@ -140,17 +150,41 @@ class Embed(Block):
     crops: list[Annotated[int, Field(ge=2)]] = []
 
 
+class Tokens(Block):
+    """Which hidden states of one encoder or tower are stored."""
+
+    layers: Annotated[list[int], Field(min_length=1)]
+    rollout: bool = False
+
+
+class Controls(Block):
+    """Which texts that say nothing of the classes are embedded with one encoder."""
+
+    seed: int = 0
+    per_class: Count = 32
+
+
 class Select(Block):
     per_class: Count = 8
     max_cosine: Fraction = 0.95
+    coverage: Annotated[float, Field(ge=0)] = 0.0
+    fallback: Literal["none", "prototypes", "auto"] = "none"
 
 
 class Labels(Block):
+    mode: Literal["softmax", "splice"] = "softmax"
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    sparsity: Annotated[float, Field(gt=0)] = 0.25
     top: Count = 16
+    density: Literal["neg_entropy", "entropy", "gaga", "product"] = "neg_entropy"
+    inside_object: bool = False
     redundancy: Annotated[float, Field(ge=0)] = 0.5
     select_locals: Count = 12
     select_concepts: Count = 20
+    rings: Annotated[int, Field(ge=2)] = 4
+    ring_centre: Literal["density", "peak"] = "density"
+    ring_gamma: Annotated[float, Field(gt=0)] = 4.0
+    ring_radii: Literal["equal_count", "equal_width"] = "equal_count"
 
 
 NodeKind = Literal["global", "object", "token", "grid", "crop"]
@@ -175,8 +209,13 @@ class Method(BaseModel):
 
 
 class Train(Block):
+    """`regime`, `control` and each study are checked where they are used, in training/."""
+
     seed: int = 0
     seeds: Count = 1
+    regime: dict[str, Any] = {"kind": "full"}
+    control: dict[str, Any] = {"name": "none"}
+    budget: Count = 16
     methods: dict[str, Method]
 
 
@@ -194,18 +233,37 @@ class Params(Block):
     describe: Describe = Describe()
     clean: Clean = Clean()
     encoders: Annotated[dict[str, Encoder], Field(min_length=1)]
+    towers: dict[str, Tower] = {}
     embed: Embed = Embed()
+    tokens: dict[str, Tokens] = {}
+    controls: dict[str, Controls] = {}
     select: Select = Select()
     labels: Labels = Labels()
     graphs: Graphs = Graphs()
     train: Train
+    studies: dict[str, dict[str, Any]] = {}
     report: Report = Report()
 
     def encoder(self, name: str) -> Encoder:
-        """The settings of one encoder. Raises UserError where params.yaml has none of that name."""
+        """The settings of one text-aligned encoder. Raises UserError where params.yaml has none of that name."""
+        known = ", ".join(self.encoders)
+        if name in self.towers:
+            raise UserError(f"params.yaml: towers.{name}: a tower has no text side; choose one of `encoders`: {known}")
         if name not in self.encoders:
-            raise UserError(f"params.yaml: encoders.{name}: is not there; choose one of: {', '.join(self.encoders)}")
+            raise UserError(f"params.yaml: encoders.{name}: is not there; choose one of: {known}")
         return self.encoders[name]
+
+    def image_encoder(self, name: str) -> Encoder | Tower:
+        """The settings of one encoder or tower. Raises UserError where params.yaml has none of that name."""
+        if name not in self.image_encoders:
+            known = ", ".join(self.image_encoders)
+            raise UserError(f"params.yaml: neither `encoders` nor `towers` has {name!r}; choose one of: {known}")
+        return self.image_encoders[name]
+
+    @property
+    def image_encoders(self) -> dict[str, Encoder | Tower]:
+        """Everything that embeds images, by name."""
+        return {**self.encoders, **self.towers}
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
@@ -272,12 +330,26 @@ def check_contradictions(path: str, params: Params) -> None:
         raise UserError(f"{path}: {key}: {what}; {remedy}")
 
     methods = params.train.methods
-    for block, names in (("encoders", params.encoders), ("train.methods", methods)):
+    for block, names in (("encoders", params.encoders), ("towers", params.towers), ("train.methods", methods)):
         for name in names:
             if not NAME.fullmatch(name):
                 refuse(f"{block}.{name}", "is used as a folder name", "use lower-case letters, digits, - and _")
+    for name in params.towers:
+        if name in params.encoders:
+            refuse(f"towers.{name}", f"encoders.{name} writes to data/embed/{name} too", "rename one of them")
+    for name in params.tokens:
+        if name not in params.image_encoders:
+            known = ", ".join(params.image_encoders)
+            refuse(f"tokens.{name}", "is neither under `encoders` nor under `towers`", f"choose one of: {known}")
+    for name in params.controls:
+        if name not in params.encoders:
+            known = ", ".join(params.encoders)
+            refuse(f"controls.{name}", "is not under `encoders`", f"choose one of: {known}")
     for name, method in methods.items():
         key = f"train.methods.{name}"
+        if method.encoder in params.towers:
+            what = f"{method.encoder!r} is a tower, and methods read text, bank and labels of a text-aligned encoder"
+            refuse(f"{key}.encoder", what, f"choose one of `encoders`: {', '.join(params.encoders)}")
         if method.encoder not in params.encoders:
             known = ", ".join(params.encoders)
             refuse(f"{key}.encoder", f"{method.encoder!r} is not under `encoders`", f"choose one of: {known}")

@@ -17,9 +17,9 @@ from stages import store
 from tests.checkout import ROOT, edit_params
 
 SECTION = "Reading the files"
-STAGES = ["draw_reef", "index_images", "generate_concepts", "describe_images", "clean_concepts", "embed_images",
-          "embed_text", "select_concepts", "label_patches", "build_graphs"]  # fmt: skip
-OF_ENCODER = {"embed_images", "embed_text", "select_concepts", "label_patches", "build_graphs"}
+OF_ENCODER = ["embed_images", "embed_tokens", "embed_text", "embed_controls", "select_concepts", "label_patches",
+              "build_graphs"]  # fmt: skip
+STAGES = ["draw_reef", "index_images", "generate_concepts", "describe_images", "clean_concepts", *OF_ENCODER]
 CLASSES, TRAIN, TEST = 24, 3, 1
 
 
@@ -44,13 +44,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
     (folder / "data/none").touch()
-    (folder / "data/demo").symlink_to(ROOT / "data/demo")
+    for name in ("demo", "controls"):
+        (folder / "data" / name).symlink_to(ROOT / "data" / name)
     (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
 
     def make_small(params: Any) -> None:
         params["demo"]["reef"].update(train_per_class=TRAIN, test_per_class=TEST, size=96)
         params["dataset"].update(buckets=2, val_fraction=0.34)
         params["train"].update(seeds=1, methods={"zero_shot": params["train"]["methods"]["zero_shot"]})
+        params["tokens"] = {"reef": {"layers": [-1]}}
+        params["controls"] = {"reef": {"per_class": 2}}
         params["report"]["reference"] = "zero_shot"
 
     edit_params(folder, make_small)

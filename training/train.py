@@ -9,8 +9,10 @@ Costs   processor time only: none to speak of for the zero-shot methods; an epoc
         holds all vectors as float16, one bucket of data/embed/E/images beside them, and a batch.
 
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
-stands for all seeds. Val chooses, test is only read out. On one machine and with one thread count (OMP_NUM_THREADS), a
-second run writes the same bytes, timing.json apart.
+stands for all seeds. Val chooses, test is only read out: fit is told no label of it. `train.regime` limits what fit
+sees (training/regimes.py), `train.control` takes something away before (training/controls.py); both are drawn once, by
+train.seed, and the splits of what is written stay those of the index. Many draws are a study (training/study.py). On
+one machine and with one thread count (OMP_NUM_THREADS), a second run writes the same bytes, timing.json apart.
 
     python -m training.train --method concept_graph
     python -m training.train --check          # only check every method's settings
@@ -21,24 +23,53 @@ import io
 import json
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from stages.command import UserError, run, stage_parser
-from stages.params import Params, load_params
+from stages.params import Block, Params, explain, load_params
 from stages.store import canonical_json, fingerprint, write_atomic, write_text
+from training.controls import Control, apply_control, read_materials
 from training.data import SPLITS, Cache, read_cache
 from training.evaluate import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.loop import predict
 from training.methods import Fitted, load_method, read_settings
+from training.regimes import Regime, apply_regime, hide_test
 
 SCHEMA = "run.predictions/1"
+Found = TypeVar("Found", bound=Block)
 Numbers = dict[str, float]
+
+
+REGIMES: dict[str, type[Block]] = {model.model_fields["kind"].default: model for model in get_args(get_args(Regime)[0])}
+
+
+def read_regime(path: str, key: str, given: Any) -> Regime:
+    """A regime, given by its kind alone or as a block with its knobs. Raises UserError naming file and key."""
+    given = {"kind": given} if isinstance(given, str) else given
+    kind = given.get("kind") if isinstance(given, dict) else None
+    if kind not in REGIMES:
+        raise UserError(f"{path}: {key}: names no regime; give a `kind`, one of: {', '.join(REGIMES)}")
+    regime: Any = read_block(path, key, given, REGIMES[kind])
+    return regime
+
+
+def read_control(path: str, key: str, given: Any) -> Control:
+    """A control, by its name alone or as a block."""
+    return read_block(path, key, {"name": given} if isinstance(given, str) else given, Control)
+
+
+def read_block(path: str, key: str, given: Any, model: type[Found]) -> Found:
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise UserError(explain(path, error, given, f"{key}.", model)) from None
 
 
 def fit_seeds(method: str, cache: Cache, settings: Any, seeds: list[int]) -> dict[int, Fitted]:
@@ -108,6 +139,15 @@ def history_csv(fits: dict[int, Fitted]) -> str:
     return text.getvalue()
 
 
+def controlled(data: Path, encoder: str, buckets: int, control: Control, seed: int) -> tuple[Cache, dict[str, str]]:
+    """The cache of an encoder under a control, and the fingerprints of what was read."""
+    cache = read_cache(data, encoder, buckets)
+    if control == Control():
+        return cache, cache.fingerprints
+    materials = read_materials(data, encoder, control, buckets)
+    return apply_control(cache, control, seed, materials), cache.fingerprints | materials.fingerprints
+
+
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -119,12 +159,14 @@ def train(params: Params, path: str, method: str, data: Path) -> None:
         known = ", ".join(params.train.methods)
         raise UserError(f"{path}: train.methods: has no {method}; choose one of: {known}, or add it")
     settings, encoder = read_settings(path, params, method), params.train.methods[method].encoder
+    regime = read_regime(path, "train.regime", params.train.regime)
+    control = read_control(path, "train.control", params.train.control)
     torch.use_deterministic_algorithms(True)
-    cache = read_cache(data, encoder, params.dataset.buckets)
+    cache, fingerprints = controlled(data, encoder, params.dataset.buckets, control, params.train.seed)
     loaded = perf_counter()
 
     seeds = list(range(params.train.seed, params.train.seed + params.train.seeds))
-    fits = fit_seeds(method, cache, settings, seeds)
+    fits = fit_seeds(method, hide_test(apply_regime(cache, regime, params.train.seed)), settings, seeds)
     images = torch.arange(len(cache.paths))
     logits = {seed: predict(fitted.model, cache, images).numpy() for seed, fitted in fits.items()}
     measured = {seed: measure(values, cache) for seed, values in logits.items()}
@@ -136,15 +178,17 @@ def train(params: Params, path: str, method: str, data: Path) -> None:
         "method": method,
         "encoder": encoder,
         "settings": settings.model_dump(),
+        "regime": regime.model_dump(),
+        "control": control.model_dump(),
         "seeds": seeds,
         "model_seed": best,
         "classes": cache.classes,
-        "fingerprints": cache.fingerprints,
+        "fingerprints": fingerprints,
     }
     mark = fingerprint(
         SCHEMA,
-        {key: config[key] for key in ("method", "encoder", "settings", "seeds")},
-        list(cache.fingerprints.values()),
+        {key: config[key] for key in ("method", "encoder", "settings", "regime", "control", "seeds")},
+        list(fingerprints.values()),
     )
     metadata = {"schema": SCHEMA, "fingerprint": mark, "params": canonical_json({"classes": cache.classes})}
     table = predictions_table(logits, cache).replace_schema_metadata(metadata)
@@ -173,6 +217,8 @@ def main() -> None:
     arguments = parser.parse_args()
     params = load_params(arguments.params)
     if arguments.check:
+        read_regime(arguments.params, "train.regime", params.train.regime)
+        read_control(arguments.params, "train.control", params.train.control)
         for name in params.train.methods:
             read_settings(arguments.params, params, name)
     else:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stages.command import UserError
-from stages.params import Params, load_params
+from stages.params import Params, Tower, load_params
 from tests.stages.project import PARAMS, ROOT
 
 
@@ -65,6 +65,32 @@ def test_good_parameters_load(project: Path) -> None:
     assert params.train.methods["zero_shot"].settings == {}
     with pytest.raises(UserError, match=r"encoders\.reef: .*choose one of: conv$"):
         params.encoder("reef")
+
+
+def test_a_tower_embeds_images_and_has_no_text(project: Path) -> None:
+    content = changed("towers", {"dino": {"model": "vit_small_patch14_dinov2.lvd142m", "image_size": 224}})
+    (project / "params.yaml").write_text(json.dumps(content))
+    params = load_params()
+    assert list(params.image_encoders) == ["conv", "dino"]
+    assert params.image_encoder("conv") == params.encoder("conv")
+    tower = params.image_encoder("dino")
+    assert isinstance(tower, Tower)
+    assert (tower.image_size, tower.pretrained, tower.precision) == (224, None, "fp32")
+    with pytest.raises(UserError, match=r"towers\.dino: a tower has no text side; choose one of `encoders`: conv$"):
+        params.encoder("dino")
+    with pytest.raises(UserError, match=r"neither `encoders` nor `towers` has 'reef'; choose one of: conv, dino$"):
+        params.image_encoder("reef")
+
+
+def test_a_tower_that_cannot_stand(refuse: Callable[..., None]) -> None:
+    resnet = {"model": "resnet50.a1_in1k"}
+    refuse(changed("towers", {"conv": resnet}), "towers.conv: encoders.conv writes to data/embed/conv too", "rename")
+    refuse(changed("towers", {"My/CNN": resnet}), "towers.My/CNN: is used as a folder name")
+    refuse(changed("towers.cnn", {**resnet, "image_sise": 1}), "towers.cnn.image_sise: unknown key", "`image_size`")
+    refuse(changed("towers.cnn", {**resnet, "image_size": 8}), "towers.cnn.image_size: ", "16")
+    content = changed("towers", {"cnn": resnet})
+    content["train"]["methods"]["zero_shot"]["encoder"] = "cnn"
+    refuse(content, "train.methods.zero_shot.encoder: 'cnn' is a tower", "choose one of `encoders`: conv")
 
 
 def test_a_method_has_settings_of_its_own(project: Path) -> None:

@@ -1,3 +1,5 @@
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,7 +7,24 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 from sklearn.metrics import log_loss as sklearn_log_loss
 
-from training.evaluate import accuracy, confusion, log_loss, macro_accuracy, paired_difference, top_k_accuracy
+from training.evaluate import (
+    accuracy,
+    bootstrap,
+    calibration_error,
+    class_accuracy,
+    confusion,
+    fit_temperature,
+    holm,
+    log_loss,
+    macro_accuracy,
+    mean_and_deviation,
+    paired_difference,
+    paired_differences,
+    softmax,
+    tier_accuracy,
+    tiers,
+    top_k_accuracy,
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,8 +59,8 @@ def test_macro_accuracy_leaves_absent_classes_out() -> None:
 def test_difference_is_paired_and_antisymmetric() -> None:
     rng = np.random.default_rng(0)
     classes = np.repeat(np.arange(20), 30)
-    a = rng.random((3, 600)) < 0.8
-    b = a & (rng.random((3, 600)) < 0.95)
+    a = rng.random(600) < 0.8
+    b = a & (rng.random(600) < 0.95)
     forward, backward = paired_difference(a, b, classes), paired_difference(b, a, classes)
     assert forward.difference == pytest.approx(a.mean() - b.mean()) == -backward.difference
     assert forward.images == pytest.approx((-backward.images[1], -backward.images[0]))
@@ -62,7 +81,7 @@ def test_interval_over_images_is_the_normal_one() -> None:
 def test_classes_that_differ_widen_the_interval_over_classes() -> None:
     classes = np.repeat(np.arange(10), 50)
     a, b = classes < 5, classes >= 8
-    images, whole = paired_difference(a, b, classes)[1:]
+    images, whole = paired_difference(a, b, classes)[1:3]
     assert whole[1] - whole[0] > 3 * (images[1] - images[0])
 
 
@@ -79,3 +98,127 @@ def test_interval_covers_the_truth() -> None:
 def test_other_images_are_refused() -> None:
     with pytest.raises(ValueError, match="not the same images"):
         paired_difference(np.ones(3, bool), np.ones(4, bool), np.zeros(3, int))
+
+
+def test_every_row_is_compared_as_if_alone() -> None:
+    rng = np.random.default_rng(3)
+    rows, reference = rng.random((4, 3, 80)) < 0.7, rng.random((3, 80)) < 0.6
+    classes, groups = np.repeat(np.arange(8), 10), np.arange(80) // 4
+    together = paired_differences(rows, reference, classes, groups)
+    for row, found in zip(rows, together, strict=True):
+        alone = paired_difference(row, reference, classes, groups)
+        assert found.difference == pytest.approx(alone.difference)
+        for one, other in zip(found[1:4], alone[1:4], strict=True):
+            assert one == pytest.approx(other, abs=0.01)  # a row's seeds have draws of their own
+    # One seed stands for all, and a pair of rows for a reference each.
+    once = paired_differences(rows[:, :1], reference, classes)
+    assert [p.difference for p in once] == pytest.approx((rows[:, 0].mean(1) - reference.mean()).tolist())
+    twice = paired_differences(rows, np.broadcast_to(reference, rows.shape), classes)
+    assert [p.images for p in twice] == [p.images for p in together]
+
+
+@pytest.mark.parametrize(
+    ("images", "seeds", "spread", "most"),
+    [
+        (100, 1, 0.0, 0.97),
+        (300, 1, 0.0, 0.97),
+        (300, 5, 0.0, 0.98),  # an effect of seeds is allowed for that is not there
+        (300, 5, 0.1, 0.97),
+        (300, 20, 0.1, 0.97),
+        (300, 5, 1.0, 0.97),
+    ],
+)
+def test_the_interval_covers_the_truth_in_95_percent(images: int, seeds: int, spread: float, most: float) -> None:
+    """1,000 simulated pairs of methods on images of varying difficulty; `spread` is what a seed does to a method."""
+    rng = np.random.default_rng(4)
+    ability = {"a": 1.3, "b": 1.0}
+    difficulty = 1.5 * rng.standard_normal((1000, 1, images))
+    right = {}
+    for method, mean in ability.items():
+        own = mean + spread * rng.standard_normal((1000, seeds, 1)) + 0.7 * rng.standard_normal((1000, seeds, images))
+        right[method] = own > difficulty
+    scale = np.sqrt(1.5**2 + spread**2 + 0.7**2)
+    truth = NormalDist().cdf(ability["a"] / scale) - NormalDist().cdf(ability["b"] / scale)
+    gain = right["a"].astype(np.float32) - right["b"]
+    low, high = np.quantile(bootstrap(gain, np.arange(images), draws=1000, seed=0), [0.025, 0.975], axis=0)
+    assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= most
+
+
+def test_seeds_that_differ_widen_every_interval() -> None:
+    rng = np.random.default_rng(5)
+    classes = np.repeat(np.arange(30), 20)
+    b = rng.random((5, 600)) < 0.6
+    a = b.copy()
+    for seed, more in enumerate((0.0, 0.05, 0.1, 0.15, 0.2)):
+        a[seed] |= rng.random(600) < more
+    with_seeds, pooled = paired_difference(a, b, classes), paired_difference(a.mean(0), b.mean(0), classes)
+    for one, other in zip(with_seeds[1:3], pooled[1:3], strict=True):
+        assert one[1] - one[0] > 2 * (other[1] - other[0])
+
+
+def test_p_and_interval_agree() -> None:
+    rng = np.random.default_rng(6)
+    for gained in range(0, 30, 3):
+        a, b = np.zeros(200, bool), np.zeros(200, bool)
+        a[:gained], b[185:] = True, True
+        found = paired_difference(a, b, rng.integers(9, size=200))
+        assert (found.p < 0.05) == (found.images[0] > 0 or found.images[1] < 0) or min(map(abs, found.images)) < 1e-6
+    assert paired_difference(a, a, np.zeros(200, int)).p == 1
+    assert paired_difference(np.ones(50, bool), np.zeros(50, bool), np.zeros(50, int)).p == pytest.approx(2 / 10_001)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1e-3, 0.01, 0.0125, 0.02, 0.025, 0.04, 0.05, 0.3, 1.0]), max_size=7))
+def test_holm_rejects_what_its_definition_rejects(p: list[float]) -> None:
+    """The step-down test itself, at levels in between: reject the smallest while p <= level / (m - rank)."""
+    corrected = holm(p)
+    for level in (0.0501, 0.0999, 0.2503, 0.0123):
+        rejected: set[int] = set()
+        for rank, position in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+            if p[position] > level / (len(p) - rank):
+                break
+            rejected.add(position)
+        assert {i for i, value in enumerate(corrected) if value <= level} == rejected
+
+
+def test_calibration_by_hand() -> None:
+    # Confidences .9, .9, .6, .6 (classes of two), of which right: yes, no, yes, yes.
+    logits = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]))
+    y = np.array([0, 1, 0, 0])
+    assert calibration_error(logits, y) == pytest.approx(0.5 * abs(0.5 - 0.9) + 0.5 * abs(1 - 0.6))
+    assert calibration_error(logits, y, bins=1) == pytest.approx(0)  # 3 of 4 right, mean confidence .75
+    assert calibration_error(1000 * np.eye(3), np.array([0, 1, 1])) == pytest.approx(1 / 3)
+
+
+def test_the_temperature_is_the_one_the_logits_were_made_with() -> None:
+    rng = np.random.default_rng(7)
+    logits = rng.standard_normal((4000, 5)) * 2
+    y = (softmax(logits).cumsum(1) > rng.random((4000, 1))).argmax(1)
+    found = fit_temperature(3 * logits, y)
+    assert found == pytest.approx(3, rel=0.05)
+    assert all(
+        log_loss(3 * logits / found, y) <= log_loss(3 * logits / other, y) for other in (0.9 * found, 1.1 * found)
+    )
+    assert calibration_error(3 * logits / found, y) < 0.02 < calibration_error(3 * logits, y)
+    assert fit_temperature(np.eye(3), np.arange(3)) < 1e-3  # all right: the sharper the better
+
+
+def test_tiers_by_hand() -> None:
+    assert tiers(np.array([5, 19, 20, 100, 101])).tolist() == [0, 0, 1, 1, 2]
+    assert tiers(np.array([7, 1, 3, 9, 5, 11]), limits=None).tolist() == [1, 0, 0, 2, 1, 2]
+    assert tiers(np.full(6, 4), limits=None).tolist() == [0] * 6  # equal counts stay together
+    logits, y = np.eye(4)[[0, 0, 1, 3]], np.array([0, 1, 1, 2])
+    np.testing.assert_array_equal(class_accuracy(logits, y), [1, 0.5, 0, np.nan])
+    assert tier_accuracy(logits, y, np.array([0, 0, 1, 2])) == {"few": 0.75, "medium": 0.0}
+
+
+def test_the_deviation_of_one_seed_is_zero() -> None:
+    assert mean_and_deviation([0.5]) == (0.5, 0.0)
+    assert mean_and_deviation([0.4, 0.6]) == pytest.approx((0.5, 0.1414), abs=1e-4)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -156,3 +157,54 @@ def test_training_opens_no_picture_and_calls_no_model() -> None:
     code = f"import sys, training.train; {every}; print(*{{'PIL', 'open_clip', 'openai', 'dvc'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+def config_of(params: Path, data: Path, method: str) -> dict[str, Any]:
+    train(load_params(params), str(params), method, data)
+    found: dict[str, Any] = json.loads((data / f"runs/{method}/config.json").read_text())
+    return found
+
+
+def test_regime_and_control_are_recorded_and_limit_what_fit_sees(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan(noise=1.5))
+    plain = config_of(params, tmp_path / "data", "linear_probe")
+    assert (plain["regime"], plain["control"]) == ({"kind": "full"}, {"name": "none", "concepts": None})
+    folder = tmp_path / "data/runs/linear_probe"
+    whole = pq.read_table(folder / "predictions.parquet")
+    conditions = "  regime: {kind: shots, shots: 1}\n  control: {name: random_vectors}\n  methods:"
+    params.write_text(PARAMS.replace("  methods:", conditions).replace("l2: [0.01, 1.0]", "l2: [0.1]"))
+    limited = config_of(params, tmp_path / "data", "linear_probe")
+    assert (limited["regime"]["shots"], limited["control"]["name"]) == (1, "random_vectors")
+    few = pq.read_table(folder / "predictions.parquet")
+    assert few["split"].equals(whole["split"])  # those of the index
+    accuracies = [json.loads((folder / "metrics.json").read_text())["val"]["accuracy"]]
+    config_of(params, tmp_path / "data", "zero_shot")  # names are random vectors too
+    metrics = json.loads((tmp_path / "data/runs/zero_shot/metrics.json").read_text())
+    assert metrics["val"]["accuracy"] < accuracies[0] < 1
+
+
+def test_few_shots_leave_val_nothing_to_choose(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan())
+    params.write_text(PARAMS.replace("  methods:", "  regime: {kind: shots, shots: 2}\n  methods:"))
+    with pytest.raises(UserError, match="val holds no image, so nothing can choose among 2 settings"):
+        train(load_params(params), str(params), "linear_probe", tmp_path / "data")
+    config = config_of(params, tmp_path / "data", "concept_graph")  # a grid of one: the last epoch is kept
+    metrics = json.loads((tmp_path / "data/runs/concept_graph/metrics.json").read_text())
+    assert {chosen["epoch"] for chosen in metrics["chosen"].values()} == {3} == {config["settings"]["epochs"]}
+    rows = list(csv.DictReader((tmp_path / "data/runs/concept_graph/history.csv").open()))
+    assert {row["val_loss"] for row in rows} == {"nan"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("regime: {kind: shots, shot: 1}", "train.regime.shot: unknown key; did you mean `shots`?"),
+        ("regime: {kind: few}", "train.regime: names no regime; give a `kind`, one of: full, shots"),
+        ("control: {name: edges}", "train.control.name: input should be 'none'"),
+    ],
+)
+def test_check_names_a_wrong_regime_or_control(params: Path, given: str, message: str) -> None:
+    params.write_text(PARAMS.replace("  methods:", f"  {given}\n  methods:"))
+    result = command("--check", "--params", params)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert message in result.stderr

@@ -7,6 +7,8 @@ editing one method reruns one stage.
 """
 
 import importlib
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, cast
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from stages.command import UserError
 from stages.params import Block, Params, explain
 from training.data import Cache
+from training.logistic import assess, require_val
+
+BUDGET = 16  # settings that val may choose among, the same for every method
 
 
 class Output(NamedTuple):
@@ -56,3 +61,47 @@ def read_settings(path: str, params: Params, name: str) -> Block:
         return settings.model_validate(given)
     except ValidationError as error:
         raise UserError(explain(path, error, given, f"train.methods.{name}.", settings)) from None
+
+
+def grid(settings: Block) -> dict[str, list[float]]:
+    """The knobs that hold a list of numbers: the values val chooses from."""
+    return {
+        name: value
+        for name, value in settings
+        if isinstance(value, list) and all(isinstance(one, int | float) for one in value)
+    }
+
+
+def search_points(settings: Block) -> int:
+    """How many settings val chooses among; no more than BUDGET, so that no method wins by a longer search."""
+    return math.prod(len(values) for values in grid(settings).values())
+
+
+def single_points(settings: Block) -> list[Block]:
+    """Every point of the grid as settings of its own, with one value a knob."""
+    knobs = grid(settings)
+    return [
+        settings.model_copy(update={name: [value] for name, value in zip(knobs, values, strict=True)})
+        for values in itertools.product(*knobs.values())
+    ]
+
+
+def search(
+    cache: Cache, settings: Block, logits: Callable[..., Tensor]
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The point of the grid that val prefers, by accuracy and then log loss, and a row of history for every point.
+
+    `logits(**point)` are those of the val images. Raises UserError for several points and no val.
+    """
+    y, knobs = cache.y[cache.images("val")], grid(settings)
+    require_val(len(y), search_points(settings), ", ".join(knobs))
+    best: tuple[tuple[float, float], dict[str, float]] | None = None
+    history: list[dict[str, float]] = []
+    for step, values in enumerate(itertools.product(*knobs.values()), start=1):
+        point = dict(zip(knobs, values, strict=True))
+        accuracy, log_loss = assess(logits(**point), y)
+        history.append({"epoch": step, **point, "val_loss": log_loss, "val_accuracy": accuracy})
+        if best is None or (accuracy, -log_loss) > best[0]:
+            best = (accuracy, -log_loss), point
+    assert best is not None
+    return best[1], history

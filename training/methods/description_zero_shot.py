@@ -2,21 +2,28 @@
 
 z_c = scale * the mean of g . K_k over the concepts k that class c owns: kept texts that are not its name. Nothing is
 trained. With one text a class this is zero-shot classification by that text.
+
+The paper embeds "{name}, which has {descriptor}". `class_names: true` puts norm(K_k + t_c) in the place of K_k, with
+t_c the class's name vector (zero_shot.class_text): both vectors are there already, and no text is embedded anew. It is
+the middle of two texts and not the vector of the combined sentence [design].
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stages.command import UserError
 from stages.params import Block
 from training.data import Batch, Cache
 from training.loop import Positive, untrained
 from training.methods import Fitted, Output
+from training.texts import class_text
 
 SEEDED = False
 
 
 class Settings(Block):
+    class_names: bool = False  # whether each text stands beside its class's name
     scale: Positive = 100.0  # turns cosines into logits; the prediction does not depend on it
 
 
@@ -33,23 +40,25 @@ class DescriptionZeroShot(nn.Module):
         return Output(self.scale * batch.g.float() @ self.class_mean.T, {}, None)
 
 
-def class_mean(cache: Cache) -> Tensor:
-    """(C, D): a mean over cosines is a product with this mean. Raises UserError for a class without concepts.
+def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
+    """(C, D): a mean over cosines is a product with this mean. Raises UserError for a class without concepts, or name.
 
     A text that the bank holds twice counts once.
     """
     bank = cache.bank
+    names = class_text(cache) if class_names else torch.zeros(len(cache.classes), bank.K.shape[1])
     texts = bank.kept & ~bank.of_kind("name", "proto")
     owned = bank.own.T & texts  # (C, M)
     means = []
-    for class_id, rows in zip(cache.classes, owned, strict=True):
+    for class_id, rows, name in zip(cache.classes, owned, names, strict=True):
         if not rows.any():
             raise UserError(
                 f"{bank.path}: class {class_id} has no kept concept; run generate_concepts, or raise select.per_class"
             )
-        means.append(torch.unique(bank.K[rows], dim=0).mean(0))
+        texts_of_class = torch.unique(bank.K[rows], dim=0)
+        means.append((F.normalize(texts_of_class + name, dim=-1) if class_names else texts_of_class).mean(0))
     return torch.stack(means)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    return untrained(DescriptionZeroShot(class_mean(cache), settings.scale), cache)
+    return untrained(DescriptionZeroShot(class_mean(cache, settings.class_names), settings.scale), cache)

@@ -5,13 +5,12 @@ length again; logits = scale * g . w_c. Nothing is trained.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from stages.command import UserError
 from stages.params import Block
 from training.data import Batch, Cache
 from training.loop import Positive, untrained
 from training.methods import Fitted, Output
+from training.texts import class_text
 
 SEEDED = False
 
@@ -31,17 +30,6 @@ class ZeroShot(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         return Output(self.scale * batch.g.float() @ self.class_text.T, {}, None)
-
-
-def class_text(cache: Cache) -> Tensor:
-    """(C, D): each class's mean name vector. Raises UserError for a class without one."""
-    owned = cache.bank.own.T & cache.bank.of_kind("name")  # (C, M)
-    for class_id, found in zip(cache.classes, owned.any(1).tolist(), strict=True):
-        if not found:
-            raise UserError(
-                f"{cache.bank.path}: class {class_id} has no text of kind name; run clean_concepts again (dvc repro)"
-            )
-    return F.normalize(owned.float() @ F.normalize(cache.bank.K, dim=-1), dim=-1)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

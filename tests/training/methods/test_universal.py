@@ -3,6 +3,7 @@
 Test 11, the smoke run's time, is a line of a benchmark: no test asserts a time.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,15 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.command import UserError
 from tests.training.cache import Plan
 from training.data import Batch, Cache
 from training.loop import assess_split, decayed_groups, predict, total_loss
-from training.methods import Fitted, load_method
+from training.methods import BUDGET, Fitted, load_method, search_points, single_points
 
 METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"))
 UNTRAINED = ["zero_shot", "description_zero_shot"]
 TRAINED = [method for method in METHODS if method not in UNTRAINED]
-LOOPED = [method for method in TRAINED if method != "linear_probe"]  # trained by training/loop.py
+LOOPED = ["attention_pool", "concept_graph", "mlp", "tip_adapter"]  # trained by training/loop.py
+LOCAL = ["attention_pool", "concept_graph", "nodes_probe"]  # those that see patches
+BY_HEART = [method for method in TRAINED if method != "prototypes"]  # 4 means hold no 32 images
 Planted = Callable[[Plan], Cache]
 
 
@@ -30,6 +34,7 @@ def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
     """A method fitted in a moment: fewer epochs and one point of the grid, where it has such knobs."""
     module = load_method(method)
     wanted = {"epochs": 4, "batch_size": 32, "weight_decay": [0.01], "hidden": 32, "precision": "fp32", **knobs}
+    wanted |= {"alpha": [10.0], "beta": [10.0]}
     known = {name: value for name, value in wanted.items() if name in module.Settings.model_fields}
     return module.fit(cache, module.Settings(**known), seed)
 
@@ -148,14 +153,14 @@ def test_5_evaluation_repeats_itself(models: dict[str, torch.nn.Module], cache: 
 @pytest.mark.parametrize("method", METHODS)
 def test_6_evaluation_does_not_look_at_labels(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
     batch = cache.batch(cache.images("test"))
-    blind = replace(batch, y=torch.zeros_like(batch.y))
+    blind = replace(batch, y=torch.zeros_like(batch.y), target=torch.zeros_like(batch.target))
     assert torch.equal(logits(models[method], blind), logits(models[method], batch))
     assert models[method].eval()(batch).losses == {}
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", BY_HEART)
 def test_7_it_can_learn_32_images_by_heart(planted: Planted, method: str) -> None:
-    cache = planted(Plan(train=8, val=8, test=1, cue="none"))
+    cache = planted(Plan(train=8, val=8, test=1, cue="none", concepts=10))  # more concepts than dimensions
     assert len(cache.images("train")) == 32
     # Val holds the training images, so that the choice of the epoch and of l2 favours what is learned by heart.
     by_heart = with_val(cache, cache.images("train"))
@@ -183,7 +188,8 @@ def test_8_shuffled_labels_leave_chance_on_val(planted: Planted, method: str) ->
     for split in ("train", "val"):
         images = cache.images(split)
         y[images] = y[images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]]
-    accuracy, _ = assess_split(quick(method, replace(cache, y=y)).model, replace(cache, y=y), "val")
+    shuffled = replace(cache, y=y, target=y)
+    accuracy, _ = assess_split(quick(method, shuffled).model, shuffled, "val")
     # 4 classes, 200 images: a deviation is 3 points, and choosing on val among a few fits adds some.
     assert accuracy < 0.25 + 4 * 0.031
 
@@ -226,8 +232,58 @@ def test_10_a_saved_model_says_the_same(
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_12_it_is_no_worse_than_the_linear_probe_where_its_cue_is_the_only_one(planted: Planted, method: str) -> None:
-    cache = planted(Plan(cue="global" if method == "linear_probe" else "local", train=40, val=15, test=40))
+    cache = planted(Plan(cue="local" if method in LOCAL else "global", train=40, val=15, test=40))
     probe = assess_split(quick("linear_probe", cache).model, cache, "test")[0]
     ours = assess_split(quick(method, cache, epochs=40, hidden=64).model, cache, "test")[0]
     assert ours >= probe
-    assert ours > 0.9
+    # Mean and maximum over nine nodes dilute the one that carries the cue; chance is 0.25.
+    assert ours > (0.65 if method == "nodes_probe" else 0.9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_few_shots_a_class_without_images_and_no_val(cache: Cache, method: str) -> None:
+    split = cache.split.copy()
+    split[(split == "val") | ((split == "train") & (cache.y == 0).numpy())] = "none"
+    bare = replace(cache, split=split)
+    module = load_method(method)
+    settings = module.Settings(**{"epochs": 2} if "epochs" in module.Settings.model_fields else {})
+    fixed = single_points(settings)[-1]
+    assert search_points(fixed) == 1
+    if search_points(settings) > 1:
+        with pytest.raises(
+            UserError, match=r"val holds no image, so nothing can choose among .*; give each of them one"
+        ):
+            module.fit(bare, settings, 0)
+    fitted = module.fit(bare, fixed, 0)
+    assert all(row.keys() == fitted.history[0].keys() for row in fitted.history)
+    assert math.isnan(fitted.history[-1]["val_accuracy"])
+    seen = predict(fitted.model, bare, bare.images("train"))
+    assert torch.isfinite(seen).all()
+    if method in TRAINED:  # nothing speaks for the class but its texts
+        assert (seen.argmax(1) == 0).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_probabilities_that_are_sure_teach_what_classes_do(cache: Cache, method: str) -> None:
+    told = replace(cache, target=F.one_hot(cache.target, len(cache.classes)).float())
+    images = cache.images("test")
+    by_class, by_probability = (predict(quick(method, one, l2=[0.1]).model, one, images) for one in (cache, told))
+    torch.testing.assert_close(by_class, by_probability, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_training_reads_what_it_is_told_and_not_the_truth(cache: Cache, method: str) -> None:
+    y = cache.y.clone()
+    y[cache.images("train")] = 0
+    images = cache.images("test")
+    told, lied = (predict(quick(method, one).model, one, images) for one in (cache, replace(cache, y=y)))
+    assert torch.equal(told, lied)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_search_keeps_to_the_budget(method: str) -> None:
+    settings = load_method(method).Settings()
+    points = single_points(settings)
+    assert len(points) == search_points(settings) <= BUDGET
+    assert all(search_points(point) == 1 for point in points)
+    assert len({point.model_dump_json() for point in points}) == len(points)

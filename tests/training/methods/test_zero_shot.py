@@ -28,10 +28,9 @@ def with_bank(cache: Cache, texts: list[tuple[int, str, torch.Tensor]]) -> Cache
     )
 
 
-def described(cache: Cache) -> torch.Tensor:
-    return predict(
-        description_zero_shot.fit(cache, description_zero_shot.Settings(), 0).model, cache, cache.images("test")
-    )
+def described(cache: Cache, class_names: bool = False) -> torch.Tensor:
+    settings = description_zero_shot.Settings(class_names=class_names)
+    return predict(description_zero_shot.fit(cache, settings, 0).model, cache, cache.images("test"))
 
 
 def named(cache: Cache) -> torch.Tensor:
@@ -62,6 +61,35 @@ def test_descriptions_equal_a_loop_over_kept_texts(cache: Cache) -> None:
         torch.testing.assert_close(logits[:, label], expected, atol=1e-3, rtol=1e-4)
 
 
+def test_descriptions_beside_class_names_equal_a_loop(cache: Cache) -> None:
+    g, bank, logits = cache.globals(cache.images("test")), cache.bank, described(cache, class_names=True)
+    for label in range(len(cache.classes)):
+        name = zero_shot.class_text(cache)[label]
+        pairs = [
+            bank.K[row] + name
+            for row, kind in enumerate(bank.kind)
+            if kind == "visual" and bank.own[row, label] and bank.kept[row]
+        ]
+        expected = sum((100 * g @ (pair / pair.norm()) for pair in pairs), torch.zeros(len(g))) / len(pairs)
+        torch.testing.assert_close(logits[:, label], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_one_description_that_is_the_name_is_zero_shot_with_or_without_it(cache: Cache) -> None:
+    vectors = F.normalize(torch.randn(len(cache.classes), 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    texts = [(label, kind, vector) for label, vector in enumerate(vectors) for kind in ("name", "visual")]
+    for class_names in (False, True):
+        said = described(with_bank(cache, texts), class_names)
+        torch.testing.assert_close(said, named(with_bank(cache, texts)), atol=1e-3, rtol=1e-4)
+
+
+def test_several_templates_are_averaged(cache: Cache) -> None:
+    a, b = F.normalize(torch.randn(2, len(cache.classes), 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    both = with_bank(cache, [(label, "name", v) for vectors in (a, b) for label, v in enumerate(vectors)])
+    middle = with_bank(cache, [(label, "name", F.normalize(v, dim=0)) for label, v in enumerate((a + b) / 2)])
+    torch.testing.assert_close(named(both), named(middle), atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(named(both), named(with_bank(cache, [(i, "name", v) for i, v in enumerate(a)])))
+
+
 def test_one_description_a_class_is_zero_shot_on_that_sentence(cache: Cache) -> None:
     vectors = F.normalize(torch.randn(len(cache.classes), 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     as_text = with_bank(cache, [(label, "visual", vector) for label, vector in enumerate(vectors)])
@@ -73,6 +101,9 @@ def test_a_description_said_twice_counts_once(cache: Cache) -> None:
     vectors = F.normalize(torch.randn(2 * len(cache.classes), 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     texts = [(row // 2, "visual", vector) for row, vector in enumerate(vectors)]
     assert torch.equal(described(with_bank(cache, [*texts, texts[0]])), described(with_bank(cache, texts)))
+    names = [(label, "name", vector) for label, vector in enumerate(vectors[:4])]
+    twice, once = with_bank(cache, [*texts, texts[0], *names]), with_bank(cache, [*texts, *names])
+    assert torch.equal(described(twice, class_names=True), described(once, class_names=True))
 
 
 def test_a_class_without_texts_is_named(cache: Cache) -> None:

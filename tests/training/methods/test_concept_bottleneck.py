@@ -1,0 +1,47 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stages.command import UserError
+from tests.training.cache import Plan
+from training.data import Cache
+from training.layers import Standardise
+from training.logistic import fit_logistic
+from training.loop import predict
+from training.methods import concept_bottleneck
+from training.methods.concept_bottleneck import Settings
+
+
+@pytest.mark.parametrize("concepts", [3, 20])
+def test_the_short_fit_equals_the_fit_on_all_scores(planted: Callable[[Plan], Cache], concepts: int) -> None:
+    cache = planted(Plan(noise=3.0, concepts=concepts))  # 14 concepts and 82, of 32 dimensions
+    train, val, test = (cache.images(split) for split in ("train", "val", "test"))
+    K = cache.bank.K[cache.bank.kept]
+    assert len(K) == 4 * concepts + 2
+    standardise = Standardise(cache.globals(train))
+    scores = [standardise(cache.globals(images)) @ K.T for images in (train, val, test)]
+    direct = fit_logistic(scores[0], cache.y[train], scores[1], cache.y[val], 4, [0.1]).linear
+    fitted = concept_bottleneck.fit(cache, Settings(l2=[0.1]), 0)
+    assert fitted.model.linear.weight.shape == (4, len(K))
+    torch.testing.assert_close(fitted.model.linear.weight, direct.weight, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(predict(fitted.model, cache, test), direct(scores[2]), atol=1e-2, rtol=1e-2)
+
+
+def test_nothing_of_the_bank_is_read_but_vectors(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan(noise=3.0))
+    bank = replace(cache.bank, own=cache.bank.own.flip(1), kind=tuple("visual" for _ in cache.bank.kind))
+    test = cache.images("test")
+    ours, permuted = (
+        predict(concept_bottleneck.fit(one, Settings(l2=[0.1]), 0).model, one, test)
+        for one in (cache, replace(cache, bank=bank))
+    )
+    assert torch.equal(ours, permuted)
+
+
+def test_a_bank_without_kept_concepts_is_named(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan())
+    empty = replace(cache, bank=replace(cache.bank, kept=torch.zeros_like(cache.bank.kept)))
+    with pytest.raises(UserError, match=r"tiny\.parquet: holds no kept concept"):
+        concept_bottleneck.fit(empty, Settings(), 0)

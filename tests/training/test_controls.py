@@ -1,0 +1,363 @@
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from stages import store
+from stages.command import UserError
+from stages.label_patches import Reference, label
+from stages.params import Labels
+from tests.training.cache import ENCODER, Plan, unit, with_vectors, write_cache
+from training.controls import Control, Materials, apply_control, cycle, keep_concepts, read_materials, relabel
+from training.data import Bank, Cache, read_cache
+from training.loop import predict
+from training.methods import description_zero_shot, zero_shot
+from training.regimes import LongTail, Partial, apply_regime, restrict_classes
+
+PLAN = Plan(classes=5, train=6, val=2, test=20, nodes=7, dimension=24, views=2, noise=1.0, concepts=4, ragged=False)
+SETTINGS = Labels(temperature=0.7, top=3, redundancy=0.4, select_locals=3, select_concepts=5)
+SCALE = 20.0
+LABELS = {"concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains"}
+CHANGED: dict[str, set[str]] = {
+    "none": set(),
+    "edges_removed": {"edge_count"},
+    "edges_rewired": {"edge_nodes"},
+    "random_vectors": LABELS,
+    "unrelated_texts": LABELS,
+    "random_descriptors": LABELS,
+    "owners_permuted": set(),
+}
+NAMES = list(CHANGED)
+seeds = st.integers(0, 1000)
+
+
+def write_controls(folder: Path, unrelated: int = 60, per_class: int = 7, encoder: str = "one") -> None:
+    """Random unit vectors as texts; those of random descriptors are along axis `rank`."""
+    rng = np.random.default_rng(5)
+    rows: list[dict[str, Any]] = [
+        {"kind": "unrelated", "rank": rank, "text": f"thing {rank}", "vector": unit(rng.standard_normal(24))}
+        for rank in range(unrelated)
+    ]
+    rows += [
+        {
+            **{"kind": "random", "class_id": f"class-{position:02d}", "rank": rank, "text": f"{position} {rank}"},
+            "vector": unit(np.eye(24)[rank] + 0.1 * np.eye(24)[10 + position]),
+        }
+        for position in range(PLAN.classes)
+        for rank in range(per_class)
+    ]
+    path = folder / f"embed/{ENCODER}/controls.parquet"
+    table = with_vectors("embed.controls/1", rows)
+    store.write_table(table, path, "embed.controls/1", {"encoder": encoder}, f"{unrelated} {per_class}")
+
+
+def label_as_the_stage_does(folder: Path) -> None:
+    """Labels by stages.label_patches, under headers as that stage and embed_text write them."""
+    text = folder / f"embed/{ENCODER}/text.parquet"
+    header = store.read_header(text, "embed.text/1")
+    made_by = {"encoder": "one", "logit_scale": SCALE}
+    store.write_table(store.read_table(text, "embed.text/1"), text, "embed.text/1", made_by, header.fingerprint)
+    bank = store.read_table(folder / f"bank/{ENCODER}.parquet", "bank/1").filter(pc.field("kept"))
+    concepts = torch.from_numpy(store.vectors_of(bank).astype(np.float32))
+    for bucket in range(PLAN.buckets):
+        nodes = store.read_table(store.bucket_path(folder / f"embed/{ENCODER}/images", bucket), "embed.nodes/1")
+        path = store.bucket_path(folder / f"labels/{ENCODER}", bucket)
+        header = store.read_header(path, "labels/1")
+        made = label(nodes, concepts, bank["concept_idx"].to_numpy(), SCALE, SETTINGS, Reference())
+        store.write_table(made, path, "labels/1", header.params | SETTINGS.model_dump(), header.fingerprint)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_cache(folder, PLAN)
+    label_as_the_stage_does(folder)
+    write_controls(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(folder: Path) -> Cache:
+    return read_cache(folder, ENCODER, PLAN.buckets)
+
+
+@pytest.fixture(scope="module")
+def control(folder: Path, cache: Cache) -> Callable[..., Cache]:
+    def make(name: str = "none", seed: int = 0, concepts: int | None = None, of: Cache = cache) -> Cache:
+        chosen = Control.model_validate({"name": name, "concepts": concepts})
+        return apply_control(of, chosen, seed, read_materials(folder, ENCODER, chosen, PLAN.buckets))
+
+    return make
+
+
+def tensors(cache: Cache) -> dict[str, Tensor]:
+    values = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def concepts_of(bank: Bank) -> Tensor:
+    return bank.kept & ~bank.of_kind("name")
+
+
+def accuracy(method: Any, cache: Cache) -> float:
+    images = cache.images("test")
+    logits = predict(method.fit(cache, method.Settings(), 0).model, cache, images)
+    return (logits.argmax(1) == cache.y[images]).float().mean().item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_control_changes_what_it_says_and_nothing_else(
+    cache: Cache, control: Callable[..., Cache], name: str
+) -> None:
+    made, again, other = control(name), control(name), control(name, seed=1)
+    before, after = tensors(cache), tensors(made)
+    for field, value in after.items():
+        assert (value.data_ptr() == before[field].data_ptr()) == (field not in CHANGED[name]), field
+        assert torch.equal(value, tensors(again)[field])
+    for field in ("classes", "paths", "split", "views"):
+        assert getattr(made, field) is getattr(cache, field)
+    for field in ("K", "own", "kept"):
+        assert torch.equal(getattr(made.bank, field), getattr(again.bank, field))
+    if name not in ("none", "edges_removed"):
+        differs = [not torch.equal(value, tensors(other)[field]) for field, value in after.items()]
+        assert any(differs) or not torch.equal(made.bank.own, other.bank.own)
+    if name in ("none", "edges_removed", "edges_rewired"):
+        assert made.bank is cache.bank
+    # No label names a text that is gone.
+    heavy = made.concept_weight > 0
+    assert made.bank.kept[made.concept_idx[heavy].long()].all()
+    assert made.bank.kept[made.selected_concepts.long()].all()
+    torch.testing.assert_close(made.bank.K.norm(dim=1), torch.ones(len(made.bank.K)), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_controls_and_regimes_go_in_either_order(cache: Cache, control: Callable[..., Cache], name: str) -> None:
+    for regime in (LongTail(exponent=1.0), Partial(wrong="instance", q=0.5)):
+        one, two = apply_regime(control(name), regime, 3), control(name, of=apply_regime(cache, regime, 3))
+        assert one.split.tolist() == two.split.tolist()
+        for field, value in tensors(one).items():
+            assert torch.equal(value, tensors(two)[field])
+
+
+def test_labels_are_made_as_the_stage_makes_them(folder: Path, cache: Cache) -> None:
+    made = relabel(cache, read_materials(folder, ENCODER, Control(), PLAN.buckets))
+    for field in LABELS:
+        torch.testing.assert_close(getattr(made, field), getattr(cache, field))
+    assert made.selected.sum(1).unique().tolist() == [1 + SETTINGS.select_locals]
+
+
+def test_padding_gets_no_label(folder: Path, cache: Cache) -> None:
+    materials = read_materials(folder, ENCODER, Control(), PLAN.buckets)
+    short, mask = 3, cache.mask.clone()
+    mask[::2, short:] = False
+    padded = relabel(
+        dataclasses.replace(cache, mask=mask, vectors=cache.vectors.masked_fill(~mask[..., None], 0)), materials
+    )
+    by_node = LABELS - {"selected_concepts", "ring_gains"}
+    cut = {name: tensors(cache)[name][::2, :short] for name in (*by_node, "mask", "vectors")}
+    alone = relabel(dataclasses.replace(cache, **cut), materials)
+    assert torch.equal(padded.selected_concepts[::2], alone.selected_concepts)
+    assert torch.equal(padded.selected_concepts[1::2], cache.selected_concepts[1::2])
+    for field in by_node:
+        value = getattr(padded, field)
+        torch.testing.assert_close(value[::2, :short], getattr(alone, field))
+        assert not value[::2, short:].any()
+        torch.testing.assert_close(value[1::2], getattr(cache, field)[1::2])
+
+
+def test_ring_gains_are_of_the_bank(cache: Cache, control: Callable[..., Cache]) -> None:
+    for name in ("edges_removed", "edges_rewired", "owners_permuted"):
+        assert control(name).ring_gains is cache.ring_gains
+    assert not torch.allclose(control("random_vectors").ring_gains, cache.ring_gains)
+
+
+def test_edges_are_removed(cache: Cache, control: Callable[..., Cache]) -> None:
+    images = torch.arange(len(cache.paths))
+    assert cache.batch(images).adjacency.any()
+    assert not control("edges_removed").batch(images).adjacency.any()
+
+
+@given(seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_rewired_graphs_keep_degrees_and_weights(cache: Cache, control: Callable[..., Cache], seed: int) -> None:
+    rows = torch.arange(len(cache.vectors))
+    before, after = cache.adjacency(rows), control("edges_rewired", seed).adjacency(rows)
+    assert torch.equal(after, after.transpose(1, 2))
+    assert not after.diagonal(dim1=1, dim2=2).any()
+    for view in (0, 1):
+        weights = [graph[..., view].flatten(1).sort().values for graph in (before, after)]
+        assert torch.equal(*weights)
+        # The global node keeps its edges' weights, the local ones trade their degrees.
+        assert torch.equal(*(graph[:, 0, :, view].sort().values for graph in (before, after)))
+        degrees = [(graph[:, 1:, :, view] > 0).sum(2).sort().values for graph in (before, after)]
+        assert torch.equal(*degrees)
+    moved = (before != after).flatten(1).any(1).float().mean()
+    assert moved > 0.9
+
+
+def test_rewiring_leaves_unlinked_nodes_and_other_images_alone(cache: Cache, control: Callable[..., Cache]) -> None:
+    # Nodes 6 and 7 lose their edges, as kinds that `graphs.nodes` leaves out have none.
+    gone = (cache.edge_nodes >= 6).any(1)
+    edges = {"edge_nodes": cache.edge_nodes.clone(), "edge_weight": cache.edge_weight.clone()}
+    edges["edge_nodes"][gone], edges["edge_weight"][gone] = torch.tensor([0, 1], dtype=torch.int16), 0
+    keep = dataclasses.replace(cache, **edges)
+    rows = torch.arange(len(cache.vectors))
+    assert not control("edges_rewired", of=keep).adjacency(rows)[:, 6:].any()
+    # A restricted cache shares the edge lists with images it does not hold.
+    part = restrict_classes(cache, cache.classes[1:3])
+    rows = torch.arange(len(part.vectors))
+    before, after = part.adjacency(rows), control("edges_rewired", of=part).adjacency(rows)
+    assert torch.equal(before.flatten(1).sort().values, after.flatten(1).sort().values)
+    assert not torch.equal(before, after)
+
+
+def test_random_vectors_leave_chance(cache: Cache, control: Callable[..., Cache]) -> None:
+    for method in (zero_shot, description_zero_shot):
+        assert accuracy(method, cache) > 0.9
+        mean = np.mean([accuracy(method, control("random_vectors", seed)) for seed in range(20)])
+        assert mean == pytest.approx(1 / 5, abs=0.06)
+    made = control("random_vectors")
+    assert torch.equal(made.bank.own, cache.bank.own)
+    assert made.bank.kind == cache.bank.kind
+    assert not (made.bank.K == cache.bank.K).any(1).any()
+    assert (made.bank.K * cache.bank.K).sum(1).mean().abs() < 0.15  # nothing is left of the real ones
+
+
+def test_permuted_owners_leave_no_class_its_own(cache: Cache, control: Callable[..., Cache]) -> None:
+    for seed in range(5):
+        made = control("owners_permuted", seed)
+        assert made.bank.K is cache.bank.K
+        assert not (made.bank.own & cache.bank.own).any()
+        assert torch.equal(made.bank.own.sum(1), cache.bank.own.sum(1))
+        for method in (zero_shot, description_zero_shot):
+            assert accuracy(method, made) < 0.06
+
+
+@given(count=st.integers(2, 50), seed=seeds)
+def test_a_cycle_visits_all_and_fixes_none(count: int, seed: int) -> None:
+    permutation = cycle(count, torch.Generator().manual_seed(seed))
+    place, visited = 0, []
+    for _ in range(count):
+        assert permutation[place] != place
+        visited.append(place)
+        place = int(permutation[place])
+    assert sorted(visited) == list(range(count))
+
+
+@given(seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_fewer_concepts_are_shared_out_evenly_and_nested(cache: Cache, seed: int) -> None:
+    names, smaller = cache.bank.of_kind("name"), torch.zeros(len(cache.bank.kind), dtype=torch.bool)
+    for count in range(1, int(cache.bank.kept.sum()) + 1):
+        rows = keep_concepts(cache.bank, count, torch.Generator().manual_seed(seed)) & ~names
+        assert int(rows.sum()) == count
+        assert (cache.bank.kept | ~rows).all()
+        assert (rows | ~smaller).all()
+        shares = cache.bank.own[rows].sum(0)
+        assert shares.max() - shares.min() <= 1
+        assert cache.bank.own[rows].any(1).all() or count > 5 * 4  # texts of no class come last
+        smaller = rows
+
+
+def test_a_shared_concept_counts_for_all_its_owners() -> None:
+    own = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]], dtype=torch.bool)
+    bank = Bank("bank.parquet", torch.eye(5), own, ("visual",) * 5, torch.ones(5, dtype=torch.bool))
+    for seed in range(20):
+        rows = keep_concepts(bank, 4, torch.Generator().manual_seed(seed))
+        shares = own[rows].sum(0)
+        assert shares.max() - shares.min() <= 1
+
+
+def test_a_smaller_bank_labels_with_what_is_left(cache: Cache, control: Callable[..., Cache]) -> None:
+    made = control("none", concepts=2)
+    assert int(concepts_of(made.bank).sum()) == 2
+    assert made.concept_idx.shape[-1] == 2
+    torch.testing.assert_close(made.concept_weight.float().sum(-1), torch.ones(made.mask.shape), atol=2e-3, rtol=0)
+    assert accuracy(zero_shot, made) == accuracy(zero_shot, cache)
+    single = control("random_vectors", concepts=1)
+    assert (single.density == 1).all()
+    everything = int(cache.bank.kept.sum())
+    assert int(concepts_of(control("none", concepts=everything).bank).sum()) == everything
+    with pytest.raises(UserError, match=rf"tiny\.parquet: has {everything} kept concepts, .* for {everything + 1}"):
+        control("none", concepts=everything + 1)
+    assert Control(name="none", concepts=3).label == "none-3"
+    assert Control(name="edges_removed").label == "edges_removed"
+
+
+def test_every_concept_becomes_another_unrelated_text(
+    folder: Path, cache: Cache, control: Callable[..., Cache]
+) -> None:
+    made = control("unrelated_texts")
+    table = read_materials(folder, ENCODER, Control(name="unrelated_texts"), PLAN.buckets).texts
+    assert table is not None
+    chosen = table.filter(pc.field("kind") == "unrelated")
+    unrelated = torch.from_numpy(store.vectors_of(chosen).astype(np.float32))
+    kept = concepts_of(made.bank)
+    match = (made.bank.K[kept][:, None] == unrelated[None]).all(2)
+    assert match.sum(1).tolist() == [1] * int(cache.bank.kept.sum())
+    assert match.sum(0).max() == 1
+    assert torch.equal(made.bank.own[kept], cache.bank.own[cache.bank.kept])
+    assert accuracy(zero_shot, made) == accuracy(zero_shot, cache)
+    mean = np.mean([accuracy(description_zero_shot, control("unrelated_texts", seed)) for seed in range(20)])
+    assert mean == pytest.approx(1 / 5, abs=0.06)
+    assert int((~kept & ~made.bank.of_kind("name")).sum()) == 0  # the dropped text is not left to be read
+    assert set(made.fingerprints) - set(cache.fingerprints) == {f"embed/{ENCODER}/controls.parquet"}
+
+
+def test_every_class_owns_as_many_random_descriptors_as_texts(cache: Cache, control: Callable[..., Cache]) -> None:
+    made = control("random_descriptors")
+    kept = concepts_of(made.bank)
+    assert torch.equal(made.bank.own[kept].sum(0), cache.bank.own[cache.bank.kept].sum(0))
+    assert (made.bank.own[kept].sum(1) == 1).all()
+    ranks: set[tuple[int, ...]] = set()
+    for position in range(PLAN.classes):
+        vectors = made.bank.K[kept & made.bank.own[:, position]]
+        assert vectors[:, 10:].argmax(1).unique().tolist() == [position]  # of this class's name
+        ranks.add(tuple(vectors[:, :10].argmax(1).tolist()))
+    assert len(ranks) == 1  # the same for all classes
+    assert len(set(*ranks)) == PLAN.concepts
+    assert accuracy(zero_shot, made) == accuracy(zero_shot, cache)
+
+
+def test_a_concept_of_two_classes_gives_each_a_descriptor(cache: Cache, control: Callable[..., Cache]) -> None:
+    own = cache.bank.own.clone()
+    shared = int(concepts_of(cache.bank).nonzero()[0])
+    own[shared] = F.one_hot(torch.tensor([0, 3]), 5).any(0)
+    bank = dataclasses.replace(cache.bank, own=own)
+    made = control("random_descriptors", of=dataclasses.replace(cache, bank=bank)).bank
+    kept = concepts_of(made)
+    assert torch.equal(made.own[kept].sum(0), own[cache.bank.kept].sum(0))
+    assert (made.own[kept].sum(1) == 1).all()
+
+
+def test_what_is_missing_is_said_in_one_line(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    for part in ("embed", "labels"):
+        (tmp_path / part / ENCODER).mkdir(parents=True)
+    text, labels = f"embed/{ENCODER}/text.parquet", f"labels/{ENCODER}/b000.parquet"
+    for name in (text, labels):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+
+    def read(name: str) -> Materials:
+        return read_materials(tmp_path, ENCODER, Control.model_validate({"name": name}), PLAN.buckets)
+
+    path = tmp_path / f"embed/{ENCODER}/controls.parquet"
+    assert read("none") == Materials(SETTINGS, Reference(), SCALE, None, str(path), {})
+    with pytest.raises(UserError, match=r"controls\.parquet: is missing; add tiny to `controls`"):
+        read("unrelated_texts")
+    write_controls(tmp_path, encoder="another")
+    with pytest.raises(UserError, match=r"controls\.parquet: is of another encoder than text\.parquet"):
+        read("random_descriptors")
+    write_controls(tmp_path, unrelated=3, per_class=2)
+    with pytest.raises(UserError, match=r"holds 3 unrelated texts for 22 concepts; add lines to data/controls/unrel"):
+        apply_control(cache, Control(name="unrelated_texts"), 0, read("unrelated_texts"))
+    with pytest.raises(UserError, match=r"holds 2 random .* class-00, which owns 4 concepts; raise per_class of"):
+        apply_control(cache, Control(name="random_descriptors"), 0, read("random_descriptors"))

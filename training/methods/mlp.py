@@ -1,0 +1,45 @@
+"""A multilayer perceptron on the global vector: LN, Linear, GELU, dropout, Linear (M7 of the method catalogue).
+
+Trained by training/loop.py on standardised vectors. It has the global vector alone, as linear_probe, and no convex
+problem: what it gains over the probe is what a straight boundary misses.
+"""
+
+from pydantic import Field
+from torch import nn
+
+from stages.params import Count, Fraction
+from training.data import Batch, Cache
+from training.layers import Standardise
+from training.logistic import training_globals
+from training.loop import Positive, Schedule, fit_epochs
+from training.methods import Fitted, Output
+
+SEEDED = True
+
+
+class Settings(Schedule):
+    lr: list[Positive] = Field(default=[1e-3, 3e-3], min_length=1)
+    hidden: Count = 512
+    dropout: Fraction = 0.5
+
+
+class MLP(nn.Module):
+    def __init__(self, standardise: Standardise, dimension: int, classes: int, settings: Settings) -> None:
+        super().__init__()
+        self.standardise = standardise
+        self.layers = nn.Sequential(
+            nn.LayerNorm(dimension),
+            nn.Linear(dimension, settings.hidden),
+            nn.GELU(),
+            nn.Dropout(settings.dropout),
+            nn.Linear(settings.hidden, classes),
+        )
+
+    def forward(self, batch: Batch) -> Output:
+        return Output(self.layers(self.standardise(batch.g.float())), {}, None)
+
+
+def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
+    vectors, _ = training_globals(cache)
+    standardise, dimension = Standardise(vectors), vectors.shape[1]
+    return fit_epochs(lambda: MLP(standardise, dimension, len(cache.classes), settings), cache, settings, seed)

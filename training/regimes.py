@@ -1,0 +1,372 @@
+"""What training may see: few images, many of some classes, uncertain or wrong labels, some classes only.
+
+A regime is a function from a cache to a cache. It changes `split` (images that training may not use become `unused`)
+and `target` (what training is told); vectors, labels and graphs are shared, and the index is never touched. Everything
+drawn follows from `draw` and from paths and class ids, so that all methods share a draw, and one image more moves no
+other. `Cache.y` stays the truth.
+
+What val is: `long_tail`, `partial` and `noise` keep all of it, with clean labels: their figures say what a method
+reaches that was tuned on clean images. `shots` has none: k images a class leave nothing to tune on, so its settings
+come from other classes (`restrict_classes`). `unseen` has val images of the seen classes, and of development classes,
+which training does not see either.
+
+`hide_test` makes the cache that a method's fit is given: it holds no label of an image that is evaluated.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from stages.command import UserError
+from stages.params import Block, Fraction
+from stages.store import class_id_of, sha256
+from training.data import Cache
+from training.layers import Standardise
+from training.logistic import fit_logistic
+
+FOLDS = 5
+# The cross-fitted probe need not be the best one: it only says which classes look alike. Val chooses among these.
+PROBE_STRENGTHS = (1.0, 0.1, 0.01)
+# Fields of a cache with a row an image, and with a row an image and view.
+BY_IMAGE = ("y", "target", "sentences", "sentence_mask")
+BY_VIEW = (
+    *("vectors", "mask", "boxes", "concept_idx", "concept_weight", "selected", "density"),
+    *("ring_gains", "selected_concepts", "edge_start", "edge_count"),
+)
+# A file that names classes, one a line (folder, class_id or given name), or a share of them, drawn.
+Classes = Annotated[float, Field(gt=0, lt=1)] | str
+
+
+class Full(Block):
+    """Every training image with its own label."""
+
+    kind: Literal["full"] = "full"
+
+    @property
+    def label(self) -> str:
+        return "full"
+
+
+class Shots(Block):
+    """k images a class: the first k of its training images in the order of sha256(draw, path).
+
+    So the images of 1-shot are among those of 2-shot. A class with fewer than k gives all it has. Val is empty.
+    """
+
+    kind: Literal["shots"] = "shots"
+    shots: Literal[1, 2, 4, 8, 16]
+
+    @property
+    def label(self) -> str:
+        return f"{self.shots}-shot"
+
+
+class LongTail(Block):
+    """n_r = max(1, round(n r^-exponent)) images of the class of rank r, n the largest class's training images.
+
+    Ranks are drawn; images within a class are taken as in `Shots`. A class with fewer gives all it has. The largest
+    class has about C^exponent times the images of the smallest.
+    """
+
+    kind: Literal["long_tail"] = "long_tail"
+    exponent: Annotated[float, Field(gt=0)]
+
+    @property
+    def label(self) -> str:
+        return f"long-tail-{self.exponent:g}"
+
+
+class Partial(Block):
+    """Each training image has candidates, the true class among them, and its target is uniform over them.
+
+    random: every wrong class c is a candidate with probability q. instance: with probability q p_c / max p, p from an
+    image-only probe that was not fitted on this image, the maximum over wrong classes (M14 of the method catalogue, a
+    reconstruction; of two readings of its `max p` this is the one in which an image that the probe is sure of still
+    has candidates [design]). For one draw, the candidates at a smaller q are among those at a larger.
+    """
+
+    kind: Literal["partial"] = "partial"
+    wrong: Literal["random", "instance"]
+    q: Fraction
+
+    @property
+    def label(self) -> str:
+        return f"partial-{self.wrong}-{self.q:g}"
+
+
+class Noise(Block):
+    """round(share n) training images, the first in the order of sha256(draw, path), are told a wrong class.
+
+    symmetric: each other class with the same probability. confused: the class that theirs is most often taken for,
+    argmax over c' of the mean p_c' over the class's training images, p from the probe of `Partial`.
+    """
+
+    kind: Literal["noise"] = "noise"
+    wrong: Literal["symmetric", "confused"]
+    share: Fraction
+
+    @property
+    def label(self) -> str:
+        return f"noise-{self.wrong}-{self.share:g}"
+
+
+class Unseen(Block):
+    """Train on the seen classes, test on the others by their texts. `label_spaces` says how to evaluate.
+
+    Of the classes that are not seen, those of `development` are for choosing: their training and val images are val,
+    beside those of the seen classes, and their test images are unused. A choice on seen classes alone would tell how
+    well texts fit images that training saw; one on the classes that are reported would leak. The others' training and
+    val images are unused. The concept bank was selected on training images of all classes: it is not blind to them.
+    """
+
+    kind: Literal["unseen"] = "unseen"
+    seen: Classes
+    development: Classes = 0.2  # of the classes that are not seen
+
+    @property
+    def label(self) -> str:
+        return f"unseen-{Path(self.seen).stem}" if isinstance(self.seen, str) else f"unseen-{self.seen:g}"
+
+
+Regime = Annotated[Full | Shots | LongTail | Partial | Noise | Unseen, Field(discriminator="kind")]
+
+
+def apply_regime(cache: Cache, regime: Regime, draw: int) -> Cache:
+    """The cache as training sees it under a regime; `draw` (0, 1, ...) seeds it.
+
+    Raises UserError where a file of `Unseen` names a class that is not there, or leaves none.
+    """
+    match regime:
+        case Shots():
+            few = keep_first(cache, draw, dict.fromkeys(range(len(cache.classes)), regime.shots))
+            return replace(few, split=np.where(few.split == "val", "unused", few.split))
+        case LongTail():
+            return keep_first(cache, draw, tail_sizes(cache, regime.exponent, draw))
+        case Partial():
+            return replace(cache, target=candidate_targets(cache, regime, draw))
+        case Noise():
+            return replace(cache, target=noisy_targets(cache, regime, draw))
+        case Unseen():
+            return replace(cache, split=unseen_split(cache, regime, draw))
+        case Full():
+            return cache
+
+
+def by_draw(draw: int) -> Callable[[str], str]:
+    """The order of paths or class ids in a draw."""
+    return lambda name: sha256(f"{draw} {name}")
+
+
+def train_order(cache: Cache, draw: int) -> list[int]:
+    """The training images in the order of a draw."""
+    key = by_draw(draw)
+    return sorted(cache.images("train").tolist(), key=lambda image: key(cache.paths[image]))
+
+
+def keep_first(cache: Cache, draw: int, sizes: dict[int, int]) -> Cache:
+    """Training keeps the first sizes[c] images of each class c in the order of the draw; the others are unused."""
+    taken: Counter[int] = Counter()
+    left = np.zeros(len(cache.split), dtype=bool)
+    for image in train_order(cache, draw):
+        label = int(cache.y[image])
+        left[image] = taken[label] >= sizes[label]
+        taken[label] += 1
+    return replace(cache, split=np.where(left, "unused", cache.split))
+
+
+def tail_sizes(cache: Cache, exponent: float, draw: int) -> dict[int, int]:
+    """How many images each class may keep, by its position."""
+    largest = int(torch.bincount(cache.y[cache.images("train")]).max())
+    ranked = sorted(cache.classes, key=by_draw(draw))
+    return {
+        cache.classes.index(class_id): max(1, round(largest * rank**-exponent))
+        for rank, class_id in enumerate(ranked, start=1)
+    }
+
+
+@functools.lru_cache(maxsize=1)  # draws and shares of a study share it
+def cross_fitted(cache: Cache) -> Tensor:
+    """p (n_train, C): class probabilities of each training image by a linear probe that it had no part in.
+
+    Logistic regression on global vectors of view 0, fitted on four of five folds; sha256(path) says which fold.
+    """
+    train, val = cache.images("train"), cache.images("val")
+    fold = torch.tensor([int(sha256(cache.paths[image])[:8], 16) % FOLDS for image in train.tolist()])
+    x, y, x_val = cache.globals(train), cache.y[train], cache.globals(val)
+    p = torch.zeros(len(train), len(cache.classes))
+    for held in range(FOLDS):
+        rest, standardise = fold != held, Standardise(x[fold != held])
+        probe = fit_logistic(
+            standardise(x[rest]), y[rest], standardise(x_val), cache.y[val], p.shape[1], PROBE_STRENGTHS
+        ).linear
+        with torch.no_grad():
+            p[~rest] = probe(standardise(x[~rest])).softmax(-1)
+    return p
+
+
+def wrong_probabilities(cache: Cache) -> Tensor:
+    """cross_fitted with 0 for the true class."""
+    return cross_fitted(cache).scatter(1, cache.y[cache.images("train")][:, None], 0.0)
+
+
+def candidate_targets(cache: Cache, regime: Partial, draw: int) -> Tensor:
+    """(n, C) float32: uniform over a training image's candidates, and the true class for the other images."""
+    train, target = cache.images("train"), F.one_hot(cache.y, len(cache.classes)).float()
+    uniform = torch.from_numpy(np.random.default_rng(draw).random((len(train), len(cache.classes)), dtype=np.float32))
+    chance = torch.full_like(uniform, regime.q)
+    if regime.wrong == "instance":
+        p = wrong_probabilities(cache)
+        chance = regime.q * p / p.amax(1, keepdim=True).clamp(min=1e-30)
+    candidates = (target[train] > 0) | (uniform < chance)
+    target[train] = candidates / candidates.sum(1, keepdim=True)
+    return target
+
+
+def noisy_targets(cache: Cache, regime: Noise, draw: int) -> Tensor:
+    """(n,): the truth, but for the training images that are told a wrong class."""
+    order, classes = train_order(cache, draw), len(cache.classes)
+    changed = order[: round(regime.share * len(order))]
+    target = cache.y.clone()
+    if regime.wrong == "symmetric":
+        steps = [1 + int(sha256(f"{draw} wrong {cache.paths[image]}")[:8], 16) % (classes - 1) for image in changed]
+        target[changed] = (target[changed] + torch.tensor(steps, dtype=torch.int64)) % classes
+    else:
+        train = cache.images("train")
+        confusion = torch.zeros(classes, classes).index_add(0, cache.y[train], wrong_probabilities(cache))
+        # A class without training images has a row of zeros; no image of it is among `changed`.
+        target[changed] = confusion.argmax(1)[target[changed]]
+    return target
+
+
+def unseen_split(cache: Cache, regime: Unseen, draw: int) -> np.ndarray:
+    """(n,) str: the split under `Unseen`."""
+    seen = choose_classes(cache.classes, cache.classes, regime.seen, draw)
+    others = [class_id for class_id in cache.classes if class_id not in seen]
+    development = choose_classes(cache.classes, others, regime.development, draw)
+    if both := seen & development:
+        raise UserError(f"{regime.development}: class {min(both)} is in {regime.seen} too; take it out of one of them")
+    if len(development) >= len(others):
+        raise UserError(f"regime {regime.label}: leaves no unseen class to test on; name fewer classes")
+    class_of = np.array(cache.classes)[cache.y.numpy()]
+    is_seen, is_development = (np.isin(class_of, sorted(chosen)) for chosen in (seen, development))
+    test = cache.split == "test"
+    split = np.where(is_seen | test, cache.split, "unused")
+    split = np.where(is_development, np.where(test, "unused", "val"), split)
+    # What another reason has put aside stays there.
+    return np.where(np.isin(cache.split, ("train", "val", "test")), split, cache.split)
+
+
+def choose_classes(classes: Sequence[str], among: Sequence[str], wanted: Classes, draw: int) -> set[str]:
+    """The classes that a file names, or a share of `among`: at least one, and not all."""
+    if isinstance(wanted, str):
+        return set(read_classes(wanted, classes))
+    count = min(max(1, round(wanted * len(among))), len(among) - 1)
+    return set(sorted(among, key=by_draw(draw))[:count])
+
+
+def read_classes(path: str | Path, classes: Sequence[str]) -> list[str]:
+    """The class ids that a file names, one a line, by class_id or folder. Raises UserError for one not in `classes`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); it should name classes, one a line") from None
+    known, found = set(classes), []
+    for number, line in enumerate((line.strip() for line in lines), start=1):
+        class_id = line if line in known else class_id_of(line)
+        if line and class_id not in known:
+            raise UserError(f"{path}: line {number}: there is no class {line!r}; write its folder's name or class_id")
+        if line:
+            found.append(class_id)
+    return found
+
+
+def label_spaces(cache: Cache, split: str = "test") -> dict[str, tuple[Tensor, Tensor]]:
+    """How to evaluate a cache under `Unseen`: by name, the classes to choose among (C,) bool and the split's images.
+
+    seen: images of the classes that training has, among these; unseen: images of the others that occur in the split,
+    among those; joint: all of them among both. On val the others are the development classes.
+    """
+    images = cache.images(split)
+    trained, present = (torch.zeros(len(cache.classes), dtype=torch.bool) for _ in range(2))
+    trained[cache.y[cache.images("train")]] = True
+    present[cache.y[images]] = True
+    others = present & ~trained
+    return {
+        "seen": (trained, images[trained[cache.y[images]]]),
+        "unseen": (others, images[others[cache.y[images]]]),
+        "joint": (trained | others, images),
+    }
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """2 a b / (a + b) of two accuracies, 0 where one is 0: the one figure for seen and unseen classes together."""
+    return 2 * a * b / (a + b) if a and b else 0.0
+
+
+def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
+    """Only these classes and their images, in the order of `cache.classes`: for settings from development classes.
+
+    Concepts whose owners are all gone are no longer kept: they weigh nothing in the nodes' labels and are none of an
+    image's selected concepts. What is left of a label is not scaled up; density, ring gains and the selection of nodes
+    stay as label_patches made them. Restrict before a regime or hide_test, not after. Raises ValueError for an unknown
+    class, or where `target` is not the truth any more.
+    """
+    wanted = set(class_ids)
+    if unknown := wanted - set(cache.classes):
+        raise ValueError(f"unknown classes: {sorted(unknown)}")
+    if cache.target.shape != cache.y.shape or not torch.equal(cache.target, cache.y):
+        raise ValueError("restrict classes before a regime")
+    columns = torch.tensor([class_id in wanted for class_id in cache.classes])
+    if columns.all():
+        return cache
+    images = columns[cache.y].nonzero().flatten()
+    rows = (images[:, None] * cache.views + torch.arange(cache.views)).flatten()
+    tensors = {name: getattr(cache, name)[images] for name in BY_IMAGE}
+    tensors |= {name: getattr(cache, name)[rows] for name in BY_VIEW}
+    tensors["y"] = tensors["target"] = (columns.cumsum(0) - 1)[tensors["y"]]
+
+    bank = cache.bank
+    lost = bank.own.any(1) & ~bank.own[:, columns].any(1)
+    of_lost = lost[tensors["concept_idx"].long()]
+    tensors["concept_idx"] = tensors["concept_idx"].masked_fill(of_lost, 0)
+    tensors["concept_weight"] = tensors["concept_weight"].masked_fill(of_lost, 0)
+    shown = tensors["selected_concepts"]
+    shown = shown.masked_fill((shown >= 0) & lost[shown.clamp(min=0).long()], -1)
+    # Best first, as they were, and those that are gone at the end.
+    tensors["selected_concepts"] = shown.gather(1, (shown < 0).int().argsort(dim=1, stable=True))
+    return replace(
+        cache,
+        classes=[class_id for class_id in cache.classes if class_id in wanted],
+        paths=[cache.paths[image] for image in images.tolist()],
+        split=cache.split[images.numpy()],
+        bank=replace(bank, own=bank.own[:, columns], kept=bank.kept & ~lost),
+        **tensors,
+    )
+
+
+def hide_test(cache: Cache) -> Cache:
+    """What a method's fit is given: no label of an image outside train and val, be it as class, target or path.
+
+    Test images have split `hidden`. Hidden and unused images have y -1, a target of -1 (or of zeros) and a path
+    without meaning. Evaluate on the cache as it was.
+    """
+    hidden = ~np.isin(cache.split, ("train", "val"))
+    rows = torch.from_numpy(hidden)
+    y, target = cache.y.masked_fill(rows, -1), cache.target
+    target = target.masked_fill(rows, -1) if target.ndim == 1 else target.masked_fill(rows[:, None], 0.0)
+    return replace(
+        cache,
+        paths=[f"hidden/{n}" if gone else path for n, (path, gone) in enumerate(zip(cache.paths, hidden, strict=True))],
+        split=np.where(cache.split == "test", "hidden", cache.split),
+        y=y,
+        target=target,
+    )

@@ -1,0 +1,541 @@
+"""Run a grid of encoders, methods, controls, regimes and seeds over the cache, run by run.
+
+Reads   studies.NAME of params.yaml; for each encoder E what training.train reads, and data/embed/E/controls.parquet
+        where a control takes its texts from there; the file that `development` names.
+Writes  data/studies/NAME/RUN/, RUN being ENCODER.METHOD.CONTROL.REGIME.SEED: metrics.json (of train and val: test is
+        for training.compare), predictions.parquet (every logit of every image), config.json (settings, what was chosen,
+        fingerprints of what was read and of the run itself), timing.json. Where settings come from development classes,
+        `development` in the seed's place holds what was tried and chosen.
+Costs   processor time only. Every process (--jobs) has one thread, so that figures do not depend on how many there are,
+        and holds the cache of one encoder at a time.
+
+A run appears whole or not at all, and one that is there under the same fingerprint (settings, control, regime, seed,
+the cache's fingerprints, the code that made it) is not made again: a killed study goes on where it was. Methods that
+draw nothing run once a control and regime, unless those draw. Fit is told no label of a test image.
+
+Few-shot (`shots`) leaves nothing to choose settings by, so they come from other classes, those of `development` or,
+where that is null, one in five, drawn by train.seed. On these, each point of a method's grid is fitted SEARCH_DRAWS
+times with as many shots, and scored on the training and val images that the draw leaves over (val alone is too few: on
+cub100's 40 it chose a strength with which the probe lost 8 points on the other classes); the best mean is kept, and the
+median of the epochs that were best. The runs have the remaining classes only.
+
+    python -m training.study --name baselines
+"""
+
+import ast
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, median
+from time import perf_counter
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from stages.command import UserError, run, stage_parser
+from stages.params import NAME, Block, Count, Params, load_params
+from stages.store import canonical_json, fingerprint, read_table, sha256
+from training.controls import Control, apply_control, read_materials
+from training.data import SPLITS, Cache, check_origins, read_cache
+from training.evaluate import (
+    calibration_error,
+    class_accuracy,
+    fit_temperature,
+    log_loss,
+    tier_accuracy,
+    tiers,
+    top_k_accuracy,
+)
+from training.logistic import assess
+from training.loop import predict
+from training.methods import load_method, read_settings, search_points, single_points
+from training.regimes import Full, Regime, Shots, Unseen, apply_regime, hide_test, read_classes, restrict_classes
+from training.train import SCHEMA, predictions_table, read_block, read_control, read_regime, write_json
+
+DEVELOPMENT_SHARE = 5  # one class in five, where no file names them
+SEARCH_DRAWS = 5
+TRAINING = Path(__file__).parent
+
+
+class Study(Block):
+    encoders: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str], Field(min_length=1)]
+    controls: Annotated[list[Control], Field(min_length=1)] = Field(default=[Control()])
+    regimes: Annotated[list[Regime], Field(min_length=1)] = Field(default=[Full()])
+    seeds: Count = 5
+    declared_test: bool = False
+    development: str | None = None
+
+
+class Cell(NamedTuple):
+    """One run. `draw` is the seed of its control and regime, 0 where neither draws."""
+
+    encoder: str
+    control: Control
+    regime: Regime
+    draw: int
+    method: str
+    seed: int
+
+    @property
+    def search(self) -> str:
+        """The folder of what was chosen on development classes."""
+        return f"{self.encoder}.{self.method}.{self.control.label}.{self.regime.label}.development"
+
+    @property
+    def run(self) -> str:
+        """The folder of the run."""
+        return f"{self.encoder}.{self.method}.{self.control.label}.{self.regime.label}.{self.seed}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A study, checked: what every process needs to know of it."""
+
+    name: str
+    study: Study
+    data: Path
+    buckets: int
+    settings: dict[str, Block]  # by method
+    sources: dict[str, str]  # by method: the sha256 of the code that makes its runs
+    control_source: str  # of the code of controls
+    development: tuple[str, ...]  # class_ids
+    origins: dict[str, dict[str, str]]  # by encoder: the fingerprints of its cache, and of control texts that are read
+
+    @property
+    def folder(self) -> Path:
+        return self.data / "studies" / self.name
+
+    def searched(self, cell: Cell) -> bool:
+        """Whether its settings come from development classes."""
+        return isinstance(cell.regime, Shots)
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """What the outcome of a run follows from, the cache apart."""
+        return {
+            "encoder": cell.encoder,
+            "method": cell.method,
+            "control": cell.control.model_dump(),
+            "regime": cell.regime.model_dump(),
+            "settings": self.settings[cell.method].model_dump(),
+            "development": list(self.development) if self.searched(cell) else None,
+            "source": self.sources[cell.method],
+            "control_source": None if cell.control == Control() else self.control_source,
+        }
+
+    def search_mark(self, cell: Cell) -> str:
+        return fingerprint("study.search/1", self.identity(cell), list(self.origins[cell.encoder].values()))
+
+    def mark(self, cell: Cell) -> str:
+        seeds = {"seed": cell.seed, "draw": cell.draw}
+        return fingerprint(SCHEMA, self.identity(cell) | seeds, list(self.origins[cell.encoder].values()))
+
+
+def read_study(path: str, params: Params, name: str) -> Study:
+    """studies.NAME of params.yaml. Raises UserError naming file and key."""
+    if name not in params.studies:
+        known = ", ".join(params.studies) or "none yet"
+        raise UserError(f"{path}: studies: has no {name!r}; choose one of: {known}; or add it")
+    if not NAME.fullmatch(name):
+        raise UserError(f"{path}: studies.{name}: is used as a folder name; use lower-case letters, digits, - and _")
+    given = dict(params.studies[name])
+    for key, read in (("controls", read_control), ("regimes", read_regime)):
+        if isinstance(given.get(key), list):
+            given[key] = [read(path, f"studies.{name}.{key}.{n}", one) for n, one in enumerate(given[key])]
+    study = read_block(path, f"studies.{name}", given, Study)
+    methods = sorted(file.stem for file in (TRAINING / "methods").glob("[a-z]*.py"))
+    for key, named, there in (("encoders", study.encoders, params.encoders), ("methods", study.methods, methods)):
+        for one in named:
+            if one not in there:
+                raise UserError(f"{path}: studies.{name}.{key}: {one!r} is not there; choose from: {', '.join(there)}")
+    labels = {
+        "encoders": study.encoders,
+        "methods": study.methods,
+        "controls": [control.label for control in study.controls],
+        "regimes": [regime.label for regime in study.regimes],
+    }
+    for key, named in labels.items():
+        for one in named:
+            if named.count(one) > 1:
+                raise UserError(f"{path}: studies.{name}.{key}: holds {one} more than once; remove one")
+    return study
+
+
+def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
+    """Check everything that can be checked before the first run. Raises UserError."""
+    study = read_study(path, params, name)
+    settings = {}
+    for method in study.methods:
+        listed = method in params.train.methods
+        settings[method] = read_settings(path, params, method) if listed else load_method(method).Settings()
+        points = search_points(settings[method])
+        if points > params.train.budget:
+            raise UserError(
+                f"{path}: train.methods.{method}: val would choose among {points} settings, and train.budget allows"
+                f" {params.train.budget} to each method; shorten its lists"
+            )
+    origins = {encoder: check_origins(data, encoder, params.dataset.buckets) for encoder in study.encoders}
+    for encoder, marks in origins.items():
+        for control in study.controls:
+            if control != Control():
+                marks |= read_materials(data, encoder, control, params.dataset.buckets).fingerprints
+    few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
+    development = development_classes(study, data, params.train.seed) if few_shot else ()
+    sources = {method: source_mark(TRAINING / "methods" / f"{method}.py") for method in study.methods}
+    control_source = source_mark(TRAINING / "controls.py")
+    return Plan(name, study, data, params.dataset.buckets, settings, sources, control_source, development, origins)
+
+
+def development_classes(study: Study, data: Path, seed: int) -> tuple[str, ...]:
+    """The classes that few-shot settings come from: those the file names, else one in DEVELOPMENT_SHARE, drawn."""
+    ids = read_table(data / "index/classes.parquet", "index.classes/1")["class_id"].to_pylist()
+    if study.development is None:
+        order = sorted(ids, key=lambda class_id: sha256(f"{seed} {class_id}"))
+        return tuple(sorted(order[: max(2, len(ids) // DEVELOPMENT_SHARE)]))
+    found = set(read_classes(study.development, ids))
+    if len(found) < 2 or len(ids) - len(found) < 2:
+        raise UserError(
+            f"{study.development}: names {len(found)} of {len(ids)} classes; it takes 2, and 2 others to report on"
+        )
+    return tuple(sorted(found))
+
+
+def source_mark(file: Path) -> str:
+    """One sha256 for a module and every module of training/ that it, or this one, imports, directly or not."""
+    found: dict[Path, str] = {}
+    waiting = [file, *(TRAINING / f"{name}.py" for name in ("data", "loop", "regimes"))]
+    while waiting:
+        source = waiting.pop()
+        if source in found or not source.is_file():
+            continue
+        text = source.read_text(encoding="utf-8")
+        found[source] = sha256(text)
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            for name in names:
+                package, *inside = name.split(".")
+                if package == "training" and inside:
+                    place = TRAINING.joinpath(*inside)
+                    waiting += [place.with_suffix(".py"), place / "__init__.py"]
+    return sha256(canonical_json({str(source.relative_to(TRAINING)): mark for source, mark in found.items()}))
+
+
+def control_draws(control: Control) -> bool:
+    """Whether another seed makes another cache of it."""
+    drawn = ("edges_rewired", "random_vectors", "unrelated_texts", "owners_permuted")
+    return control.name in drawn or control.concepts is not None
+
+
+def regime_draws(regime: Regime) -> bool:
+    """Whether another seed makes another cache of it. Unseen classes are the same in all runs: so are their images."""
+    return not isinstance(regime, Full | Unseen)
+
+
+def cells(plan: Plan, first_seed: int) -> list[Cell]:
+    """Every run of a study, those that share a cache, a control and a regime's draw behind each other."""
+    found = []
+    seeds = range(first_seed, first_seed + plan.study.seeds)
+    for encoder in plan.study.encoders:
+        for control in plan.study.controls:
+            for regime in plan.study.regimes:
+                draws = control_draws(control) or regime_draws(regime)
+                for seed in seeds:
+                    for method in plan.study.methods:
+                        if draws or seed == first_seed or load_method(method).SEEDED:
+                            found.append(Cell(encoder, control, regime, seed if draws else 0, method, seed))
+    return found
+
+
+# What a process makes of a cell. Caches are remembered for the cells that follow.
+
+
+@lru_cache(maxsize=1)
+def base_cache(data: Path, encoder: str, buckets: int) -> Cache:
+    return read_cache(data, encoder, buckets)
+
+
+@lru_cache(maxsize=1)
+def controlled_cache(data: Path, encoder: str, buckets: int, control: Control, draw: int) -> Cache:
+    cache = base_cache(data, encoder, buckets)
+    if control == Control():
+        return cache
+    return apply_control(cache, control, draw, read_materials(data, encoder, control, buckets))
+
+
+class Prepared(NamedTuple):
+    told: Cache  # what fit gets: the training images of the regime's draw, val unless it is few-shot, no test
+    whole: Cache  # what is predicted: all images and the truth, with the splits that are reported
+
+
+@lru_cache(maxsize=1)
+def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: int) -> Prepared:
+    """The two caches that cells of one encoder, control, regime and draw share."""
+    whole = controlled_cache(plan.data, encoder, plan.buckets, control, draw)
+    if isinstance(regime, Shots):
+        whole = restrict_classes(whole, [name for name in whole.classes if name not in plan.development])
+    told = apply_regime(whole, regime, draw)
+    # Few-shot fits get no val image, so that these may be reported like test images.
+    shown = told
+    if isinstance(regime, Shots):
+        shown = replace(told, split=np.where(whole.split == "val", "val", told.split))
+    return Prepared(hide_test(told), shown)
+
+
+def make_run(plan: Plan, cell: Cell) -> None:
+    """Fit, predict and write one run."""
+    started = perf_counter()
+    told, whole = prepare(plan, cell.encoder, cell.control, cell.regime, cell.draw)
+    module, settings = load_method(cell.method), plan.settings[cell.method]
+    if plan.searched(cell):
+        chosen = json.loads((plan.folder / cell.search / "config.json").read_text(encoding="utf-8"))
+        settings = module.Settings.model_validate(chosen["settings"])
+    prepared = perf_counter()
+    fitted = module.fit(told, settings, cell.seed)
+    fit = perf_counter()
+    logits = predict(fitted.model, whole, torch.arange(len(whole.paths))).numpy()
+    predicted = perf_counter()
+    config = {
+        "fingerprint": plan.mark(cell),
+        **plan.identity(cell),
+        "settings": settings.model_dump(),
+        "seed": cell.seed,
+        "draw": cell.draw,
+        "chosen": fitted.chosen,
+        "classes": whole.classes,
+        "fingerprints": plan.origins[cell.encoder],
+    }
+    metadata = {
+        "schema": SCHEMA,
+        "fingerprint": plan.mark(cell),
+        "params": canonical_json({"classes": whole.classes}),
+    }
+    table = predictions_table({cell.seed: logits}, whole).replace_schema_metadata(metadata)
+    timing = {
+        "epoch_seconds": fitted.epoch_seconds,
+        "prepare_seconds": prepared - started,
+        "fit_seconds": fit - prepared,
+        "predict_seconds": predicted - fit,
+    }
+
+    def write(folder: Path) -> None:
+        write_json(folder / "metrics.json", measure_run(logits, whole))
+        pq.write_table(table, folder / "predictions.parquet", compression="zstd")
+        write_json(folder / "config.json", config)
+        write_json(folder / "timing.json", timing)
+
+    write_folder(plan.folder / cell.run, write)
+
+
+def measure_run(logits: np.ndarray, cache: Cache) -> dict[str, Any]:
+    """metrics.json: what the logits (n, C) are worth on train and val; a split without images has its count only.
+
+    The temperature is fitted on val, so that what is left of the calibration error compares methods whose logits have
+    different scales. Few, medium and many are thirds of the classes by their training images.
+    """
+    y = cache.y.numpy()
+    chosen = {split: cache.split == split for split in SPLITS}
+    tier = tiers(np.bincount(y[chosen["train"]], minlength=len(cache.classes)), limits=None)
+    metrics: dict[str, Any] = {split: {"images": int(chosen[split].sum())} for split in SPLITS}
+    val = chosen["val"]
+    temperature = fit_temperature(logits[val], y[val]) if val.any() else None
+    for split in SPLITS[:2]:
+        z, truth = logits[chosen[split]], y[chosen[split]]
+        if not len(truth):
+            continue
+        within = class_accuracy(z, truth)
+        metrics[split] |= {
+            "accuracy": float((z.argmax(1) == truth).mean()),
+            "macro_accuracy": float(np.nanmean(within)),
+            "top5_accuracy": top_k_accuracy(z, truth, 5),
+            "log_loss": log_loss(z, truth),
+            "calibration_error": calibration_error(z, truth),
+            "scaled_calibration_error": None if temperature is None else calibration_error(z / temperature, truth),
+            "tiers": tier_accuracy(z, truth, tier),
+            "classes": {name: rate for name, rate in zip(cache.classes, within.tolist(), strict=True) if rate == rate},
+        }
+    return {**metrics, "temperature": temperature}
+
+
+def make_search(plan: Plan, cell: Cell) -> None:
+    """Choose a method's settings for a number of shots on development classes, and write what was tried."""
+    started = perf_counter()
+    module, points = load_method(cell.method), single_points(plan.settings[cell.method])
+    tried: list[list[dict[str, float]]] = [[] for _ in points]
+    for draw in range(SEARCH_DRAWS):
+        control_seed = draw if control_draws(cell.control) else 0
+        whole = controlled_cache(plan.data, cell.encoder, plan.buckets, cell.control, control_seed)
+        few = restrict_classes(whole, plan.development)
+        drawn = apply_regime(few, cell.regime, draw)
+        told = hide_test(replace(drawn, split=np.where(drawn.split == "unused", "val", drawn.split)))
+        val = told.images("val")
+        for point, found in zip(points, tried, strict=True):
+            fitted = module.fit(told, point, draw)
+            accuracy, loss = assess(predict(fitted.model, told, val), told.y[val])
+            found.append({"accuracy": accuracy, "log_loss": loss, "epoch": float(fitted.chosen.get("epoch", 0))})
+    scores = [(fmean(row["accuracy"] for row in rows), -fmean(row["log_loss"] for row in rows)) for rows in tried]
+    best = max(range(len(points)), key=lambda number: scores[number])
+    settings = points[best].model_dump()
+    if "epochs" in settings:
+        settings["epochs"] = round(median(row["epoch"] for row in tried[best]))
+    config = {
+        "fingerprint": plan.search_mark(cell),
+        **plan.identity(cell),
+        "settings": settings,
+        "tried": [{"settings": point.model_dump(), "draws": rows} for point, rows in zip(points, tried, strict=True)],
+        "fingerprints": plan.origins[cell.encoder],
+    }
+
+    def write(folder: Path) -> None:
+        write_json(folder / "config.json", config)
+        write_json(folder / "timing.json", {"total_seconds": perf_counter() - started})
+
+    write_folder(plan.folder / cell.search, write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `folder`, then rename it: a reader sees the old one, the new one, or none."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+# The grid.
+
+
+def is_made(folder: Path, mark: str) -> bool:
+    """Whether a run is there, and was made as it would be now."""
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["fingerprint"] == mark)
+    except FileNotFoundError:
+        return False
+
+
+def run_study(plan: Plan, grid: list[Cell], jobs: int) -> int:
+    """Make every run of the grid that is not there yet; returns how many. Raises UserError."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with lock(plan), worker_pool(plan, jobs) as map_batches:
+        for partial in plan.folder.glob(".*.partial"):  # of a run that was killed
+            shutil.rmtree(partial)
+        by_search = {cell.search: cell for cell in grid if plan.searched(cell)}
+        searches = [c for c in by_search.values() if not is_made(plan.folder / c.search, plan.search_mark(c))]
+        runs = [cell for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]
+        with tqdm(total=len(searches) + len(runs), desc=plan.name, unit="run", disable=None) as bar:
+            for work, missing in ((make_search, searches), (make_run, runs)):
+                batches = [list(batch) for _, batch in groupby(missing, lambda c: (c[:4], c.seed))]
+                if work is make_search:
+                    batches = [[cell] for cell in missing]
+                for made in map_batches(work, batches):
+                    bar.update(made)
+    return len(runs)
+
+
+@contextmanager
+def lock(plan: Plan) -> Iterator[None]:
+    """Keep a second process from the same study. Raises UserError where one is at it."""
+    with open(plan.folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{plan.folder}: another process is running this study; wait for it or stop it") from None
+        yield
+
+
+Work = Callable[[Plan, Cell], None]
+MapBatches = Callable[[Work, list[list[Cell]]], Iterator[int]]
+
+
+@contextmanager
+def worker_pool(plan: Plan, jobs: int) -> Iterator[MapBatches]:
+    """How to work through batches of cells, here or in `jobs` processes; it yields the size of each batch done."""
+    if jobs == 1:
+        start_worker(plan)
+        yield lambda work, batches: (work_through(work, batch) for batch in batches)
+        return
+    executor = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(plan,)
+    )
+
+    def map_batches(work: Work, batches: list[list[Cell]]) -> Iterator[int]:
+        futures = [executor.submit(work_through, work, batch) for batch in batches]
+        for future in as_completed(futures):
+            yield future.result()
+
+    try:
+        yield map_batches
+    except BrokenProcessPool:
+        raise UserError(
+            f"{plan.folder}: a process was killed, most likely for want of memory; what is finished is kept: run it"
+            f" again with fewer than --jobs {jobs}"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+worker_plan: Plan  # of this process: caches are remembered by it
+
+
+def start_worker(plan: Plan) -> None:
+    """One thread, the same bits each time, and an end when the study is killed or interrupted."""
+    global worker_plan
+    worker_plan = plan
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def work_through(work: Work, batch: list[Cell]) -> int:
+    for cell in batch:
+        try:
+            work(worker_plan, cell)
+        except MemoryError:
+            raise UserError(f"{cell.run}: does not fit into memory; run it again with --jobs 1") from None
+    return len(batch)
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the stages wrote (default: data)")
+    parser.add_argument("--name", required=True, help="a name under `studies` in params.yaml")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
+    arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: it takes at least 1")
+    params = load_params(arguments.params)
+    plan = make_plan(arguments.params, params, arguments.name, Path(arguments.data))
+    grid = cells(plan, params.train.seed)
+    made = run_study(plan, grid, arguments.jobs)
+    print(f"{plan.folder}: {made} runs made, {len(grid) - made} were there")
+
+
+if __name__ == "__main__":
+    run(main)
