@@ -18,7 +18,7 @@ unit length; it is 0, as its norm, for a cell in which a tower that ends with a 
     python -m stages.embed_images --encoder reef --device cuda:0,cuda:1
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -51,42 +51,60 @@ EMBED = Path("data/embed")
 SCHEMA = "embed.nodes/1"
 
 
-def view_nodes(view: View, pooled: Tensor, tokens: Tensor, settings: Embed) -> tuple[list[str], list[Box], Tensor]:
-    """Kinds, boxes and raw vectors (nodes, D) of one view, from its passes (1 + crops, D) and tokens (h, w, D)."""
-    height, width, _ = tokens.shape
-    kinds, boxes, vectors = ["global"], [view.boxes[0]], [pooled[:1]]
+def levels_of(settings: Embed, height: int, width: int) -> list[tuple[str, int, int]]:
+    """Kind, rows and columns of every grid of nodes that a map of height x width tokens gives."""
     levels = [("token", height, width)] if settings.tokens else []
     levels += [("grid", count, count) for count in settings.grids]
-    for kind, rows, columns in levels:
+    for _, rows, columns in levels:
         if rows > height or columns > width:
             finer = f"{rows} x {columns} is finer than the {height} x {width} tokens of this encoder"
             raise UserError(f"params.yaml: embed.grids: {finer}; take {rows} out")
-        cells = F.adaptive_avg_pool2d(tokens.permute(2, 0, 1), (rows, columns)).flatten(1).T
-        kinds += [kind] * len(cells)
-        boxes += grid_cells(view.boxes[0], height, width, rows, columns, flip=view.flip)
-        vectors.append(cells)
-    kinds += ["crop"] * (len(pooled) - 1)
-    return kinds, boxes + view.boxes[1:], torch.cat([*vectors, pooled[1:]])
+    return levels
 
 
-def make_rows(settings: Embed, view: View, passes: list[Pass]) -> pa.Table:
-    """The embed.nodes rows of one view, from the pooled vector and the tokens of each of its passes."""
-    pooled, tokens = torch.stack([each[0] for each in passes]), passes[0][1]
-    kinds, boxes, raw = view_nodes(view, pooled, tokens, settings)
-    norms = raw.norm(dim=1)
-    if not bool(torch.isfinite(norms).all() and norms[0] > 0):
-        raise UserError(f"image {view.image_id}: its embedding is 0 or not finite; try encoders.NAME.precision: fp32")
+@lru_cache
+def pooling(height: int, width: int, rows: int, columns: int) -> Tensor:
+    """(rows columns, height width): the tokens' shares in the cells of adaptive average pooling, as a matrix."""
+    tokens = torch.eye(height * width).view(-1, 1, height, width)
+    return F.adaptive_avg_pool2d(tokens, (rows, columns)).flatten(1).T.contiguous()
+
+
+def make_rows(settings: Embed, views: list[View], passes: list[list[Pass]]) -> pa.Table:
+    """The embed.nodes rows of views, from the pooled vector (D) and the tokens (h, w, D) of each one's passes."""
+    pooled = torch.stack([torch.stack([each[0] for each in found]) for found in passes])  # (views, 1 + crops, D)
+    height, width, _ = passes[0][0][1].shape
+    levels = levels_of(settings, height, width)
+    parts = [pooled[:, :1]]
+    for _, rows, columns in levels:
+        shares = pooling(height, width, rows, columns)
+        # One by one: a product of several may differ from each alone in its last bits.
+        parts.append(torch.stack([shares @ found[0][1].flatten(0, 1) for found in passes]))
+    raw = torch.cat([*parts, pooled[:, 1:]], dim=1)
+    norms = raw.norm(dim=2)
+    usable = torch.isfinite(norms).all(dim=1) & (norms[:, 0] > 0)
+    if not bool(usable.all()):
+        image_id = views[int(usable.int().argmin())].image_id
+        raise UserError(f"image {image_id}: its embedding is 0 or not finite; try encoders.NAME.precision: fp32")
+
+    kinds = ["global", *(kind for kind, rows, columns in levels for _ in range(rows * columns))]
+    kinds += ["crop"] * (pooled.shape[1] - 1)
+    boxes: list[Box] = []
+    for view in views:
+        boxes.append(view.boxes[0])
+        for _, rows, columns in levels:
+            boxes += grid_cells(view.boxes[0], height, width, rows, columns, flip=view.flip)
+        boxes += view.boxes[1:]
     corners = np.clip(np.asarray(boxes, dtype=np.float32), 0, 1)
     count = len(kinds)
     return pa.table({
-        "image_id": pa.array([view.image_id] * count),
-        "view": pa.array([view.number] * count, pa.int16()),
-        "node": pa.array(range(count), pa.int16()),
-        "kind": pa.array(kinds),
+        "image_id": [view.image_id for view in views for _ in kinds],
+        "view": pa.array(np.repeat([view.number for view in views], count), pa.int16()),
+        "node": pa.array(np.tile(np.arange(count), len(views)), pa.int16()),
+        "kind": kinds * len(views),
         **{name: pa.array(corners[:, i]) for i, name in enumerate(("x0", "y0", "x1", "y1"))},
-        "flip": pa.array([view.flip] * count),
-        "norm": pa.array(norms.numpy()),
-        "vector": store.vector_column((raw / norms.where(norms > 0, 1)[:, None]).numpy()),
+        "flip": np.repeat([view.flip for view in views], count),
+        "norm": pa.array(norms.flatten().numpy()),
+        "vector": store.vector_column((raw / norms.where(norms > 0, 1)[..., None]).flatten(0, 1).numpy()),
     })
 
 

@@ -71,8 +71,13 @@ def key_of(encoder: Loaded) -> str:
     return f"params.yaml: tokens.{encoder.name}"
 
 
-def make_rows(name: str, choice: Choice, view: View, passes: list[Pass]) -> pa.Table:
-    """The embed.tokens rows of one view, one a layer, from what `forward` gave for it."""
+def make_rows(name: str, choice: Choice, views: list[View], passes: list[list[Pass]]) -> pa.Table:
+    """The embed.tokens rows of views, one a layer, from what `forward` gave for each."""
+    return pa.concat_tables(view_rows(name, choice, *each) for each in zip(views, passes, strict=True))
+
+
+def view_rows(name: str, choice: Choice, view: View, passes: list[Pass]) -> pa.Table:
+    """The rows of one view."""
     outputs, count = passes[0], len(choice.layers)
     cells, cls, rollout = outputs[:count], outputs[count:-1], outputs[-1]
     for layer, *parts in zip(choice.layers, cells, cls, strict=True):

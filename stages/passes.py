@@ -4,9 +4,9 @@ A stage says in a `Product` what it makes of a view; here is what all of them sh
 alike, are kept; what a run that was killed had finished, bucket by bucket, is kept too; memory does not grow with the
 images.
 
-Threads decode, one thread runs the encoder, and the main thread makes rows of what came out and writes them: so the
-encoder waits for nothing but pictures. On a GPU the copies there and back run beside the passes. With several devices
-there is a process each, which takes the buckets with `bucket % world == rank`.
+Threads decode, one thread runs the encoder, and the main thread makes rows of what came out and writes them. On a GPU
+the encoder waits for nothing but pictures, and the copies there and back run beside the passes; on a CPU they take
+turns (`Turns`). With several devices there is a process each, which takes the buckets with `bucket % world == rank`.
 """
 
 import ctypes
@@ -19,10 +19,12 @@ import sys
 from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from threading import Semaphore
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -76,7 +78,8 @@ class Product:
     cuts: Embed  # which views and windows are shown
     model: Model
     forward: Callable[[Tensor], tuple[Tensor, ...]]  # normalised pixels (n, 3, H, W) to outputs, each (n, ...)
-    rows: Callable[[View, list[Pass]], pa.Table]  # one view's rows from its passes, that of the whole view first
+    # The rows of views, equally many of each, from their passes, that of the whole view first.
+    rows: Callable[[list[View], list[list[Pass]]], pa.Table]
 
     @property
     def mark(self) -> str:
@@ -123,11 +126,39 @@ class Clock:
         return ", ".join(f"{name} {spent / self.seconds():.0%}" for name, spent in shares.items())
 
 
+class Turns:
+    """Who may use the processors, where the encoder runs on them too.
+
+    A pass is shared out evenly, and waits for the slowest of its threads: a picture decoded beside it costs more than
+    one decoded before it. So a picture takes one place, and a pass all of them. A GPU lets anyone go on.
+    """
+
+    def __init__(self, device: torch.device, places: int) -> None:
+        self.places = places if device.type == "cpu" else 0
+        self.free = Semaphore(self.places)
+
+    @contextmanager
+    def take(self, places: int) -> Iterator[None]:
+        for _ in range(places):
+            self.free.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(places):
+                self.free.release()
+
+    def one(self) -> AbstractContextManager[None]:
+        return self.take(min(1, self.places))
+
+    def all(self) -> AbstractContextManager[None]:
+        return self.take(self.places)
+
+
 class Passes:
     """Batches through a product's model in the order they come, on a GPU with the copies beside the passes."""
 
-    def __init__(self, product: Product) -> None:
-        self.product = product
+    def __init__(self, product: Product, turns: Turns) -> None:
+        self.product, self.turns = product, turns
         device = product.model.device
         # One there and one back. Passes themselves keep to one stream: with two, cuBLAS does not promise the same bits.
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
@@ -135,7 +166,8 @@ class Passes:
     def start(self, pixels: Tensor) -> Callable[[], Pass]:
         """Begin with bytes (n, 3, H, W); what is returned waits for their outputs, each (n, ...) on the CPU."""
         if not self.streams:
-            outputs = self.forward(pixels)
+            with self.turns.all():
+                outputs = self.forward(pixels)
             return lambda: outputs
         there, back = self.streams
         device = self.product.model.device
@@ -225,7 +257,7 @@ def find_work(product: Product, sources: list[Source], buckets: int, shard: Shar
     return Work(todo, [by_id[image_id] for _, kept in todo for image_id in kept.missing])
 
 
-def forward_views(views: Iterable[View], product: Product, clock: Clock) -> Iterator[pa.Table]:
+def forward_views(views: Iterable[View], product: Product, turns: Turns, clock: Clock) -> Iterator[pa.Table]:
     """Yield the rows of each view in order, its passes batched with those of the views around it."""
     waiting: deque[View] = deque()
     done: deque[Pass] = deque()
@@ -241,22 +273,33 @@ def forward_views(views: Iterable[View], product: Product, clock: Clock) -> Iter
         if pixels:
             yield torch.stack(pixels)
 
-    begun = map_ahead(Passes(product).start, batches(), workers=1, ahead=AHEAD)
+    # Where rows are made on the same processors, their batch comes before the next.
+    begun = map_ahead(Passes(product, turns).start, batches(), workers=1, ahead=0 if turns.places else AHEAD)
     for outputs in clock.over((wait() for wait in begun), "forward"):
         done.extend(zip(*outputs, strict=True))
+        ready: list[View] = []
+        passes: list[list[Pass]] = []
         while waiting and len(done) >= len(waiting[0].pixels):
-            view = waiting.popleft()
-            yield product.rows(view, [done.popleft() for _ in view.pixels])
+            ready.append(waiting.popleft())
+            passes.append([done.popleft() for _ in ready[-1].pixels])
+        if ready:
+            rows = product.rows(ready, passes)
+            size = len(rows) // len(ready)
+            yield from (rows.slice(number * size, size) for number in range(len(ready)))
 
 
 def forward_sources(sources: list[Source], product: Product, clock: Clock | None = None) -> Iterator[pa.Table]:
     """Yield the rows of each image in order."""
     workers = os.cpu_count() or 1
-    prepared = map_ahead(
-        lambda source: prepare(source, product.model, product.cuts), sources,
-        workers=workers, ahead=max(workers, 2 * product.model.batch_size // count_passes(product.cuts)),
-    )
-    rows = forward_views((view for views in prepared for view in views), product, clock or Clock())
+    turns = Turns(product.model.device, workers)
+
+    def prepare_one(source: Source) -> list[View]:
+        with turns.one():
+            return prepare(source, product.model, product.cuts)
+
+    ahead = max(workers, 2 * product.model.batch_size // count_passes(product.cuts))
+    prepared = map_ahead(prepare_one, sources, workers=workers, ahead=ahead)
+    rows = forward_views((view for views in prepared for view in views), product, turns, clock or Clock())
     for _ in sources:
         yield pa.concat_tables(islice(rows, product.cuts.views + 1)).cast(product.columns)
 

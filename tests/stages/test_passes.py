@@ -20,7 +20,7 @@ from stages.clip import load_encoder
 from stages.command import UserError
 from stages.embed_images import nodes_of
 from stages.params import Params
-from stages.passes import Passes, Product, find_batch_size, forward_sources, list_devices, out_of_memory, update
+from stages.passes import Passes, Turns, Product, find_batch_size, forward_sources, list_devices, out_of_memory, update
 from stages.views import Source
 from tests.stages.project import ROOT, draw, snapshot
 
@@ -168,7 +168,7 @@ def test_other_errors_are_no_lack_of_memory(make_product: Callable[[int], Produc
     assert out_of_memory(error.value)
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
-        Passes(make_product(2)).start(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
+        Passes(make_product(2), Turns(torch.device("cpu"), 1)).start(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
 
 
 def test_a_batch_size_is_found_and_nothing_written(
