@@ -20,7 +20,7 @@ from stages.clip import load_encoder
 from stages.command import UserError
 from stages.embed_images import nodes_of
 from stages.params import Params
-from stages.passes import Passes, Turns, Product, find_batch_size, forward_sources, list_devices, out_of_memory, update
+from stages.passes import Passes, Product, Turns, find_batch_size, forward_sources, list_devices, out_of_memory, update
 from stages.views import Source
 from tests.stages.project import ROOT, draw, snapshot
 
