@@ -43,7 +43,7 @@ def checkout(target: Path) -> Path:
     made_here = shutil.ignore_patterns(".git", ".venv", "*cache*", "tmp", "config.local", "dvc.lock")
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        outputs = set(names) - {"demo", "none"} if Path(folder) == ROOT / "data" else set()
+        outputs = set(names) - {"demo", "controls", "none"} if Path(folder) == ROOT / "data" else set()
         return {*made_here(folder, names), *outputs} - {"cache.py"}
 
     shutil.copytree(ROOT, target, ignore=ignored)

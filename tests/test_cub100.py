@@ -58,6 +58,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         params["dataset"].update(root="../CUB", val_list="../val.txt", buckets=2)
         params["concepts"]["import"] = "../texts.json"
         params["train"]["seeds"] = 1
+        # One encoder, and no texts for controls: those are for studies.
+        del params["encoders"]["birds-lit0"]
+        params["controls"] = {}
         for method in ("attention_pool", "concept_graph"):
             params["train"]["methods"][method].update(epochs=2, weight_decay=[0.01])
 
