@@ -70,7 +70,7 @@ def data_files(folder: Path) -> dict[str, str]:
     return {
         name: hashlib.md5(path.read_bytes()).hexdigest()
         for name, path in names.items()
-        if not name.startswith("data/demo/") and name != "data/none"
+        if not name.startswith(("data/demo/", "data/controls/")) and name != "data/none"
     }
 
 
