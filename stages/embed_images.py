@@ -18,14 +18,13 @@ unit length; it is 0, as its norm, for a cell in which a tower that ends with a 
     python -m stages.embed_images --encoder reef --device cuda:0,cuda:1
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from stages import store
 from stages.clip import Box, LoadedEncoder, choose_device
@@ -62,24 +61,15 @@ def levels_of(settings: Embed, height: int, width: int) -> list[tuple[str, int, 
     return levels
 
 
-@lru_cache
-def pooling(height: int, width: int, rows: int, columns: int) -> Tensor:
-    """(rows columns, height width): the tokens' shares in the cells of adaptive average pooling, as a matrix."""
-    tokens = torch.eye(height * width).view(-1, 1, height, width)
-    return F.adaptive_avg_pool2d(tokens, (rows, columns)).flatten(1).T.contiguous()
-
-
 def make_rows(settings: Embed, views: list[View], passes: list[list[Pass]]) -> pa.Table:
     """The embed.nodes rows of views, from the pooled vector (D) and the tokens (h, w, D) of each one's passes."""
     pooled = torch.stack([torch.stack([each[0] for each in found]) for found in passes])  # (views, 1 + crops, D)
-    height, width, _ = passes[0][0][1].shape
+    tokens = torch.stack([found[0][1] for found in passes]).permute(0, 3, 1, 2)
+    height, width = tokens.shape[2:]
     levels = levels_of(settings, height, width)
-    parts = [pooled[:, :1]]
-    for _, rows, columns in levels:
-        shares = pooling(height, width, rows, columns)
-        # One by one: a product of several may differ from each alone in its last bits.
-        parts.append(torch.stack([shares @ found[0][1].flatten(0, 1) for found in passes]))
-    raw = torch.cat([*parts, pooled[:, 1:]], dim=1)
+    # A mean of each view's own, in any company: a product with a matrix of shares may differ in its last bits.
+    cells = [F.adaptive_avg_pool2d(tokens, (h, w)).flatten(2).transpose(1, 2) for _, h, w in levels]
+    raw = torch.cat([pooled[:, :1], *cells, pooled[:, 1:]], dim=1)
     norms = raw.norm(dim=2)
     usable = torch.isfinite(norms).all(dim=1) & (norms[:, 0] > 0)
     if not bool(usable.all()):

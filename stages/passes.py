@@ -4,9 +4,10 @@ A stage says in a `Product` what it makes of a view; here is what all of them sh
 alike, are kept; what a run that was killed had finished, bucket by bucket, is kept too; memory does not grow with the
 images.
 
-Threads decode, one thread runs the encoder, and the main thread makes rows of what came out and writes them. On a GPU
-the encoder waits for nothing but pictures, and the copies there and back run beside the passes; on a CPU they take
-turns (`Turns`). With several devices there is a process each, which takes the buckets with `bucket % world == rank`.
+Threads decode, and the main thread makes rows of what came out of the encoder and writes them. On a GPU a thread runs
+the encoder, which waits for nothing but pictures, and the copies there and back run beside the passes; on a CPU the
+main thread does, and takes turns with those that decode (`Turns`). With several devices there is a process each, which
+takes the buckets with `bucket % world == rank`.
 """
 
 import ctypes
@@ -218,15 +219,11 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def keep_memory() -> None:
-    """Have glibc keep the memory of a batch for the next one, as the Makefile does for what it runs.
-
-    To give it back and ask for it anew takes as long as half of the forward pass. One arena: that of another thread, in
-    which the encoder runs, is given back whatever the thresholds say.
-    """
+    """Have glibc keep the memory of a batch for the next one: giving it back takes as long as half of the pass."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8
-        for option, value in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (arena_max, 1)):
+        trim_threshold, mmap_threshold = -1, -3
+        for option, value in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1)):
             libc.mallopt(option, value)
 
 
@@ -257,6 +254,11 @@ def find_work(product: Product, sources: list[Source], buckets: int, shard: Shar
     return Work(todo, [by_id[image_id] for _, kept in todo for image_id in kept.missing])
 
 
+def stack_pictures(pixels: list[Tensor]) -> Tensor:
+    """Pictures (3, H, W) as one batch (n, 3, H, W), channels last in memory as decoders and kernels have them."""
+    return torch.stack([each.permute(1, 2, 0) for each in pixels]).permute(0, 3, 1, 2)
+
+
 def forward_views(views: Iterable[View], product: Product, turns: Turns, clock: Clock) -> Iterator[pa.Table]:
     """Yield the rows of each view in order, its passes batched with those of the views around it."""
     waiting: deque[View] = deque()
@@ -268,13 +270,14 @@ def forward_views(views: Iterable[View], product: Product, turns: Turns, clock: 
             waiting.append(view)
             pixels.extend(view.pixels)
             while len(pixels) >= (size := product.model.batch_size):
-                yield torch.stack(pixels[:size])
+                yield stack_pictures(pixels[:size])
                 del pixels[:size]
         if pixels:
-            yield torch.stack(pixels)
+            yield stack_pictures(pixels)
 
-    # Where rows are made on the same processors, their batch comes before the next.
-    begun = map_ahead(Passes(product, turns).start, batches(), workers=1, ahead=0 if turns.places else AHEAD)
+    # On a CPU in this very thread: in one of its own a pass takes a sixth longer.
+    start = Passes(product, turns).start
+    begun = map(start, batches()) if turns.places else map_ahead(start, batches(), workers=1, ahead=AHEAD)
     for outputs in clock.over((wait() for wait in begun), "forward"):
         done.extend(zip(*outputs, strict=True))
         ready: list[View] = []
