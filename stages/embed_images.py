@@ -31,7 +31,6 @@ from stages.clip import Box, LoadedEncoder, choose_device
 from stages.command import UserError, run
 from stages.params import Embed, load_params
 from stages.passes import (
-    ALL,
     Pass,
     Product,
     compile_blocks,
@@ -122,11 +121,9 @@ def main() -> None:
     settings = params.image_encoder(arguments.encoder)
     sources = read_sources(params.dataset.folder)
     buckets = params.dataset.buckets
-    devices = list_devices(arguments.device)
-    if len(devices) > 1 and not (arguments.dry_run or arguments.find_batch_size):
-        store.remove_strays(EMBED / arguments.encoder / "images", buckets)
-        run_shards("stages.embed_images", devices)
+    if run_shards("stages.embed_images", EMBED / arguments.encoder / "images", buckets, arguments):
         return
+    devices = list_devices(arguments.device)
     encoder = load_image_encoder(arguments.encoder, settings, choose_device(devices[0]))
     if arguments.compile:
         compile_blocks(encoder.model)
@@ -136,10 +133,7 @@ def main() -> None:
     elif arguments.dry_run:
         print(f"{product.folder}: {preview(product, sources, buckets, len(devices))}")
     else:
-        count = update(product, sources, buckets, arguments.shard)
-        rank, world = arguments.shard or ALL
-        total = sum(store.bucket_of(source.image_id, buckets) % world == rank for source in sources)
-        print(f"{product.folder}: {count} images embedded, {total - count} kept")
+        update(product, sources, buckets, arguments.shard)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from stages.command import UserError, run
 from stages.layers import RULES, Choice, choose_layers, find_tower, hidden_states
 from stages.params import Embed, load_params
 from stages.passes import (
-    ALL,
     Pass,
     Product,
     Work,
@@ -157,11 +156,9 @@ def main() -> None:
         raise UserError(f"params.yaml: tokens.{name}: is not there, so that no layer is asked for; {remedy}")
     asked = params.tokens[name]
     sources = read_sources(params.dataset.folder)
-    devices = list_devices(arguments.device)
-    if len(devices) > 1 and not (arguments.dry_run or arguments.find_batch_size):
-        store.remove_strays(EMBED / name / "tokens", buckets)
-        run_shards("stages.embed_tokens", devices)
+    if run_shards("stages.embed_tokens", EMBED / name / "tokens", buckets, arguments):
         return
+    devices = list_devices(arguments.device)
     encoder = load_image_encoder(name, settings, choose_device(devices[0]))
     choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key_of(encoder))
     product = tokens_of(encoder, choice, params.embed)
@@ -180,10 +177,7 @@ def main() -> None:
     if needed > free:
         problem = f"up to {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free"
         raise UserError(f"{product.folder}: {problem}; free some, or take layers out of tokens.{name}.layers")
-    count = update(product, sources, buckets, arguments.shard)
-    rank, world = arguments.shard or ALL
-    total = sum(store.bucket_of(source.image_id, buckets) % world == rank for source in sources)
-    print(f"{product.folder}: {count} images embedded, {total - count} kept")
+    update(product, sources, buckets, arguments.shard)
 
 
 if __name__ == "__main__":

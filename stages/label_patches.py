@@ -68,18 +68,13 @@ class Reference:
     centres: Tensor | None = None  # (K, D): k-means of local nodes
 
 
-def concept_weights(nodes: Tensor, concepts: Tensor, scale: float) -> Tensor:
-    """P (n, M): softmax over concepts of scale * cosine."""
-    return torch.softmax(scale * nodes @ concepts.T, dim=1)
-
-
 def entropy_of(weights: Tensor) -> Tensor:
     """Shannon entropy in nats of each row."""
     return torch.special.entr(weights).sum(dim=1)
 
 
 def softmax_weights(nodes: Tensor, concepts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """concept_weights, and entropy_of them without a logarithm an entry: ln Z - sum P logit."""
+    """P (n, M), softmax over concepts of scale * cosine, and entropy (n,), ln Z - sum P logit: one logarithm a row."""
     logits = scale * nodes @ concepts.T
     largest, place = logits.max(dim=1)
     weights = torch.softmax(logits, dim=1)

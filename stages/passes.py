@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -334,6 +334,9 @@ def update(product: Product, sources: list[Source], buckets: int, shard: Shard |
         embedded, seconds = len(work.missing), clock.seconds()
         rate = f"{embedded} images in {seconds:.2f} s, {embedded / seconds:.1f} images/s"
         print(f"embed {name}: {rate}; {clock.shares()}", file=sys.stderr)
+    rank, world = shard or ALL
+    ours = sum(store.bucket_of(source.image_id, buckets) % world == rank for source in sources)
+    print(f"{product.folder}: {len(work.missing)} images embedded, {ours - len(work.missing)} kept")
     return len(work.missing)
 
 
@@ -434,11 +437,16 @@ def list_devices(names: str) -> list[str]:
     return names.split(",")
 
 
-def run_shards(stage: str, devices: list[str]) -> None:
-    """Run this command once a device, each on its share of the buckets. Exits with the code of the first that failed.
+def run_shards(stage: str, folder: Path, buckets: int, arguments: Namespace) -> bool:
+    """Where --device names several, run this command once a device, each on its share of the buckets of a folder.
 
-    What each has to say it says itself; where one fails, the others finish.
+    Returns whether it did; what each has to say it says itself. Exits with the code of the first that failed, when the
+    others have finished.
     """
+    devices = list_devices(arguments.device)
+    if len(devices) == 1 or arguments.dry_run or arguments.find_batch_size:
+        return False
+    store.remove_strays(folder, buckets)
     processes = [
         subprocess.Popen([
             sys.executable, "-m", stage, *sys.argv[1:], "--device", device, "--shard", f"{rank}/{len(devices)}",
@@ -453,3 +461,4 @@ def run_shards(stage: str, devices: list[str]) -> None:
         raise
     if failed := [code for code in codes if code]:
         sys.exit(max(failed[0], 1))
+    return True

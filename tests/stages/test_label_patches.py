@@ -14,7 +14,6 @@ from stages import label_patches, store
 from stages.command import UserError
 from stages.label_patches import (
     Reference,
-    concept_weights,
     entropy_of,
     label,
     label_nodes,
@@ -38,16 +37,16 @@ def random_units(*shape: int, seed: int = 0) -> Tensor:
 
 def test_weights_are_a_softmax() -> None:
     nodes, concepts = random_units(3, 4), random_units(5, 4, seed=1)
-    found = concept_weights(nodes, concepts, 7.0)
+    found, _ = softmax_weights(nodes, concepts, 7.0)
     for n in range(3):
         powers = [math.exp(7.0 * float(nodes[n] @ concepts[k])) for k in range(5)]
         assert found[n].tolist() == pytest.approx([power / sum(powers) for power in powers], rel=1e-4)
 
 
 def test_a_node_of_nothing_but_zeros_shows_every_concept_alike() -> None:
-    weights = concept_weights(torch.zeros(1, 4), random_units(5, 4), 7.0)
+    weights, entropy = softmax_weights(torch.zeros(1, 4), random_units(5, 4), 7.0)
     assert weights[0].tolist() == pytest.approx([0.2] * 5)
-    assert entropy_of(weights).item() == pytest.approx(math.log(5))
+    assert entropy.item() == pytest.approx(math.log(5))
 
 
 def test_entropy() -> None:
@@ -60,7 +59,7 @@ def test_entropy() -> None:
 def test_softmax_and_its_entropy_at_once(concepts: int, scale: float, seed: int) -> None:
     nodes, texts = random_units(5, 4, seed=seed), random_units(concepts, 4, seed=seed + 1)
     weights, entropy = softmax_weights(nodes, texts, scale)
-    torch.testing.assert_close(weights, concept_weights(nodes, texts, scale))
+    torch.testing.assert_close(weights, torch.softmax(scale * nodes @ texts.T, dim=1))
     torch.testing.assert_close(entropy, entropy_of(weights), atol=1e-4, rtol=1e-4)
 
 
@@ -78,12 +77,13 @@ def test_the_largest_weights_are_those_of_topk(columns: int, count: int, tied: b
 
 def test_density_by_each_rule() -> None:
     nodes, concepts = random_units(6, 4), random_units(5, 4, seed=1)
+
     def density(rule: str, nodes: Tensor = nodes, centres: Tensor = nodes[:2]) -> Tensor:
         settings = Labels.model_validate({"density": rule})
         is_global = torch.zeros(len(nodes), dtype=torch.bool)
         return label_nodes(nodes, is_global, concepts, 7.0, settings, Reference(centres=centres))[2]
 
-    entropy = entropy_of(concept_weights(nodes, concepts, 7.0)) / math.log(5)
+    entropy = entropy_of(torch.softmax(7.0 * nodes @ concepts.T, dim=1)) / math.log(5)
     torch.testing.assert_close(density("entropy"), entropy)
     torch.testing.assert_close(density("neg_entropy"), 1 - entropy)
     distance = torch.cdist(nodes, nodes[:2]).amin(dim=1)
