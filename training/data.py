@@ -1,11 +1,15 @@
 """From the Parquet cache to tensors: everything a method may look at, read once, and batches cut out of it.
 
 `read_cache` joins what the stages wrote for one encoder (nodes, graphs, labels, bank, descriptions) with the index.
-Vectors stay in float16 and edges in flat lists, so memory is about what the files hold; `Cache.batch` gathers, pads
-and widens for a few hundred images at a time, without a loop over images. Names and shapes are those of the method
+Vectors stay in float16 and edges in flat lists, so memory is about what the files hold, and vectors that would fill it
+stay on the disk; `Cache.batch` gathers, pads and widens for a few hundred images at a time, without a loop over images.
+Names and shapes are those of the method
 catalogue: B images, N local nodes, D dimensions, C classes, M concepts, k labels a node, S sentences.
 """
 
+import math
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,7 @@ from stages.store import (
 )
 
 SPLITS = ("train", "val", "test")
+MEMORY_SHARE = 0.5  # of the machine's memory, for vectors
 
 
 @dataclass(frozen=True)
@@ -294,6 +299,18 @@ def slots(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
+def make_room(shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    """Zeros, float16; what is more than MEMORY_SHARE of the machine's memory lies in a file, gone with the array.
+
+    Batches are then read from the disk of `folder`.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 2 * math.prod(shape) <= MEMORY_SHARE * memory:
+        return np.zeros(shape, dtype=np.float16)
+    with tempfile.TemporaryFile(dir=folder.parent) as file:
+        return np.memmap(file, np.float16, "w+", shape=shape)
+
+
 def read_nodes(folder: Path, buckets: int, image_ids: pa.Array) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """V, vectors (n V, N+1, D) float16, mask (n V, N+1), boxes (n V, N+1, 4): one bucket at a time in memory."""
     keys = read_buckets(folder, "embed.nodes/1", buckets, ["view", "node"])
@@ -307,7 +324,7 @@ def read_nodes(folder: Path, buckets: int, image_ids: pa.Array) -> tuple[int, np
     for bucket in range(buckets):
         table = read_table(bucket_path(folder, bucket), "embed.nodes/1")
         if vectors is None:
-            vectors = np.zeros((rows.count, nodes, table.schema.field("vector").type.list_size), dtype=np.float16)
+            vectors = make_room((rows.count, nodes, table.schema.field("vector").type.list_size), folder)
         table, row = rows.place(table)
         node = column(table, "node")
         if (column(table, "kind")[node == 0] != "global").any():

@@ -1,6 +1,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -70,6 +71,24 @@ def test_every_value_arrives_where_the_files_have_it(folder: Path) -> None:
                 dense[source, target] = spatial, semantic
             np.testing.assert_array_equal(batch.adjacency[image], dense)
     assert torch.equal(batch.adjacency, batch.adjacency.transpose(1, 2))
+
+
+def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, images = read_cache(folder, ENCODER, PLAN.buckets), torch.arange(20)
+    files = sorted(folder.rglob("*"))
+    made: list[np.ndarray] = []
+
+    def memmap(*given: Any, **named: Any) -> np.ndarray:
+        made.append(np_memmap(*given, **named))
+        return made[-1]
+
+    np_memmap = np.memmap
+    monkeypatch.setattr(np, "memmap", memmap)
+    monkeypatch.setattr("training.data.MEMORY_SHARE", 0.0)
+    streamed = read_cache(folder, ENCODER, PLAN.buckets)
+    assert streamed.vectors.data_ptr() == made[0].ctypes.data
+    assert torch.equal(streamed.batch(images).nodes, held.batch(images).nodes)
+    assert sorted(folder.rglob("*")) == files
 
 
 def test_descriptions_come_in_the_order_of_their_rank(folder: Path) -> None:
