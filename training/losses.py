@@ -4,8 +4,6 @@ What a loss is told of the class is `target`, classes (B,) or probabilities (B, 
 each candidate a share.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -96,32 +94,17 @@ def assignment_logits(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
 
     h (B, n, r), mask (B, n), proxies (C, P, r). Only the pair that wins has a gradient.
     """
-    h = torch.where(mask[:, :, None], h, h[:, :1])  # another node 0 wins nothing, and needs no mask as large as `every`
-    every = h @ proxies.flatten(0, 1).T  # (B, n, C P)
     with torch.no_grad():
+        # Another node 0 wins nothing, and needs no mask as large as `every`.
+        every = torch.where(mask[:, :, None], h, h[:, :1]) @ proxies.flatten(0, 1).T  # (B, n, C P)
         # Maxima without their places are several times as fast: first the proxy that wins, then its node.
-        first = torch.arange(0, every.shape[2], proxies.shape[1], device=h.device)
-        proxy = first + every.amax(1).unflatten(1, proxies.shape[:2]).max(2).indices  # (B, C)
-        node = every.gather(2, proxy[:, None].expand(-1, every.shape[1], -1)).max(1).indices
-    image = torch.arange(len(h), device=h.device)[:, None] * every[0].numel()
-    won: Tensor = Pick.apply(every, image + node * every.shape[2] + proxy)
-    return won.float()
-
-
-class Pick(torch.autograd.Function):
-    """x.take(places) where no place is named twice: then backward need not add up, which takes long."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.shape = x.shape
-        return x.take(places)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        flat = gradient.new_zeros(ctx.shape.numel()).scatter_(0, places.flatten(), gradient.flatten())
-        return flat.view(ctx.shape), None
+        proxy = every.amax(1).unflatten(1, proxies.shape[:2]).argmax(2)  # (B, C)
+        column = torch.arange(0, every.shape[2], proxies.shape[1], device=h.device) + proxy
+        node = every.gather(2, column[:, None].expand(-1, every.shape[1], -1)).argmax(1)
+        of_node, of_proxy = F.one_hot(node, h.shape[1]).to(h.dtype), F.one_hot(proxy, proxies.shape[1]).to(h.dtype)
+    # The pairs once more, with gradients: products with their places, which cost little where `every` costs much.
+    won = (of_node @ h) * torch.einsum("bcp,cpr->bcr", of_proxy, proxies.to(h.dtype))
+    return won.float().sum(-1)
 
 
 def recovery(h: Tensor, mask: Tensor, proxies: Tensor, target: Tensor, logits: Tensor) -> Tensor:
