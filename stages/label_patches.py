@@ -122,12 +122,12 @@ def select_nodes(vectors: Tensor, density: Tensor, count: int, redundancy: float
     selected = torch.zeros(images, nodes, dtype=torch.bool)
     selected[:, 0] = True
     nearest = torch.zeros(images, nodes)
-    rows = torch.arange(images)
     for _ in range(min(count, nodes - 1)):
         score = (density - redundancy * nearest).masked_fill(selected, -math.inf)
-        chosen = score.argmax(dim=1)
-        selected[rows, chosen] = True
-        nearest = torch.maximum(nearest, cosine[rows, chosen])
+        chosen = score.argmax(dim=1, keepdim=True)
+        selected.scatter_(1, chosen, True)
+        to_chosen = cosine.gather(1, chosen[:, :, None].expand(-1, 1, nodes))
+        nearest = torch.maximum(nearest, to_chosen[:, 0])
     return selected
 
 
