@@ -100,11 +100,12 @@ def assignment_logits(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
         # Maxima without their places are several times as fast: first the proxy that wins, then its node.
         proxy = every.amax(1).unflatten(1, proxies.shape[:2]).argmax(2)  # (B, C)
         column = torch.arange(0, every.shape[2], proxies.shape[1], device=h.device) + proxy
-        node = every.gather(2, column[:, None].expand(-1, every.shape[1], -1)).argmax(1)
-        of_node, of_proxy = F.one_hot(node, h.shape[1]).to(h.dtype), F.one_hot(proxy, proxies.shape[1]).to(h.dtype)
-    # The pairs once more, with gradients: products with their places, which cost little where `every` costs much.
-    won = (of_node @ h) * torch.einsum("bcp,cpr->bcr", of_proxy, proxies.to(h.dtype))
-    return won.float().sum(-1)
+        node = every.gather(2, column[:, None].expand(-1, every.shape[1], -1)).max(1).indices  # argmax is slower here
+        row = torch.arange(0, every.shape[0] * h.shape[1], h.shape[1], device=h.device)[:, None] + node
+    # The pairs once more, with gradients.
+    of_node = h.flatten(0, 1).index_select(0, row.flatten())
+    of_proxy = proxies.flatten(0, 1).to(h.dtype).index_select(0, column.flatten())
+    return (of_node * of_proxy).float().sum(-1).unflatten(0, row.shape)
 
 
 def recovery(h: Tensor, mask: Tensor, proxies: Tensor, target: Tensor, logits: Tensor) -> Tensor:

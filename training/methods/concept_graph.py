@@ -53,6 +53,7 @@ from training.losses import concept_contrast, densest_node, kl_from_normal, pres
 from training.methods import Fitted, Output
 
 SEEDED = True
+READS = frozenset({"concepts", "owners", "labels", "edges"})
 Whole = Annotated[int, Field(ge=0)]
 Stream = Literal["global", "local", "relation", "fused", "concept"]
 GRAPH_STREAMS = ("local", "relation", "fused")
@@ -155,11 +156,19 @@ class DescriptionGraph(nn.Module):
         self.project, self.norm = nn.Linear(dimension, width), nn.LayerNorm(width)
         self.network = GraphNetwork(settings.graph, settings.layers, width, settings.heads, 1, settings.dropout)
 
-    def forward(self, texts: Tensor, mask: Tensor) -> Tensor:
-        """texts (B, S, D), mask (B, S) -> (B, S, width)."""
-        edges = nearest_edges(texts, mask, self.settings.neighbours)
-        out: Tensor = self.network(self.norm(self.project(texts)), edges, mask)
+    def forward(self, K: Tensor, concepts: Tensor, sentences: Tensor, mask: Tensor) -> Tensor:
+        """K (M, D), concepts (B, Mc) rows of it, sentences (B, S, D), mask (B, Mc+S) -> (B, Mc+S, width)."""
+        edges = nearest_edges(gather_texts(K, concepts, sentences), mask, self.settings.neighbours)
+        # A concept stands in many images: it is projected once.
+        x = gather_texts(self.project(K), concepts, self.project(sentences))
+        out: Tensor = self.network(self.norm(x), edges, mask)
         return out
+
+
+def gather_texts(of_concepts: Tensor, concepts: Tensor, of_sentences: Tensor) -> Tensor:
+    """(B, Mc+S, h): rows of of_concepts (M, h) for concepts (B, Mc), then of_sentences (B, S, h)."""
+    rows = of_concepts.index_select(0, concepts.flatten()).unflatten(0, concepts.shape)
+    return torch.cat([rows, of_sentences], dim=1)
 
 
 class Gate(nn.Module):
@@ -342,10 +351,9 @@ class ConceptGraph(nn.Module):
 
     def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The nodes of G2 (B, S, h/2) and their mask (B, S): the image's concepts, then its sentences."""
-        concepts = batch.selected_concepts
-        vectors = self.texts().index_select(0, concepts.clamp(min=0).flatten()).unflatten(0, concepts.shape)
+        concepts, K = batch.selected_concepts, self.texts()
         mask = torch.cat([concepts >= 0, batch.dm], dim=1)
-        return self.description(torch.cat([vectors, batch.d.to(vectors.dtype)], dim=1), mask), mask
+        return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), mask), mask
 
     def forward(self, batch: Batch) -> Output:
         settings, weights = self.settings, self.settings.loss_weights
@@ -431,4 +439,5 @@ def pool(x: Tensor, attention: Tensor) -> Tensor:
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
+    starting_point(cache)  # before the seed is set: what it draws must not depend on whether it is remembered
     return fit_epochs(lambda: ConceptGraph(cache, settings), cache, settings, seed, settings.loss_weights.model_dump())
