@@ -3,16 +3,18 @@
 Reads   studies.NAME of params.yaml; data/studies/NAME/RUN/ of every run; data/index/images.parquet; where test is
         declared, data/index/metrics.json.
 Writes  data/studies/NAME/tables.txt, tables.csv and tables.tex: a table for each encoder and regime, a row for each
-        method and control; where test is declared, test_was_read.json.
+        method and control; where the study asks questions, answers.md; where test is declared, test_was_read.json.
 Costs   seconds; memory for the logits of one run at a time.
 
-All figures are of val, unless the study declares test. Then test is read for the methods, controls, regimes and seeds
-that the study names at that moment: test_was_read.json remembers them, and another list is refused from then on.
+All figures are of val, unless the study declares test. Then test is read for the methods, variants, controls, regimes,
+seeds and questions that the study names at that moment: test_was_read.json remembers them, and another list is refused
+from then on.
 
 A difference is accuracy minus that of linear_probe under the same encoder, regime and draw, image by image
 (training.evaluate.paired_differences: intervals are over images, classes and groups, and hold what other seeds or
 draws would change). p is two-sided, over images, and corrected by Holm for the methods of a table. Where a study has
-controls, each method is compared with itself under each of them; these p are corrected for their own number.
+controls, each method is compared with itself under each of them that changes what it reads; these p are corrected for
+their own number, and those of a table's questions for theirs.
 
     python -m training.compare --study baselines
 """
@@ -33,7 +35,7 @@ import pyarrow.compute as pc
 
 from stages.command import UserError, run, stage_parser
 from stages.params import load_params
-from stages.store import read_table, sha256, vectors_of, write_text
+from stages.store import read_table, vectors_of, write_text
 from training.controls import Control
 from training.data import SPLITS
 from training.evaluate import (
@@ -54,7 +56,7 @@ from training.evaluate import (
 )
 from training.regimes import LongTail, Regime, Shots, Unseen, harmonic_mean
 from training.report import contamination, read_health
-from training.study import Cell, Plan, cells, is_made, make_plan
+from training.study import FEWER_CONCEPTS, Cell, Plan, Question, cells, is_made, make_plan
 from training.train import SCHEMA, write_json
 
 REFERENCE = "linear_probe"
@@ -76,9 +78,9 @@ class Line(NamedTuple):
 
     method: str
     control: Control
+    plain: Control  # what the control stands against: none, with as many concepts where the method reads concepts
     correct: Bools  # (S, n)
     figures: list[dict[str, float]]  # of each run, by name
-    marks: list[str]  # of each run's logits, to tell whether anything changed at all
 
 
 class Table(NamedTuple):
@@ -102,7 +104,7 @@ def read_line(plan: Plan, runs: Sequence[Cell], split: str) -> tuple[list[str], 
     """Paths and classes of a split's images, and what the runs of one method and control reach on them."""
     paths: list[str] = []
     y: Ints = np.zeros(0, np.int64)
-    correct, marks, figures = [], [], []
+    correct, figures = [], []
     for cell in runs:
         table = read_table(plan.folder / cell.run / "predictions.parquet", SCHEMA).sort_by("path")
         classes = json.loads(table.schema.metadata[b"params"])["classes"]
@@ -119,8 +121,9 @@ def read_line(plan: Plan, runs: Sequence[Cell], split: str) -> tuple[list[str], 
             raise UserError(f"{plan.folder / cell.run}: is of other images than {runs[0].run}; {again(plan)}")
         paths, y = own_paths, labels[of_split]
         correct.append(logits[of_split].argmax(1) == y)
-        marks.append(sha256(logits[of_split].tobytes()))
-    return paths, y, Line(runs[0].method, runs[0].control, np.stack(correct), figures, marks)
+    method, control = runs[0].method, runs[0].control
+    plain = Control(concepts=control.concepts if plan.reads(runs[0], FEWER_CONCEPTS) else None)
+    return paths, y, Line(method, control, plain, np.stack(correct), figures)
 
 
 def measure(logits: Floats, y: Ints, splits: np.ndarray, split: str) -> dict[str, float]:
@@ -173,8 +176,8 @@ def read_lines(plan: Plan, grid: Sequence[Cell], split: str) -> Table:
 
 
 def line_order(plan: Plan) -> Callable[[Cell], tuple[int, int]]:
-    """Methods, and within them controls, as the study lists them."""
-    return lambda cell: (plan.study.methods.index(cell.method), plan.study.controls.index(cell.control))
+    """Methods and variants, and within them controls, as the study lists them."""
+    return lambda cell: (list(plan.entries).index(cell.method), plan.study.controls.index(cell.control))
 
 
 def judge(table: Table, groups: Ints | None) -> list[Row]:
@@ -182,18 +185,16 @@ def judge(table: Table, groups: Ints | None) -> list[Row]:
     seeds = max(len(line.correct) for line in table.lines)
     images = len(table.paths)
     correct = np.stack([np.broadcast_to(line.correct, (seeds, images)) for line in table.lines])
-    of_line = [(line.method, line.control.concepts) for line in table.lines]
-    plain = {of_line[number]: number for number, line in enumerate(table.lines) if line.control.name == "none"}
-    reference = plain[REFERENCE, None]
+    plain = {(line.method, line.plain): n for n, line in enumerate(table.lines) if line.control == line.plain}
+    reference = plain[REFERENCE, Control()]
     paired = paired_differences(correct, correct[reference], table.y, groups)
     rivals = [number for number in plain.values() if number != reference]
     p = dict(zip(rivals, holm([paired[number].p for number in rivals]), strict=True))
 
-    # What each control stands against: the same method with as many concepts, untouched.
     own = {
-        number: plain[of_line[number]]
+        number: plain[line.method, line.plain]
         for number, line in enumerate(table.lines)
-        if line.control.name != "none" and of_line[number] in plain
+        if line.control != line.plain and (line.method, line.plain) in plain
     }
     gains: dict[int, tuple[Paired, float]] = {}
     if own:
@@ -204,17 +205,16 @@ def judge(table: Table, groups: Ints | None) -> list[Row]:
     for number, line in enumerate(table.lines):
         if number == reference:
             verdicts = ["the probe"]
-        elif line.control.name == "none":
+        elif line.control == line.plain:
             verdicts = [probe_verdict(paired[number], p[number])]
         elif number in gains:
-            verdicts = [control_verdict(*gains[number], unchanged=line.marks == table.lines[own[number]].marks)]
+            verdicts = [control_verdict(*gains[number])]
         else:
-            verdicts = [f"control of {Control(concepts=line.control.concepts).label}, which the study does not have"]
+            verdicts = [f"control of {line.plain.label}, which the study does not have"]
         for other, (gain, corrected) in gains.items():
-            control = table.lines[other]
-            if own[other] == number and control.marks != line.marks and not is_ahead(gain, corrected):
-                nothing = SUBJECT[control.control.name]
-                verdicts.append(f"does not beat its control {control.control.label}: {nothing} nothing here")
+            control = table.lines[other].control
+            if own[other] == number and not is_ahead(gain, corrected):
+                verdicts.append(f"does not beat its control {control.label}: {SUBJECT[control.name]} nothing here")
         rows.append(Row(line, None if number == reference else paired[number], p.get(number), "; ".join(verdicts)))
     return rows
 
@@ -228,16 +228,44 @@ def probe_verdict(paired: Paired, p: float) -> str:
     """In plain words; a gain that may be due to the choice of classes is said to be of these."""
     if p >= LEVEL:
         return "no difference shown"
-    found = "beats the probe" if paired.difference > 0 else "worse than the probe"
-    return found + (" on these classes" if paired.classes[0] <= 0 <= paired.classes[1] else "")
+    return ("beats the probe" if paired.difference > 0 else "worse than the probe") + on_these_classes(paired)
 
 
-def control_verdict(gain: Paired, p: float, unchanged: bool) -> str:
+def on_these_classes(paired: Paired) -> str:
+    return " on these classes" if paired.classes[0] <= 0 <= paired.classes[1] else ""
+
+
+def control_verdict(gain: Paired, p: float) -> str:
     """What the method itself, without the control, is ahead by."""
-    if unchanged:
-        return "control: the method does not read what it changes"
     words = f"control: the method is {points(gain.difference)} {points_range(gain.images)} ahead, p {written(p)}"
     return words if is_ahead(gain, p) else f"{words}: not shown to be"
+
+
+class Answer(NamedTuple):
+    """What a table says of a question; `paired` is `of` minus `against`, p corrected for the table's questions."""
+
+    question: Question
+    paired: Paired
+    p: float
+
+    @property
+    def words(self) -> str:
+        if self.p >= LEVEL:
+            return f"no difference shown: the interval holds {points_range(self.paired.images)}"
+        found = "yes" if self.paired.difference > 0 else "no: the other way round"
+        return found + on_these_classes(self.paired)
+
+
+def answer(table: Table, questions: Sequence[Question], groups: Ints | None) -> list[Answer]:
+    """Every question's methods, as they are, against each other."""
+    correct = {line.method: line.correct for line in table.lines if line.control == Control()}
+    shape = max(len(runs) for runs in correct.values()), len(table.paths)
+    of, against = (
+        np.stack([np.broadcast_to(correct[name], shape) for name in names])
+        for names in ([question.of for question in questions], [question.against for question in questions])
+    )
+    paired = paired_differences(of, against, table.y, groups)
+    return [Answer(*found) for found in zip(questions, paired, holm([one.p for one in paired]), strict=True)]
 
 
 # Words and files.
@@ -267,8 +295,18 @@ def shown_figures(regime: Regime) -> list[str]:
 
 
 def columns_of(table: Table, groups: Ints | None) -> list[str]:
-    over = ["over images", "over classes", *([] if groups is None else ["over groups"])]
+    over = intervals_over(groups is not None)
     return ["method", "control", *shown_figures(table.regime), "- probe", *over, "p (Holm)", "verdict"]
+
+
+def intervals_over(groups: bool) -> list[str]:
+    return ["over images", "over classes", *(["over groups"] if groups else [])]
+
+
+def paired_fields(paired: Paired) -> list[str]:
+    """A difference and its intervals, in points."""
+    ends = [paired.images, paired.classes, *([paired.groups] if paired.groups else [])]
+    return [points(paired.difference), *map(points_range, ends)]
 
 
 def fields_of(row: Row, regime: Regime, groups: Ints | None) -> list[str]:
@@ -277,10 +315,7 @@ def fields_of(row: Row, regime: Regime, groups: Ints | None) -> list[str]:
     for name in shown_figures(regime):
         values = [found[name] for found in row.line.figures if name in found]
         figures.append(percent(values) if values else "")
-    intervals = [""] * (3 if groups is None else 4)
-    if row.paired is not None:
-        ends = [row.paired.images, row.paired.classes, *([row.paired.groups] if row.paired.groups else [])]
-        intervals = [points(row.paired.difference), *map(points_range, ends)]
+    intervals = [""] * (3 if groups is None else 4) if row.paired is None else paired_fields(row.paired)
     p = "" if row.p is None else written(row.p)
     return [row.line.method, row.line.control.label, *figures, *intervals, p, row.verdict]
 
@@ -332,6 +367,33 @@ def as_latex(judged: Judged, split: str, groups: Mapping[str, str] | None, headi
 def escape_latex(text: str) -> str:
     escaped = re.sub(r"([_%&#$])", r"\\\1", text)
     return escaped.replace("+-", r"$\pm$")
+
+
+def as_markdown(tables: Sequence[Table], plan: Plan, split: str, groups: Mapping[str, str] | None, commit: str) -> str:
+    """answers.md: a table of answers for each encoder and regime, and what the study leaves open."""
+    blocks = [
+        f"# What study {plan.name} answers",
+        f"Read on {split}" + (f", code {commit}" if commit else "") + f"; made by `make compare STUDY={plan.name}`.",
+        "\n".join(f"- {note}" for note in answer_notes(plan, split, groups is not None)),
+    ]
+    for table in tables:
+        own = group_numbers(table, groups)
+        rows = [["question", "compared", "difference", *intervals_over(groups is not None), "p (Holm)", "answer"]]
+        for found in answer(table, plan.study.questions, own):
+            asked, paired = found.question, found.paired
+            compared = f"{asked.of} - {asked.against}"
+            rows.append([asked.ask, compared, *paired_fields(paired), written(found.p), found.words])
+        blocks += [f"## {title_of(table, split)}", pipe_table(rows)]
+    if plan.study.open:
+        rows = [["question", "why not"], *([one.ask, one.because] for one in plan.study.open)]
+        blocks += ["## Not answered", pipe_table(rows)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def pipe_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = [f"| {' | '.join(field.replace('|', '&#124;') for field in row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
 def as_csv(judged: Judged, split: str) -> str:
@@ -394,18 +456,21 @@ def declare_test(plan: Plan) -> None:
     declared = {
         "encoders": plan.study.encoders,
         "methods": plan.study.methods,
+        "variants": list(plan.study.variants),
         "controls": [control.label for control in plan.study.controls],
         "regimes": [regime.label for regime in plan.study.regimes],
         "seeds": plan.study.seeds,
+        "questions": [f"{question.of} - {question.against}" for question in plan.study.questions],
     }
     if not path.is_file():
         write_json(path, declared)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for key, value in declared.items():
-        if before[key] != value:
+        then = before.get(key, [])  # there were studies before there were variants and questions
+        if then != value:
             raise UserError(
-                f"studies.{plan.name}.{key}: test was read for {before[key]} already ({path}), and now it is {value};"
+                f"studies.{plan.name}.{key}: test was read for {then} already ({path}), and now it is {value};"
                 " go back to that list, or choose on val (declared_test: false)"
             )
 
@@ -439,11 +504,27 @@ def describe_commit() -> str:
 
 def footnotes(plan: Plan, split: str, groups: bool) -> list[str]:
     over = "images, classes and groups" if groups else "images and classes"
-    notes = [
+    return [
         "accuracies and ECE in %, mean +- standard deviation over runs; scaled: after a temperature fitted on val",
         f"- probe: difference to {REFERENCE} in points, 95 % bootstrap intervals over {over}, with the runs' spread",
         "p: two-sided, over images, Holm-corrected for the methods of the table; of controls, for the controls",
+        *split_notes(plan, split),
     ]
+
+
+def answer_notes(plan: Plan, split: str, groups: bool) -> list[str]:
+    over = "images, classes and groups" if groups else "images and classes"
+    return [
+        f"difference: in points of accuracy, paired, 95 % bootstrap intervals over {over}, with the runs' spread",
+        "p: two-sided, over images, Holm-corrected for the questions of the table; an answer is yes or no under"
+        f" {LEVEL:g}, and without a difference shown there may still be one: as large as the interval allows",
+        *split_notes(plan, split),
+    ]
+
+
+def split_notes(plan: Plan, split: str) -> list[str]:
+    """What the split that is read had to do with the fits."""
+    notes = []
     by_val = [regime.label for regime in plan.study.regimes if not isinstance(regime, Shots)]
     if by_val and split == "val":
         notes.append(f"val also chose settings and epochs under {', '.join(by_val)}: there its figures are too high")
@@ -480,6 +561,9 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     heading = f"study {plan.name}, read on {split}" + (f", code {commit}" if commit else "")
     foot = footnotes(plan, split, groups is not None)
     text = as_text(judged, split, groups, heading, foot)
+    if plan.study.questions:
+        tables = [table for table, _ in judged]
+        write_text(plan.folder / "answers.md", as_markdown(tables, plan, split, groups, commit))
     write_text(plan.folder / "tables.txt", text)
     write_text(plan.folder / "tables.csv", as_csv(judged, split))
     write_text(plan.folder / "tables.tex", as_latex(judged, split, groups, heading, foot))

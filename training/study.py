@@ -11,7 +11,11 @@ Costs   processor time only. Every process (--jobs) has one thread, so that figu
 
 A run appears whole or not at all, and one that is there under the same fingerprint (settings, control, regime, seed,
 the cache's fingerprints, the code that made it) is not made again: a killed study goes on where it was. Methods that
-draw nothing run once a control and regime, unless those draw. Fit is told no label of a test image.
+draw nothing run once a control and regime, unless those draw. A method has no run under a control that changes nothing
+it reads (READS in its module): its plain run stands for it. Fit is told no label of a test image.
+
+METHOD may be the name of one of `variants`: a method with `settings` other than those of train.methods, and with nodes
+labelled by other `labels` than those on disk, made anew in memory. `questions` and `open` are for training.compare.
 
 Few-shot (`shots`) leaves nothing to choose settings by, so they come from other classes, those of `development` or,
 where that is null, one in five, drawn by train.seed. On these, each point of a method's grid is fitted SEARCH_DRAWS
@@ -30,12 +34,12 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
@@ -49,9 +53,10 @@ from pydantic import Field
 from tqdm import tqdm
 
 from stages.command import UserError, run, stage_parser
-from stages.params import NAME, Block, Count, Params, load_params
+from stages.label_patches import read_reference
+from stages.params import NAME, Block, Count, Labels, Params, load_params
 from stages.store import canonical_json, fingerprint, read_table, sha256
-from training.controls import Control, apply_control, read_materials
+from training.controls import Control, apply_control, read_materials, relabel
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.evaluate import (
     calibration_error,
@@ -71,11 +76,48 @@ from training.train import SCHEMA, predictions_table, read_block, read_control, 
 DEVELOPMENT_SHARE = 5  # one class in five, where no file names them
 SEARCH_DRAWS = 5
 TRAINING = Path(__file__).parent
+# What a control changes, in the words of a method's READS. An owner of a concept that is replaced goes with it.
+CHANGED = {
+    "none": frozenset[str](),
+    "edges_removed": frozenset({"edges"}),
+    "edges_rewired": frozenset({"edges"}),
+    "random_vectors": frozenset({"names", "concepts", "labels"}),
+    "unrelated_texts": frozenset({"concepts", "labels"}),
+    "random_descriptors": frozenset({"concepts", "labels"}),
+    "owners_permuted": frozenset({"owners"}),
+}
+FEWER_CONCEPTS = frozenset({"concepts", "labels"})  # what `concepts: M` of a control changes
+
+
+class Variant(Block):
+    """One method with other settings than train.methods has, and maybe with other labels than those on disk."""
+
+    method: str
+    settings: dict[str, Any] = Field(default={})
+    labels: dict[str, Any] = Field(default={})
+
+
+class Question(Block):
+    """Whether the method or variant `of` is better than `against`."""
+
+    ask: str
+    of: str
+    against: str
+
+
+class Open(Block):
+    """A question that the study does not answer."""
+
+    ask: str
+    because: str
 
 
 class Study(Block):
     encoders: Annotated[list[str], Field(min_length=1)]
     methods: Annotated[list[str], Field(min_length=1)]
+    variants: dict[str, Variant] = Field(default={})
+    questions: list[Question] = Field(default=[])
+    open: list[Open] = Field(default=[])
     controls: Annotated[list[Control], Field(min_length=1)] = Field(default=[Control()])
     regimes: Annotated[list[Regime], Field(min_length=1)] = Field(default=[Full()])
     seeds: Count = 5
@@ -84,7 +126,7 @@ class Study(Block):
 
 
 class Cell(NamedTuple):
-    """One run. `draw` is the seed of its control and regime, 0 where neither draws."""
+    """One run. `draw` is the seed of its control and regime, 0 where neither draws; `method` may name a variant."""
 
     encoder: str
     control: Control
@@ -104,6 +146,19 @@ class Cell(NamedTuple):
         return f"{self.encoder}.{self.method}.{self.control.label}.{self.regime.label}.{self.seed}"
 
 
+Overrides = tuple[tuple[str, Any], ...]  # of `labels`: a cache is remembered by them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as a study runs it, by its own name or as a variant."""
+
+    method: str
+    settings: Block
+    source: str  # the sha256 of the code that makes its runs
+    labels: Overrides = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A study, checked: what every process needs to know of it."""
@@ -112,9 +167,8 @@ class Plan:
     study: Study
     data: Path
     buckets: int
-    settings: dict[str, Block]  # by method
-    sources: dict[str, str]  # by method: the sha256 of the code that makes its runs
-    control_source: str  # of the code of controls
+    entries: dict[str, Entry]  # the study's methods and variants, in its order
+    control_source: str  # of the code of controls, which label anew too
     development: tuple[str, ...]  # class_ids
     origins: dict[str, dict[str, str]]  # by encoder: the fingerprints of its cache, and of control texts that are read
 
@@ -126,17 +180,23 @@ class Plan:
         """Whether its settings come from development classes."""
         return isinstance(cell.regime, Shots)
 
+    def reads(self, cell: Cell, changed: frozenset[str]) -> bool:
+        """Whether its method looks at any of what is changed."""
+        return bool(changed & load_method(self.entries[cell.method].method).READS)
+
     def identity(self, cell: Cell) -> dict[str, Any]:
         """What the outcome of a run follows from, the cache apart."""
+        entry = self.entries[cell.method]
         return {
             "encoder": cell.encoder,
-            "method": cell.method,
+            "method": entry.method,
             "control": cell.control.model_dump(),
             "regime": cell.regime.model_dump(),
-            "settings": self.settings[cell.method].model_dump(),
+            "settings": entry.settings.model_dump(),
+            "labels": dict(entry.labels),
             "development": list(self.development) if self.searched(cell) else None,
-            "source": self.sources[cell.method],
-            "control_source": None if cell.control == Control() else self.control_source,
+            "source": entry.source,
+            "control_source": self.control_source if cell.control != Control() or entry.labels else None,
         }
 
     def search_mark(self, cell: Cell) -> str:
@@ -155,15 +215,33 @@ def read_study(path: str, params: Params, name: str) -> Study:
     if not NAME.fullmatch(name):
         raise UserError(f"{path}: studies.{name}: is used as a folder name; use lower-case letters, digits, - and _")
     given = dict(params.studies[name])
-    for key, read in (("controls", read_control), ("regimes", read_regime)):
+    of_list: dict[str, Callable[[str, str, Any], Block]] = {
+        "controls": read_control,
+        "regimes": read_regime,
+        "questions": partial(read_block, model=Question),
+        "open": partial(read_block, model=Open),
+    }
+    for key, read in of_list.items():
         if isinstance(given.get(key), list):
             given[key] = [read(path, f"studies.{name}.{key}.{n}", one) for n, one in enumerate(given[key])]
     study = read_block(path, f"studies.{name}", given, Study)
     methods = sorted(file.stem for file in (TRAINING / "methods").glob("[a-z]*.py"))
-    for key, named, there in (("encoders", study.encoders, params.encoders), ("methods", study.methods, methods)):
-        for one in named:
-            if one not in there:
-                raise UserError(f"{path}: studies.{name}.{key}: {one!r} is not there; choose from: {', '.join(there)}")
+    entries = [*study.methods, *study.variants]
+    named_there: list[tuple[str, str, Collection[str]]] = [
+        *(("encoders", one, params.encoders) for one in study.encoders),
+        *(("methods", one, methods) for one in study.methods),
+        *((f"variants.{variant}.method", block.method, methods) for variant, block in study.variants.items()),
+        *((f"questions.{n}.of", question.of, entries) for n, question in enumerate(study.questions)),
+        *((f"questions.{n}.against", question.against, entries) for n, question in enumerate(study.questions)),
+    ]
+    for key, one, there in named_there:
+        if one not in there:
+            raise UserError(f"{path}: studies.{name}.{key}: {one!r} is not there; choose from: {', '.join(there)}")
+    for variant in study.variants:
+        if variant in methods or not NAME.fullmatch(variant):
+            what = "is a method's name" if variant in methods else "is used as a folder name"
+            remedy = "choose another" if variant in methods else "use lower-case letters, digits, - and _"
+            raise UserError(f"{path}: studies.{name}.variants.{variant}: {what}; {remedy}")
     labels = {
         "encoders": study.encoders,
         "methods": study.methods,
@@ -180,16 +258,11 @@ def read_study(path: str, params: Params, name: str) -> Study:
 def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     """Check everything that can be checked before the first run. Raises UserError."""
     study = read_study(path, params, name)
-    settings = {}
-    for method in study.methods:
-        listed = method in params.train.methods
-        settings[method] = read_settings(path, params, method) if listed else load_method(method).Settings()
-        points = search_points(settings[method])
-        if points > params.train.budget:
-            raise UserError(
-                f"{path}: train.methods.{method}: val would choose among {points} settings, and train.budget allows"
-                f" {params.train.budget} to each method; shorten its lists"
-            )
+    entries = {
+        method: read_method(path, params, f"train.methods.{method}", Variant(method=method)) for method in study.methods
+    }
+    for variant, block in study.variants.items():
+        entries[variant] = read_method(path, params, f"studies.{name}.variants.{variant}", block)
     origins = {encoder: check_origins(data, encoder, params.dataset.buckets) for encoder in study.encoders}
     for encoder, marks in origins.items():
         for control in study.controls:
@@ -197,9 +270,43 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
                 marks |= read_materials(data, encoder, control, params.dataset.buckets).fingerprints
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
     development = development_classes(study, data, params.train.seed) if few_shot else ()
-    sources = {method: source_mark(TRAINING / "methods" / f"{method}.py") for method in study.methods}
     control_source = source_mark(TRAINING / "controls.py")
-    return Plan(name, study, data, params.dataset.buckets, settings, sources, control_source, development, origins)
+    return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, origins)
+
+
+def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
+    """A method with the settings of train.methods (or its defaults), changed by the variant that stands under `key`.
+
+    Raises UserError naming file and key.
+    """
+    method, module = variant.method, load_method(variant.method)
+    settings = read_settings(path, params, method) if method in params.train.methods else module.Settings()
+    if variant.settings:
+        changed = merge(settings.model_dump(), variant.settings)
+        settings = read_block(path, f"{key}.settings", changed, module.Settings)
+    points = search_points(settings)
+    if points > params.train.budget:
+        raise UserError(
+            f"{path}: {key}: val would choose among {points} settings, and train.budget allows"
+            f" {params.train.budget} to each method; shorten its lists"
+        )
+    if variant.labels:
+        labels = read_block(path, f"{key}.labels", variant.labels, Labels)
+        if "labels" not in module.READS:
+            raise UserError(f"{path}: {key}.labels: {method} reads no labels; remove it")
+        if labels.inside_object:
+            raise UserError(f"{path}: {key}.labels.inside_object: no study can label nodes so; remove it")
+    source = source_mark(TRAINING / "methods" / f"{method}.py")
+    return Entry(method, settings, source, tuple(sorted(variant.labels.items())))
+
+
+def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings with these changes; in a block of settings, what the changes do not name stays."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        within = isinstance(value, dict) and isinstance(settings.get(name), dict)
+        merged[name] = merge(settings[name], value) if within else value
+    return merged
 
 
 def development_classes(study: Study, data: Path, seed: int) -> tuple[str, ...]:
@@ -249,19 +356,35 @@ def regime_draws(regime: Regime) -> bool:
     return not isinstance(regime, Full | Unseen)
 
 
+def draws(control: Control, regime: Regime) -> bool:
+    """Whether runs with another seed see another cache."""
+    return control_draws(control) or regime_draws(regime)
+
+
+def changed_by(control: Control) -> frozenset[str]:
+    """What a control changes, in the words of a method's READS."""
+    return CHANGED[control.name] | (FEWER_CONCEPTS if control.concepts is not None else frozenset())
+
+
 def cells(plan: Plan, first_seed: int) -> list[Cell]:
-    """Every run of a study, those that share a cache, a control and a regime's draw behind each other."""
+    """Every run of a study, those that share a cache, a control and a regime's draw behind each other.
+
+    Runs that a control cannot change are left out.
+    """
     found = []
-    seeds = range(first_seed, first_seed + plan.study.seeds)
+    every = range(first_seed, first_seed + plan.study.seeds)
+    # Those that are labelled alike stand together.
+    names = sorted(plan.entries, key=lambda name: [repr(label) for label in plan.entries[name].labels])
     for encoder in plan.study.encoders:
         for control in plan.study.controls:
             for regime in plan.study.regimes:
-                draws = control_draws(control) or regime_draws(regime)
-                for seed in seeds:
-                    for method in plan.study.methods:
-                        if draws or seed == first_seed or load_method(method).SEEDED:
-                            found.append(Cell(encoder, control, regime, seed if draws else 0, method, seed))
-    return found
+                drawn = draws(control, regime)
+                for draw in every if drawn else [0]:
+                    for name in names:
+                        seeded = load_method(plan.entries[name].method).SEEDED
+                        seeds = [draw] if drawn else every if seeded else every[:1]
+                        found += [Cell(encoder, control, regime, draw, name, seed) for seed in seeds]
+    return [cell for cell in found if cell.control == Control() or plan.reads(cell, changed_by(cell.control))]
 
 
 # What a process makes of a cell. Caches are remembered for the cells that follow.
@@ -273,11 +396,20 @@ def base_cache(data: Path, encoder: str, buckets: int) -> Cache:
 
 
 @lru_cache(maxsize=1)
-def controlled_cache(data: Path, encoder: str, buckets: int, control: Control, draw: int) -> Cache:
+def controlled_cache(
+    data: Path, encoder: str, buckets: int, control: Control, draw: int, labels: Overrides = ()
+) -> Cache:
+    """The cache under a control, its nodes labelled with these settings in the place of those they were made with."""
     cache = base_cache(data, encoder, buckets)
-    if control == Control():
+    if control == Control() and not labels:
         return cache
-    return apply_control(cache, control, draw, read_materials(data, encoder, control, buckets))
+    materials = read_materials(data, encoder, control, buckets)
+    cache = apply_control(cache, control, draw, materials)
+    if not labels:
+        return cache
+    settings = Labels.model_validate(materials.labels.model_dump() | dict(labels))
+    reference = read_reference(data / f"embed/{encoder}/images", data / "index/images.parquet", buckets, settings)
+    return relabel(cache, replace(materials, labels=settings, reference=reference))
 
 
 class Prepared(NamedTuple):
@@ -286,9 +418,9 @@ class Prepared(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: int) -> Prepared:
-    """The two caches that cells of one encoder, control, regime and draw share."""
-    whole = controlled_cache(plan.data, encoder, plan.buckets, control, draw)
+def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: int, labels: Overrides) -> Prepared:
+    """The two caches that cells of one encoder, control, regime and draw share, and labels."""
+    whole = controlled_cache(plan.data, encoder, plan.buckets, control, draw, labels)
     if isinstance(regime, Shots):
         whole = restrict_classes(whole, [name for name in whole.classes if name not in plan.development])
     told = apply_regime(whole, regime, draw)
@@ -302,8 +434,9 @@ def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: in
 def make_run(plan: Plan, cell: Cell) -> None:
     """Fit, predict and write one run."""
     started = perf_counter()
-    told, whole = prepare(plan, cell.encoder, cell.control, cell.regime, cell.draw)
-    module, settings = load_method(cell.method), plan.settings[cell.method]
+    entry = plan.entries[cell.method]
+    told, whole = prepare(plan, *cell[:4], entry.labels)
+    module, settings = load_method(entry.method), entry.settings
     if plan.searched(cell):
         chosen = json.loads((plan.folder / cell.search / "config.json").read_text(encoding="utf-8"))
         settings = module.Settings.model_validate(chosen["settings"])
@@ -377,11 +510,12 @@ def measure_run(logits: np.ndarray, cache: Cache) -> dict[str, Any]:
 def make_search(plan: Plan, cell: Cell) -> None:
     """Choose a method's settings for a number of shots on development classes, and write what was tried."""
     started = perf_counter()
-    module, points = load_method(cell.method), single_points(plan.settings[cell.method])
+    entry = plan.entries[cell.method]
+    module, points = load_method(entry.method), single_points(entry.settings)
     tried: list[list[dict[str, float]]] = [[] for _ in points]
     for draw in range(SEARCH_DRAWS):
         control_seed = draw if control_draws(cell.control) else 0
-        whole = controlled_cache(plan.data, cell.encoder, plan.buckets, cell.control, control_seed)
+        whole = controlled_cache(plan.data, cell.encoder, plan.buckets, cell.control, control_seed, entry.labels)
         few = restrict_classes(whole, plan.development)
         drawn = apply_regime(few, cell.regime, draw)
         told = hide_test(replace(drawn, split=np.where(drawn.split == "unused", "val", drawn.split)))
@@ -443,12 +577,17 @@ def run_study(plan: Plan, grid: list[Cell], jobs: int) -> int:
         runs = [cell for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]
         with tqdm(total=len(searches) + len(runs), desc=plan.name, unit="run", disable=None) as bar:
             for work, missing in ((make_search, searches), (make_run, runs)):
-                batches = [list(batch) for _, batch in groupby(missing, lambda c: (c[:4], c.seed))]
+                batches = [list(batch) for _, batch in groupby(missing, shared)]
                 if work is make_search:
                     batches = [[cell] for cell in missing]
                 for made in map_batches(work, batches):
                     bar.update(made)
     return len(runs)
+
+
+def shared(cell: Cell) -> tuple[Any, ...]:
+    """What cells of one batch have in common: a draw, or where nothing is drawn a method, of which seeds differ."""
+    return *cell[:4], None if draws(cell.control, cell.regime) else cell.method
 
 
 @contextmanager

@@ -18,21 +18,23 @@ from tests.training.cache import Plan as Planted
 from tests.training.cache import write_cache
 from tests.training.test_study import planned
 from training import compare as module
-from training.compare import MARKER, Line, Row, Table, compare, judge, measure, measure_unseen
+from training.compare import MARKER, Answer, Line, Row, Table, answer, compare, judge, measure, measure_unseen
 from training.controls import Control
 from training.data import SPLITS
 from training.regimes import Full
 from training.report import HEALTH
-from training.study import Cell, Plan, run_study
+from training.study import Cell, Plan, Question, run_study
 
 N, CLASSES = 400, 40
 Y = np.repeat(np.arange(CLASSES), N // CLASSES)
 
 
-def line(method: str, right: np.ndarray, control: str = "none", concepts: int | None = None, mark: str = "") -> Line:
-    return Line(
-        method, Control.model_validate({"name": control, "concepts": concepts}), np.atleast_2d(right), [{}], [mark]
-    )
+def line(
+    method: str, right: np.ndarray, control: str = "none", concepts: int | None = None, reads: bool = True
+) -> Line:
+    """Of a method that reads concepts, or does not."""
+    applied = Control.model_validate({"name": control, "concepts": concepts})
+    return Line(method, applied, Control(concepts=concepts if reads else None), np.atleast_2d(right), [{}])
 
 
 def verdicts(*lines: Line) -> dict[str, Row]:
@@ -77,17 +79,15 @@ def test_a_gain_that_hangs_on_a_few_classes_is_said_to_be_of_these() -> None:
 
 def test_a_method_that_does_not_beat_its_control_is_said_so() -> None:
     rows = verdicts(
-        line("linear_probe", PROBE, mark="p"),
-        line("linear_probe", PROBE, "random_vectors", mark="p"),
-        line("a", BETTER, mark="a"),
-        line("a", swapped(BETTER, 5), "random_vectors", mark="b"),
-        line("a", PROBE, "edges_removed", mark="c"),
+        line("linear_probe", PROBE),
+        line("a", BETTER),
+        line("a", swapped(BETTER, 5), "random_vectors"),
+        line("a", PROBE, "edges_removed"),
     )
     assert rows["a none"].verdict == (
         "beats the probe; does not beat its control random_vectors: the texts do nothing here"
     )
     assert rows["linear_probe none"].verdict == "the probe"
-    assert rows["linear_probe random_vectors"].verdict == "control: the method does not read what it changes"
     shown, not_shown = rows["a edges_removed"].verdict, rows["a random_vectors"].verdict
     assert re.fullmatch(r"control: the method is \+\d+\.\d \[\+.*\] ahead, p <?0\.\d+", shown)
     assert not_shown.endswith(": not shown to be")
@@ -95,16 +95,20 @@ def test_a_method_that_does_not_beat_its_control_is_said_so() -> None:
 
 def test_a_control_stands_against_as_many_concepts() -> None:
     rows = verdicts(
-        line("linear_probe", PROBE, mark="p"),
-        line("a", PROBE, mark="a"),
-        line("a", BETTER, concepts=5, mark="b"),
-        line("a", PROBE, "random_vectors", 5, mark="c"),
-        line("a", PROBE, "random_vectors", 9, mark="d"),
+        line("linear_probe", PROBE),
+        line("a", PROBE),
+        line("a", BETTER, concepts=5),
+        line("a", PROBE, "random_vectors", 5),
+        line("a", PROBE, "random_vectors", 9),
+        line("b", BETTER),
+        line("b", PROBE, "random_vectors", 5, reads=False),
     )
     assert "ahead" in rows["a random_vectors-5"].verdict
     assert "not shown" not in rows["a random_vectors-5"].verdict
     assert rows["a none"].verdict == "no difference shown"
     assert rows["a random_vectors-9"].verdict == "control of none-9, which the study does not have"
+    # What reads no concepts needs no run with fewer: its plain one is that.
+    assert "ahead" in rows["b random_vectors-5"].verdict
 
 
 def test_many_methods_need_a_smaller_p() -> None:
@@ -125,6 +129,44 @@ def test_draws_are_paired_and_one_run_stands_for_all() -> None:
     assert found.paired is not None
     assert found.paired.images[1] - found.paired.images[0] < 0.04  # draws differ by far more
     assert verdicts(line("linear_probe", draws), line("a", BETTER))["a none"].verdict == "beats the probe"
+
+
+def answers(*lines: Line, pairs: list[tuple[str, str]]) -> list[Answer]:
+    table = Table("tiny", Full(), [f"{n}" for n in range(N)], Y, list(lines))
+    return answer(table, [Question(ask=f"{of}?", of=of, against=against) for of, against in pairs], None)
+
+
+def test_questions_are_answered_in_plain_words() -> None:
+    lines = [line("p", PROBE), line("a", BETTER), line("b", SAME), line("c", PROBE | (Y == 3) | (Y == 8))]
+    lines.append(line("a", WORSE, "random_vectors"))  # no part of an answer
+    better, worse, same, few = answers(*lines, pairs=[("a", "p"), ("p", "a"), ("b", "p"), ("c", "p")])
+    assert better.words == "yes"
+    assert worse.words == "no: the other way round"
+    assert re.fullmatch(r"no difference shown: the interval holds \[-\d\.\d, \+\d\.\d\]", same.words)
+    assert few.words == "yes on these classes"
+    assert better.paired.difference == pytest.approx(BETTER.mean() - PROBE.mean())
+    assert better.paired.difference == -worse.paired.difference
+
+
+def test_many_questions_need_a_smaller_p() -> None:
+    a = PROBE.copy()
+    a[np.flatnonzero(~PROBE)[:7]] = True
+    a[np.flatnonzero(PROBE)[:1]] = False
+    lines = [line("p", PROBE), line("a", a), line("b", SAME)]
+    (alone,) = answers(*lines, pairs=[("a", "p")])
+    among = answers(*lines, pairs=[("a", "p"), *[("b", "p")] * 8])[0]
+    assert alone.words.startswith("yes")
+    assert among.words.startswith("no difference shown")
+    assert among.p == pytest.approx(9 * alone.p)
+    assert among.paired == alone.paired
+
+
+def test_a_question_pairs_draws_and_one_run_stands_for_all() -> None:
+    draws = np.stack([rate(0.5, seed) for seed in range(20)])
+    lines = [line("p", draws), line("a", draws | (np.arange(N) % 20 == 0)), line("b", BETTER)]
+    gain, once = answers(*lines, pairs=[("a", "p"), ("b", "p")])
+    assert gain.words == once.words == "yes"
+    assert gain.paired.images[1] - gain.paired.images[0] < 0.04  # draws differ by far more
 
 
 def test_seen_and_unseen_label_spaces_by_hand() -> None:
@@ -170,7 +212,7 @@ def test_three_files_of_one_table(project: Path) -> None:
     assert [line for line in text.splitlines() if line.startswith("tiny, ")] == titles
     assert "few" in text.split(titles[1])[1].splitlines()[1]
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
-    assert len(rows) == 2 * 3 * 2
+    assert len(rows) == 2 * (1 + 2 + 2)  # the probe reads nothing that random vectors change
     for row in rows:
         runs = [
             cell
@@ -183,7 +225,7 @@ def test_three_files_of_one_table(project: Path) -> None:
         ]
         assert float(row["accuracy mean"]) == pytest.approx(np.mean(accuracies))
         assert float(row["accuracy deviation"]) == pytest.approx(np.std(accuracies, ddof=1) if len(runs) > 1 else 0)
-    probe, described = rows[0], rows[4]
+    probe, described = rows[0], rows[3]
     assert (probe["method"], described["method"], described["control"]) == (
         "linear_probe",
         "description_zero_shot",
@@ -199,6 +241,42 @@ def test_three_files_of_one_table(project: Path) -> None:
     assert len(widths) == 2  # each table has rows of one width
 
 
+QUESTIONS: dict[str, Any] = {
+    "variants": {"named": {"method": "description_zero_shot", "settings": {"class_names": True}}},
+    "questions": [
+        {"ask": "Do names | help?", "of": "named", "against": "description_zero_shot"},
+        {"ask": "Do texts beat names?", "of": "description_zero_shot", "against": "zero_shot"},
+    ],
+    "open": [{"ask": "Are mountains high?", "because": "no picture shows one"}],
+}
+
+
+def test_answers_stand_on_a_page(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "describe_commit", lambda: "abc1234")
+    plan, grid = made(project, **QUESTIONS)
+    text = compare(plan, grid)
+    assert len(re.findall(r"^named +(none|random_vectors) ", text, re.MULTILINE)) == 2 * 2
+    page = (plan.folder / "answers.md").read_text()
+    assert page.startswith(
+        "# What study small answers\n\nRead on val, code abc1234; made by `make compare STUDY=small`."
+    )
+    assert "val also chose settings and epochs under full, long-tail-0.5" in page
+    heads = re.findall("^## (.*)$", page, re.MULTILINE)
+    titles = [f"tiny, {name}: val, 36 images of 6 classes, 2 runs" for name in ("full", "long-tail-0.5")]
+    assert heads == [*titles, "Not answered"]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["question", "compared", "difference", "over images", "over classes", "p (Holm)", "answer"]
+    assert rows[1][:2] == ["Do names &#124; help?", "named - description_zero_shot"]
+    assert {len(row) for row in rows[:6]} == {7}
+    assert rows[-1] == ["Are mountains high?", "no picture shows one"]
+    means = {
+        row["method"]: 100 * float(row["accuracy mean"])
+        for row in csv.DictReader((plan.folder / "tables.csv").open())
+        if (row["control"], row["regime"]) == ("none", "full")
+    }
+    assert float(rows[2][2]) == pytest.approx(means["description_zero_shot"] - means["zero_shot"], abs=0.051)
+
+
 def test_the_commit_stands_in_the_header(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, grid = made(project)
     monkeypatch.setattr(module, "describe_commit", lambda: "abc1234-dirty")
@@ -210,7 +288,8 @@ def test_the_commit_stands_in_the_header(project: Path, monkeypatch: pytest.Monk
 
 def test_a_missing_or_stale_run_is_named(project: Path) -> None:
     plan, grid = made(project)
-    stale = replace(plan, sources=dict.fromkeys(plan.sources, "edited"))
+    edited = {name: replace(entry, source="edited") for name, entry in plan.entries.items()}
+    stale = replace(plan, entries=edited)
     with pytest.raises(UserError, match=rf"lacks {len(grid)} of {len(grid)} runs \(first tiny\.linear_probe\.none"):
         compare(stale, grid)
 
@@ -254,6 +333,9 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
         UserError, match=r"studies\.small\.methods: test was read for \[.*\] already .*declared_test: false"
     ):
         compare(fewer, fewer_grid)
+    more, more_grid = made(project, declared_test=True, questions=QUESTIONS["questions"][1:])
+    with pytest.raises(UserError, match=r"studies\.small\.questions: test was read for \[\] already"):
+        compare(more, more_grid)
     on_val, val_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]})
     assert compare(on_val, val_grid).startswith("study small, read on val")
 

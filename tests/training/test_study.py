@@ -24,15 +24,17 @@ from torch import Tensor, nn
 
 from stages.command import UserError
 from stages.params import Block, load_params
+from stages.store import read_header, write_table
 from tests.checkout import ROOT
 from tests.training.cache import Plan as Planted
-from tests.training.cache import write_cache
+from tests.training.cache import unit, with_vectors, write_cache
 from training import study
 from training.compare import compare
-from training.data import Batch, Cache
+from training.controls import Control, apply_control, read_materials
+from training.data import Batch, Cache, read_cache
 from training.loop import untrained
-from training.methods import Fitted, Output
-from training.study import Cell, Plan, cells, make_plan, run_study
+from training.methods import Fitted, Output, load_method
+from training.study import CHANGED, Cell, Entry, Plan, cells, changed_by, controlled_cache, make_plan, run_study
 
 PARAMS: dict[str, Any] = {
     "domain": {"noun": "fish", "group": "fish"},
@@ -44,19 +46,20 @@ PARAMS: dict[str, Any] = {
         "methods": {
             "linear_probe": {"encoder": "tiny", "l2": [0.01, 1.0]},
             "attention_pool": {"encoder": "tiny", "epochs": 2, "hidden": 8, "weight_decay": [0.1, 0.2]},
+            "concept_graph": {"encoder": "tiny", "epochs": 2, "hidden": 16, "weight_decay": [0.1]},
         }
     },
 }
 SMALL: dict[str, Any] = {
     "encoders": ["tiny"],
-    "methods": ["linear_probe", "attention_pool"],
+    "methods": ["linear_probe", "attention_pool", "concept_graph"],
     "controls": ["none", "random_vectors"],
     "regimes": ["full", {"kind": "shots", "shots": 2}],
     "seeds": 2,
 }
-# linear_probe once under full and none; else every method, control and draw.
-RUNS = 1 + 2 + 4 + 8
-SEARCHES = 2 * 2
+# Under none and full the seeded methods twice, the probe once; all in every draw of shots. concept_graph reads texts.
+RUNS = (1 + 2 + 2) + 2 * 3 + (2 + 2)
+SEARCHES = 3 + 1
 WRITTEN = ["config.json", "metrics.json", "predictions.parquet", "timing.json"]
 
 
@@ -243,6 +246,143 @@ def test_code_and_cache_are_part_of_a_run(project: Path, monkeypatch: pytest.Mon
     assert other.search_mark(first) != plan.search_mark(first)
 
 
+def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
+    few = {"name": "random_vectors", "concepts": 5}
+    controls = ["none", "edges_removed", "owners_permuted", "unrelated_texts", {"concepts": 5}, few]
+    methods = ["linear_probe", "zero_shot", "concept_bottleneck", "concept_graph"]
+    path = write_params(project, small=SMALL | {"controls": controls, "methods": methods, "regimes": ["full"]})
+    study_of = study.read_study(str(path), load_params(path), "small")
+    entries = {name: Entry(name, Block(), "") for name in methods}
+    plan = Plan("small", study_of, project, 3, entries, "", (), {})
+    found: dict[str, list[str]] = {name: [] for name in methods}
+    for cell in cells(plan, 0):
+        found[cell.method] += [cell.control.label] if cell.control.label not in found[cell.method] else []
+    assert found == {
+        "linear_probe": ["none"],
+        "zero_shot": ["none", "owners_permuted", "random_vectors-5"],
+        "concept_bottleneck": ["none", "unrelated_texts", "none-5", "random_vectors-5"],
+        "concept_graph": ["none", "edges_removed", "owners_permuted", "unrelated_texts", "none-5", "random_vectors-5"],
+    }
+
+
+def parts_of(cache: Cache) -> dict[str, list[Tensor]]:
+    """A cache's tensors, by the words of READS."""
+    bank, names = cache.bank, cache.bank.of_kind("name")
+    labels = ("concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains")
+    return {
+        "names": [bank.K[names], bank.kept[names]],
+        "concepts": [bank.K[~names], bank.kept[~names]],
+        "owners": [bank.own[names], bank.own[~names]],
+        "labels": [getattr(cache, name) for name in labels],
+        "edges": [cache.edge_start, cache.edge_count, cache.edge_nodes, cache.edge_weight],
+    }
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("concepts", [None, 20])
+def test_a_control_changes_the_parts_that_are_listed_for_it(
+    controlled: Path, data: Path, name: str, concepts: int | None
+) -> None:
+    control = Control.model_validate({"name": name, "concepts": concepts})
+    cache = read_cache(controlled, "tiny", 3)
+    made = apply_control(cache, control, 0, read_materials(controlled, "tiny", control, 3))
+    before, after, listed = parts_of(cache), parts_of(made), changed_by(control)
+    if "concepts" in listed:  # their owners go with them
+        before["owners"].pop()
+        after["owners"].pop()
+    differ = {part for part in before if not all(map(torch.equal, before[part], after[part]))}
+    assert differ == listed
+
+
+@pytest.fixture(scope="module")
+def controlled(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That cache with texts for the controls: 60 unrelated ones and 4 random descriptors a class."""
+    folder = tmp_path_factory.mktemp("controlled")
+    shutil.copytree(data, folder, dirs_exist_ok=True)
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = [{"kind": "unrelated", "rank": rank} for rank in range(60)]
+    rows += [{"kind": "random", "class_id": f"class-{c:02d}", "rank": r} for c in range(10) for r in range(4)]
+    for row in rows:
+        row |= {"text": str(row), "vector": unit(rng.standard_normal(32))}
+    made_by = {"encoder": read_header(folder / "embed/tiny/text.parquet", "embed.text/1").params["encoder"]}
+    path = folder / "embed/tiny/controls.parquet"
+    write_table(with_vectors("embed.controls/1", rows), path, "embed.controls/1", made_by, "texts")
+    return folder
+
+
+GRAPH: dict[str, Any] = {
+    "methods": ["linear_probe", "concept_graph"],
+    "controls": ["none"],
+    "regimes": ["full"],
+    "seeds": 1,
+    "variants": {
+        "plain": {"method": "concept_graph"},
+        "quiet": {"method": "concept_graph", "settings": {"texts": 0, "loss_weights": {"contrast": 0.25}}},
+        "few": {
+            "method": "concept_graph",
+            "settings": {"nodes": "selected"},
+            "labels": {"select_locals": 2, "mode": "splice", "density": "product", "select_concepts": 3},
+        },
+    },
+}
+
+
+@pytest.fixture
+def quick_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = {
+        "encoder": "tiny",
+        "epochs": 1,
+        "hidden": 16,
+        "weight_decay": [0.1],
+        "streams": ["local"],
+        "loss_weights": {"graph": 0.4},
+    }
+    monkeypatch.setitem(PARAMS["train"]["methods"], "concept_graph", knobs)
+
+
+def test_a_variant_is_its_method_with_other_settings_and_labels(project: Path, quick_graph: None) -> None:
+    plan = ran(project, **GRAPH)
+    assert list(plan.entries) == ["linear_probe", "concept_graph", "plain", "quiet", "few"]
+    runs = {cell.method: plan.folder / cell.run for cell in cells(plan, 0)}
+    configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in runs.items()}
+    assert runs["few"].name == "tiny.few.none.full.0"
+    assert [configs[name]["method"] for name in ("plain", "quiet", "few")] == ["concept_graph"] * 3
+    own = configs["concept_graph"]["settings"]
+    assert configs["quiet"]["settings"] == own | {"texts": 0, "loss_weights": own["loss_weights"] | {"contrast": 0.25}}
+    assert own["loss_weights"]["graph"] == 0.4
+    assert configs["few"]["labels"] == GRAPH["variants"]["few"]["labels"]
+    logits = {name: pq.read_table(folder / "predictions.parquet")["logits"] for name, folder in runs.items()}
+    assert logits["plain"].equals(logits["concept_graph"])
+    assert not logits["quiet"].equals(logits["plain"])
+    assert not logits["few"].equals(logits["plain"])
+
+
+def test_another_labelling_is_made_in_memory_and_leaves_the_rest(project: Path) -> None:
+    base = controlled_cache(project / "data", "tiny", 3, Control(), 0)
+    few = controlled_cache(project / "data", "tiny", 3, Control(), 0, (("select_concepts", 3), ("select_locals", 2)))
+    assert few.selected.sum(1).unique().tolist() == [3]
+    assert few.selected_concepts.shape[1] == 3
+    assert few.vectors is base.vectors
+    assert few.bank is base.bank
+    under = controlled_cache(project / "data", "tiny", 3, Control(name="random_vectors"), 0, (("select_locals", 1),))
+    assert under.selected.sum(1).unique().tolist() == [2]
+    assert not torch.equal(under.bank.K, base.bank.K)
+
+
+def test_overrides_are_part_of_a_run(project: Path, quick_graph: None) -> None:
+    def marks(**few: Any) -> dict[str, str]:
+        variants = GRAPH["variants"] | {"few": GRAPH["variants"]["few"] | few}
+        plan, grid = planned(project, **GRAPH | {"variants": variants})
+        return {cell.method: plan.mark(cell) for cell in grid}
+
+    before, labels = marks(), GRAPH["variants"]["few"]["labels"]
+    assert len(set(before.values())) == 4
+    assert before["plain"] == before["concept_graph"]
+    for change in ({"labels": labels | {"select_locals": 3}}, {"labels": {}}, {"settings": {"texts": 2}}):
+        after = marks(**change)
+        assert {name for name in before if after[name] != before[name]} == {"few"}
+
+
 def test_a_second_encoder_is_a_grid_of_its_own(project: Path) -> None:
     plan = ran(project, encoders=["tiny", "other"], controls=["none"], regimes=["full"], methods=["linear_probe"])
     tiny, other = (plan.folder / f"{name}.linear_probe.none.full.0/predictions.parquet" for name in ("tiny", "other"))
@@ -269,14 +409,14 @@ def fit_leaky(cache: Cache, settings: Block, seed: int) -> Fitted:
 @pytest.fixture
 def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("training.methods.leaky")
-    module.Settings, module.SEEDED, module.fit = Block, False, fit_leaky
+    module.Settings, module.SEEDED, module.READS, module.fit = Block, False, frozenset(), fit_leaky
     monkeypatch.setitem(sys.modules, "training.methods.leaky", module)
 
 
 def test_a_planted_leak_finds_no_test_label(project: Path, leaky: None, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, (cell,) = planned(project, methods=["linear_probe"], controls=["none"], regimes=["full"])
     cell = cell._replace(method="leaky")
-    plan = replace(plan, settings={"leaky": Block()}, sources={"leaky": ""})
+    plan = replace(plan, entries={"leaky": Entry("leaky", Block(), "")})
 
     def test_accuracy() -> float:
         study.prepare.cache_clear()
@@ -381,6 +521,39 @@ def test_two_processes_do_not_work_at_one_study(project: Path) -> None:
         ({"regimes": ["few"]}, "studies.small.regimes.0: names no regime; give a `kind`, one of: full, shots"),
         ({"controls": ["none", {"nam": "none"}]}, "studies.small.controls.1.nam: unknown key; did you mean `name`?"),
         ({"controls": ["none", "none"]}, "studies.small.controls: holds none more than once"),
+        ({"variants": {"v": {"methd": "mlp"}}}, "studies.small.variants.v.methd: unknown key; did you mean `method`?"),
+        ({"variants": {"v": {"method": "telepathy"}}}, "studies.small.variants.v.method: 'telepathy' is not there"),
+        ({"variants": {"mlp": {"method": "mlp"}}}, "studies.small.variants.mlp: is a method's name; choose another"),
+        ({"variants": {"a.b": {"method": "mlp"}}}, "studies.small.variants.a.b: is used as a folder name"),
+        (
+            {"variants": {"v": {"method": "concept_graph", "settings": {"loss_weights": {"contrst": 1.0}}}}},
+            "studies.small.variants.v.settings.loss_weights.contrst: unknown key; did you mean `contrast`?",
+        ),
+        (
+            {"variants": {"v": {"method": "attention_pool", "settings": {"lr": [0.1] * 9}}}},
+            "studies.small.variants.v: val would choose among 18 settings",
+        ),
+        (
+            {"variants": {"v": {"method": "concept_graph", "labels": {"mod": "splice"}}}},
+            "studies.small.variants.v.labels.mod: unknown key; did you mean `mode`?",
+        ),
+        (
+            {"variants": {"v": {"method": "mlp", "labels": {"mode": "splice"}}}},
+            "studies.small.variants.v.labels: mlp reads no labels; remove it",
+        ),
+        (
+            {"variants": {"v": {"method": "concept_graph", "labels": {"inside_object": True}}}},
+            "studies.small.variants.v.labels.inside_object: no study can label nodes so",
+        ),
+        (
+            {"questions": [{"ask": "Is it?", "of": "linear_probe", "against": "gat"}]},
+            "studies.small.questions.0.against: 'gat' is not there; choose from: linear_probe",
+        ),
+        (
+            {"questions": [{"ask": "Is it?", "of": "linear_probe", "aganst": "linear_probe"}]},
+            "studies.small.questions.0.aganst: unknown key; did you mean `against`?",
+        ),
+        ({"open": [{"ask": "Is it?"}]}, "studies.small.open.0.because: is missing"),
         ({"development": "classes.txt"}, "classes.txt: cannot be read"),
     ],
 )
@@ -389,6 +562,28 @@ def test_a_wrong_study_is_refused_before_anything_runs(project: Path, changes: d
         planned(project, **changes)
     assert "\n" not in str(caught.value)
     assert not (project / "data/studies").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ({"READS": None}, "training/methods/leaky.py: has no READS"),
+        (
+            {"READS": frozenset({"label"})},
+            "training/methods/leaky.py: READS: 'label' is no part; choose from: concepts",
+        ),
+    ],
+)
+def test_a_method_that_is_not_whole_is_named(
+    leaky: None, monkeypatch: pytest.MonkeyPatch, lacking: dict[str, Any], message: str
+) -> None:
+    for name, value in lacking.items():
+        if value is None:
+            monkeypatch.delattr(sys.modules["training.methods.leaky"], name)
+        else:
+            monkeypatch.setattr(sys.modules["training.methods.leaky"], name, value)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_method("leaky")
 
 
 def test_a_longer_search_than_the_others_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

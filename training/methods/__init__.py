@@ -1,9 +1,13 @@
 """One file a method, registered by its name: `train.methods.NAME` in params.yaml is `training/methods/NAME.py`.
 
 A method's module holds `Settings`, a `stages.params.Block` with every knob and its default; `SEEDED`, false where no
-random number is drawn, so that one fit stands for every seed; a torch module whose `forward(batch)` returns an
-`Output`; and `fit(cache, settings, seed)`, which returns a `Fitted`. There is no list of methods to extend, so that
-editing one method reruns one stage.
+random number is drawn, so that one fit stands for every seed; `READS`, what it looks at beside vectors, under any
+settings; a torch module whose `forward(batch)` returns an `Output`; and `fit(cache, settings, seed)`, which returns a
+`Fitted`. There is no list of methods to extend, so that editing one method reruns one stage.
+
+READS is some of `names` and `concepts` (the bank's texts of class names, and its others), `owners` (which class a text
+belongs to), `labels` (what label_patches says of nodes and images) and `edges`. A study leaves out what follows from
+it: no run of a method under a control that changes none of these, as its plain run stands for that.
 """
 
 import importlib
@@ -22,6 +26,7 @@ from training.data import Cache
 from training.logistic import assess, require_val
 
 BUDGET = 16  # settings that val may choose among, the same for every method
+PARTS = frozenset({"names", "concepts", "owners", "labels", "edges"})  # what READS may name
 
 
 class Output(NamedTuple):
@@ -45,12 +50,20 @@ class Fitted:
 class MethodModule(Protocol):
     Settings: type[Block]
     SEEDED: bool
+    READS: frozenset[str]
     fit: Callable[[Cache, Block, int], Fitted]
 
 
 def load_method(name: str) -> MethodModule:
-    """The module of a method whose file exists (stages.params checks that)."""
-    return cast(MethodModule, importlib.import_module(f"training.methods.{name}"))
+    """The module of a method whose file exists (stages.params checks that). Raises UserError where it is not whole."""
+    module = cast(MethodModule, importlib.import_module(f"training.methods.{name}"))
+    for part in MethodModule.__annotations__:
+        if not hasattr(module, part):
+            raise UserError(f"training/methods/{name}.py: has no {part}; training/methods/__init__.py says what it is")
+    if unknown := module.READS - PARTS:
+        known = ", ".join(sorted(PARTS))
+        raise UserError(f"training/methods/{name}.py: READS: {min(unknown)!r} is no part; choose from: {known}")
+    return module
 
 
 def read_settings(path: str, params: Params, name: str) -> Block:

@@ -17,6 +17,7 @@ from training.loop import NotNegative, Schedule, fit_epochs, starting_point
 from training.methods import Fitted, Output
 
 SEEDED = True
+READS: frozenset[str] = frozenset()
 
 
 class LossWeights(Block):

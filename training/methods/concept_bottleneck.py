@@ -22,6 +22,7 @@ from training.logistic import ProbeSettings, fit_probe, training_globals
 from training.methods import Fitted, Output
 
 SEEDED = False
+READS = frozenset({"concepts"})
 
 
 class Settings(ProbeSettings):

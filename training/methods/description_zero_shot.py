@@ -20,6 +20,7 @@ from training.methods import Fitted, Output
 from training.texts import class_text
 
 SEEDED = False
+READS = frozenset({"names", "concepts", "owners"})
 
 
 class Settings(Block):

@@ -19,6 +19,7 @@ from training.loop import EVALUATION_BATCH, Positive
 from training.methods import Fitted, Output, search
 
 SEEDED = False
+READS: frozenset[str] = frozenset()
 BLOCK = 16_384  # training vectors compared at a time
 FLOOR = 1e-3  # added to every class's share of the votes
 

@@ -22,6 +22,7 @@ from training.methods import Fitted, Output, search_points
 from training.texts import class_text
 
 SEEDED = False
+READS = frozenset({"names", "owners"})
 
 
 class Settings(ProbeSettings):

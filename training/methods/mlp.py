@@ -15,6 +15,7 @@ from training.loop import Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
 
 SEEDED = True
+READS: frozenset[str] = frozenset()
 
 
 class Settings(Schedule):

@@ -14,6 +14,7 @@ from training.logistic import ProbeSettings, fit_probe
 from training.methods import Fitted, Output
 
 SEEDED = False
+READS: frozenset[str] = frozenset()
 CHUNK = 2048  # images pooled at a time
 
 

@@ -24,6 +24,7 @@ from training.loop import Positive
 from training.methods import Fitted, Output, search
 
 SEEDED = False
+READS: frozenset[str] = frozenset()
 
 
 class Settings(Block):

@@ -31,6 +31,7 @@ from training.methods import Fitted, Output, search_points
 from training.texts import class_text
 
 SEEDED = True
+READS = frozenset({"names", "owners"})
 
 
 class Settings(Schedule):

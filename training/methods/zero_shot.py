@@ -13,6 +13,7 @@ from training.methods import Fitted, Output
 from training.texts import class_text
 
 SEEDED = False
+READS = frozenset({"names", "owners"})
 
 
 class Settings(Block):

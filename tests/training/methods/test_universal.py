@@ -19,7 +19,7 @@ from stages.command import UserError
 from tests.training.cache import Plan
 from training.data import Batch, Cache
 from training.loop import assess_split, decayed_groups, predict, total_loss
-from training.methods import BUDGET, Fitted, load_method, search_points, single_points
+from training.methods import BUDGET, PARTS, Fitted, load_method, search_points, single_points
 
 METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"))
 UNTRAINED = ["zero_shot", "description_zero_shot"]
@@ -28,6 +28,21 @@ LOOPED = ["attention_pool", "concept_graph", "mlp", "tip_adapter"]  # trained by
 LOCAL = ["attention_pool", "concept_graph", "nodes_probe"]  # those that see patches
 BY_HEART = [method for method in TRAINED if method != "prototypes"]  # 4 means hold no 32 images
 Planted = Callable[[Plan], Cache]
+
+
+# Settings under which it has every part.
+WHOLE: dict[str, dict[str, Any]] = {
+    "concept_graph": {
+        "streams": ["global", "local", "relation", "fused", "concept"],
+        "description": "attention",
+        "bottleneck": 8,
+        "interference": 6,
+        "rings": "node",
+        "nodes": "selected",
+        "loss_weights": {"contrast": 0.1, "bottleneck": 0.1, "recovery": 0.1, "rings": 0.1},
+    },
+    "description_zero_shot": {"class_names": True},
+}
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
@@ -278,6 +293,45 @@ def test_training_reads_what_it_is_told_and_not_the_truth(cache: Cache, method: 
     images = cache.images("test")
     told, lied = (predict(quick(method, one).model, one, images) for one in (cache, replace(cache, y=y)))
     assert torch.equal(told, lied)
+
+
+def change(cache: Cache, parts: frozenset[str]) -> Cache:
+    """The cache with other texts, owners, labels or edges, by the words of READS; the rest is as it was."""
+    generator = torch.Generator().manual_seed(0)
+    bank, of_names = cache.bank, cache.bank.of_kind("name")
+    other = F.normalize(torch.randn(bank.K.shape, generator=generator), dim=1)
+    changed = of_names & ("names" in parts) | ~of_names & ("concepts" in parts)
+    own = bank.own.roll(1, dims=1) if "owners" in parts else bank.own
+    cache = replace(cache, bank=replace(bank, K=torch.where(changed[:, None], other, bank.K), own=own))
+    if "labels" in parts:
+        names = ("concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains")
+        order = torch.randperm(len(cache.vectors), generator=generator)
+        cache = replace(cache, **{name: getattr(cache, name)[order] for name in names})
+    return replace(cache, edge_count=torch.zeros_like(cache.edge_count)) if "edges" in parts else cache
+
+
+@pytest.fixture(scope="module")
+def whole(planted: Planted) -> Cache:
+    return planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2))
+
+
+def predicted(method: str, cache: Cache, knobs: dict[str, Any]) -> Tensor:
+    return predict(quick(method, cache, epochs=1, **knobs).model, cache, torch.arange(len(cache.paths)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_it_does_not_declare_to_read_cannot_change_it(whole: Cache, method: str) -> None:
+    knobs, rest = WHOLE.get(method, {}), PARTS - load_method(method).READS
+    assert torch.equal(predicted(method, change(whole, rest), knobs), predicted(method, whole, knobs))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_it_declares_to_read_changes_it(whole: Cache, method: str) -> None:
+    """So that a declaration without one of them would not pass the test above."""
+    knobs = WHOLE.get(method, {})
+    before = predicted(method, whole, knobs)
+    for part in load_method(method).READS:
+        assert not torch.equal(predicted(method, change(whole, frozenset({part})), knobs), before), part
 
 
 @pytest.mark.parametrize("method", METHODS)
