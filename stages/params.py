@@ -14,6 +14,7 @@ Costs   nothing.
 import difflib
 import re
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -208,6 +209,13 @@ class Method(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Several(Method):
+    """A run of one method over the nodes of several encoders: those of `also` stand beside its own encoder's."""
+
+    method: str
+    also: Annotated[list[str], Field(min_length=1)]
+
+
 class Train(Block):
     """`regime`, `control` and each study are checked where they are used, in training/."""
 
@@ -217,6 +225,12 @@ class Train(Block):
     control: dict[str, Any] = {"name": "none"}
     budget: Count = 16
     methods: dict[str, Method]
+    several: dict[str, Several] = {}
+
+    @property
+    def runs(self) -> dict[str, Method]:
+        """Everything that leaves a run in data/runs, by its name there."""
+        return {**self.methods, **self.several}
 
 
 class Report(Block):
@@ -330,7 +344,11 @@ def check_contradictions(path: str, params: Params) -> None:
         raise UserError(f"{path}: {key}: {what}; {remedy}")
 
     methods = params.train.methods
-    for block, names in (("encoders", params.encoders), ("towers", params.towers), ("train.methods", methods)):
+    several = params.train.several
+    blocks: list[tuple[str, Iterable[str]]] = [
+        ("encoders", params.encoders), ("towers", params.towers), ("train.methods", methods), ("train.several", several)
+    ]  # fmt: skip
+    for block, names in blocks:
         for name in names:
             if not NAME.fullmatch(name):
                 refuse(f"{block}.{name}", "is used as a folder name", "use lower-case letters, digits, - and _")
@@ -345,20 +363,32 @@ def check_contradictions(path: str, params: Params) -> None:
         if name not in params.encoders:
             known = ", ".join(params.encoders)
             refuse(f"controls.{name}", "is not under `encoders`", f"choose one of: {known}")
-    for name, method in methods.items():
-        key = f"train.methods.{name}"
+    for name, method in params.train.runs.items():
+        key = f"train.several.{name}" if name in several else f"train.methods.{name}"
         if method.encoder in params.towers:
             what = f"{method.encoder!r} is a tower, and methods read text, bank and labels of a text-aligned encoder"
             refuse(f"{key}.encoder", what, f"choose one of `encoders`: {', '.join(params.encoders)}")
         if method.encoder not in params.encoders:
             known = ", ".join(params.encoders)
             refuse(f"{key}.encoder", f"{method.encoder!r} is not under `encoders`", f"choose one of: {known}")
-        if not Path("training/methods", f"{name}.py").is_file():
+        file = method.method if isinstance(method, Several) else name
+        if not Path("training/methods", f"{file}.py").is_file():
             known = ", ".join(sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py")))
-            refuse(key, f"there is no training/methods/{name}.py", f"choose one of: {known}")
+            refuse(key, f"there is no training/methods/{file}.py", f"choose one of: {known}")
+    for name, entry in several.items():
+        key = f"train.several.{name}"
+        if name in methods:
+            refuse(key, f"train.methods.{name} writes to data/runs/{name} too", "rename it")
+        for other in entry.also:
+            if other not in params.image_encoders:
+                known = ", ".join(params.image_encoders)
+                what = f"{other!r} is neither under `encoders` nor under `towers`"
+                refuse(f"{key}.also", what, f"choose from: {known}")
+        if len({entry.encoder, *entry.also}) <= len(entry.also):
+            refuse(f"{key}.also", "names an encoder twice, or that of `encoder` again", "name each once")
     reference = params.report.reference
-    if reference not in methods:
-        known = ", ".join(methods)
+    if reference not in params.train.runs:
+        known = ", ".join(params.train.runs)
         refuse("report.reference", f"{reference!r} is not under `train.methods`", f"choose one of: {known}")
     if params.dataset.images is not None and params.dataset.format != "manifest":
         refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")

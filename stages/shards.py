@@ -121,7 +121,7 @@ def list_parts(params: Params) -> Iterator[Part]:
         for path in shards_of(encoder):
             yield inspect(path, named=encoder in params.image_encoders, buckets=buckets, usable=usable)
     for folder in sorted(RUNS.glob("*/")):
-        if folder.name not in params.train.methods:
+        if folder.name not in params.train.runs:
             predictions = inspect(folder / "predictions.parquet", named=False, buckets=buckets, usable=usable)
             yield predictions._replace(path=folder, size=size_of(folder))
 

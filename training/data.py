@@ -35,6 +35,7 @@ from stages.store import (
 
 SPLITS = ("train", "val", "test")
 MEMORY_SHARE = 0.5  # of the machine's memory, for vectors
+NEAR = 0.01  # of the image's side: two encoders' boxes of one node differ by no more
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Batch:
     selected_concepts: Tensor  # (B, Mc) int64, rows of the bank, best first: the image's concepts; -1 where fewer
     d: Tensor  # (B, S, D) float32, sentences of the image's description; S is 0 where no image has one
     dm: Tensor  # (B, S) bool
+    others: tuple[Tensor, ...] = ()  # (B, N+1, D') float32 each: the same nodes as other encoders see them
 
     @property
     def g(self) -> Tensor:
@@ -114,6 +116,7 @@ class Cache:
     sentence_mask: Tensor  # (n, S) bool
     bank: Bank
     fingerprints: dict[str, str]  # by file or folder
+    others: tuple[Tensor, ...] = ()  # (n V, N+1, D') float16 each: the same nodes as other encoders see them
 
     def images(self, split: str) -> Tensor:
         """The positions of a split's images, in the order of their paths."""
@@ -141,6 +144,7 @@ class Cache:
             adjacency=self.adjacency(rows),
             d=self.sentences[images].float(),
             dm=self.sentence_mask[images],
+            others=tuple(vectors.index_select(0, rows).float() for vectors in self.others),
         )
 
     def adjacency(self, rows: Tensor) -> Tensor:
@@ -157,17 +161,17 @@ class Cache:
         return dense.view(len(rows), nodes, nodes, 2)
 
 
-def read_cache(folder: str | Path, encoder: str, buckets: int) -> Cache:
-    """Read what the stages wrote into `folder` (data/) for one encoder.
+def read_cache(folder: str | Path, encoder: str, buckets: int, also: Sequence[str] = ()) -> Cache:
+    """Read what the stages wrote into `folder` (data/) for one encoder, and the nodes of each of `also`.
 
-    Raises UserError, naming the file and the stage to run: a file missing or broken, an image without rows, or files
-    that were made from different encoders, banks or texts.
+    Raises UserError, naming the file and the stage to run: a file missing or broken, an image without rows, files that
+    were made from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
     """
     folder = Path(folder)
     embed, graphs, labels = (
         folder / name for name in (f"embed/{encoder}/images", f"graphs/{encoder}", f"labels/{encoder}")
     )
-    fingerprints = check_origins(folder, encoder, buckets)
+    fingerprints = check_origins(folder, encoder, buckets, also)
 
     classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
     index = read_table(
@@ -224,10 +228,24 @@ def read_cache(folder: str | Path, encoder: str, buckets: int) -> Cache:
         sentence_mask=torch.from_numpy(sentence_mask),
         bank=bank,
         fingerprints=fingerprints,
+        others=tuple(read_others(folder, encoder, other, buckets, image_ids, mask, boxes) for other in also),
     )
 
 
-def check_origins(folder: Path, encoder: str, buckets: int) -> dict[str, str]:
+def read_others(
+    folder: Path, encoder: str, other: str, buckets: int, image_ids: pa.Array, mask: np.ndarray, boxes: np.ndarray
+) -> Tensor:
+    """Vectors (n V, N+1, D') float16 of an `other` encoder, whose nodes have to be those of `encoder`."""
+    _, vectors, own_mask, own_boxes = read_nodes(folder / f"embed/{other}/images", buckets, image_ids)
+    if own_mask.shape != mask.shape or (own_mask != mask).any() or not np.allclose(own_boxes, boxes, atol=NEAR):
+        raise UserError(
+            f"{folder / 'embed' / other}: its nodes are not those of {encoder}, so that they cannot stand side by side;"
+            " embed both with embed.grids of the same sizes or with the same crops, and embed.tokens false"
+        )
+    return torch.from_numpy(vectors)
+
+
+def check_origins(folder: Path, encoder: str, buckets: int, also: Sequence[str] = ()) -> dict[str, str]:
     """Every input's fingerprint, after a look at what each says it was made from.
 
     Raises UserError where one was made from something else than what lies here: shards of another encoder, labels of a
@@ -246,6 +264,10 @@ def check_origins(folder: Path, encoder: str, buckets: int) -> dict[str, str]:
         "index/classes.parquet": read_header(folder / "index/classes.parquet", "index.classes/1"),
     }
     images, text, bank, labels, graphs = list(headers)[:5]
+    headers |= {
+        f"embed/{other}/images": read_folder_header(folder / f"embed/{other}/images", "embed.nodes/1", buckets)
+        for other in also
+    }
     for made, param, source, stage in [
         (graphs, "embed", images, "build_graphs"),
         (bank, "embed", images, "select_concepts"),

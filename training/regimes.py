@@ -332,6 +332,7 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
     rows = (images[:, None] * cache.views + torch.arange(cache.views)).flatten()
     tensors = {name: getattr(cache, name)[images] for name in BY_IMAGE}
     tensors |= {name: getattr(cache, name)[rows] for name in BY_VIEW}
+    others = tuple(vectors[rows] for vectors in cache.others)
     tensors["y"] = tensors["target"] = (columns.cumsum(0) - 1)[tensors["y"]]
 
     bank = cache.bank
@@ -349,6 +350,7 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
         paths=[cache.paths[image] for image in images.tolist()],
         split=cache.split[images.numpy()],
         bank=replace(bank, own=bank.own[:, columns], kept=bank.kept & ~lost),
+        others=others,
         **tensors,
     )
 

@@ -560,7 +560,7 @@ def report(params: Params, data: Path) -> str:
     index = store.read_table(data / "index/images.parquet", "index.images/1")
     classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
     names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
-    runs = [read_run(data, name, method.encoder) for name, method in params.train.methods.items()]
+    runs = [read_run(data, name, method.encoder) for name, method in params.train.runs.items()]
     check_same_images(data, runs, index)
     dataset = count_dataset(index, classes)
     health = read_health(data / "index/metrics.json", dataset["images"])

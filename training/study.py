@@ -14,8 +14,9 @@ the cache's fingerprints, the code that made it) is not made again: a killed stu
 draw nothing run once a control and regime, unless those draw. A method has no run under a control that changes nothing
 it reads (READS in its module): its plain run stands for it. Fit is told no label of a test image.
 
-METHOD may be the name of one of `variants`: a method with `settings` other than those of train.methods, and with nodes
-labelled by other `labels` than those on disk, made anew in memory. `questions` and `open` are for training.compare.
+METHOD may be the name of one of `variants`: a method with `settings` other than those of train.methods, with nodes
+labelled by other `labels` than those on disk, made anew in memory, or with the nodes of other encoders beside its own
+(`also`). `questions` and `open` are for training.compare.
 
 Few-shot (`shots`) leaves nothing to choose settings by, so they come from other classes, those of `development` or,
 where that is null, one in five, drawn by train.seed. On these, each point of a method's grid is fitted SEARCH_DRAWS
@@ -55,7 +56,7 @@ from tqdm import tqdm
 from stages.command import UserError, run, stage_parser
 from stages.label_patches import read_reference
 from stages.params import NAME, Block, Count, Labels, Params, load_params
-from stages.store import canonical_json, fingerprint, read_table, sha256
+from stages.store import canonical_json, fingerprint, read_folder_header, read_table, sha256
 from training.controls import Control, apply_control, read_materials, relabel
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.evaluate import (
@@ -69,7 +70,7 @@ from training.evaluate import (
 )
 from training.logistic import assess
 from training.loop import predict
-from training.methods import load_method, read_settings, search_points, single_points
+from training.methods import load_method, read_settings, require_others, search_points, single_points
 from training.regimes import Full, Regime, Shots, Unseen, apply_regime, hide_test, read_classes, restrict_classes
 from training.train import SCHEMA, predictions_table, read_block, read_control, read_regime, write_json
 
@@ -90,9 +91,13 @@ FEWER_CONCEPTS = frozenset({"concepts", "labels"})  # what `concepts: M` of a co
 
 
 class Variant(Block):
-    """One method with other settings than train.methods has, and maybe with other labels than those on disk."""
+    """One method with other settings than train.methods has, maybe with other labels than those on disk.
+
+    `also` names encoders or towers whose nodes it reads beside those of the run's own encoder.
+    """
 
     method: str
+    also: list[str] = Field(default=[])
     settings: dict[str, Any] = Field(default={})
     labels: dict[str, Any] = Field(default={})
 
@@ -149,6 +154,16 @@ class Cell(NamedTuple):
 Overrides = tuple[tuple[str, Any], ...]  # of `labels`: a cache is remembered by them
 
 
+class Variation(NamedTuple):
+    """What a variant reads that is not its encoder's cache as it lies on disk."""
+
+    labels: Overrides = ()
+    also: tuple[str, ...] = ()  # other encoders
+
+
+PLAIN = Variation()
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method as a study runs it, by its own name or as a variant."""
@@ -156,7 +171,7 @@ class Entry:
     method: str
     settings: Block
     source: str  # the sha256 of the code that makes its runs
-    labels: Overrides = ()
+    variation: Variation = PLAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +186,7 @@ class Plan:
     control_source: str  # of the code of controls, which label anew too
     development: tuple[str, ...]  # class_ids
     origins: dict[str, dict[str, str]]  # by encoder: the fingerprints of its cache, and of control texts that are read
+    others: dict[str, str]  # the fingerprints of the images of encoders that a variant reads beside its own
 
     @property
     def folder(self) -> Path:
@@ -193,10 +209,11 @@ class Plan:
             "control": cell.control.model_dump(),
             "regime": cell.regime.model_dump(),
             "settings": entry.settings.model_dump(),
-            "labels": dict(entry.labels),
+            "labels": dict(entry.variation.labels),
+            "also": {other: self.others[other] for other in entry.variation.also},
             "development": list(self.development) if self.searched(cell) else None,
             "source": entry.source,
-            "control_source": self.control_source if cell.control != Control() or entry.labels else None,
+            "control_source": self.control_source if cell.control != Control() or entry.variation.labels else None,
         }
 
     def search_mark(self, cell: Cell) -> str:
@@ -231,6 +248,7 @@ def read_study(path: str, params: Params, name: str) -> Study:
         *(("encoders", one, params.encoders) for one in study.encoders),
         *(("methods", one, methods) for one in study.methods),
         *((f"variants.{variant}.method", block.method, methods) for variant, block in study.variants.items()),
+        *((f"variants.{key}.also", one, params.image_encoders) for key, one in also_of(study)),
         *((f"questions.{n}.of", question.of, entries) for n, question in enumerate(study.questions)),
         *((f"questions.{n}.against", question.against, entries) for n, question in enumerate(study.questions)),
     ]
@@ -255,6 +273,11 @@ def read_study(path: str, params: Params, name: str) -> Study:
     return study
 
 
+def also_of(study: Study) -> list[tuple[str, str]]:
+    """Every variant, with each encoder that it reads beside its own."""
+    return [(variant, one) for variant, block in study.variants.items() for one in block.also]
+
+
 def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     """Check everything that can be checked before the first run. Raises UserError."""
     study = read_study(path, params, name)
@@ -268,10 +291,14 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
         for control in study.controls:
             if control != Control():
                 marks |= read_materials(data, encoder, control, params.dataset.buckets).fingerprints
+    others = {
+        other: read_folder_header(data / f"embed/{other}/images", "embed.nodes/1", params.dataset.buckets).fingerprint
+        for _, other in also_of(study)
+    }
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
     development = development_classes(study, data, params.train.seed) if few_shot else ()
     control_source = source_mark(TRAINING / "controls.py")
-    return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, origins)
+    return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, origins, others)
 
 
 def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
@@ -290,6 +317,8 @@ def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
             f"{path}: {key}: val would choose among {points} settings, and train.budget allows"
             f" {params.train.budget} to each method; shorten its lists"
         )
+    if variant.also:
+        require_others(path, f"{key}.also", method)
     if variant.labels:
         labels = read_block(path, f"{key}.labels", variant.labels, Labels)
         if "labels" not in module.READS:
@@ -297,7 +326,7 @@ def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
         if labels.inside_object:
             raise UserError(f"{path}: {key}.labels.inside_object: no study can label nodes so; remove it")
     source = source_mark(TRAINING / "methods" / f"{method}.py")
-    return Entry(method, settings, source, tuple(sorted(variant.labels.items())))
+    return Entry(method, settings, source, Variation(tuple(sorted(variant.labels.items())), tuple(variant.also)))
 
 
 def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -373,8 +402,8 @@ def cells(plan: Plan, first_seed: int) -> list[Cell]:
     """
     found = []
     every = range(first_seed, first_seed + plan.study.seeds)
-    # Those that are labelled alike stand together.
-    names = sorted(plan.entries, key=lambda name: [repr(label) for label in plan.entries[name].labels])
+    # Those that read the same stand together.
+    names = sorted(plan.entries, key=lambda name: repr(plan.entries[name].variation))
     for encoder in plan.study.encoders:
         for control in plan.study.controls:
             for regime in plan.study.regimes:
@@ -391,16 +420,16 @@ def cells(plan: Plan, first_seed: int) -> list[Cell]:
 
 
 @lru_cache(maxsize=1)
-def base_cache(data: Path, encoder: str, buckets: int) -> Cache:
-    return read_cache(data, encoder, buckets)
+def base_cache(data: Path, encoder: str, buckets: int, also: tuple[str, ...]) -> Cache:
+    return read_cache(data, encoder, buckets, also)
 
 
 @lru_cache(maxsize=1)
 def controlled_cache(
-    data: Path, encoder: str, buckets: int, control: Control, draw: int, labels: Overrides = ()
+    data: Path, encoder: str, buckets: int, control: Control, draw: int, variation: Variation
 ) -> Cache:
-    """The cache under a control, its nodes labelled with these settings in the place of those they were made with."""
-    cache = base_cache(data, encoder, buckets)
+    """The cache under a control, its nodes labelled with a variation's settings in the place of those on disk."""
+    cache, labels = base_cache(data, encoder, buckets, variation.also), variation.labels
     if control == Control() and not labels:
         return cache
     materials = read_materials(data, encoder, control, buckets)
@@ -418,9 +447,9 @@ class Prepared(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: int, labels: Overrides) -> Prepared:
-    """The two caches that cells of one encoder, control, regime and draw share, and labels."""
-    whole = controlled_cache(plan.data, encoder, plan.buckets, control, draw, labels)
+def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: int, variation: Variation) -> Prepared:
+    """The two caches that cells of one encoder, control, regime, draw and variation share."""
+    whole = controlled_cache(plan.data, encoder, plan.buckets, control, draw, variation)
     if isinstance(regime, Shots):
         whole = restrict_classes(whole, [name for name in whole.classes if name not in plan.development])
     told = apply_regime(whole, regime, draw)
@@ -435,7 +464,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
     """Fit, predict and write one run."""
     started = perf_counter()
     entry = plan.entries[cell.method]
-    told, whole = prepare(plan, *cell[:4], entry.labels)
+    told, whole = prepare(plan, *cell[:4], entry.variation)
     module, settings = load_method(entry.method), entry.settings
     if plan.searched(cell):
         chosen = json.loads((plan.folder / cell.search / "config.json").read_text(encoding="utf-8"))
@@ -515,7 +544,7 @@ def make_search(plan: Plan, cell: Cell) -> None:
     tried: list[list[dict[str, float]]] = [[] for _ in points]
     for draw in range(SEARCH_DRAWS):
         control_seed = draw if control_draws(cell.control) else 0
-        whole = controlled_cache(plan.data, cell.encoder, plan.buckets, cell.control, control_seed, entry.labels)
+        whole = controlled_cache(plan.data, cell.encoder, plan.buckets, cell.control, control_seed, entry.variation)
         few = restrict_classes(whole, plan.development)
         drawn = apply_regime(few, cell.regime, draw)
         told = hide_test(replace(drawn, split=np.where(drawn.split == "unused", "val", drawn.split)))

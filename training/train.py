@@ -1,10 +1,12 @@
 """Train and evaluate one method on the cached features of its encoder.
 
 Reads   data/index/{images,classes}.parquet and, for the method's encoder E, data/embed/E/{images/,text.parquet},
-        data/bank/E.parquet, data/labels/E/, data/graphs/E/; data/descriptions/descriptions.parquet.
-Writes  data/runs/METHOD/: metrics.json (accuracies by split, the mean over seeds), history.csv (one row an epoch),
-        timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best
-        on val), config.json (settings, class order, fingerprints of what was read).
+        data/bank/E.parquet, data/labels/E/, data/graphs/E/; data/descriptions/descriptions.parquet. A run of
+        train.several reads data/embed/X/images/ too, of each encoder X of its `also`.
+Writes  data/runs/METHOD/, or NAME/ of train.several: metrics.json (accuracies by split, the mean over seeds),
+        history.csv (one row an epoch), timing.json, predictions.parquet (every logit of every image and seed),
+        model.safetensors (the seed that is best on val), config.json (settings, class order, fingerprints of what was
+        read).
 Costs   processor time only: none to speak of for the zero-shot methods; an epoch's seconds stand in timing.json. Memory
         holds all vectors as float16, one bucket of data/embed/E/images beside them, and a batch.
 
@@ -21,6 +23,7 @@ one machine and with one thread count (OMP_NUM_THREADS), a second run writes the
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar, get_args
@@ -33,13 +36,13 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from stages.command import UserError, run, stage_parser
-from stages.params import Block, Params, explain, load_params
+from stages.params import Block, Params, Several, explain, load_params
 from stages.store import canonical_json, fingerprint, write_atomic, write_text
 from training.controls import Control, apply_control, read_materials
 from training.data import SPLITS, Cache, read_cache
 from training.evaluate import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.loop import predict
-from training.methods import Fitted, load_method, read_settings
+from training.methods import Fitted, load_method, method_of, read_settings
 from training.regimes import Regime, apply_regime, hide_test
 
 SCHEMA = "run.predictions/1"
@@ -139,9 +142,11 @@ def history_csv(fits: dict[int, Fitted]) -> str:
     return text.getvalue()
 
 
-def controlled(data: Path, encoder: str, buckets: int, control: Control, seed: int) -> tuple[Cache, dict[str, str]]:
-    """The cache of an encoder under a control, and the fingerprints of what was read."""
-    cache = read_cache(data, encoder, buckets)
+def controlled(
+    data: Path, encoder: str, also: Sequence[str], buckets: int, control: Control, seed: int
+) -> tuple[Cache, dict[str, str]]:
+    """The cache of an encoder and those of `also` under a control, and the fingerprints of what was read."""
+    cache = read_cache(data, encoder, buckets, also)
     if control == Control():
         return cache, cache.fingerprints
     materials = read_materials(data, encoder, control, buckets)
@@ -152,17 +157,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def train(params: Params, path: str, method: str, data: Path) -> None:
-    """Fit `method` for every seed and write its run. `path` is the parameters' file, for messages."""
+def train(params: Params, path: str, name: str, data: Path) -> None:
+    """Fit the method of run `name` for every seed and write the run. `path` is the parameters' file, for messages."""
     started = perf_counter()
-    if method not in params.train.methods:
-        known = ", ".join(params.train.methods)
-        raise UserError(f"{path}: train.methods: has no {method}; choose one of: {known}, or add it")
-    settings, encoder = read_settings(path, params, method), params.train.methods[method].encoder
+    if name not in params.train.runs:
+        known = ", ".join(params.train.runs)
+        raise UserError(f"{path}: train.methods: has no {name}; choose one of: {known}, or add it")
+    entry, method, settings = params.train.runs[name], method_of(params, name), read_settings(path, params, name)
+    encoder, also = entry.encoder, entry.also if isinstance(entry, Several) else []
     regime = read_regime(path, "train.regime", params.train.regime)
     control = read_control(path, "train.control", params.train.control)
     torch.use_deterministic_algorithms(True)
-    cache, fingerprints = controlled(data, encoder, params.dataset.buckets, control, params.train.seed)
+    cache, fingerprints = controlled(data, encoder, also, params.dataset.buckets, control, params.train.seed)
     loaded = perf_counter()
 
     seeds = list(range(params.train.seed, params.train.seed + params.train.seeds))
@@ -171,12 +177,13 @@ def train(params: Params, path: str, method: str, data: Path) -> None:
     logits = {seed: predict(fitted.model, cache, images).numpy() for seed, fitted in fits.items()}
     measured = {seed: measure(values, cache) for seed, values in logits.items()}
     for seed, numbers in measured.items():
-        print(f"{method} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
+        print(f"{name} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
 
     best = max(seeds, key=lambda seed: (measured[seed]["val"]["accuracy"], -measured[seed]["val"]["log_loss"]))
     config = {
         "method": method,
         "encoder": encoder,
+        "also": also,
         "settings": settings.model_dump(),
         "regime": regime.model_dump(),
         "control": control.model_dump(),
@@ -187,14 +194,14 @@ def train(params: Params, path: str, method: str, data: Path) -> None:
     }
     mark = fingerprint(
         SCHEMA,
-        {key: config[key] for key in ("method", "encoder", "settings", "regime", "control", "seeds")},
+        {key: config[key] for key in ("method", "encoder", "also", "settings", "regime", "control", "seeds")},
         list(fingerprints.values()),
     )
     metadata = {"schema": SCHEMA, "fingerprint": mark, "params": canonical_json({"classes": cache.classes})}
     table = predictions_table(logits, cache).replace_schema_metadata(metadata)
     state = {name: value.contiguous() for name, value in fits[best].model.state_dict().items()}
 
-    folder = data / "runs" / method
+    folder = data / "runs" / name
     write_json(folder / "metrics.json", summarise(measured, fits, cache))
     write_text(folder / "history.csv", history_csv(fits))
     write_json(folder / "config.json", config)
@@ -212,14 +219,14 @@ def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="where the stages wrote (default: data)")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--method", metavar="NAME", help="a method of train.methods")
+    what.add_argument("--method", metavar="NAME", help="a name under train.methods or train.several")
     what.add_argument("--check", action="store_true", help="check the settings of every method and stop")
     arguments = parser.parse_args()
     params = load_params(arguments.params)
     if arguments.check:
         read_regime(arguments.params, "train.regime", params.train.regime)
         read_control(arguments.params, "train.control", params.train.control)
-        for name in params.train.methods:
+        for name in params.train.runs:
             read_settings(arguments.params, params, name)
     else:
         train(params, arguments.params, arguments.method, Path(arguments.data))

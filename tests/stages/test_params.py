@@ -82,6 +82,27 @@ def test_a_tower_embeds_images_and_has_no_text(project: Path) -> None:
         params.image_encoder("reef")
 
 
+def test_a_run_on_several_encoders(refuse: Callable[..., None], project: Path) -> None:
+    content = changed("towers", {"dino": {"model": "vit_small_patch14_dinov2.lvd142m"}})
+    both = {"method": "zero_shot", "encoder": "conv", "also": ["dino"], "depth": 3}
+    content["train"]["several"] = {"both": both}
+    (project / "params.yaml").write_text(json.dumps(content))
+    params = load_params()
+    assert list(params.train.runs) == ["zero_shot", "both"]
+    assert params.train.several["both"].settings == {"depth": 3}
+    for name, change, words in [
+        ("zero_shot", {}, ["train.several.zero_shot: train.methods.zero_shot writes to data/runs/zero_shot too"]),
+        ("My/Run", {}, ["train.several.My/Run: is used as a folder name"]),
+        ("both", {"method": "magic"}, ["train.several.both: there is no training/methods/magic.py"]),
+        ("both", {"encoder": "dino"}, ["train.several.both.encoder: 'dino' is a tower"]),
+        ("both", {"also": ["reef"]}, ["train.several.both.also: 'reef' is neither", "choose from: conv, dino"]),
+        ("both", {"also": ["conv"]}, ["train.several.both.also: names an encoder twice"]),
+        ("both", {"also": []}, ["train.several.both.also: "]),
+    ]:
+        content["train"]["several"] = {name: both | change}
+        refuse(content, *words)
+
+
 def test_a_tower_that_cannot_stand(refuse: Callable[..., None]) -> None:
     resnet = {"model": "resnet50.a1_in1k"}
     refuse(changed("towers", {"conv": resnet}), "towers.conv: encoders.conv writes to data/embed/conv too", "rename")

@@ -14,6 +14,7 @@ from stages.store import (
     bucket_path,
     fingerprint,
     make_table,
+    read_table,
     sha256,
     split_buckets,
     vector_column,
@@ -192,6 +193,21 @@ def node_rows(image_id: str, view: int, vectors: np.ndarray, boxes: np.ndarray) 
         }
         for node, (vector, box) in enumerate(zip(vectors, boxes, strict=True))
     ]
+
+
+def write_other(folder: Path, name: str, dimension: int, seed: int = 0) -> None:
+    """The nodes of `tiny` as another encoder sees them: other vectors (D'), which show the class in every node."""
+    rng = np.random.default_rng(seed)
+    index = read_table(folder / "index/images.parquet", "index.images/1", ["image_id", "class_id"])
+    classes = sorted(set(index["class_id"].to_pylist()))
+    class_of = {row["image_id"]: classes.index(row["class_id"]) for row in index.to_pylist() if row["image_id"]}
+    prototypes = unit(rng.standard_normal((len(classes), dimension)))
+    for path in sorted((folder / f"embed/{ENCODER}/images").glob("b*.parquet")):
+        rows = read_table(path, "embed.nodes/1").to_pylist()
+        for row in rows:
+            row["vector"] = around(prototypes[class_of[row["image_id"]]], 0.6, rng)
+        table, mark = with_vectors("embed.nodes/1", rows), fingerprint("images", {"of": name})
+        write_table(table, folder / f"embed/{name}/images" / path.name, "embed.nodes/1", {}, mark)
 
 
 def label_rows(

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from stages.command import UserError
-from stages.store import bucket_path, read_buckets, read_table, sha256, vectors_of, write_table
-from tests.training.cache import ENCODER, Plan, write_cache
+from stages.store import bucket_path, read_buckets, read_header, read_table, sha256, vectors_of, write_table
+from tests.training.cache import ENCODER, Plan, write_cache, write_other
 from training.data import Cache, read_cache
 
 PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3, rings=3)
@@ -194,3 +195,32 @@ def test_a_corrupt_or_missing_bucket_is_one_line(copy: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"b002\.parquet: is missing"):
         read_cache(copy, ENCODER, PLAN.buckets)
+
+
+def test_nodes_of_other_encoders_stand_beside_its_own(copy: Path) -> None:
+    write_other(copy, "wide", 12)
+    write_other(copy, "narrow", 5, seed=1)
+    cache = read_cache(copy, ENCODER, 3, ["wide", "narrow"])
+    assert [tuple(vectors.shape) for vectors in cache.others] == [(*cache.mask.shape, 12), (*cache.mask.shape, 5)]
+    own = read_cache(copy, ENCODER, 3)
+    assert torch.equal(cache.vectors, own.vectors)
+    assert cache.fingerprints.keys() - own.fingerprints.keys() == {"embed/wide/images", "embed/narrow/images"}
+    assert own.others == ()
+
+    table = read_buckets(copy / "embed/narrow/images", "embed.nodes/1", 3)
+    image = table.filter((pc.field("image_id") == sha256(cache.paths[4])) & (pc.field("view") == 1)).sort_by("node")
+    batch = cache.batch(torch.tensor([4]), torch.tensor([1]))
+    assert [other.dtype for other in batch.others] == [torch.float32, torch.float32]
+    assert np.array_equal(batch.others[1][0, : len(image)].numpy(), vectors_of(image).astype(np.float32))
+    assert not batch.others[1][0, len(image) :].any()
+
+
+def test_nodes_at_other_places_cannot_stand_beside(copy: Path) -> None:
+    write_other(copy, "moved", 8)
+    path = bucket_path(copy / "embed/moved/images", 0)
+    table = read_table(path, "embed.nodes/1")
+    place = table.schema.get_field_index("x0")
+    table = table.set_column(place, table.schema.field(place), pc.add(table["x0"], pa.scalar(0.05, pa.float32())))
+    write_table(table, path, "embed.nodes/1", {}, read_header(path, "embed.nodes/1").fingerprint)
+    with pytest.raises(UserError, match=r"embed/moved: its nodes are not those of tiny.*embed both with"):
+        read_cache(copy, ENCODER, 3, ["moved"])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stages.command import UserError
 from stages.params import Block, load_params
-from stages.store import read_header, write_table
+from stages.store import read_folder_header, read_header, write_table
 from tests.checkout import ROOT
 from tests.training.cache import Plan as Planted
 from tests.training.cache import unit, with_vectors, write_cache
@@ -34,7 +34,19 @@ from training.controls import Control, apply_control, read_materials
 from training.data import Batch, Cache, read_cache
 from training.loop import untrained
 from training.methods import Fitted, Output, load_method
-from training.study import CHANGED, Cell, Entry, Plan, cells, changed_by, controlled_cache, make_plan, run_study
+from training.study import (
+    CHANGED,
+    PLAIN,
+    Cell,
+    Entry,
+    Plan,
+    Variation,
+    cells,
+    changed_by,
+    controlled_cache,
+    make_plan,
+    run_study,
+)
 
 PARAMS: dict[str, Any] = {
     "domain": {"noun": "fish", "group": "fish"},
@@ -253,7 +265,7 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
     path = write_params(project, small=SMALL | {"controls": controls, "methods": methods, "regimes": ["full"]})
     study_of = study.read_study(str(path), load_params(path), "small")
     entries = {name: Entry(name, Block(), "") for name in methods}
-    plan = Plan("small", study_of, project, 3, entries, "", (), {})
+    plan = Plan("small", study_of, project, 3, entries, "", (), {}, {})
     found: dict[str, list[str]] = {name: [] for name in methods}
     for cell in cells(plan, 0):
         found[cell.method] += [cell.control.label] if cell.control.label not in found[cell.method] else []
@@ -358,15 +370,30 @@ def test_a_variant_is_its_method_with_other_settings_and_labels(project: Path, q
 
 
 def test_another_labelling_is_made_in_memory_and_leaves_the_rest(project: Path) -> None:
-    base = controlled_cache(project / "data", "tiny", 3, Control(), 0)
-    few = controlled_cache(project / "data", "tiny", 3, Control(), 0, (("select_concepts", 3), ("select_locals", 2)))
+    base = controlled_cache(project / "data", "tiny", 3, Control(), 0, PLAIN)
+    variation = Variation((("select_concepts", 3), ("select_locals", 2)))
+    few = controlled_cache(project / "data", "tiny", 3, Control(), 0, variation)
     assert few.selected.sum(1).unique().tolist() == [3]
     assert few.selected_concepts.shape[1] == 3
     assert few.vectors is base.vectors
     assert few.bank is base.bank
-    under = controlled_cache(project / "data", "tiny", 3, Control(name="random_vectors"), 0, (("select_locals", 1),))
+    variation = Variation((("select_locals", 1),))
+    under = controlled_cache(project / "data", "tiny", 3, Control(name="random_vectors"), 0, variation)
     assert under.selected.sum(1).unique().tolist() == [2]
     assert not torch.equal(under.bank.K, base.bank.K)
+
+
+def test_a_variant_may_read_other_encoders_too(project: Path, quick_graph: None) -> None:
+    variants = {"both": {"method": "concept_graph", "also": ["other"]}}
+    regimes = ["full", {"kind": "shots", "shots": 2}]
+    grid = {"variants": variants, "controls": ["none", "random_vectors"], "regimes": regimes}
+    plan = ran(project, **GRAPH | grid)
+    runs = {cell.method: plan.folder / cell.run for cell in cells(plan, 0) if cell.control == Control()}
+    logits = {name: pq.read_table(folder / "predictions.parquet")["logits"] for name, folder in runs.items()}
+    assert not logits["both"].equals(logits["concept_graph"])
+    images = "embed.nodes/1", 3
+    mark = read_folder_header(project / "data/embed/other/images", *images).fingerprint
+    assert json.loads((runs["both"] / "config.json").read_text())["also"] == {"other": mark}
 
 
 def test_overrides_are_part_of_a_run(project: Path, quick_graph: None) -> None:
@@ -524,6 +551,14 @@ def test_two_processes_do_not_work_at_one_study(project: Path) -> None:
         ({"variants": {"v": {"methd": "mlp"}}}, "studies.small.variants.v.methd: unknown key; did you mean `method`?"),
         ({"variants": {"v": {"method": "telepathy"}}}, "studies.small.variants.v.method: 'telepathy' is not there"),
         ({"variants": {"mlp": {"method": "mlp"}}}, "studies.small.variants.mlp: is a method's name; choose another"),
+        (
+            {"variants": {"v": {"method": "concept_graph", "also": ["clip"]}}},
+            "studies.small.variants.v.also: 'clip' is not there; choose from: tiny, other",
+        ),
+        (
+            {"variants": {"v": {"method": "mlp", "also": ["other"]}}},
+            "studies.small.variants.v.also: mlp reads one encoder only",
+        ),
         ({"variants": {"a.b": {"method": "mlp"}}}, "studies.small.variants.a.b: is used as a folder name"),
         (
             {"variants": {"v": {"method": "concept_graph", "settings": {"loss_weights": {"contrst": 1.0}}}}},

@@ -13,7 +13,7 @@ import pytest
 
 from stages.command import UserError
 from stages.params import load_params
-from tests.training.cache import Plan, write_cache
+from tests.training.cache import Plan, write_cache, write_other
 from training.methods import read_settings
 from training.train import train
 
@@ -208,3 +208,28 @@ def test_check_names_a_wrong_regime_or_control(params: Path, given: str, message
     result = command("--check", "--params", params)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert message in result.stderr
+
+
+def test_a_run_on_several_encoders_has_a_name_of_its_own(tmp_path: Path) -> None:
+    path, data = tmp_path / "params.yaml", tmp_path / "data"
+    several = """
+  several:
+    both: {method: concept_graph, encoder: tiny, also: [wide], epochs: 8, hidden: 16, weight_decay: [0.1]}
+    probe: {method: linear_probe, encoder: tiny, also: [wide]}
+"""
+    encoders = "encoders: {tiny: {model: none}, wide: {model: none}}"
+    path.write_text(PARAMS.replace("encoders: {tiny: {model: none}}", encoders) + several)
+    write_cache(data, Plan(cue="none"))
+    write_other(data, "wide", 12)
+    params = load_params(path)
+    train(params, str(path), "both", data)
+    train(params, str(path), "concept_graph", data)
+    runs = {name: data / "runs" / name for name in ("both", "concept_graph")}
+    config = json.loads((runs["both"] / "config.json").read_text())
+    assert (config["method"], config["encoder"], config["also"]) == ("concept_graph", "tiny", ["wide"])
+    assert "embed/wide/images" in config["fingerprints"]
+    # Only the other encoder sees the class.
+    found = {name: json.loads((run / "metrics.json").read_text())["test"]["accuracy"] for name, run in runs.items()}
+    assert found["both"] > 0.7 > 0.5 > found["concept_graph"]
+    with pytest.raises(UserError, match=r"train\.several\.probe\.also: linear_probe reads one encoder only"):
+        train(params, str(path), "probe", data)

@@ -6,8 +6,9 @@ settings; a torch module whose `forward(batch)` returns an `Output`; and `fit(ca
 `Fitted`. There is no list of methods to extend, so that editing one method reruns one stage.
 
 READS is some of `names` and `concepts` (the bank's texts of class names, and its others), `owners` (which class a text
-belongs to), `labels` (what label_patches says of nodes and images) and `edges`. A study leaves out what follows from
-it: no run of a method under a control that changes none of these, as its plain run stands for that.
+belongs to), `labels` (what label_patches says of nodes and images), `edges`, and `others` (vectors of other encoders).
+A study leaves out what follows from it: no run of a method under a control that changes none of these, as its plain run
+stands for that. Only a method that reads others can be given several encoders.
 """
 
 import importlib
@@ -21,12 +22,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.command import UserError
-from stages.params import Block, Params, explain
+from stages.params import Block, Params, Several, explain
 from training.data import Cache
 from training.logistic import assess, require_val
 
 BUDGET = 16  # settings that val may choose among, the same for every method
-PARTS = frozenset({"names", "concepts", "owners", "labels", "edges"})  # what READS may name
+PARTS = frozenset({"names", "concepts", "owners", "labels", "edges", "others"})  # what READS may name
 
 
 class Output(NamedTuple):
@@ -66,14 +67,29 @@ def load_method(name: str) -> MethodModule:
     return module
 
 
+def method_of(params: Params, name: str) -> str:
+    """The method of a run that train.methods or train.several names."""
+    entry = params.train.runs[name]
+    return entry.method if isinstance(entry, Several) else name
+
+
 def read_settings(path: str, params: Params, name: str) -> Block:
-    """A method's settings from params.yaml, checked. Raises UserError naming file and key."""
-    settings = load_method(name).Settings
-    given = params.train.methods[name].settings
+    """The settings of a run of train.methods or train.several, checked. Raises UserError naming file and key."""
+    method, several = method_of(params, name), name in params.train.several
+    module, given = load_method(method), params.train.runs[name].settings
+    key = f"train.{'several' if several else 'methods'}.{name}"
+    if several:
+        require_others(path, f"{key}.also", method)
     try:
-        return settings.model_validate(given)
+        return module.Settings.model_validate(given)
     except ValidationError as error:
-        raise UserError(explain(path, error, given, f"train.methods.{name}.", settings)) from None
+        raise UserError(explain(path, error, given, f"{key}.", module.Settings)) from None
+
+
+def require_others(path: str, key: str, method: str) -> None:
+    """Raise UserError for a method that reads one encoder only."""
+    if "others" not in load_method(method).READS:
+        raise UserError(f"{path}: {key}: {method} reads one encoder only; choose a method with `others` in its READS")
 
 
 def grid(settings: Block) -> dict[str, list[float]]:

@@ -6,6 +6,7 @@ part below has a switch in `Settings`; those marked * are off unless it says oth
 
     c_n   = sum of w_nk K_k over the node's `texts` heaviest concepts, w summing to 1     text of a node (D)
     x_n   = LN(V v_n + b) + LN(T c_n)                                 (h); LN makes the length of c_n idle
+    x_n  += LN(V_e v_en + b_e)      for each other encoder e that the run reads (train.several, a study's `also`)
     x_n   = U z_n, z_n ~ N(mu_n, s_n), [mu; log s^2] = Linear(GELU(x_n))    `bottleneck` *; z is mu at evaluation
     x_n  += U' ELU(Linear(standardised v_n . a_c over classes c))     `interference` *; a_c: mean of c's concepts
     W     = spatial and semantic edges; global linked to all with 1; self loops 1             G1
@@ -53,7 +54,7 @@ from training.losses import concept_contrast, densest_node, kl_from_normal, pres
 from training.methods import Fitted, Output
 
 SEEDED = True
-READS = frozenset({"concepts", "owners", "labels", "edges"})
+READS = frozenset({"concepts", "owners", "labels", "edges", "others"})
 Whole = Annotated[int, Field(ge=0)]
 Stream = Literal["global", "local", "relation", "fused", "concept"]
 GRAPH_STREAMS = ("local", "relation", "fused")
@@ -144,6 +145,21 @@ class Interference(nn.Module):
         weight = self.narrow.weight / self.standardise.scale
         bias = self.narrow.bias - (weight * self.standardise.mean).sum(-1)
         out: Tensor = self.widen(drop_by_image(F.elu(F.linear(v, weight @ self.anchors, bias)), self.dropout))
+        return out
+
+
+class Projection(nn.Module):
+    """LN(V v + b) of another encoder's vectors, standardised by training images."""
+
+    def __init__(self, sample: Tensor, width: int) -> None:
+        """sample (n, D): nodes of training images."""
+        super().__init__()
+        self.standardise = Standardise(sample)
+        self.linear, self.norm = nn.Linear(sample.shape[1], width), nn.LayerNorm(width)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """v (B, n, D) -> (B, n, width)."""
+        out: Tensor = self.norm(self.linear(self.standardise(v)))
         return out
 
 
@@ -263,11 +279,12 @@ class ConceptGraph(nn.Module):
         if settings.texts:
             self.in_text, self.norm_text = nn.Linear(dimension, hidden, bias=False), nn.LayerNorm(hidden)
         self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, 2, settings.dropout)
+        train = cache.images("train")
+        sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
+        self.in_others = nn.ModuleList(Projection(vectors[sample.mask], hidden) for vectors in sample.others)
         self.attention = GatedAttention(hidden, hidden // 2)
         self.dropout = nn.Dropout(settings.dropout)
 
-        train = cache.images("train")
-        sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
         anchors = class_anchors(bank)
         if settings.bottleneck:
             self.bottleneck = Bottleneck(hidden, settings.bottleneck)
@@ -371,6 +388,8 @@ class ConceptGraph(nn.Module):
         x = self.norm_vector(F.linear(nodes, weight, bias))
         if settings.texts:
             x = x + self.norm_text(self.in_text(self.node_text(batch)))
+        for project, other in zip(self.in_others, batch.others, strict=True):
+            x = x + project(other)
         if settings.bottleneck:
             x, mean, log_variance = self.bottleneck(x)
             if self.training and weights.bottleneck:

@@ -123,8 +123,13 @@ def pad(batch: Batch, extra: int) -> Batch:
         "concept_weight": (0, 0, 0, extra), "selected": (0, extra), "density": (0, extra),
         "adjacency": (0, 0, 0, extra, 0, extra),
     }  # fmt: skip
-    padded = replace(batch, **{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()})
+    others = tuple(F.pad(vectors, shapes["nodes"]) for vectors in batch.others)
+    padded = replace(
+        batch, others=others, **{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()}
+    )
     gone = ~padded.mask
+    for vectors in others:
+        vectors[gone] = 9.0
     padded.nodes[gone], padded.concept_weight[gone], padded.density[gone], padded.selected[gone] = 9.0, 0.5, 3.0, True
     padded.adjacency[gone] = padded.adjacency.transpose(1, 2)[gone] = 1.0
     return padded
@@ -296,7 +301,7 @@ def test_training_reads_what_it_is_told_and_not_the_truth(cache: Cache, method: 
 
 
 def change(cache: Cache, parts: frozenset[str]) -> Cache:
-    """The cache with other texts, owners, labels or edges, by the words of READS; the rest is as it was."""
+    """The cache with other texts, owners, labels, edges or encoders, by the words of READS; the rest is as it was."""
     generator = torch.Generator().manual_seed(0)
     bank, of_names = cache.bank, cache.bank.of_kind("name")
     other = F.normalize(torch.randn(bank.K.shape, generator=generator), dim=1)
@@ -307,12 +312,16 @@ def change(cache: Cache, parts: frozenset[str]) -> Cache:
         names = ("concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains")
         order = torch.randperm(len(cache.vectors), generator=generator)
         cache = replace(cache, **{name: getattr(cache, name)[order] for name in names})
+    if "others" in parts:
+        cache = replace(cache, others=tuple(vectors.roll(1, dims=0) for vectors in cache.others))
     return replace(cache, edge_count=torch.zeros_like(cache.edge_count)) if "edges" in parts else cache
 
 
 @pytest.fixture(scope="module")
 def whole(planted: Planted) -> Cache:
-    return planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2))
+    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2))
+    generator = torch.Generator().manual_seed(0)
+    return replace(cache, others=(F.normalize(torch.randn(*cache.mask.shape, 6, generator=generator), dim=-1).half(),))
 
 
 def predicted(method: str, cache: Cache, knobs: dict[str, Any]) -> Tensor:
