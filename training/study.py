@@ -1,7 +1,8 @@
 """Run a grid of encoders, methods, controls, regimes and seeds over the cache, run by run.
 
 Reads   studies.NAME of params.yaml; for each encoder E what training.train reads, and data/embed/E/controls.parquet
-        where a control takes its texts from there; the file that `development` names.
+        where a control takes its texts from there; data/thumbs/ where a variant has labels.density pixel; the file that
+        `development` names.
 Writes  data/studies/NAME/RUN/, RUN being ENCODER.METHOD.CONTROL.REGIME.SEED: metrics.json (of train and val: test is
         for training.compare), predictions.parquet (every logit of every image), config.json (settings, what was chosen,
         fingerprints of what was read and of the run itself), timing.json. Where settings come from development classes,
@@ -38,7 +39,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -50,12 +51,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
 from stages.command import UserError, run, stage_parser
 from stages.label_patches import read_reference
 from stages.params import NAME, Block, Count, Labels, Params, load_params
-from stages.store import canonical_json, fingerprint, read_table, sha256
+from stages.pixels import pixel_density
+from stages.store import canonical_json, fingerprint, read_buckets, read_folder_header, read_table, sha256
 from training.controls import Control, apply_control, read_materials, relabel
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.evaluate import (
@@ -157,6 +160,7 @@ class Entry:
     settings: Block
     source: str  # the sha256 of the code that makes its runs
     labels: Overrides = ()
+    thumbs: dict[str, str] = field(default_factory=dict)  # the thumbnails' fingerprint, where those labels read them
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,12 +203,16 @@ class Plan:
             "control_source": self.control_source if cell.control != Control() or entry.labels else None,
         }
 
+    def read_by(self, cell: Cell) -> dict[str, str]:
+        """The fingerprints of what its run reads."""
+        return self.origins[cell.encoder] | self.entries[cell.method].thumbs
+
     def search_mark(self, cell: Cell) -> str:
-        return fingerprint("study.search/1", self.identity(cell), list(self.origins[cell.encoder].values()))
+        return fingerprint("study.search/1", self.identity(cell), list(self.read_by(cell).values()))
 
     def mark(self, cell: Cell) -> str:
         seeds = {"seed": cell.seed, "draw": cell.draw}
-        return fingerprint(SCHEMA, self.identity(cell) | seeds, list(self.origins[cell.encoder].values()))
+        return fingerprint(SCHEMA, self.identity(cell) | seeds, list(self.read_by(cell).values()))
 
 
 def read_study(path: str, params: Params, name: str) -> Study:
@@ -259,10 +267,11 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     """Check everything that can be checked before the first run. Raises UserError."""
     study = read_study(path, params, name)
     entries = {
-        method: read_method(path, params, f"train.methods.{method}", Variant(method=method)) for method in study.methods
+        method: read_method(path, params, f"train.methods.{method}", Variant(method=method), data)
+        for method in study.methods
     }
     for variant, block in study.variants.items():
-        entries[variant] = read_method(path, params, f"studies.{name}.variants.{variant}", block)
+        entries[variant] = read_method(path, params, f"studies.{name}.variants.{variant}", block, data)
     origins = {encoder: check_origins(data, encoder, params.dataset.buckets) for encoder in study.encoders}
     for encoder, marks in origins.items():
         for control in study.controls:
@@ -274,10 +283,10 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, origins)
 
 
-def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
+def read_method(path: str, params: Params, key: str, variant: Variant, data: Path) -> Entry:
     """A method with the settings of train.methods (or its defaults), changed by the variant that stands under `key`.
 
-    Raises UserError naming file and key.
+    Raises UserError naming file and key, or the thumbnails that its labels read and that are missing.
     """
     method, module = variant.method, load_method(variant.method)
     settings = read_settings(path, params, method) if method in params.train.methods else module.Settings()
@@ -290,14 +299,17 @@ def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
             f"{path}: {key}: val would choose among {points} settings, and train.budget allows"
             f" {params.train.budget} to each method; shorten its lists"
         )
+    thumbs: dict[str, str] = {}
     if variant.labels:
         labels = read_block(path, f"{key}.labels", variant.labels, Labels)
         if "labels" not in module.READS:
             raise UserError(f"{path}: {key}.labels: {method} reads no labels; remove it")
         if labels.inside_object:
             raise UserError(f"{path}: {key}.labels.inside_object: no study can label nodes so; remove it")
+        if labels.density == "pixel":
+            thumbs["thumbs"] = read_folder_header(data / "thumbs", "thumbs/1", params.dataset.buckets).fingerprint
     source = source_mark(TRAINING / "methods" / f"{method}.py")
-    return Entry(method, settings, source, tuple(sorted(variant.labels.items())))
+    return Entry(method, settings, source, tuple(sorted(variant.labels.items())), thumbs)
 
 
 def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -409,7 +421,18 @@ def controlled_cache(
         return cache
     settings = Labels.model_validate(materials.labels.model_dump() | dict(labels))
     reference = read_reference(data / f"embed/{encoder}/images", data / "index/images.parquet", buckets, settings)
+    if dict(labels).get("density") == "pixel":
+        cache = replace(cache, density=read_pixels(data, buckets, cache))
     return relabel(cache, replace(materials, labels=settings, reference=reference))
+
+
+def read_pixels(data: Path, buckets: int, cache: Cache) -> Tensor:
+    """Density (n V, N+1) by entropy of pixels of a cache's nodes, from data/thumbs."""
+    index = read_table(data / "index/images.parquet", "index.images/1", ["path", "image_id"])
+    of_path = dict(zip(index["path"].to_pylist(), index["image_id"].to_pylist(), strict=True))
+    image_ids = [of_path[path] for path in cache.paths for _ in range(cache.views)]
+    thumbs = read_buckets(data / "thumbs", "thumbs/1", buckets)
+    return torch.from_numpy(pixel_density(thumbs, image_ids, cache.boxes.numpy()))
 
 
 class Prepared(NamedTuple):
@@ -453,7 +476,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
         "draw": cell.draw,
         "chosen": fitted.chosen,
         "classes": whole.classes,
-        "fingerprints": plan.origins[cell.encoder],
+        "fingerprints": plan.read_by(cell),
     }
     metadata = {
         "schema": SCHEMA,
@@ -534,7 +557,7 @@ def make_search(plan: Plan, cell: Cell) -> None:
         **plan.identity(cell),
         "settings": settings,
         "tried": [{"settings": point.model_dump(), "draws": rows} for point, rows in zip(points, tried, strict=True)],
-        "fingerprints": plan.origins[cell.encoder],
+        "fingerprints": plan.read_by(cell),
     }
 
     def write(folder: Path) -> None:
