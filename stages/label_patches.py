@@ -1,10 +1,12 @@
 """Say what each node of each image shows, in concepts, and which nodes and concepts are worth a closer look.
 
 Reads   data/embed/NAME/images/, data/bank/NAME.parquet; `labels` of params.yaml. Where labels lean on training images
-        (mode splice, density gaga or product) or on boxes of objects, data/index/images.parquet too.
+        (mode splice, density gaga or product) or on boxes of objects, data/index/images.parquet too; density pixel:
+        data/thumbs/.
 Writes  data/labels/NAME/bNNN.parquet (labels/1).
 Costs   softmax: one matrix product of all nodes with the kept concepts, seconds for ten thousand images. splice: some
-        0.2 ms a node and core. gaga: k-means over training nodes first, half a minute for 200 classes.
+        0.2 ms a node and core. gaga: k-means over training nodes first, half a minute for 200 classes. pixel: some
+        1 ms an image and 0.02 ms a box.
 
 For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md section 4, stages D and E [design]):
   P_n, of which the `labels.top` largest are stored:
@@ -17,6 +19,7 @@ For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md
     entropy      H_n / ln M;
     gaga         1 / (1 + |l_n - c_n|), c_n the nearest of the k-means centres of local training nodes (M25);
     product      neg_entropy times gaga;
+    pixel        Hpix_n / 8, Hpix_n the entropy in bits of the grey values in the node's box (stages/pixels.py);
     times the share of the node's box inside the object's, with `labels.inside_object`, where the index has a box;
   selected: node 0, and `labels.select_locals` others taken one by one at the maximum of density_n - redundancy * r_n,
   r_n the largest l_n . l_m over those taken before, node 0 aside, and never under 0 (maximal marginal relevance);
@@ -45,6 +48,7 @@ from stages import store
 from stages.command import UserError, encoder_parser, run
 from stages.kmeans import PER_CENTRE, find_centres, nearest_centres
 from stages.params import Labels, load_params
+from stages.pixels import pixel_density
 from stages.rings import ring_gains
 from stages.splice import centre, decompose
 from stages.splits import count_locals, iterate_nodes, read_split, sample_locals
@@ -53,6 +57,7 @@ INDEX = Path("data/index/images.parquet")
 EMBED = Path("data/embed")
 BANK = Path("data/bank")
 LABELS = Path("data/labels")
+THUMBS = Path("data/thumbs")
 SCHEMA = "labels/1"
 # Nodes labelled at once, at most, and their weights: nodes x concepts floats in memory, some times over.
 CHUNK, CHUNK_WEIGHTS = 8_192, 2**22
@@ -94,11 +99,18 @@ def splice_weights(
 
 
 def label_nodes(
-    nodes: Tensor, is_global: Tensor, concepts: Tensor, scale: float, settings: Labels, reference: Reference
+    nodes: Tensor,
+    is_global: Tensor,
+    concepts: Tensor,
+    scale: float,
+    settings: Labels,
+    reference: Reference,
+    pixels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights P (n, M), entropy (n,) and density (n,) of nodes (n, D), of which is_global (n,) are whole images.
 
-    `concepts` (M, D) are the kept ones, `scale` the encoder's, `reference` what read_reference gave for `settings`.
+    `concepts` (M, D) are the kept ones, `scale` the encoder's, `reference` what read_reference gave for `settings`, and
+    `pixels` (n,) the density where it is of pixels: no vector tells it.
     """
     if settings.mode == "softmax":
         weights, entropy = softmax_weights(nodes, concepts, scale / settings.temperature)
@@ -112,6 +124,9 @@ def label_nodes(
         assert reference.centres is not None
         typical = 1 / (1 + (nodes - reference.centres[nearest_centres(nodes, reference.centres)]).norm(dim=1))
         density = typical if settings.density == "gaga" else typical * density
+    if settings.density == "pixel":
+        assert pixels is not None
+        density = pixels
     return weights, entropy, density
 
 
@@ -196,12 +211,13 @@ def label_images(
     settings: Labels,
     reference: Reference,
     share: Tensor | None = None,
+    pixels: Tensor | None = None,
 ) -> Iterator[tuple[slice, Labelled]]:
     """Labels of views, some at a time, with the slice of the views they are of.
 
     vectors (V, n, D) and places (V, n, 2), the centres of their boxes, are all nodes of the views, node 0 the whole
-    image. `concepts` (M, D), `scale`, `settings` and `reference` are as in label_nodes; share (V, n) multiplies the
-    density.
+    image. `concepts` (M, D), `scale`, `settings`, `reference` and `pixels` (V, n) are as in label_nodes; share (V, n)
+    multiplies the density.
     """
     size, count = vectors.shape[1], len(concepts)
     step = max(1, min(CHUNK, CHUNK_WEIGHTS // count) // size)
@@ -210,7 +226,10 @@ def label_images(
         nodes = vectors[rows].float()
         shape = nodes.shape[:2]
         is_global = torch.arange(shape.numel()) % size == 0
-        flat, entropy, density = label_nodes(nodes.flatten(0, 1), is_global, concepts, scale, settings, reference)
+        flat, entropy, density = label_nodes(
+            nodes.flatten(0, 1), is_global, concepts, scale, settings, reference,
+            None if pixels is None else pixels[rows].flatten(),
+        )  # fmt: skip
         weights, density = flat.view(*shape, count), density.view(shape)
         if share is not None:
             density = density * share[rows]
@@ -233,10 +252,12 @@ def label(
     settings: Labels,
     reference: Reference,
     index: pa.Table | None = None,
+    thumbs: pa.Table | None = None,
 ) -> pa.Table:
     """The labels rows of a bucket's nodes; `numbers` (M,) are the concept_idx of `concepts` (M, D).
 
-    `reference` is read_reference's, and `index` has image_id and box where `settings.inside_object` asks for them.
+    `reference` is read_reference's, `index` has image_id and box where `settings.inside_object` asks for them, and
+    `thumbs` image_id and webp where density is of pixels.
     """
     if len(table) == 0:
         return store.arrow_schema(SCHEMA).empty_table()
@@ -251,11 +272,15 @@ def label(
     share = np.ones(len(table), dtype=np.float32)
     if index is not None:
         share = object_share(corners, object_boxes(table.column("image_id"), index))
+    pixels = None
+    if thumbs is not None:
+        image_ids = table.column("image_id").take(starts).to_pylist()
+        pixels = torch.from_numpy(pixel_density(thumbs, image_ids, corners.reshape(-1, size, 4)))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in Labelled._fields}
     by_view = (len(starts), size, -1)
     for _, labelled in label_images(
         vectors.view(by_view), torch.from_numpy((corners[:, :2] + corners[:, 2:]) / 2).view(by_view),
-        concepts, scale, settings, reference, torch.from_numpy(share).view(by_view[:2]),
+        concepts, scale, settings, reference, torch.from_numpy(share).view(by_view[:2]), pixels,
     ):  # fmt: skip
         for name, found in labelled._asdict().items():
             parts[name].append(found.numpy())
@@ -347,6 +372,9 @@ def main() -> None:
     if reads_index(settings):
         made_by["index"] = store.read_header(INDEX, "index.images/1").fingerprint
     reference = read_reference(images, INDEX, buckets, settings)
+    by_pixels = settings.density == "pixel"
+    if by_pixels:
+        made_by["thumbs"] = store.read_folder_header(THUMBS, "thumbs/1", buckets).fingerprint
     boxes = None
     if settings.inside_object:
         boxes = store.read_table(INDEX, "index.images/1", ["image_id", "box", "status"])
@@ -356,7 +384,8 @@ def main() -> None:
     columns = ["image_id", "view", "node", "x0", "y0", "x1", "y1", "vector"]
     for bucket in tqdm(range(buckets), desc=f"label {arguments.encoder}", unit="bucket"):
         nodes = store.read_table(store.bucket_path(images, bucket), "embed.nodes/1", columns)
-        labels = label(nodes, concepts, numbers, text_header.params["logit_scale"], settings, reference, boxes)
+        thumbs = store.read_table(store.bucket_path(THUMBS, bucket), "thumbs/1") if by_pixels else None
+        labels = label(nodes, concepts, numbers, text_header.params["logit_scale"], settings, reference, boxes, thumbs)
         store.write_table(labels, store.bucket_path(folder, bucket), SCHEMA, made_by, mark)
     store.remove_strays(folder, buckets)
     print(f"{folder}: nodes labelled with {len(concepts)} concepts, by {settings.mode}")

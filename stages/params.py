@@ -177,7 +177,7 @@ class Labels(Block):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     sparsity: Annotated[float, Field(gt=0)] = 0.25
     top: Count = 16
-    density: Literal["neg_entropy", "entropy", "gaga", "product"] = "neg_entropy"
+    density: Literal["neg_entropy", "entropy", "gaga", "product", "pixel"] = "neg_entropy"
     inside_object: bool = False
     redundancy: Annotated[float, Field(ge=0)] = 0.5
     select_locals: Count = 12

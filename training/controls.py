@@ -251,7 +251,10 @@ def replace_by_random(bank: Bank, classes: list[str], materials: Materials, gene
 
 
 def relabel(cache: Cache, materials: Materials) -> Cache:
-    """The labels of all nodes from the cache's bank, as label_patches makes them, ring gains included."""
+    """The labels of all nodes from the cache's bank, as label_patches makes them, ring gains included.
+
+    Density of pixels is the cache's own: no bank changes it, and no thumbnail is needed.
+    """
     numbers = cache.bank.kept.nonzero().flatten()
     concepts, settings = cache.bank.K[numbers], materials.labels
     rows, nodes, _ = cache.vectors.shape
@@ -267,9 +270,11 @@ def relabel(cache: Cache, materials: Materials) -> Cache:
         for group in (counts == count).nonzero().flatten().split(GROUP):
             box = cache.boxes[group, :count]
             places = (box[..., :2] + box[..., 2:]) / 2
+            pixels = cache.density[group, :count] if settings.density == "pixel" else None
             for part, found in label_images(
-                cache.vectors[group, :count], places, concepts, materials.logit_scale, settings, materials.reference
-            ):
+                cache.vectors[group, :count], places, concepts, materials.logit_scale, settings, materials.reference,
+                pixels=pixels,
+            ):  # fmt: skip
                 views = group[part]
                 concept_idx[views, :count] = numbers[found.idx].to(concept_idx.dtype)
                 concept_weight[views, :count] = found.weight.to(concept_weight.dtype)

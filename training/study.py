@@ -1,7 +1,8 @@
 """Run a grid of encoders, methods, controls, regimes and seeds over the cache, run by run.
 
 Reads   studies.NAME of params.yaml; for each encoder E what training.train reads, and data/embed/E/controls.parquet
-        where a control takes its texts from there; the file that `development` names.
+        where a control takes its texts from there; data/thumbs/ where a variant has labels.density pixel; the file that
+        `development` names.
 Writes  data/studies/NAME/RUN/, RUN being ENCODER.METHOD.CONTROL.REGIME.SEED: metrics.json (of train and val: test is
         for training.compare), predictions.parquet (every logit of every image), config.json (settings, what was chosen,
         fingerprints of what was read and of the run itself), timing.json. Where settings come from development classes,
@@ -39,7 +40,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -51,12 +52,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
 from stages.command import UserError, run, stage_parser
 from stages.label_patches import read_reference
 from stages.params import NAME, Block, Count, Labels, Params, load_params
-from stages.store import canonical_json, fingerprint, read_folder_header, read_table, sha256
+from stages.pixels import pixel_density
+from stages.store import canonical_json, fingerprint, read_buckets, read_folder_header, read_table, sha256
 from training.controls import Control, apply_control, read_materials, relabel
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.evaluate import (
@@ -172,6 +175,7 @@ class Entry:
     settings: Block
     source: str  # the sha256 of the code that makes its runs
     variation: Variation = PLAIN
+    reads: dict[str, str] = field(default_factory=dict)  # the fingerprints of what the variation reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +190,6 @@ class Plan:
     control_source: str  # of the code of controls, which label anew too
     development: tuple[str, ...]  # class_ids
     origins: dict[str, dict[str, str]]  # by encoder: the fingerprints of its cache, and of control texts that are read
-    others: dict[str, str]  # the fingerprints of the images of encoders that a variant reads beside its own
 
     @property
     def folder(self) -> Path:
@@ -210,18 +213,22 @@ class Plan:
             "regime": cell.regime.model_dump(),
             "settings": entry.settings.model_dump(),
             "labels": dict(entry.variation.labels),
-            "also": {other: self.others[other] for other in entry.variation.also},
+            "also": list(entry.variation.also),
             "development": list(self.development) if self.searched(cell) else None,
             "source": entry.source,
             "control_source": self.control_source if cell.control != Control() or entry.variation.labels else None,
         }
 
+    def read_by(self, cell: Cell) -> dict[str, str]:
+        """The fingerprints of what its run reads."""
+        return self.origins[cell.encoder] | self.entries[cell.method].reads
+
     def search_mark(self, cell: Cell) -> str:
-        return fingerprint("study.search/1", self.identity(cell), list(self.origins[cell.encoder].values()))
+        return fingerprint("study.search/1", self.identity(cell), list(self.read_by(cell).values()))
 
     def mark(self, cell: Cell) -> str:
         seeds = {"seed": cell.seed, "draw": cell.draw}
-        return fingerprint(SCHEMA, self.identity(cell) | seeds, list(self.origins[cell.encoder].values()))
+        return fingerprint(SCHEMA, self.identity(cell) | seeds, list(self.read_by(cell).values()))
 
 
 def read_study(path: str, params: Params, name: str) -> Study:
@@ -248,7 +255,11 @@ def read_study(path: str, params: Params, name: str) -> Study:
         *(("encoders", one, params.encoders) for one in study.encoders),
         *(("methods", one, methods) for one in study.methods),
         *((f"variants.{variant}.method", block.method, methods) for variant, block in study.variants.items()),
-        *((f"variants.{key}.also", one, params.image_encoders) for key, one in also_of(study)),
+        *(
+            (f"variants.{variant}.also", one, params.image_encoders)
+            for variant, block in study.variants.items()
+            for one in block.also
+        ),
         *((f"questions.{n}.of", question.of, entries) for n, question in enumerate(study.questions)),
         *((f"questions.{n}.against", question.against, entries) for n, question in enumerate(study.questions)),
     ]
@@ -273,38 +284,30 @@ def read_study(path: str, params: Params, name: str) -> Study:
     return study
 
 
-def also_of(study: Study) -> list[tuple[str, str]]:
-    """Every variant, with each encoder that it reads beside its own."""
-    return [(variant, one) for variant, block in study.variants.items() for one in block.also]
-
-
 def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     """Check everything that can be checked before the first run. Raises UserError."""
     study = read_study(path, params, name)
     entries = {
-        method: read_method(path, params, f"train.methods.{method}", Variant(method=method)) for method in study.methods
+        method: read_method(path, params, f"train.methods.{method}", Variant(method=method), data)
+        for method in study.methods
     }
     for variant, block in study.variants.items():
-        entries[variant] = read_method(path, params, f"studies.{name}.variants.{variant}", block)
+        entries[variant] = read_method(path, params, f"studies.{name}.variants.{variant}", block, data)
     origins = {encoder: check_origins(data, encoder, params.dataset.buckets) for encoder in study.encoders}
     for encoder, marks in origins.items():
         for control in study.controls:
             if control != Control():
                 marks |= read_materials(data, encoder, control, params.dataset.buckets).fingerprints
-    others = {
-        other: read_folder_header(data / f"embed/{other}/images", "embed.nodes/1", params.dataset.buckets).fingerprint
-        for _, other in also_of(study)
-    }
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
     development = development_classes(study, data, params.train.seed) if few_shot else ()
     control_source = source_mark(TRAINING / "controls.py")
-    return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, origins, others)
+    return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, origins)
 
 
-def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
+def read_method(path: str, params: Params, key: str, variant: Variant, data: Path) -> Entry:
     """A method with the settings of train.methods (or its defaults), changed by the variant that stands under `key`.
 
-    Raises UserError naming file and key.
+    Raises UserError naming file and key, or the thumbnails that its labels read and that are missing.
     """
     method, module = variant.method, load_method(variant.method)
     settings = read_settings(path, params, method) if method in params.train.methods else module.Settings()
@@ -317,16 +320,23 @@ def read_method(path: str, params: Params, key: str, variant: Variant) -> Entry:
             f"{path}: {key}: val would choose among {points} settings, and train.budget allows"
             f" {params.train.budget} to each method; shorten its lists"
         )
+    reads: dict[str, str] = {}
     if variant.also:
         require_others(path, f"{key}.also", method)
+    for other in variant.also:
+        name = f"embed/{other}/images"
+        reads[name] = read_folder_header(data / name, "embed.nodes/1", params.dataset.buckets).fingerprint
     if variant.labels:
         labels = read_block(path, f"{key}.labels", variant.labels, Labels)
         if "labels" not in module.READS:
             raise UserError(f"{path}: {key}.labels: {method} reads no labels; remove it")
         if labels.inside_object:
             raise UserError(f"{path}: {key}.labels.inside_object: no study can label nodes so; remove it")
+        if labels.density == "pixel":
+            reads["thumbs"] = read_folder_header(data / "thumbs", "thumbs/1", params.dataset.buckets).fingerprint
     source = source_mark(TRAINING / "methods" / f"{method}.py")
-    return Entry(method, settings, source, Variation(tuple(sorted(variant.labels.items())), tuple(variant.also)))
+    variation = Variation(tuple(sorted(variant.labels.items())), tuple(variant.also))
+    return Entry(method, settings, source, variation, reads)
 
 
 def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -438,7 +448,18 @@ def controlled_cache(
         return cache
     settings = Labels.model_validate(materials.labels.model_dump() | dict(labels))
     reference = read_reference(data / f"embed/{encoder}/images", data / "index/images.parquet", buckets, settings)
+    if dict(labels).get("density") == "pixel":
+        cache = replace(cache, density=read_pixels(data, buckets, cache))
     return relabel(cache, replace(materials, labels=settings, reference=reference))
+
+
+def read_pixels(data: Path, buckets: int, cache: Cache) -> Tensor:
+    """Density (n V, N+1) by entropy of pixels of a cache's nodes, from data/thumbs."""
+    index = read_table(data / "index/images.parquet", "index.images/1", ["path", "image_id"])
+    of_path = dict(zip(index["path"].to_pylist(), index["image_id"].to_pylist(), strict=True))
+    image_ids = [of_path[path] for path in cache.paths for _ in range(cache.views)]
+    thumbs = read_buckets(data / "thumbs", "thumbs/1", buckets)
+    return torch.from_numpy(pixel_density(thumbs, image_ids, cache.boxes.numpy()))
 
 
 class Prepared(NamedTuple):
@@ -482,7 +503,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
         "draw": cell.draw,
         "chosen": fitted.chosen,
         "classes": whole.classes,
-        "fingerprints": plan.origins[cell.encoder],
+        "fingerprints": plan.read_by(cell),
     }
     metadata = {
         "schema": SCHEMA,
@@ -563,7 +584,7 @@ def make_search(plan: Plan, cell: Cell) -> None:
         **plan.identity(cell),
         "settings": settings,
         "tried": [{"settings": point.model_dump(), "draws": rows} for point, rows in zip(points, tried, strict=True)],
-        "fingerprints": plan.origins[cell.encoder],
+        "fingerprints": plan.read_by(cell),
     }
 
     def write(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What tests of stages build a project of: pictures, tiny real encoders, and tables written by hand."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,20 @@ def draw(path: Path, seed: int, size: tuple[int, int] = (80, 60)) -> Path:
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(path)
     return path
+
+
+def webp_of(grey: np.ndarray) -> bytes:
+    """Grey values (H, W) uint8 as a picture that keeps them all."""
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+def write_thumbs(pictures: dict[str, np.ndarray], *, buckets: int = 4, folder: str | Path = "data/thumbs") -> None:
+    """thumbs: {image_id: grey values (H, W) uint8}."""
+    for bucket, ids in enumerate(store.split_buckets(list(pictures), buckets)):
+        table = store.make_table("thumbs/1", [{"image_id": each, "webp": webp_of(pictures[each])} for each in ids])
+        store.write_table(table, store.bucket_path(folder, bucket), "thumbs/1", {}, "thumbs")
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:

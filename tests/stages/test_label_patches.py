@@ -27,8 +27,18 @@ from stages.label_patches import (
     softmax_weights,
 )
 from stages.params import Labels, Params
+from stages.pixels import pixel_density
 from stages.rings import ring_gains
-from tests.stages.project import image_id, snapshot, unit, write_index, write_nodes, write_texts
+from tests.stages.project import (
+    image_id,
+    snapshot,
+    unit,
+    webp_of,
+    write_index,
+    write_nodes,
+    write_texts,
+    write_thumbs,
+)
 
 
 def random_units(*shape: int, seed: int = 0) -> Tensor:
@@ -90,6 +100,9 @@ def test_density_by_each_rule() -> None:
     torch.testing.assert_close(density("gaga"), 1 / (1 + distance), atol=1e-3, rtol=1e-3)
     assert density("gaga")[:2].tolist() == pytest.approx([1, 1])  # at a centre; the farther, the less
     torch.testing.assert_close(density("product"), density("gaga") * density("neg_entropy"))
+    told = torch.rand(6, generator=torch.Generator().manual_seed(0))
+    pixel, is_global = Labels(density="pixel"), torch.zeros(6, dtype=torch.bool)
+    assert torch.equal(label_nodes(nodes, is_global, concepts, 7.0, pixel, Reference(), told)[2], told)
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
     turned = density("gaga", nodes @ turn, nodes[:2] @ turn)
     torch.testing.assert_close(turned, density("gaga"), atol=1e-3, rtol=1e-3)
@@ -273,6 +286,27 @@ def test_only_what_is_inside_the_object_counts() -> None:
     np.testing.assert_allclose(found[4:], plain[4:] * share)
 
 
+@pytest.mark.parametrize("chunk", [1, 8192])
+def test_density_of_pixels_is_of_each_view_of_its_own_picture(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_patches, "CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    table, concepts = nodes_table(unit(rng.standard_normal((3, 4, 5)))), random_units(6, 5)
+    pictures = {image_id(n): rng.integers(0, 2 << n, (12, 15), dtype=np.uint8) for n in range(3)}
+    thumbs = store.make_table("thumbs/1", [{"image_id": each, "webp": webp_of(pictures[each])} for each in pictures])
+    settings = Labels(density="pixel", select_locals=1, redundancy=0.0)
+    made = label(table, concepts, np.arange(6), 10.0, settings, Reference(), thumbs=thumbs)
+    corners = np.stack([table.column(name).to_numpy() for name in ("x0", "y0", "x1", "y1")], axis=1)
+    expected = pixel_density(thumbs, list(pictures), corners.reshape(3, 4, 4))
+    assert np.unique(expected).size > 6
+    found = made.column("density").to_numpy().reshape(3, 4)
+    np.testing.assert_array_equal(found, expected)
+    selected = made.column("selected").to_numpy().reshape(3, 4)
+    assert selected[:, 1:].argmax(axis=1).tolist() == expected[:, 1:].argmax(axis=1).tolist()
+    plain = label(table, concepts, np.arange(6), 10.0, Labels(), Reference())
+    for same in ("concept_idx", "concept_weight", "entropy"):
+        assert made.column(same) == plain.column(same)
+
+
 @pytest.fixture
 def tables(set_params: Callable[..., Params]) -> Params:
     images = {image_id(n): unit(np.random.default_rng(n).standard_normal((4, 3))) for n in (0, 1, 2)}
@@ -360,3 +394,27 @@ def test_the_stage_by_splice(tables: Params, set_params: Callable[..., Params], 
     first = snapshot(folder)
     run_stage("label_patches", "--encoder", "conv")
     assert [content for content, _ in snapshot(folder).values()] == [content for content, _ in first.values()]
+
+
+def test_the_stage_by_pixels(tables: Params, set_params: Callable[..., Params], run_stage: Callable[..., None]) -> None:
+    folder = Path("data/labels/conv")
+    run_stage("label_patches", "--encoder", "conv")
+    assert "thumbs" not in store.read_folder_header(folder, "labels/1", 16).params
+    set_params(dataset={"buckets": 16}, labels={"density": "pixel"})
+    with pytest.raises(UserError, match=r"data/thumbs/b000\.parquet: is missing"):
+        run_stage("label_patches", "--encoder", "conv")
+    even = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pictures = {image_id(0): even, image_id(1): even // 128, image_id(2): np.zeros_like(even)}
+    write_thumbs({each: pictures[each] for each in (image_id(0), image_id(2))}, buckets=16)
+    with pytest.raises(UserError, match=rf"data/thumbs: lacks image {image_id(1)}; run index_images again"):
+        run_stage("label_patches", "--encoder", "conv")
+    write_thumbs(pictures, buckets=16)
+    run_stage("label_patches", "--encoder", "conv")
+    header = store.read_folder_header(folder, "labels/1", 16)
+    assert header.params["thumbs"] == "thumbs"
+    assert header.params["density"] == "pixel"
+    rows = store.read_buckets(folder, "labels/1", 16).to_pylist()
+    # Every box is the whole picture.
+    assert {(row["image_id"], row["density"]) for row in rows} == {
+        (image_id(0), 1), (image_id(1), 1 / 8), (image_id(2), 0)
+    }  # fmt: skip

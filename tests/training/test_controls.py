@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from stages import store
 from stages.command import UserError
 from stages.label_patches import Reference, label
 from stages.params import Labels
+from tests.stages.project import write_thumbs
 from tests.training.cache import ENCODER, Plan, unit, with_vectors, write_cache
 from training.controls import Control, Materials, apply_control, cycle, keep_concepts, read_materials, relabel
 from training.data import Bank, Cache, read_cache
 from training.loop import predict
 from training.methods import description_zero_shot, zero_shot
 from training.regimes import LongTail, Partial, apply_regime, restrict_classes
+from training.study import Variation, controlled_cache
 
 PLAN = Plan(classes=5, train=6, val=2, test=20, nodes=7, dimension=24, views=2, noise=1.0, concepts=4, ragged=False)
 SETTINGS = Labels(temperature=0.7, top=3, redundancy=0.4, select_locals=3, select_concepts=5)
@@ -60,7 +63,7 @@ def write_controls(folder: Path, unrelated: int = 60, per_class: int = 7, encode
     store.write_table(table, path, "embed.controls/1", {"encoder": encoder}, f"{unrelated} {per_class}")
 
 
-def label_as_the_stage_does(folder: Path) -> None:
+def label_as_the_stage_does(folder: Path, settings: Labels = SETTINGS) -> None:
     """Labels by stages.label_patches, under headers as that stage and embed_text write them."""
     text = folder / f"embed/{ENCODER}/text.parquet"
     header = store.read_header(text, "embed.text/1")
@@ -72,8 +75,12 @@ def label_as_the_stage_does(folder: Path) -> None:
         nodes = store.read_table(store.bucket_path(folder / f"embed/{ENCODER}/images", bucket), "embed.nodes/1")
         path = store.bucket_path(folder / f"labels/{ENCODER}", bucket)
         header = store.read_header(path, "labels/1")
-        made = label(nodes, concepts, bank["concept_idx"].to_numpy(), SCALE, SETTINGS, Reference())
-        store.write_table(made, path, "labels/1", header.params | SETTINGS.model_dump(), header.fingerprint)
+        thumbs = None
+        if settings.density == "pixel":
+            thumbs = store.read_table(store.bucket_path(folder / "thumbs", bucket), "thumbs/1")
+        numbers = bank["concept_idx"].to_numpy()
+        made = label(nodes, concepts, numbers, SCALE, settings, Reference(), thumbs=thumbs)
+        store.write_table(made, path, "labels/1", header.params | settings.model_dump(), header.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +160,47 @@ def test_labels_are_made_as_the_stage_makes_them(folder: Path, cache: Cache) -> 
     for field in LABELS:
         torch.testing.assert_close(getattr(made, field), getattr(cache, field))
     assert made.selected.sum(1).unique().tolist() == [1 + SETTINGS.select_locals]
+
+
+@pytest.fixture(scope="module")
+def by_pixels(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That folder with a picture of noise for each image, labelled by density of pixels."""
+    copy = tmp_path_factory.mktemp("pixels") / "data"
+    shutil.copytree(folder, copy)
+    index = store.read_table(copy / "index/images.parquet", "index.images/1").filter(pc.field("status") == "ok")
+    rng = np.random.default_rng(0)
+    pictures = {
+        image_id: rng.integers(0, most, (9, 11), dtype=np.uint8)
+        for image_id, most in zip(index["image_id"].to_pylist(), rng.integers(2, 256, len(index)), strict=True)
+    }
+    write_thumbs(pictures, buckets=PLAN.buckets, folder=copy / "thumbs")
+    label_as_the_stage_does(copy, SETTINGS.model_copy(update={"density": "pixel"}))
+    return copy
+
+
+def test_labels_by_pixels_are_made_as_the_stage_makes_them(folder: Path, by_pixels: Path, cache: Cache) -> None:
+    staged = read_cache(by_pixels, ENCODER, PLAN.buckets)
+    assert not torch.equal(staged.density, cache.density)
+    again = relabel(staged, read_materials(by_pixels, ENCODER, Control(), PLAN.buckets))
+    # A study labels a cache by pixels that was labelled otherwise, and the other way round.
+    mixed = folder.parent / "mixed"
+    shutil.copytree(folder, mixed)
+    shutil.copytree(by_pixels / "thumbs", mixed / "thumbs")
+    turned = controlled_cache(mixed, ENCODER, PLAN.buckets, Control(), 0, Variation((("density", "pixel"),)))
+    back = controlled_cache(by_pixels, ENCODER, PLAN.buckets, Control(), 0, Variation((("density", "neg_entropy"),)))
+    for made, expected in ((again, staged), (turned, staged), (back, cache)):
+        for field in LABELS:
+            assert torch.equal(getattr(made, field), getattr(expected, field)), field
+
+
+def test_a_control_leaves_density_of_pixels_and_needs_no_thumbnail(by_pixels: Path, tmp_path: Path) -> None:
+    shutil.copytree(by_pixels, tmp_path / "data", ignore=shutil.ignore_patterns("thumbs"))
+    staged, drawn = read_cache(tmp_path / "data", ENCODER, PLAN.buckets), Control(name="random_vectors")
+    made = apply_control(staged, drawn, 0, read_materials(tmp_path / "data", ENCODER, drawn, PLAN.buckets))
+    assert torch.equal(made.density, staged.density)
+    assert torch.equal(made.selected, staged.selected)
+    assert not torch.equal(made.concept_weight, staged.concept_weight)
+    assert not torch.equal(made.ring_gains, staged.ring_gains)
 
 
 def test_padding_gets_no_label(folder: Path, cache: Cache) -> None:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from stages.command import UserError
 from stages.params import Block, load_params
-from stages.store import read_folder_header, read_header, write_table
+from stages.store import read_folder_header, read_header, read_table, write_table
 from tests.checkout import ROOT
+from tests.stages.project import write_thumbs
 from tests.training.cache import Plan as Planted
 from tests.training.cache import unit, with_vectors, write_cache
 from training import study
@@ -265,7 +266,7 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
     path = write_params(project, small=SMALL | {"controls": controls, "methods": methods, "regimes": ["full"]})
     study_of = study.read_study(str(path), load_params(path), "small")
     entries = {name: Entry(name, Block(), "") for name in methods}
-    plan = Plan("small", study_of, project, 3, entries, "", (), {}, {})
+    plan = Plan("small", study_of, project, 3, entries, "", (), {})
     found: dict[str, list[str]] = {name: [] for name in methods}
     for cell in cells(plan, 0):
         found[cell.method] += [cell.control.label] if cell.control.label not in found[cell.method] else []
@@ -391,9 +392,10 @@ def test_a_variant_may_read_other_encoders_too(project: Path, quick_graph: None)
     runs = {cell.method: plan.folder / cell.run for cell in cells(plan, 0) if cell.control == Control()}
     logits = {name: pq.read_table(folder / "predictions.parquet")["logits"] for name, folder in runs.items()}
     assert not logits["both"].equals(logits["concept_graph"])
-    images = "embed.nodes/1", 3
-    mark = read_folder_header(project / "data/embed/other/images", *images).fingerprint
-    assert json.loads((runs["both"] / "config.json").read_text())["also"] == {"other": mark}
+    mark = read_folder_header(project / "data/embed/other/images", "embed.nodes/1", 3).fingerprint
+    config = json.loads((runs["both"] / "config.json").read_text())
+    assert config["also"] == ["other"]
+    assert config["fingerprints"]["embed/other/images"] == mark
 
 
 def test_overrides_are_part_of_a_run(project: Path, quick_graph: None) -> None:
@@ -408,6 +410,30 @@ def test_overrides_are_part_of_a_run(project: Path, quick_graph: None) -> None:
     for change in ({"labels": labels | {"select_locals": 3}}, {"labels": {}}, {"settings": {"texts": 2}}):
         after = marks(**change)
         assert {name for name in before if after[name] != before[name]} == {"few"}
+
+
+def test_a_variant_by_pixels_reads_thumbnails_and_no_other_run_does(project: Path, quick_graph: None) -> None:
+    def changed(**few: Any) -> dict[str, Any]:
+        return GRAPH | {"variants": GRAPH["variants"] | {"few": GRAPH["variants"]["few"] | few}}
+
+    before, grid = planned(project, **GRAPH)
+    by_pixels = changed(labels={"select_locals": 2, "density": "pixel"})
+    with pytest.raises(UserError, match=r"data/thumbs/b000\.parquet: is missing"):
+        planned(project, **by_pixels)
+    index = read_table(project / "data/index/images.parquet", "index.images/1").to_pylist()
+    rng = np.random.default_rng(0)
+    pictures = {row["image_id"]: rng.integers(0, 256, (6, 6), dtype=np.uint8) for row in index if row["image_id"]}
+    write_thumbs(pictures, buckets=3, folder=project / "data/thumbs")
+    plan = ran(project, **by_pixels)
+    assert {cell.method for cell in grid if plan.mark(cell) != before.mark(cell)} == {"few"}
+    for cell in grid:
+        config = json.loads((plan.folder / cell.run / "config.json").read_text())
+        assert config["fingerprints"].get("thumbs") == ("thumbs" if cell.method == "few" else None)
+    # Thumbnails made otherwise are another variant's.
+    for path in (project / "data/thumbs").iterdir():
+        write_table(read_table(path, "thumbs/1"), path, "thumbs/1", {}, "another")
+    again, _ = planned(project, **by_pixels)
+    assert {cell.method for cell in grid if again.mark(cell) != plan.mark(cell)} == {"few"}
 
 
 def test_a_second_encoder_is_a_grid_of_its_own(project: Path) -> None:

@@ -154,7 +154,7 @@ def test_training_opens_no_picture_and_calls_no_model() -> None:
     every = "; ".join(
         f"import training.methods.{file.stem}" for file in sorted(Path("training/methods").glob("[a-z]*.py"))
     )
-    code = f"import sys, training.train; {every}; print(*{{'PIL', 'open_clip', 'openai', 'dvc'}} & sys.modules.keys())"
+    code = f"import sys, training.study; {every}; print(*{{'PIL', 'open_clip', 'openai', 'dvc'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
 
