@@ -9,7 +9,10 @@ the training images with its updates; of several the fastest counts, since the m
 "Arithmetic" is the time that a step's matrix products (counted by PyTorch) take at the rate that one of them, a batch's
 nodes by 256 x 256, reaches here, over the epoch's time.
 
-    python -m bench.train [--images N] [--epochs E]
+With GOMP_SPINCOUNT=3000 in front, threads wait as those of the train stage do; under `make bench` they sleep, as suits
+the embedding.
+
+    GOMP_SPINCOUNT=3000 python -m bench.train [--images N] [--epochs E]
 """
 
 import argparse
