@@ -473,7 +473,8 @@ def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: in
     whole = controlled_cache(plan.data, encoder, plan.buckets, control, draw, variation)
     if isinstance(regime, Shots):
         whole = restrict_classes(whole, [name for name in whole.classes if name not in plan.development])
-    told = apply_regime(whole, regime, draw)
+    # A control may draw where the regime does not: its splits stay those of the plain run.
+    told = apply_regime(whole, regime, draw if regime_draws(regime) else 0)
     # Few-shot fits get no val image, so that these may be reported like test images.
     shown = told
     if isinstance(regime, Shots):

@@ -398,6 +398,15 @@ def test_a_variant_may_read_other_encoders_too(project: Path, quick_graph: None)
     assert config["fingerprints"]["embed/other/images"] == mark
 
 
+def test_a_control_that_draws_leaves_the_unseen_classes_as_they_are(project: Path) -> None:
+    unseen = [{"kind": "unseen", "seen": 0.5}]
+    plan = ran(project, methods=["zero_shot"], controls=["none", "random_vectors"], regimes=unseen)
+    files = [plan.folder / cell.run / "predictions.parquet" for cell in cells(plan, 0)]
+    assert len(files) == 3
+    splits = [pq.read_table(file, columns=["path", "split"]).sort_by("path")["split"].to_pylist() for file in files]
+    assert splits[1:] == splits[:1] * 2
+
+
 def test_overrides_are_part_of_a_run(project: Path, quick_graph: None) -> None:
     def marks(**few: Any) -> dict[str, str]:
         variants = GRAPH["variants"] | {"few": GRAPH["variants"]["few"] | few}
