@@ -283,6 +283,12 @@ def written(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
+def lay_out(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of fields as aligned columns."""
+    widths = [max(map(len, fields)) for fields in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def percent(values: Sequence[float]) -> str:
     mean, deviation = mean_and_deviation(values)
     return f"{100 * mean:.1f}" + (f" +- {100 * deviation:.1f}" if len(values) > 1 else "")
@@ -334,9 +340,7 @@ def as_text(judged: Judged, split: str, groups: Mapping[str, str] | None, headin
     for table, rows in judged:
         own = group_numbers(table, groups)
         lines = [columns_of(table, own), *(fields_of(row, table.regime, own) for row in rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        laid = ["  ".join(field.ljust(width) for field, width in zip(line, widths, strict=True)) for line in lines]
-        blocks.append("\n".join([title_of(table, split), *(line.rstrip() for line in laid)]))
+        blocks.append(f"{title_of(table, split)}\n{lay_out(lines)}")
     return "\n\n".join([*blocks, "\n".join(foot)]) + "\n"
 
 

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from stages.command import UserError, run, stage_parser
 from stages.params import Block, Params, load_params
 from stages.store import read_buckets, read_table, write_text
+from training.compare import lay_out, points, points_range, written
 from training.controls import Control
 from training.data import Batch, Cache, Rows, column, read_cache
 from training.evaluate import Bools, Floats, Ints, bootstrap, holm, interval, p_value
@@ -421,19 +422,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def ends(bounds: tuple[float, float]) -> str:
-    return f"[{points(bounds[0])}, {points(bounds[1])}]"
-
-
-def lay_out(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, fields)) for fields in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
 def table_of(rows: Sequence[Row], title: str, random: Mapping[str, float] | None = None) -> str:
     """`random`, by what is judged, is a column of its own."""
     head = [title, "images", *([] if random is None else ["random"]), "own", "rival", "its"]
@@ -441,8 +429,8 @@ def table_of(rows: Sequence[Row], title: str, random: Mapping[str, float] | None
     for row in rows:
         beside = [] if random is None else [percent(random[row.what])]
         figures = [f"{row.images}", *beside, percent(row.own), row.rival, percent(row.theirs), points(row.difference)]
-        p = f"{row.p_holm:.3f}" if row.p_holm >= 0.001 else "<0.001"
-        lines.append([row.what, *figures, ends(row.over_images), ends(row.over_classes), p, row.verdict])
+        over = map(points_range, (row.over_images, row.over_classes))
+        lines.append([row.what, *figures, *over, written(row.p_holm), row.verdict])
     return lay_out(lines)
 
 
