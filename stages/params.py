@@ -232,6 +232,10 @@ class Train(Block):
         """Everything that leaves a run in data/runs, by its name there."""
         return {**self.methods, **self.several}
 
+    def method_of(self, name: str) -> str:
+        """The method of one of `runs`: a file in training/methods/."""
+        return self.several[name].method if name in self.several else name
+
 
 class Report(Block):
     reference: str = "linear_probe"
@@ -371,7 +375,7 @@ def check_contradictions(path: str, params: Params) -> None:
         if method.encoder not in params.encoders:
             known = ", ".join(params.encoders)
             refuse(f"{key}.encoder", f"{method.encoder!r} is not under `encoders`", f"choose one of: {known}")
-        file = method.method if isinstance(method, Several) else name
+        file = params.train.method_of(name)
         if not Path("training/methods", f"{file}.py").is_file():
             known = ", ".join(sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py")))
             refuse(key, f"there is no training/methods/{file}.py", f"choose one of: {known}")

@@ -36,13 +36,13 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from stages.command import UserError, run, stage_parser
-from stages.params import Block, Params, Several, explain, load_params
+from stages.params import Block, Params, explain, load_params
 from stages.store import canonical_json, fingerprint, write_atomic, write_text
 from training.controls import Control, apply_control, read_materials
 from training.data import SPLITS, Cache, read_cache
 from training.evaluate import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.loop import predict
-from training.methods import Fitted, load_method, method_of, read_settings
+from training.methods import Fitted, load_method, read_settings
 from training.regimes import Regime, apply_regime, hide_test
 
 SCHEMA = "run.predictions/1"
@@ -163,8 +163,9 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     if name not in params.train.runs:
         known = ", ".join(params.train.runs)
         raise UserError(f"{path}: train.methods: has no {name}; choose one of: {known}, or add it")
-    entry, method, settings = params.train.runs[name], method_of(params, name), read_settings(path, params, name)
-    encoder, also = entry.encoder, entry.also if isinstance(entry, Several) else []
+    method, settings = params.train.method_of(name), read_settings(path, params, name)
+    encoder = params.train.runs[name].encoder
+    also = params.train.several[name].also if name in params.train.several else []
     regime = read_regime(path, "train.regime", params.train.regime)
     control = read_control(path, "train.control", params.train.control)
     torch.use_deterministic_algorithms(True)

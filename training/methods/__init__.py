@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.command import UserError
-from stages.params import Block, Params, Several, explain
+from stages.params import Block, Params, explain
 from training.data import Cache
 from training.logistic import assess, require_val
 
@@ -67,15 +67,9 @@ def load_method(name: str) -> MethodModule:
     return module
 
 
-def method_of(params: Params, name: str) -> str:
-    """The method of a run that train.methods or train.several names."""
-    entry = params.train.runs[name]
-    return entry.method if isinstance(entry, Several) else name
-
-
 def read_settings(path: str, params: Params, name: str) -> Block:
     """The settings of a run of train.methods or train.several, checked. Raises UserError naming file and key."""
-    method, several = method_of(params, name), name in params.train.several
+    method, several = params.train.method_of(name), name in params.train.several
     module, given = load_method(method), params.train.runs[name].settings
     key = f"train.{'several' if several else 'methods'}.{name}"
     if several:
