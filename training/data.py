@@ -3,8 +3,8 @@
 `read_cache` joins what the stages wrote for one encoder (nodes, graphs, labels, bank, descriptions) with the index.
 Vectors stay in float16 and edges in flat lists, so memory is about what the files hold, and vectors that would fill it
 stay on the disk; `Cache.batch` gathers, pads and widens for a few hundred images at a time, without a loop over images.
-Names and shapes are those of the method
-catalogue: B images, N local nodes, D dimensions, C classes, M concepts, k labels a node, S sentences.
+Names and shapes are those of the method catalogue: B images, N local nodes, D dimensions, C classes, M concepts, k
+labels a node, S sentences.
 """
 
 import math

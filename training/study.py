@@ -443,14 +443,16 @@ def controlled_cache(
     if control == Control() and not labels:
         return cache
     materials = read_materials(data, encoder, control, buckets)
-    cache = apply_control(cache, control, draw, materials)
     if not labels:
-        return cache
+        return apply_control(cache, control, draw, materials)
     settings = Labels.model_validate(materials.labels.model_dump() | dict(labels))
     reference = read_reference(data / f"embed/{encoder}/images", data / "index/images.parquet", buckets, settings)
     if dict(labels).get("density") == "pixel":
         cache = replace(cache, density=read_pixels(data, buckets, cache))
-    return relabel(cache, replace(materials, labels=settings, reference=reference))
+    materials = replace(materials, labels=settings, reference=reference)
+    controlled = apply_control(cache, control, draw, materials)
+    # A control that replaces texts has labelled anew already.
+    return relabel(controlled, materials) if controlled.bank.K is cache.bank.K else controlled
 
 
 def read_pixels(data: Path, buckets: int, cache: Cache) -> Tensor:
