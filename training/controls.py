@@ -93,6 +93,12 @@ def read_materials(folder: str | Path, encoder: str, control: Control, buckets: 
             raise UserError(f"{path}: is of another encoder than text.parquet; run embed_controls again (dvc repro)")
         texts = read_table(path, "embed.controls/1")
         fingerprints = {str(path.relative_to(folder)): header.fingerprint}
+    unsaid = [name for name in Labels.model_fields if name not in made_by]
+    if unsaid:
+        raise UserError(
+            f"{folder / 'labels' / encoder}: do not say what labels.{unsaid[0]} was, so a version before made them;"
+            " run label_patches again (dvc repro)"
+        )
     settings = Labels.model_validate({name: made_by[name] for name in Labels.model_fields})
     if settings.inside_object:
         raise UserError(

@@ -409,3 +409,9 @@ def test_what_is_missing_is_said_in_one_line(cache: Cache, folder: Path, tmp_pat
         apply_control(cache, Control(name="unrelated_texts"), 0, read("unrelated_texts"))
     with pytest.raises(UserError, match=r"holds 2 random .* class-00, which owns 4 concepts; raise per_class of"):
         apply_control(cache, Control(name="random_descriptors"), 0, read("random_descriptors"))
+    header = store.read_header(tmp_path / labels, "labels/1")
+    said = {name: value for name, value in header.params.items() if name != "mode"}
+    table = store.read_table(tmp_path / labels, "labels/1")
+    store.write_table(table, tmp_path / labels, "labels/1", said, header.fingerprint)
+    with pytest.raises(UserError, match=r"do not say what labels\.mode was, .*; run label_patches again"):
+        read("none")
