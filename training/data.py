@@ -72,6 +72,7 @@ class Batch:
     d: Tensor  # (B, S, D) float32, sentences of the image's description; S is 0 where no image has one
     dm: Tensor  # (B, S) bool
     others: tuple[Tensor, ...] = ()  # (B, N+1, D') float32 each: the same nodes as other encoders see them
+    text_edges: Tensor | None = None  # (B, Mc+S, Mc+S, 1) float32, weights between texts, where Cache has them ready
 
     @property
     def g(self) -> Tensor:
@@ -117,6 +118,7 @@ class Cache:
     bank: Bank
     fingerprints: dict[str, str]  # by file or folder
     others: tuple[Tensor, ...] = ()  # (n V, N+1, D') float16 each: the same nodes as other encoders see them
+    text_edges: Tensor | None = None  # (n V, Mc+S, Mc+S, 1) float16: a method's own, between the texts of each row
 
     def images(self, split: str) -> Tensor:
         """The positions of a split's images, in the order of their paths."""
@@ -145,6 +147,7 @@ class Cache:
             d=self.sentences[images].float(),
             dm=self.sentence_mask[images],
             others=tuple(vectors.index_select(0, rows).float() for vectors in self.others),
+            text_edges=None if self.text_edges is None else self.text_edges[rows].float(),
         )
 
     def adjacency(self, rows: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from training.layers import GatedAttention, Standardise, normalise_adjacency
+from training.layers import Dropout, GatedAttention, Standardise, normalise_adjacency
 
 
 def ragged_graphs(generator: torch.Generator, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,3 +36,18 @@ def test_standardise_centres_and_keeps_angles_finite() -> None:
     torch.testing.assert_close(z.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.var(0, correction=0).mean(), torch.tensor(1.0))
     assert Standardise(torch.ones(4, 3))(torch.ones(2, 3)).abs().sum() == 0
+
+
+def test_dropout_keeps_the_mean_and_rests_at_evaluation() -> None:
+    torch.manual_seed(0)
+    x, dropout = torch.ones(500, 4, 50), Dropout(0.3)
+    dropped = dropout(x)
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert (dropped[:, 0] != dropped[:, 1]).any()
+    shared = Dropout(0.3, by_image=True)(x)
+    assert (shared == shared[:, :1]).all()
+    assert (shared == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert dropout(x.bfloat16()).dtype == torch.bfloat16
+    assert dropout.eval()(x) is x
+    assert Dropout(0.0)(x) is x

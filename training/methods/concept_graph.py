@@ -36,7 +36,9 @@ encoder's vectors against the concepts of all classes, which no gradient reaches
 and not by the image itself.
 """
 
+import functools
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -47,8 +49,8 @@ from torch.nn import functional as F
 from stages.command import UserError
 from stages.params import Block, Count, Fraction
 from training.data import Bank, Batch, Cache
-from training.graph_layers import GraphNetwork, Kind, drop_by_image, nearest_edges
-from training.layers import GatedAttention, Standardise
+from training.graph_layers import GraphNetwork, Kind, nearest_edges
+from training.layers import Dropout, GatedAttention, Standardise
 from training.loop import EVALUATION_BATCH, NotNegative, Schedule, fit_epochs, starting_point
 from training.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
 from training.methods import Fitted, Output
@@ -122,7 +124,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, n, width) -> the same shape; mu and log s^2 (B, n, dimensions)."""
         mean, log_variance = self.distribution(F.gelu(x)).chunk(2, dim=-1)
-        sample = torch.addcmul(mean, torch.randn_like(mean), (0.5 * log_variance).exp()) if self.training else mean
+        sample = mean
+        if self.training:
+            noise = torch.randn_like(mean, dtype=torch.float32).to(mean.dtype)  # narrow noise is drawn more slowly
+            sample = torch.addcmul(mean, noise, (0.5 * log_variance).exp())
         return self.widen(sample), mean, log_variance
 
 
@@ -137,14 +142,14 @@ class Interference(nn.Module):
         self.register_buffer("anchors", anchors)
         self.standardise = Standardise(sample @ anchors.T)
         self.narrow, self.widen = nn.Linear(len(anchors), dimensions), nn.Linear(dimensions, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout, by_image=True)
 
     def forward(self, v: Tensor) -> Tensor:
         """v (B, n, D) -> (B, n, width)."""
         # narrow(standardise(v A^T)) with its linear maps multiplied first: nothing as wide as the classes are many.
         weight = self.narrow.weight / self.standardise.scale
         bias = self.narrow.bias - (weight * self.standardise.mean).sum(-1)
-        out: Tensor = self.widen(drop_by_image(F.elu(F.linear(v, weight @ self.anchors, bias)), self.dropout))
+        out: Tensor = self.widen(self.dropout(F.elu(F.linear(v, weight @ self.anchors, bias))))
         return out
 
 
@@ -172,9 +177,8 @@ class DescriptionGraph(nn.Module):
         self.project, self.norm = nn.Linear(dimension, width), nn.LayerNorm(width)
         self.network = GraphNetwork(settings.graph, settings.layers, width, settings.heads, 1, settings.dropout)
 
-    def forward(self, K: Tensor, concepts: Tensor, sentences: Tensor, mask: Tensor) -> Tensor:
-        """K (M, D), concepts (B, Mc) rows of it, sentences (B, S, D), mask (B, Mc+S) -> (B, Mc+S, width)."""
-        edges = nearest_edges(gather_texts(K, concepts, sentences), mask, self.settings.neighbours)
+    def forward(self, K: Tensor, concepts: Tensor, sentences: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
+        """K (M, D), concepts (B, Mc) rows of it, sentences (B, S, D), edges and mask (B, Mc+S) -> (B, Mc+S, width)."""
         # A concept stands in many images: it is projected once.
         x = gather_texts(self.project(K), concepts, self.project(sentences))
         out: Tensor = self.network(self.norm(x), edges, mask)
@@ -185,6 +189,23 @@ def gather_texts(of_concepts: Tensor, concepts: Tensor, of_sentences: Tensor) ->
     """(B, Mc+S, h): rows of of_concepts (M, h) for concepts (B, Mc), then of_sentences (B, S, h)."""
     rows = of_concepts.index_select(0, concepts.flatten()).unflatten(0, concepts.shape)
     return torch.cat([rows, of_sentences], dim=1)
+
+
+def text_edges(batch: Batch, K: Tensor, neighbours: int) -> Tensor:
+    """Edges of G2 (B, Mc+S, Mc+S, 1), by cosines in float32 whatever the precision of the layers."""
+    concepts = batch.selected_concepts
+    with torch.autocast("cpu", enabled=False):
+        texts = gather_texts(K, concepts.clamp(min=0), batch.d)
+        return nearest_edges(texts, torch.cat([concepts >= 0, batch.dm], dim=1), neighbours)
+
+
+@functools.lru_cache(maxsize=1)  # the seeds of a run share it
+def link_texts(cache: Cache, neighbours: int) -> Cache:
+    """The cache with the edges of G2: no update changes them, and to find them takes a sixteenth of an epoch."""
+    images = torch.arange(len(cache.paths)).repeat_interleave(cache.views).split(EVALUATION_BATCH)
+    views = torch.arange(cache.views).repeat(len(cache.paths)).split(EVALUATION_BATCH)
+    batches = (cache.batch(*some) for some in zip(images, views, strict=True))
+    return replace(cache, text_edges=torch.cat([text_edges(b, cache.bank.K, neighbours).half() for b in batches]))
 
 
 class Gate(nn.Module):
@@ -233,7 +254,7 @@ class Relation(nn.Module):
     def __init__(self, dimension: int, width: int, classes: int, dropout: float) -> None:
         super().__init__()
         self.norm, self.both = nn.LayerNorm(width), nn.Linear(dimension + width, width)
-        self.dropout, self.classify = nn.Dropout(dropout), silent(width, classes)
+        self.dropout, self.classify = Dropout(dropout), silent(width, classes)
 
     def forward(self, g: Tensor, r: Tensor) -> Tensor:
         both = torch.cat([g, self.norm(r).to(g.dtype)], dim=-1)
@@ -283,7 +304,7 @@ class ConceptGraph(nn.Module):
         sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
         self.in_others = nn.ModuleList(Projection(vectors[sample.mask], hidden) for vectors in sample.others)
         self.attention = GatedAttention(hidden, hidden // 2)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
 
         anchors = class_anchors(bank)
         if settings.bottleneck:
@@ -326,7 +347,7 @@ class ConceptGraph(nn.Module):
                     streams[stream].load_state_dict(start.probe.state_dict())
                 case "local" | "fused":
                     streams[stream] = nn.Sequential(
-                        nn.LayerNorm(hidden), nn.Dropout(settings.dropout), silent(hidden, classes)
+                        nn.LayerNorm(hidden), Dropout(settings.dropout), silent(hidden, classes)
                     )
                 case "relation":
                     streams[stream] = Relation(dimension, hidden, classes, settings.dropout)
@@ -370,7 +391,8 @@ class ConceptGraph(nn.Module):
         """The nodes of G2 (B, S, h/2) and their mask (B, S): the image's concepts, then its sentences."""
         concepts, K = batch.selected_concepts, self.texts()
         mask = torch.cat([concepts >= 0, batch.dm], dim=1)
-        return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), mask), mask
+        edges = text_edges(batch, self.K, self.settings.neighbours) if batch.text_edges is None else batch.text_edges
+        return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), edges, mask), mask
 
     def forward(self, batch: Batch) -> Output:
         settings, weights = self.settings, self.settings.loss_weights
@@ -458,5 +480,7 @@ def pool(x: Tensor, attention: Tensor) -> Tensor:
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
+    if settings.description != "none":
+        cache = link_texts(cache, settings.neighbours)
     starting_point(cache)  # before the seed is set: what it draws must not depend on whether it is remembered
     return fit_epochs(lambda: ConceptGraph(cache, settings), cache, settings, seed, settings.loss_weights.model_dump())

@@ -13,7 +13,15 @@ from tests.training.cache import Plan
 from tests.training.methods.test_universal import pad, shake
 from training.data import Batch, Cache
 from training.loop import assess_split, decayed_groups, starting_point, total_loss
-from training.methods.concept_graph import ConceptGraph, Interference, Settings, class_anchors, fit
+from training.methods.concept_graph import (
+    ConceptGraph,
+    Interference,
+    Settings,
+    class_anchors,
+    fit,
+    link_texts,
+    text_edges,
+)
 
 LOSSES = ("image", "graph", "contrast", "bottleneck", "recovery", "rings")
 ALL: dict[str, Any] = {
@@ -180,6 +188,22 @@ def test_sentences_reach_the_decision(cache: Cache) -> None:
     model, images = build(cache, **ALL), cache.images("train")
     batch = cache.batch(images[cache.sentence_mask[images].any(1)])
     assert not torch.allclose(model(batch).logits, model(replace(batch, dm=batch.dm & False)).logits, atol=1e-4)
+
+
+def test_edges_between_texts_are_the_same_in_training_and_at_evaluation(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan(rings=3, sentences=2, views=2))
+    images = torch.arange(len(cache.paths))
+    batch, own = (some.batch(images, images % 2) for some in (cache, link_texts(cache, 2)))
+    assert batch.text_edges is None
+    assert own.text_edges is not None
+    found = text_edges(batch, cache.bank.K, 2)
+    assert (found > 0).any()
+    torch.testing.assert_close(own.text_edges, found, atol=1e-3, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(text_edges(batch, cache.bank.K, 2), found)
+    model = build(cache, **ALL, neighbours=2)
+    torch.testing.assert_close(model(own).logits, model(batch).logits, atol=1e-2, rtol=0)
+    assert not torch.allclose(model(replace(own, text_edges=found.flip(0))).logits, model(batch).logits, atol=1e-2)
 
 
 def test_the_concept_stream_is_the_mean_cosine_of_a_class_s_concepts(cache: Cache) -> None:
