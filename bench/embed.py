@@ -44,8 +44,8 @@ from torch.nn import functional
 from stages import store
 from stages.clip import LoadedEncoder, load_encoder
 from stages.images import map_ahead
+from stages.memory import keep_memory
 from stages.params import Embed, Encoder
-from stages.passes import keep_memory
 from stages.views import Source, prepare
 
 ROOT = Path(__file__).parents[1]

@@ -1,13 +1,14 @@
 """Seconds an epoch of the trained methods, and which share of them is matrix products that nothing can spare.
 
 The cache is synthetic, in memory: 5,994 images (CUB's training set) x 33 nodes x 512 dimensions, 200 classes, 1,000
-concepts, 16 labels a node, 5 neighbours a node; 40 concepts, 4 sentences and 4 ring gains an image. "Bare" is forward
-and backward of two dense convolutions of width 256 with a linear head over tensors that lie ready, in bfloat16 where
-the processor has it. "Every part on" is the concept graph with all that its settings switch. An epoch is one pass over
-the training images with its updates; of several the fastest counts, since the machine may have other work.
+concepts, 16 labels a node, 5 neighbours a node; 40 concepts, 4 sentences and 4 ring gains an image. Settings are the
+methods' defaults; "every part on" is the concept graph with all that its settings switch, "width 256" the same at the
+width that it had before val chose half of it. "Bare" is forward and backward of two dense convolutions of the concept
+graph's width with a linear head over tensors that lie ready, in bfloat16 where the processor has it. An epoch is one
+pass over the training images with its updates; of several the fastest counts, since the machine may have other work.
 
-"Arithmetic" is the time that a step's matrix products (counted by PyTorch) take at the rate that one of them, a batch's
-nodes by 256 x 256, reaches here, over the epoch's time.
+"Arithmetic" is the time that a step's matrix products (counted by PyTorch) take at the rate that one of them, 4,224 x
+256 by 256 x 256, reaches here, over the epoch's time.
 
 With GOMP_SPINCOUNT=3000 in front, threads wait as those of the train stage do; under `make bench` they sleep, as suits
 the embedding.
@@ -28,10 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.data import Bank, Cache
 from training.graph_layers import GCN
-from training.loop import has_bf16, total_loss
+from training.loop import has_bf16, set_up_torch, total_loss
 from training.methods import load_method
+from training.methods.concept_graph import Settings
 
-NODES, DIMENSION, CLASSES, CONCEPTS, LABELS, NEIGHBOURS, BATCH = 33, 512, 200, 1000, 16, 5, 128
+NODES, DIMENSION, CLASSES, CONCEPTS, LABELS, NEIGHBOURS = 33, 512, 200, 1000, 16, 5
 SHOWN, SENTENCES, RINGS = 40, 4, 4
 EVERY_PART = {
     "streams": ["global", "local", "relation", "fused", "concept"],
@@ -89,16 +91,16 @@ def synthetic_cache(images: int) -> Cache:
     )
 
 
-def bare_epoch(images: int, width: int = 256) -> float:
+def bare_epoch(images: int, width: int, batch: int) -> float:
     """Seconds of the arithmetic alone: two dense convolutions and a head, forward and backward."""
     torch.manual_seed(0)
     layers = nn.ModuleList([GCN(DIMENSION, width), GCN(width, width)])
     head = nn.Linear(width, CLASSES)
-    x, y = unit(BATCH, NODES, DIMENSION), torch.arange(BATCH) % CLASSES
-    edges, mask = torch.rand(BATCH, NODES, NODES, 2), torch.ones(BATCH, NODES, dtype=torch.bool)
+    x, y = unit(batch, NODES, DIMENSION), torch.arange(batch) % CLASSES
+    edges, mask = torch.rand(batch, NODES, NODES, 2), torch.ones(batch, NODES, dtype=torch.bool)
     adjacency = GCN.prepare(edges, mask)
     started = perf_counter()
-    for _ in range(-(-images // BATCH)):
+    for _ in range(-(-images // batch)):
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
             hidden = x
             for layer in layers:
@@ -111,7 +113,7 @@ def bare_epoch(images: int, width: int = 256) -> float:
 def matrix_rate() -> float:
     """Floating-point operations a second of one matrix product, the best of several."""
     dtype = torch.bfloat16 if has_bf16() else torch.float32
-    x, w = (torch.randn(*shape).to(dtype) for shape in ((BATCH * NODES, 256), (256, 256)))
+    x, w = (torch.randn(*shape).to(dtype) for shape in ((4224, 256), (256, 256)))
     best = float("inf")
     for _ in range(50):
         started = perf_counter()
@@ -120,13 +122,13 @@ def matrix_rate() -> float:
     return 2 * x.numel() * 256 / best
 
 
-def operations(model: nn.Module, cache: Cache) -> int:
-    """Floating-point operations of the matrix products of one epoch, forward and backward."""
-    batch = cache.batch(torch.arange(BATCH))
+def operations(model: nn.Module, cache: Cache, images: int = 128) -> int:
+    """Floating-point operations of the matrix products of one epoch, forward and backward, counted on `images`."""
+    batch = cache.batch(torch.arange(images))
     with FlopCounterMode(display=False) as counter:
         output = model.train()(batch)
         total_loss(output, batch.target, dict.fromkeys(output.losses, 1.0)).backward()
-    return int(counter.get_total_flops() * len(cache.paths) / BATCH)
+    return int(counter.get_total_flops() * len(cache.paths) / images)
 
 
 def main() -> None:
@@ -135,26 +137,29 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of which the fastest counts (default: 5)")
     arguments = parser.parse_args()
     images = arguments.images
+    set_up_torch()
     cache = synthetic_cache(images)
     precision = "bf16" if has_bf16() else "fp32"
     rate = max(matrix_rate() for _ in range(3))
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision},", end=" ")
     print(f"{rate / 1e9:.0f} GFLOP/s in a matrix product")
-    print(f"{images} images x {NODES} nodes x {DIMENSION}, {CLASSES} classes, batch {BATCH}")
-    bare_epoch(10 * BATCH)
-    bare = min(bare_epoch(images) for _ in range(arguments.epochs))
-    print(f"{'bare two-layer convolution':30s} {bare:6.2f} s an epoch")
+    print(f"{images} images x {NODES} nodes x {DIMENSION}, {CLASSES} classes")
+    default = Settings()
+    bare_epoch(1280, default.hidden, default.batch_size)
+    bare = min(bare_epoch(images, default.hidden, default.batch_size) for _ in range(arguments.epochs))
+    print(f"{'bare two-layer convolution':41s} {bare:6.2f} s an epoch")
     for name, method, knobs in [
         ("attention_pool", "attention_pool", {}),
         ("concept_graph", "concept_graph", {}),
         ("concept_graph, every part on", "concept_graph", EVERY_PART),
+        ("concept_graph, every part on, width 256", "concept_graph", {**EVERY_PART, "hidden": 256}),
     ]:
         module = load_method(method)
-        settings = module.Settings.model_validate({"epochs": 1, "batch_size": BATCH, "weight_decay": [0.01], **knobs})
+        settings = module.Settings.model_validate({"epochs": 1, "weight_decay": [0.01], **knobs})
         fits = [module.fit(cache, settings, 0) for _ in range(arguments.epochs)]
         seconds = min(fitted.epoch_seconds for fitted in fits)
         share = operations(fits[0].model, cache) / rate / seconds
-        print(f"{name:30s} {seconds:6.2f} s an epoch, {seconds / bare:.1f} x bare, arithmetic {share:4.0%}")
+        print(f"{name:41s} {seconds:6.2f} s an epoch, {seconds / bare:.1f} x bare, arithmetic {share:4.0%}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:,.0f} MB, of which the cache's vectors are {cache.vectors.nbytes / 2**20:,.0f} MB")
 

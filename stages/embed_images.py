@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from stages import store
 from stages.clip import Box, LoadedEncoder, choose_device
 from stages.command import UserError, run
+from stages.memory import keep_memory
 from stages.params import Embed, load_params
 from stages.passes import (
     Pass,
     Product,
     compile_blocks,
     find_batch_size,
-    keep_memory,
     list_devices,
     passes_parser,
     preview,

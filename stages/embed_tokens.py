@@ -32,6 +32,7 @@ from stages import store
 from stages.clip import LoadedEncoder, choose_device, pad_rows
 from stages.command import UserError, run
 from stages.layers import RULES, Choice, choose_layers, find_tower, hidden_states
+from stages.memory import keep_memory
 from stages.params import Embed, load_params
 from stages.passes import (
     Pass,
@@ -39,7 +40,6 @@ from stages.passes import (
     Work,
     find_batch_size,
     find_work,
-    keep_memory,
     list_devices,
     passes_parser,
     preview,

@@ -10,11 +10,9 @@ main thread does, and takes turns with those that decode (`Turns`). With several
 takes the buckets with `bucket % world == rank`.
 """
 
-import ctypes
 import heapq
 import io
 import os
-import platform
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -216,18 +214,6 @@ class Passes:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a device could not allocate; of the CPU, PyTorch says it in words alone."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def keep_memory() -> None:
-    """Have glibc keep the memory of a batch for the next one: giving it back takes as long as half of the pass.
-
-    One arena for all threads: those of decoding grow with the images, by some 20 MB a thousand.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8
-        for option, value in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (arena_max, 1)):
-            libc.mallopt(option, value)
 
 
 def compile_blocks(model: nn.Module) -> None:

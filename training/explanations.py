@@ -53,7 +53,7 @@ from training.compare import lay_out, points, points_range, written
 from training.controls import Control
 from training.data import Batch, Cache, Rows, column, read_cache
 from training.evaluate import Bools, Floats, Ints, bootstrap, holm, interval, p_value
-from training.loop import EVALUATION_BATCH, Schedule, predict
+from training.loop import EVALUATION_BATCH, Schedule, predict, set_up_torch
 from training.methods import load_method, read_settings
 from training.regimes import Full, hide_test
 from training.train import write_json
@@ -541,7 +541,7 @@ def explain(params: Params, path: str, method: str, encoder: str | None, data: P
     buckets, seed = params.dataset.buckets, params.train.seed
     parts = read_parts(data)
     settings = read_settings(path, params, method)
-    torch.use_deterministic_algorithms(True)
+    set_up_torch()
     cache = read_cache(data, encoder, buckets)
     norms = read_norms(data, encoder, cache, buckets)[:, 1:]
     bank = cache.bank

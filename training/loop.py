@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from stages.memory import keep_memory
 from stages.params import Block, Count
 from training.data import Cache
 from training.layers import Standardise
@@ -44,6 +45,13 @@ class Schedule(Block):
     weight_decay: list[NotNegative] = Field(default=[0.01, 0.3], min_length=1)
     clip_norm: Positive = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it
+
+
+def set_up_torch() -> None:
+    """For a process that trains: the same bits each time, and the memory of a step kept for the next one."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    keep_memory()
 
 
 def has_bf16() -> bool:

@@ -90,22 +90,20 @@ def chamfer(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
 
 
 def assignment_logits(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
-    """(B, C): the highest h_n . P_cj over an image's nodes and a class's proxies; node 0 is real.
+    """(B, C) float32: the highest h_n . P_cj over an image's nodes and a class's proxies; node 0 is real.
 
     h (B, n, r), mask (B, n), proxies (C, P, r). Only the pair that wins has a gradient.
     """
+    classes, count = proxies.shape[:2]
     with torch.no_grad():
         # Another node 0 wins nothing, and needs no mask as large as `every`.
-        every = torch.where(mask[:, :, None], h, h[:, :1]) @ proxies.flatten(0, 1).T  # (B, n, C P)
-        # Maxima without their places are several times as fast: first the proxy that wins, then its node.
-        proxy = every.amax(1).unflatten(1, proxies.shape[:2]).argmax(2)  # (B, C)
-        column = torch.arange(0, every.shape[2], proxies.shape[1], device=h.device) + proxy
-        node = every.gather(2, column[:, None].expand(-1, every.shape[1], -1)).max(1).indices  # argmax is slower here
-        row = torch.arange(0, every.shape[0] * h.shape[1], h.shape[1], device=h.device)[:, None] + node
-    # The pairs once more, with gradients.
-    of_node = h.flatten(0, 1).index_select(0, row.flatten())
-    of_proxy = proxies.flatten(0, 1).to(h.dtype).index_select(0, column.flatten())
-    return (of_node * of_proxy).float().sum(-1).unflatten(0, row.shape)
+        every = torch.where(mask[:, :, None], h, h[:, :1]) @ proxies.transpose(0, 1).flatten(0, 1).T  # (B, n, P C)
+        node = every.unflatten(2, (count, classes)).amax(2).max(1).indices  # (B, C), the one that wins
+        row = torch.arange(0, len(h) * h.shape[1], h.shape[1], device=h.device)[:, None] + node
+    # With gradients, the winning nodes alone.
+    won = h.flatten(0, 1).index_select(0, row.T.flatten()).unflatten(0, (classes, len(h)))
+    pairs = won @ proxies.to(h.dtype).transpose(1, 2)  # (C, B, P)
+    return pairs.transpose(0, 1).float().max(2).values
 
 
 def recovery(h: Tensor, mask: Tensor, proxies: Tensor, target: Tensor, logits: Tensor) -> Tensor:

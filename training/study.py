@@ -72,7 +72,7 @@ from training.evaluate import (
     top_k_accuracy,
 )
 from training.logistic import assess
-from training.loop import predict
+from training.loop import predict, set_up_torch
 from training.methods import load_method, read_settings, require_others, search_points, single_points
 from training.regimes import Full, Regime, Shots, Unseen, apply_regime, hide_test, read_classes, restrict_classes
 from training.train import SCHEMA, predictions_table, read_block, read_control, read_regime, write_json
@@ -693,7 +693,7 @@ def start_worker(plan: Plan) -> None:
     global worker_plan
     worker_plan = plan
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    set_up_torch()
     parent = multiprocessing.parent_process()
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

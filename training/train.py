@@ -41,7 +41,7 @@ from stages.store import canonical_json, fingerprint, write_atomic, write_text
 from training.controls import Control, apply_control, read_materials
 from training.data import SPLITS, Cache, read_cache
 from training.evaluate import accuracy, log_loss, macro_accuracy, top_k_accuracy
-from training.loop import predict
+from training.loop import predict, set_up_torch
 from training.methods import Fitted, load_method, read_settings
 from training.regimes import Regime, apply_regime, hide_test
 
@@ -168,7 +168,7 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     also = params.train.several[name].also if name in params.train.several else []
     regime = read_regime(path, "train.regime", params.train.regime)
     control = read_control(path, "train.control", params.train.control)
-    torch.use_deterministic_algorithms(True)
+    set_up_torch()
     cache, fingerprints = controlled(data, encoder, also, params.dataset.buckets, control, params.train.seed)
     loaded = perf_counter()
 

@@ -75,7 +75,8 @@ class LossWeights(Block):
 
 
 class Settings(Schedule):
-    hidden: Count = 256
+    batch_size: Count = 256
+    hidden: Count = 128
     dropout: Fraction = 0.3
     texts: Whole = 5  # concepts that make a node's text; 0: none
     nodes: Literal["all", "selected"] = "all"  # selected: only the patches that label_patches selected
