@@ -48,10 +48,9 @@ class Schedule(Block):
 
 
 def set_up_torch() -> None:
-    """For a process that trains: the same bits each time, and the memory of a step kept for the next one."""
+    """For a process that trains: the same bits each time."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-    keep_memory()
 
 
 def has_bf16() -> bool:
@@ -139,6 +138,7 @@ def fit_epochs(
     UserError for a grid of several points and no val.
     """
     require_val(len(cache.images("val")), len(schedule.lr) * len(schedule.weight_decay), "lr, weight_decay")
+    keep_memory()  # of a step for the next one; before, what loading took was given back
     best: tuple[tuple[float, float], Fitted] | None = None
     for lr, weight_decay in itertools.product(schedule.lr, schedule.weight_decay):
         torch.manual_seed(seed)
