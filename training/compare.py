@@ -533,9 +533,10 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     if by_val and split == "val":
         notes.append(f"val also chose settings and epochs under {', '.join(by_val)}: there its figures are too high")
     if any(isinstance(regime, Shots) for regime in plan.study.regimes):
+        left_out = f", {len(plan.left_out)} more are left out" if plan.left_out else ""
         notes.append(
-            f"few-shot: settings were chosen on {len(plan.development)} other classes, val had no part in the fits;"
-            " each run is a draw of shots"
+            f"few-shot: settings were chosen on {len(plan.development)} other classes{left_out}; val had no part in the"
+            " fits; each run is a draw of shots"
         )
     return notes + (contamination_note(plan) if split == "test" else [])
 

@@ -23,7 +23,8 @@ Few-shot (`shots`) leaves nothing to choose settings by, so they come from other
 where that is null, one in five, drawn by train.seed. On these, each point of a method's grid is fitted SEARCH_DRAWS
 times with as many shots, and scored on the training and val images that the draw leaves over (val alone is too few: on
 cub100's 40 it chose a strength with which the probe lost 8 points on the other classes); the best mean is kept, and the
-median of the epochs that were best. The runs have the remaining classes only.
+median of the epochs that were best. The runs have the remaining classes only, without those of `left_out`: classes that
+an encoder has seen with their texts say nothing of few images.
 
     python -m training.study --name baselines
 """
@@ -131,6 +132,7 @@ class Study(Block):
     seeds: Count = 5
     declared_test: bool = False
     development: str | None = None
+    left_out: str | None = None
 
 
 class Cell(NamedTuple):
@@ -188,7 +190,8 @@ class Plan:
     buckets: int
     entries: dict[str, Entry]  # the study's methods and variants, in its order
     control_source: str  # of the code of controls, which label anew too
-    development: tuple[str, ...]  # class_ids
+    development: tuple[str, ...]  # class_ids that few-shot settings come from
+    left_out: tuple[str, ...]  # class_ids that few-shot runs do without
     origins: dict[str, dict[str, str]]  # by encoder: the fingerprints of its cache, and of control texts that are read
 
     @property
@@ -206,7 +209,8 @@ class Plan:
     def identity(self, cell: Cell) -> dict[str, Any]:
         """What the outcome of a run follows from, the cache apart."""
         entry = self.entries[cell.method]
-        return {
+        left_out = {"left_out": list(self.left_out)} if self.searched(cell) else {}
+        return left_out | {
             "encoder": cell.encoder,
             "method": entry.method,
             "control": cell.control.model_dump(),
@@ -299,9 +303,9 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
             if control != Control():
                 marks |= read_materials(data, encoder, control, params.dataset.buckets).fingerprints
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
-    development = development_classes(study, data, params.train.seed) if few_shot else ()
+    left_out, development = few_shot_classes(study, data, params.train.seed) if few_shot else ((), ())
     control_source = source_mark(TRAINING / "controls.py")
-    return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, origins)
+    return Plan(name, study, data, params.dataset.buckets, entries, control_source, development, left_out, origins)
 
 
 def read_method(path: str, params: Params, key: str, variant: Variant, data: Path) -> Entry:
@@ -348,18 +352,27 @@ def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def development_classes(study: Study, data: Path, seed: int) -> tuple[str, ...]:
-    """The classes that few-shot settings come from: those the file names, else one in DEVELOPMENT_SHARE, drawn."""
+def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes that few-shot runs leave out, and those that their settings come from.
+
+    Both are what their file names; without a file none is left out, and of the others one in DEVELOPMENT_SHARE is
+    drawn for settings.
+    """
     ids = read_table(data / "index/classes.parquet", "index.classes/1")["class_id"].to_pylist()
+    left_out = set(read_classes(study.left_out, ids)) if study.left_out is not None else set()
+    ids = [class_id for class_id in ids if class_id not in left_out]
     if study.development is None:
         order = sorted(ids, key=lambda class_id: sha256(f"{seed} {class_id}"))
-        return tuple(sorted(order[: max(2, len(ids) // DEVELOPMENT_SHARE)]))
-    found = set(read_classes(study.development, ids))
+        return tuple(sorted(left_out)), tuple(sorted(order[: max(2, len(ids) // DEVELOPMENT_SHARE)]))
+    found = set(read_classes(study.development, [*ids, *left_out]))
+    both = sorted(found & left_out)
+    if both:
+        raise UserError(f"{study.development}: names {both[0]}, which {study.left_out} leaves out; remove it from one")
     if len(found) < 2 or len(ids) - len(found) < 2:
         raise UserError(
             f"{study.development}: names {len(found)} of {len(ids)} classes; it takes 2, and 2 others to report on"
         )
-    return tuple(sorted(found))
+    return tuple(sorted(left_out)), tuple(sorted(found))
 
 
 def source_mark(file: Path) -> str:
@@ -474,7 +487,8 @@ def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: in
     """The two caches that cells of one encoder, control, regime, draw and variation share."""
     whole = controlled_cache(plan.data, encoder, plan.buckets, control, draw, variation)
     if isinstance(regime, Shots):
-        whole = restrict_classes(whole, [name for name in whole.classes if name not in plan.development])
+        apart = {*plan.development, *plan.left_out}
+        whole = restrict_classes(whole, [name for name in whole.classes if name not in apart])
     # A control may draw where the regime does not: its splits stay those of the plain run.
     told = apply_regime(whole, regime, draw if regime_draws(regime) else 0)
     # Few-shot fits get no val image, so that these may be reported like test images.

@@ -684,6 +684,22 @@ def test_development_classes_from_a_file(project: Path) -> None:
         planned(project, development=str(project / "classes.txt"))
 
 
+def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
+    (project / "seen.txt").write_text("class-02\nclass-05\nclass-06\n")
+    plan = ran(project, controls=["none"], methods=["linear_probe"], left_out=str(project / "seen.txt"))
+    assert plan.left_out == ("class-02", "class-05", "class-06")
+    assert not set(plan.left_out) & set(plan.development)
+    sizes = set()
+    for cell in cells(plan, 0):
+        config = json.loads((plan.folder / cell.run / "config.json").read_text())
+        sizes.add((plan.searched(cell), len(config["classes"])))
+        assert ("left_out" in config) == plan.searched(cell)
+    assert sizes == {(False, 10), (True, 5)}
+    (project / "classes.txt").write_text("class-07\nclass-02\n")
+    with pytest.raises(UserError, match=r"classes\.txt: names class-02, which .*seen\.txt leaves out"):
+        planned(project, left_out=str(project / "seen.txt"), development=str(project / "classes.txt"))
+
+
 def readme(section: str, language: str) -> list[str]:
     found = re.search(rf"^## {section}\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert found is not None
