@@ -362,6 +362,8 @@ def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ..
     left_out = set(read_classes(study.left_out, ids)) if study.left_out is not None else set()
     ids = [class_id for class_id in ids if class_id not in left_out]
     if study.development is None:
+        if len(ids) < 4:
+            raise UserError(f"{study.left_out or data / 'index'}: leaves {len(ids)} classes, few-shot runs take 4")
         order = sorted(ids, key=lambda class_id: sha256(f"{seed} {class_id}"))
         return tuple(sorted(left_out)), tuple(sorted(order[: max(2, len(ids) // DEVELOPMENT_SHARE)]))
     found = set(read_classes(study.development, [*ids, *left_out]))

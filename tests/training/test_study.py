@@ -698,6 +698,9 @@ def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
     (project / "classes.txt").write_text("class-07\nclass-02\n")
     with pytest.raises(UserError, match=r"classes\.txt: names class-02, which .*seen\.txt leaves out"):
         planned(project, left_out=str(project / "seen.txt"), development=str(project / "classes.txt"))
+    (project / "seen.txt").write_text("".join(f"class-0{number}\n" for number in range(7)))
+    with pytest.raises(UserError, match=r"seen\.txt: leaves 3 classes, few-shot runs take 4"):
+        planned(project, left_out=str(project / "seen.txt"))
 
 
 def readme(section: str, language: str) -> list[str]:
