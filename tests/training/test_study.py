@@ -266,7 +266,7 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
     path = write_params(project, small=SMALL | {"controls": controls, "methods": methods, "regimes": ["full"]})
     study_of = study.read_study(str(path), load_params(path), "small")
     entries = {name: Entry(name, Block(), "") for name in methods}
-    plan = Plan("small", study_of, project, 3, entries, "", (), {})
+    plan = Plan("small", study_of, project, 3, entries, "", (), (), {})
     found: dict[str, list[str]] = {name: [] for name in methods}
     for cell in cells(plan, 0):
         found[cell.method] += [cell.control.label] if cell.control.label not in found[cell.method] else []
