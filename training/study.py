@@ -360,19 +360,20 @@ def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ..
     """
     ids = read_table(data / "index/classes.parquet", "index.classes/1")["class_id"].to_pylist()
     left_out = set(read_classes(study.left_out, ids)) if study.left_out is not None else set()
-    ids = [class_id for class_id in ids if class_id not in left_out]
+    others = [class_id for class_id in ids if class_id not in left_out]
     if study.development is None:
-        if len(ids) < 4:
-            raise UserError(f"{study.left_out or data / 'index'}: leaves {len(ids)} classes, few-shot runs take 4")
-        order = sorted(ids, key=lambda class_id: sha256(f"{seed} {class_id}"))
-        return tuple(sorted(left_out)), tuple(sorted(order[: max(2, len(ids) // DEVELOPMENT_SHARE)]))
-    found = set(read_classes(study.development, [*ids, *left_out]))
+        if len(others) < 4:
+            raise UserError(f"{study.left_out or data / 'index'}: leaves {len(others)} classes, few-shot runs take 4")
+        order = sorted(others, key=lambda class_id: sha256(f"{seed} {class_id}"))
+        found = set(order[: max(2, len(others) // DEVELOPMENT_SHARE)])
+    else:
+        found = set(read_classes(study.development, ids))
     both = sorted(found & left_out)
     if both:
         raise UserError(f"{study.development}: names {both[0]}, which {study.left_out} leaves out; remove it from one")
-    if len(found) < 2 or len(ids) - len(found) < 2:
+    if len(found) < 2 or len(others) - len(found) < 2:
         raise UserError(
-            f"{study.development}: names {len(found)} of {len(ids)} classes; it takes 2, and 2 others to report on"
+            f"{study.development}: names {len(found)} of {len(others)} classes; it takes 2, and 2 others to report on"
         )
     return tuple(sorted(left_out)), tuple(sorted(found))
 

@@ -174,7 +174,6 @@ class DescriptionGraph(nn.Module):
 
     def __init__(self, dimension: int, width: int, settings: Settings) -> None:
         super().__init__()
-        self.settings = settings
         self.project, self.norm = nn.Linear(dimension, width), nn.LayerNorm(width)
         self.network = GraphNetwork(settings.graph, settings.layers, width, settings.heads, 1, settings.dropout)
 
@@ -192,21 +191,26 @@ def gather_texts(of_concepts: Tensor, concepts: Tensor, of_sentences: Tensor) ->
     return torch.cat([rows, of_sentences], dim=1)
 
 
-def text_edges(batch: Batch, K: Tensor, neighbours: int) -> Tensor:
+def text_mask(concepts: Tensor, sentence_mask: Tensor) -> Tensor:
+    """(B, Mc+S) bool: which concepts (B, Mc), -1 where there is none, and sentences (B, S) an image has."""
+    return torch.cat([concepts >= 0, sentence_mask], dim=1)
+
+
+def text_edges(K: Tensor, concepts: Tensor, sentences: Tensor, mask: Tensor, neighbours: int) -> Tensor:
     """Edges of G2 (B, Mc+S, Mc+S, 1), by cosines in float32 whatever the precision of the layers."""
-    concepts = batch.selected_concepts
     with torch.autocast("cpu", enabled=False):
-        texts = gather_texts(K, concepts.clamp(min=0), batch.d)
-        return nearest_edges(texts, torch.cat([concepts >= 0, batch.dm], dim=1), neighbours)
+        return nearest_edges(gather_texts(K, concepts.clamp(min=0), sentences), mask, neighbours)
 
 
 @functools.lru_cache(maxsize=1)  # the seeds of a run share it
 def link_texts(cache: Cache, neighbours: int) -> Cache:
     """The cache with the edges of G2: no update changes them, and to find them takes a sixteenth of an epoch."""
-    images = torch.arange(len(cache.paths)).repeat_interleave(cache.views).split(EVALUATION_BATCH)
-    views = torch.arange(cache.views).repeat(len(cache.paths)).split(EVALUATION_BATCH)
-    batches = (cache.batch(*some) for some in zip(images, views, strict=True))
-    return replace(cache, text_edges=torch.cat([text_edges(b, cache.bank.K, neighbours).half() for b in batches]))
+    edges = []
+    for rows in torch.arange(len(cache.mask)).split(EVALUATION_BATCH):  # not by batches: vectors may lie on the disk
+        images, concepts = rows // cache.views, cache.selected_concepts[rows].long()
+        mask = text_mask(concepts, cache.sentence_mask[images])
+        edges.append(text_edges(cache.bank.K, concepts, cache.sentences[images].float(), mask, neighbours).half())
+    return replace(cache, text_edges=torch.cat(edges))
 
 
 class Gate(nn.Module):
@@ -391,8 +395,9 @@ class ConceptGraph(nn.Module):
     def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The nodes of G2 (B, S, h/2) and their mask (B, S): the image's concepts, then its sentences."""
         concepts, K = batch.selected_concepts, self.texts()
-        mask = torch.cat([concepts >= 0, batch.dm], dim=1)
-        edges = text_edges(batch, self.K, self.settings.neighbours) if batch.text_edges is None else batch.text_edges
+        mask, edges = text_mask(concepts, batch.dm), batch.text_edges
+        if edges is None:
+            edges = text_edges(self.K, concepts, batch.d, mask, self.settings.neighbours)
         return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), edges, mask), mask
 
     def forward(self, batch: Batch) -> Output:

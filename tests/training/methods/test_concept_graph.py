@@ -21,6 +21,7 @@ from training.methods.concept_graph import (
     fit,
     link_texts,
     text_edges,
+    text_mask,
 )
 
 LOSSES = ("image", "graph", "contrast", "bottleneck", "recovery", "rings")
@@ -196,11 +197,12 @@ def test_edges_between_texts_are_the_same_in_training_and_at_evaluation(planted:
     batch, own = (some.batch(images, images % 2) for some in (cache, link_texts(cache, 2)))
     assert batch.text_edges is None
     assert own.text_edges is not None
-    found = text_edges(batch, cache.bank.K, 2)
+    texts = cache.bank.K, batch.selected_concepts, batch.d, text_mask(batch.selected_concepts, batch.dm)
+    found = text_edges(*texts, 2)
     assert (found > 0).any()
     torch.testing.assert_close(own.text_edges, found, atol=1e-3, rtol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(text_edges(batch, cache.bank.K, 2), found)
+        assert torch.equal(text_edges(*texts, 2), found)
     model = build(cache, **ALL, neighbours=2)
     torch.testing.assert_close(model(own).logits, model(batch).logits, atol=1e-2, rtol=0)
     assert not torch.allclose(model(replace(own, text_edges=found.flip(0))).logits, model(batch).logits, atol=1e-2)
