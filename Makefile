@@ -33,10 +33,10 @@ $(STAMP):
 	@dvc config --quiet --local core.no_scm true
 
 profile: setup
-	@$(if $(PROFILE),python -m stages.profiles "$(PROFILE)")
+	@$(if $(PROFILE),python -m tools.profiles "$(PROFILE)")
 
 repro: profile
-	@python -m stages.preflight
+	@python -m tools.preflight
 	@python -m training.train --check
 	@dvc repro --quiet
 	@cat data/report/summary.txt
@@ -49,16 +49,16 @@ retry: profile
 # The runs of studies.NAME in params.yaml, those that are not there yet; its tables.
 study: setup
 	@test -n "$(NAME)" || { echo "error: make study NAME=NAME, a name under studies in params.yaml" >&2; exit 1; }
-	@python -m training.study --name "$(NAME)"
+	@python -m evaluation.study --name "$(NAME)"
 
 compare: setup
 	@test -n "$(STUDY)" || { echo "error: make compare STUDY=NAME, a name under studies in params.yaml" >&2; exit 1; }
-	@python -m training.compare --study "$(STUDY)"
+	@python -m evaluation.compare --study "$(STUDY)"
 
 # What `dvc repro --single-item train@METHOD` reads, and nothing else: no images, no key, no GPU needed.
 pull: setup
 	@test -n "$(METHOD)" || { echo "error: make pull METHOD=NAME, a name under train.methods in params.yaml" >&2; exit 1; }
-	@paths=$$(python -m stages.lock train@$(METHOD)) && dvc pull $$paths
+	@paths=$$(python -m fieldmark.lock train@$(METHOD)) && dvc pull $$paths
 
 # Push every output to the remote. REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH sets it first, named `share`.
 share: setup

@@ -17,9 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 from time import perf_counter
 
+from fieldmark.llm.imported import row_of
+from fieldmark.params import load_params
 from stages.clean_concepts import Row, clean_class
-from stages.llm.imported import row_of
-from stages.params import load_params
 
 CUB = Path("../shared/data/cub100")
 

@@ -41,12 +41,12 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from stages import store
-from stages.clip import LoadedEncoder, load_encoder
-from stages.images import map_ahead
-from stages.memory import keep_memory
-from stages.params import Embed, Encoder
-from stages.views import Source, prepare
+from fieldmark import store
+from fieldmark.encoders.clip import LoadedEncoder, load_encoder
+from fieldmark.memory import keep_memory
+from fieldmark.params import Embed, Encoder
+from fieldmark.pictures.decode import map_ahead
+from fieldmark.pictures.views import Source, prepare
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT.parent / "shared/data/cub100/CUB_200_2011/images"

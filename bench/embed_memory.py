@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stages import store
+from fieldmark import store
 
 ROOT = Path(__file__).parents[1]
 PARAMS = {

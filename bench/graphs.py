@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stages import store
+from fieldmark import store
+from fieldmark.params import Graphs, Labels
 from stages.build_graphs import graph_rows
 from stages.label_patches import Reference, label
-from stages.params import Graphs, Labels
 
 NODES, DIMENSION, CONCEPTS, BUCKETS, SCALE = 33, 512, 1000, 16, 100.0
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from stages.llm.answers import Item, live_answers
-from stages.llm.prompts import load_prompt
-from stages.params import Llm
+from fieldmark.llm.answers import Item, live_answers
+from fieldmark.llm.prompts import load_prompt
+from fieldmark.params import Llm
 from tests.openai_server import OpenAIServer
 
 CONCURRENCY, LATENCY_S, BAR = 32, 0.2, 0.9

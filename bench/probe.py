@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from stages.params import load_params
+from fieldmark.params import load_params
 
 GRID = np.logspace(-5, 1, 13)
 METRICS = Path("data/runs/linear_probe/metrics.json")

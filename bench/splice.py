@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import Lasso
 
-from stages.splice import TOLERANCE, centre, decompose, gradient, objective, violation
+from fieldmark.labels.splice import TOLERANCE, centre, decompose, gradient, objective, violation
 
 CONCEPTS, DIMENSION, GROUPS, PLANTED, SPARSITY = 1000, 512, 100, 8, 0.25
 # scikit-learn takes milliseconds a node: so many of them are enough to time it.

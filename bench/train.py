@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.data import Bank, Cache
-from training.graph_layers import GCN
+from training.layers.graphs import GCN
 from training.loop import has_bf16, set_up_torch, total_loss
 from training.methods import load_method
 from training.methods.concept_graph import Settings

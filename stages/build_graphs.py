@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stages import store
-from stages.command import UserError, encoder_parser, run
-from stages.params import Graphs, load_params
+from fieldmark import store
+from fieldmark.command import UserError, encoder_parser, run
+from fieldmark.params import Graphs, load_params
 
 EMBED = Path("data/embed")
 GRAPHS = Path("data/graphs")

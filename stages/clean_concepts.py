@@ -14,7 +14,7 @@ is cut off. A text is dropped, for the first of these reasons that holds:
     class_name         gives the class away; a generic one, any class
     habitat            is about the surroundings: the model says so, or the words do
     sound, smell, diet, range, habitat, size, population, breeding, mechanics, lore, behaviour, comparison,
-    nothing_visible    claims what one photo cannot show, or nothing that it can: see stages/llm/visibility.py
+    nothing_visible    claims what one photo cannot show, or nothing that it can: see fieldmark/concepts/visibility.py
     duplicate          says in the same words what another text of the class says
 
 A class that keeps no visual text is named on stderr.
@@ -31,11 +31,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages import store
-from stages.command import run, stage_parser
-from stages.llm.names import ClassName, domain_words, words
-from stages.llm.visibility import Eye
-from stages.params import Clean, Domain, load_params
+from fieldmark import store
+from fieldmark.command import run, stage_parser
+from fieldmark.concepts.names import ClassName, domain_words, words
+from fieldmark.concepts.visibility import Eye
+from fieldmark.params import Clean, Domain, load_params
 
 ANSWERS = Path("data/concepts/answers.parquet")
 CLASSES = Path("data/index/classes.parquet")

@@ -24,16 +24,16 @@ from typing import Any
 
 from PIL import Image
 
-from stages import store
-from stages.command import UserError, run, stage_parser
-from stages.images import BadImage, open_rgb
-from stages.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_answers
-from stages.llm.names import NameMask
-from stages.llm.prompts import Message, Prompt, load_prompt
-from stages.llm.questions import Question, ask, foresee, write_metrics
-from stages.llm.replay import replay
-from stages.lock import refuse_cold_start
-from stages.params import Params, load_params
+from fieldmark import store
+from fieldmark.command import UserError, run, stage_parser
+from fieldmark.concepts.names import NameMask
+from fieldmark.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_answers
+from fieldmark.llm.prompts import Message, Prompt, load_prompt
+from fieldmark.llm.questions import Question, ask, foresee, write_metrics
+from fieldmark.llm.replay import replay
+from fieldmark.lock import refuse_cold_start
+from fieldmark.params import Params, load_params
+from fieldmark.pictures.decode import BadImage, open_rgb
 
 STAGE = "describe_images"
 IMAGES = Path("data/index/images.parquet")

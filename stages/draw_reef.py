@@ -26,10 +26,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages.command import UserError, run, stage_parser
-from stages.params import Reef, load_params
-from stages.reef.drawing import PartBox, draw_fish
-from stages.reef.species import Species, load_species
+from fieldmark.command import UserError, run, stage_parser
+from fieldmark.params import Reef, load_params
+from fieldmark.reef.drawing import PartBox, draw_fish
+from fieldmark.reef.species import Species, load_species
 
 OUT = Path("data/reef")
 JPEG_QUALITY = 92

@@ -23,11 +23,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages import store
-from stages.clip import LoadedEncoder, choose_device, load_encoder
-from stages.command import UserError, encoder_parser, run
-from stages.params import load_params
-from stages.texts import embed_texts, preview
+from fieldmark import store
+from fieldmark.command import UserError, encoder_parser, run
+from fieldmark.encoders.clip import LoadedEncoder, choose_device, load_encoder
+from fieldmark.encoders.texts import embed_texts, preview
+from fieldmark.params import load_params
 
 CLASSES = Path("data/index/classes.parquet")
 UNRELATED = Path("data/controls/unrelated.txt")

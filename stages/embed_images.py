@@ -26,12 +26,10 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from stages import store
-from stages.clip import Box, LoadedEncoder, choose_device
-from stages.command import UserError, run
-from stages.memory import keep_memory
-from stages.params import Embed, load_params
-from stages.passes import (
+from fieldmark import store
+from fieldmark.command import UserError, run
+from fieldmark.encoders.clip import Box, LoadedEncoder, choose_device
+from fieldmark.encoders.passes import (
     Pass,
     Product,
     compile_blocks,
@@ -42,8 +40,10 @@ from stages.passes import (
     run_shards,
     update,
 )  # fmt: skip
-from stages.towers import LoadedTower, load_image_encoder
-from stages.views import View, grid_cells, read_sources
+from fieldmark.encoders.towers import LoadedTower, load_image_encoder
+from fieldmark.memory import keep_memory
+from fieldmark.params import Embed, load_params
+from fieldmark.pictures.views import View, grid_cells, read_sources
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.nodes/1"

@@ -15,11 +15,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages import store
-from stages.clip import LoadedEncoder, choose_device, load_encoder
-from stages.command import UserError, encoder_parser, run
-from stages.params import load_params
-from stages.texts import SCHEMA, embed_texts, preview
+from fieldmark import store
+from fieldmark.command import UserError, encoder_parser, run
+from fieldmark.encoders.clip import LoadedEncoder, choose_device, load_encoder
+from fieldmark.encoders.texts import SCHEMA, embed_texts, preview
+from fieldmark.params import load_params
 
 CONCEPTS = Path("data/concepts/concepts.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")

@@ -28,13 +28,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stages import store
-from stages.clip import LoadedEncoder, choose_device, pad_rows
-from stages.command import UserError, run
-from stages.layers import RULES, Choice, choose_layers, find_tower, hidden_states
-from stages.memory import keep_memory
-from stages.params import Embed, load_params
-from stages.passes import (
+from fieldmark import store
+from fieldmark.command import UserError, run
+from fieldmark.encoders.clip import LoadedEncoder, choose_device, pad_rows
+from fieldmark.encoders.layers import RULES, Choice, choose_layers, find_tower, hidden_states
+from fieldmark.encoders.passes import (
     Pass,
     Product,
     Work,
@@ -46,8 +44,10 @@ from stages.passes import (
     run_shards,
     update,
 )
-from stages.towers import LoadedTower, load_image_encoder
-from stages.views import View, read_sources
+from fieldmark.encoders.towers import LoadedTower, load_image_encoder
+from fieldmark.memory import keep_memory
+from fieldmark.params import Embed, load_params
+from fieldmark.pictures.views import View, read_sources
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.tokens/1"

@@ -33,15 +33,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from stages import store
-from stages.command import UserError, run, stage_parser
-from stages.llm.answers import SCHEMA, Item, check_coverage, keep_answers
-from stages.llm.imported import EDITS, Own, read_own, row_of, start_edit
-from stages.llm.prompts import load_prompt
-from stages.llm.questions import Question, Questions, ask, foresee, write_metrics
-from stages.llm.replay import name_some, replay
-from stages.lock import refuse_cold_start
-from stages.params import NONE, Params, load_params
+from fieldmark import store
+from fieldmark.command import UserError, run, stage_parser
+from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
+from fieldmark.llm.imported import EDITS, Own, read_own, row_of, start_edit
+from fieldmark.llm.prompts import load_prompt
+from fieldmark.llm.questions import Question, Questions, ask, foresee, write_metrics
+from fieldmark.llm.replay import name_some, replay
+from fieldmark.lock import refuse_cold_start
+from fieldmark.params import NONE, Params, load_params
 
 STAGE = "generate_concepts"
 CLASSES = Path("data/index/classes.parquet")

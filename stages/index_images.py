@@ -1,7 +1,7 @@
 """List every image and class of a data set: what is there, in which split, and what is broken, double or leaking.
 
-Reads   what `dataset.root` names, laid out as `dataset.format` says (stages/formats/: imagefolder, cub, manifest), and
-        `dataset.val_list`, a file that names validation images: a path (or, in cub, a number) a line.
+Reads   what `dataset.root` names, laid out as `dataset.format` says (fieldmark/formats/: imagefolder, cub, manifest),
+        and `dataset.val_list`, a file that names validation images: a path (or, in cub, a number) a line.
 Writes  data/index/images.parquet, classes.parquet, parts.parquet, attributes.parquet, near_duplicates.parquet,
         metrics.json (counts and health) and data/thumbs/ (192-px WebP a picture: all that report needs of the images).
         Warnings go to stderr, first of all where test is contaminated.
@@ -29,12 +29,13 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from stages import health, store
-from stages.command import UserError, run, stage_parser
-from stages.formats import read_listing
-from stages.formats.listing import SPLITS, Listing, Row, read_lines, readable
-from stages.images import BadImage, dhash, map_ahead, open_rgb
-from stages.params import Dataset, Params, load_params
+from fieldmark import store
+from fieldmark.command import UserError, run, stage_parser
+from fieldmark.formats import read_listing
+from fieldmark.formats.listing import SPLITS, Listing, Row, read_lines, readable
+from fieldmark.params import Dataset, Params, load_params
+from fieldmark.pictures import health
+from fieldmark.pictures.decode import BadImage, dhash, map_ahead, open_rgb
 
 INDEX = Path("data/index")
 THUMBS = Path("data/thumbs")

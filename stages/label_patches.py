@@ -11,7 +11,7 @@ Costs   softmax: one matrix product of all nodes with the kept concepts, seconds
 For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md section 4, stages D and E [design]):
   P_n, of which the `labels.top` largest are stored:
     softmax  P_n = softmax_k(scale * l_n . K_k / labels.temperature);
-    splice   P_n = W_n / sum W_n, W_n the sparse non-negative combination of stages/splice.py; l_n is centred by the
+    splice   P_n = W_n / sum W_n, W_n the sparse non-negative combination of labels/splice.py; l_n is centred by the
              mean of our training nodes (view 0), global and local ones apart; all weights are 0 if no concept helps;
   entropy H_n = -sum_k P_nk ln P_nk, in nats; ln M where all weights are 0;
   density, in [0, 1], by `labels.density`:
@@ -19,13 +19,13 @@ For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md
     entropy      H_n / ln M;
     gaga         1 / (1 + |l_n - c_n|), c_n the nearest of the k-means centres of local training nodes (M25);
     product      neg_entropy times gaga;
-    pixel        Hpix_n / 8, Hpix_n the entropy in bits of the grey values in the node's box (stages/pixels.py);
+    pixel        Hpix_n / 8, Hpix_n the entropy in bits of the grey values in the node's box (labels/pixels.py);
     times the share of the node's box inside the object's, with `labels.inside_object`, where the index has a box;
   selected: node 0, and `labels.select_locals` others taken one by one at the maximum of density_n - redundancy * r_n,
   r_n the largest l_n . l_m over those taken before, node 0 aside, and never under 0 (maximal marginal relevance);
   on node 0 also
     selected_concepts: the `labels.select_concepts` largest of P_0k + sum over selected n of density_n P_nk;
-    ring_gains: the `labels.rings` values of stages/rings.py, dH_2 .. dH_K and JS over the other nodes; all 0 if there
+    ring_gains: the `labels.rings` values of labels/rings.py, dH_2 .. dH_K and JS over the other nodes; all 0 if there
     are none.
 
     python -m stages.label_patches --encoder reef
@@ -44,14 +44,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stages import store
-from stages.command import UserError, encoder_parser, run
-from stages.kmeans import PER_CENTRE, find_centres, nearest_centres
-from stages.params import Labels, load_params
-from stages.pixels import pixel_density
-from stages.rings import ring_gains
-from stages.splice import centre, decompose
-from stages.splits import count_locals, iterate_nodes, read_split, sample_locals
+from fieldmark import store
+from fieldmark.command import UserError, encoder_parser, run
+from fieldmark.labels.kmeans import PER_CENTRE, find_centres, nearest_centres
+from fieldmark.labels.pixels import pixel_density
+from fieldmark.labels.rings import ring_gains
+from fieldmark.labels.splice import centre, decompose
+from fieldmark.labels.splits import count_locals, iterate_nodes, read_split, sample_locals
+from fieldmark.params import Labels, load_params
 
 INDEX = Path("data/index/images.parquet")
 EMBED = Path("data/embed")

@@ -12,10 +12,10 @@ mutual information of LaBo, Yang et al., CVPR 2023]. Candidates are taken in fal
 concept already taken is over `select.max_cosine` is a near duplicate and hands its classes to that concept. Of what is
 left, a concept is kept if no class owns it, or if a class that does chooses it: each class takes `select.per_class` of
 its own, greedily by D_k / ln C + `select.coverage` * how much better they cover all that is said of the class
-(stages/coverage.py); with coverage 0, those of the largest D. Class names stand in the bank too (kind `name`, not kept:
-zero-shot reads them, labelling does not).
+(concepts/coverage.py); with coverage 0, those of the largest D. Class names stand in the bank too (kind `name`, not
+kept: zero-shot reads them, labelling does not).
 
-What is kept is judged on validation images (stages/gate.py). Concepts without signal are told; `select.fallback` auto
+What is kept is judged on validation images (concepts/gate.py). Concepts without signal are told; `select.fallback` auto
 then puts prototypes in their place, and prototypes does so whatever the verdict: per_class k-means centres a class of
 local training nodes, rows of kind `proto` without text, owned by the class of more than half of the nodes nearest to
 it, or by none.
@@ -34,12 +34,13 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from stages import gate, store
-from stages.command import UserError, encoder_parser, run
-from stages.coverage import choose_greedily
-from stages.kmeans import PER_CENTRE, find_centres, nearest_centres
-from stages.params import Select, load_params
-from stages.splits import count_locals, read_globals, read_split, sample_locals
+from fieldmark import store
+from fieldmark.command import UserError, encoder_parser, run
+from fieldmark.concepts import gate
+from fieldmark.concepts.coverage import choose_greedily
+from fieldmark.labels.kmeans import PER_CENTRE, find_centres, nearest_centres
+from fieldmark.labels.splits import count_locals, read_globals, read_split, sample_locals
+from fieldmark.params import Select, load_params
 
 INDEX = Path("data/index/images.parquet")
 CONCEPTS = Path("data/concepts/concepts.parquet")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from stages.params import Params, load_params
-from tests.stages.project import CONV, PARAMS, ROOT, VIT, draw, save_model
+from fieldmark.params import Params, load_params
+from tests.project import CONV, PARAMS, ROOT, VIT, draw, save_model
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,11 +57,11 @@ def set_params(project: Path, models: dict[str, Path]) -> Callable[..., Params]:
 
 @pytest.fixture
 def run_stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run a stage's main() in this process: importing torch anew costs seconds."""
+    """Run the main() of a stage, or of a module by its whole name, in this process: importing torch costs seconds."""
 
     def run(name: str, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
-        importlib.import_module(f"stages.{name}").main()
+        importlib.import_module(name if "." in name else f"stages.{name}").main()
 
     return run
 

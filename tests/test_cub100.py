@@ -65,8 +65,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             params["train"]["methods"][method].update(epochs=2, weight_decay=[0.01])
 
     edit_params(folder, make_small, "profiles/cub100.yaml")
-    command(sys.executable, "-m", "stages.profiles", "cub100", cwd=folder)
-    command(sys.executable, "-m", "stages.preflight", cwd=folder)
+    command(sys.executable, "-m", "tools.profiles", "cub100", cwd=folder)
+    command(sys.executable, "-m", "tools.preflight", cwd=folder)
     command("dvc", "repro", cwd=folder)
     return folder
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from stages import store
+from fieldmark import store
 from tests.checkout import ROOT, edit_params
 
 SECTION = "Reading the files"

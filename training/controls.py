@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.command import UserError
+from fieldmark.command import UserError
+from fieldmark.params import Block, Count, Labels
+from fieldmark.store import bucket_path, read_header, read_table, vectors_of
 from stages.label_patches import Reference, label_images, read_reference
-from stages.params import Block, Count, Labels
-from stages.store import bucket_path, read_header, read_table, vectors_of
 from training.data import Bank, Cache
 
 NEEDS_TEXTS = ("unrelated_texts", "random_descriptors")

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from stages.memory import keep_memory
-from stages.params import Block, Count
+from fieldmark.memory import keep_memory
+from fieldmark.params import Block, Count
 from training.data import Cache
-from training.layers import Standardise
-from training.logistic import STRENGTHS, assess, fit_logistic, require_val
+from training.layers.blocks import Standardise
+from training.layers.logistic import STRENGTHS, assess, fit_logistic, require_val
 from training.methods import Fitted, Output
 
 Positive = Annotated[float, Field(gt=0)]

@@ -26,12 +26,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.command import UserError
-from stages.params import Block, Fraction
-from stages.store import class_id_of, sha256
+from fieldmark.command import UserError
+from fieldmark.params import Block, Fraction
+from fieldmark.store import class_id_of, sha256
 from training.data import Cache
-from training.layers import Standardise
-from training.logistic import fit_logistic
+from training.layers.blocks import Standardise
+from training.layers.logistic import fit_logistic
 
 FOLDS = 5
 # The cross-fitted probe need not be the best one: it only says which classes look alike. Val chooses among these.

@@ -13,7 +13,7 @@ Costs   processor time only: none to speak of for the zero-shot methods; an epoc
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
 stands for all seeds. Val chooses, test is only read out: fit is told no label of it. `train.regime` limits what fit
 sees (training/regimes.py), `train.control` takes something away before (training/controls.py); both are drawn once, by
-train.seed, and the splits of what is written stay those of the index. Many draws are a study (training/study.py). On
+train.seed, and the splits of what is written stay those of the index. Many draws are a study (evaluation/study.py). On
 one machine and with one thread count (OMP_NUM_THREADS), a second run writes the same bytes, timing.json apart.
 
     python -m training.train --method concept_graph
@@ -35,14 +35,14 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from stages.command import UserError, run, stage_parser
-from stages.params import Block, Params, explain, load_params
-from stages.store import canonical_json, fingerprint, write_atomic, write_text
+from fieldmark.command import UserError, run, stage_parser
+from fieldmark.params import Block, Params, explain, load_params
+from fieldmark.store import canonical_json, fingerprint, write_atomic, write_text
 from training.controls import Control, apply_control, read_materials
 from training.data import SPLITS, Cache, read_cache
-from training.evaluate import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.loop import predict, set_up_torch
 from training.methods import Fitted, load_method, read_settings
+from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.regimes import Regime, apply_regime, hide_test
 
 SCHEMA = "run.predictions/1"

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import store
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.params import Graphs, Params
 from stages.build_graphs import link, semantic_weights, spatial_weights
-from stages.command import UserError
-from stages.params import Graphs, Params
-from tests.stages.project import image_id, snapshot, unit, write_nodes
+from tests.project import image_id, snapshot, unit, write_nodes
 
 IMAGES = Path("data/embed/conv/images")
 FOLDER = Path("data/graphs/conv")

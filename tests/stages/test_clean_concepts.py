@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import store
+from fieldmark import store
+from fieldmark.concepts.names import domain_words
+from fieldmark.params import Clean, Domain
 from stages.clean_concepts import CONCEPTS, clean_class, clean_generic, main, normalise, split_text, wording
-from stages.llm.names import domain_words
-from stages.params import Clean, Domain
-from tests.stages.llm.workspace import Row, Workspace
+from tests.fieldmark.llm.workspace import Row, Workspace
 
 BIRD = Domain(noun="bird", group="birds", attributes=["bill", "tail"])
 CLASS: Row = {"class_id": "k", "name": "White-breasted Kingfisher", "scientific_name": "Halcyon smyrnensis"}

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stages import store
-from stages.command import UserError
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.llm.answers import summarise
+from fieldmark.llm.journal import journal_path
+from fieldmark.pictures.decode import BadImage
 from stages.describe_images import ANSWERS, DESCRIPTIONS, JPEG_QUALITY, METRICS, data_url, main
-from stages.images import BadImage
-from stages.llm.answers import summarise
-from stages.llm.journal import journal_path
+from tests.fieldmark.llm.workspace import KEY, Row, Workspace, answers
 from tests.openai_server import OpenAIServer, content, refusal
-from tests.stages.llm.workspace import KEY, Row, Workspace, answers
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def server() -> Iterator[OpenAIServer]:
 @pytest.fixture
 def workspace(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("stages.llm.client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("fieldmark.llm.client.FIRST_PAUSE_S", 0.01)
     workspace = Workspace(monkeypatch, server.base_url)
     workspace.blocks["describe"] = {"enabled": True, "image_px": 300}
     workspace.write()

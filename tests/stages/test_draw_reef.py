@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fieldmark.params import Reef
+from fieldmark.reef.species import load_species
 from stages.draw_reef import Picture, draw_reef, picture_seed
-from stages.params import Reef
-from stages.reef.species import load_species
 
 SMALL = Reef(seed=5, size=48, train_per_class=2, test_per_class=1)
 

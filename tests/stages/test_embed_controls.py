@@ -7,10 +7,11 @@ import open_clip
 import pytest
 import torch
 
-from stages import embed_controls, store
-from stages.command import UserError
-from stages.params import Params
-from tests.stages.project import ROOT, unit
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.params import Params
+from stages import embed_controls
+from tests.project import ROOT, unit
 
 PATH = Path("data/embed/conv/controls.parquet")
 UNRELATED = ["a kettle with a curved spout", "a tram with brass railings", "a loaf of bread with a cracked crust"]

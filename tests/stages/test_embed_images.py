@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stages import store
-from stages.clip import load_encoder
-from stages.command import UserError
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.passes import forward_sources
+from fieldmark.params import Params
+from fieldmark.pictures.views import Source, crop_fraction, cut_windows, grid_cells, in_image, view_region
 from stages.embed_images import nodes_of
-from stages.params import Params
-from stages.passes import forward_sources
-from stages.views import Source, crop_fraction, cut_windows, grid_cells, in_image, view_region
-from tests.stages.project import CONV, ROOT, VIT, draw, image_id, save_model, snapshot, unit
+from tests.project import CONV, ROOT, VIT, draw, image_id, save_model, snapshot, unit
 
 SetParams = Callable[..., Params]
 RunStage = Callable[..., None]
@@ -338,7 +338,7 @@ def test_bad_images_are_left_out(
 FORKER = """
 import os, sys
 from stages import embed_images
-from stages.command import run
+from fieldmark.command import run
 
 for line in sys.stdin:
     said, progress = (os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("said", "progress"))

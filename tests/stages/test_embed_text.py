@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from stages import store
-from stages.command import UserError
-from stages.params import Params
-from tests.stages.project import unit, write_concepts
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.params import Params
+from tests.project import unit, write_concepts
 
 LONG = "a fish with " + "many, many " * 10 + "bars"
 

@@ -11,16 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stages import embed_tokens, store
-from stages.clip import load_encoder
-from stages.command import UserError
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.layers import Choice
+from fieldmark.encoders.passes import Work, forward_sources
+from fieldmark.params import Embed, Params
+from fieldmark.pictures.views import Source, view_region
+from stages import embed_tokens
 from stages.embed_tokens import forward, space_needed, tokens_of
-from stages.layers import Choice
-from stages.params import Embed, Params
-from stages.passes import Work, forward_sources
-from stages.views import Source, view_region
-from tests.stages.project import draw, save_model, snapshot
-from tests.stages.test_towers import register_small, save_small
+from tests.fieldmark.encoders.test_towers import register_small, save_small
+from tests.project import draw, save_model, snapshot
 
 SetParams = Callable[..., Params]
 RunStage = Callable[..., None]

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from stages import store
-from stages.command import UserError
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.llm.answers import summarise
+from fieldmark.llm.imported import row_of
+from fieldmark.llm.journal import journal_path
 from stages.generate_concepts import ANSWERS, CLASSES, METRICS, main
-from stages.llm.answers import summarise
-from stages.llm.imported import row_of
-from stages.llm.journal import journal_path
+from tests.fieldmark.llm.workspace import KEY, REPOSITORY, Row, Workspace, answers, journal_lines
 from tests.openai_server import OpenAIServer, body, completion, content, failure, refusal, without_usage
-from tests.stages.llm.workspace import KEY, REPOSITORY, Row, Workspace, answers, journal_lines
 
 NAMES = ("Iron ray", "Moss ray", "Salt ray")
 ODD = ('A/B "x" é', "..", "ray", "Ray", "../../etc/passwd", "{{ name }}")
@@ -37,7 +37,7 @@ def server() -> Iterator[OpenAIServer]:
 @pytest.fixture
 def workspace(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("stages.llm.client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("fieldmark.llm.client.FIRST_PAUSE_S", 0.01)
     workspace = Workspace(monkeypatch, server.base_url)
     workspace.write()
     workspace.write_classes(*NAMES)

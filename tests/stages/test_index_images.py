@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages import store
-from stages.command import UserError
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.params import Dataset, Params
 from stages.index_images import hold_out, index, mark_duplicates, name_classes, split_rows
-from stages.params import Dataset, Params
-from tests.stages.project import image_id, snapshot
+from tests.project import image_id, snapshot
 
 SetParams = Callable[..., Params]
 DrawImages = Callable[[dict[str, int]], None]

@@ -10,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages import label_patches, store
-from stages.command import UserError
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.labels.pixels import pixel_density
+from fieldmark.labels.rings import ring_gains
+from fieldmark.params import Labels, Params
+from stages import label_patches
 from stages.label_patches import (
     Reference,
     entropy_of,
@@ -26,10 +30,7 @@ from stages.label_patches import (
     select_nodes,
     softmax_weights,
 )
-from stages.params import Labels, Params
-from stages.pixels import pixel_density
-from stages.rings import ring_gains
-from tests.stages.project import (
+from tests.project import (
     image_id,
     snapshot,
     unit,

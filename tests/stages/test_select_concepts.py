@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import select_concepts, store
-from stages.command import UserError
-from stages.params import Params, Select
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.params import Params, Select
+from stages import select_concepts
 from stages.select_concepts import choose, class_means, discriminability, find_duplicates, merge_candidates
-from tests.stages.project import image_id, unit, write_concepts, write_index, write_nodes, write_texts
+from tests.project import image_id, unit, write_concepts, write_index, write_nodes, write_texts
 
 
 def test_a_concept_all_classes_share_says_nothing() -> None:

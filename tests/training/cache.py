@@ -1,4 +1,4 @@
-"""A tiny synthetic cache with a planted cue, written through stages.store as the stages would write it."""
+"""A tiny synthetic cache with a planted cue, written through fieldmark.store as the stages would write it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from stages.params import Labels
-from stages.store import (
+from fieldmark.params import Labels
+from fieldmark.store import (
     arrow_schema,
     bucket_path,
     fingerprint,

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages import store
-from stages.command import UserError
+from evaluation.study import Variation, controlled_cache
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.params import Labels
 from stages.label_patches import Reference, label
-from stages.params import Labels
-from tests.stages.project import write_thumbs
+from tests.project import write_thumbs
 from tests.training.cache import ENCODER, Plan, unit, with_vectors, write_cache
 from training.controls import Control, Materials, apply_control, cycle, keep_concepts, read_materials, relabel
 from training.data import Bank, Cache, read_cache
 from training.loop import predict
 from training.methods import description_zero_shot, zero_shot
 from training.regimes import LongTail, Partial, apply_regime, restrict_classes
-from training.study import Variation, controlled_cache
 
 PLAN = Plan(classes=5, train=6, val=2, test=20, nodes=7, dimension=24, views=2, noise=1.0, concepts=4, ragged=False)
 SETTINGS = Labels(temperature=0.7, top=3, redundancy=0.4, select_locals=3, select_concepts=5)

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from stages.command import UserError
-from stages.store import bucket_path, read_buckets, read_header, read_table, sha256, vectors_of, write_table
+from fieldmark.command import UserError
+from fieldmark.store import bucket_path, read_buckets, read_header, read_table, sha256, vectors_of, write_table
 from tests.training.cache import ENCODER, Plan, write_cache, write_other
 from training.data import Cache, read_cache
 

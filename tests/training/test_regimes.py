@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from stages.command import UserError
-from stages.store import class_id_of
+from fieldmark.command import UserError
+from fieldmark.store import class_id_of
 from tests.training.cache import Plan
 from training.data import Cache
-from training.logistic import fit_logistic
+from training.layers.logistic import fit_logistic
 from training.loop import predict
 from training.methods import description_zero_shot, zero_shot
 from training.regimes import (

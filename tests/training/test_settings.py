@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from stages.params import Block, load_params
+from fieldmark.params import Block, load_params
 from training.methods import read_settings
 
 ROOT = Path(__file__).parents[2]

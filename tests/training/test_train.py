@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from stages.command import UserError
-from stages.params import load_params
+from fieldmark.command import UserError
+from fieldmark.params import load_params
 from tests.training.cache import Plan, write_cache, write_other
 from training.methods import read_settings
 from training.train import train
@@ -154,7 +154,7 @@ def test_training_opens_no_picture_and_calls_no_model() -> None:
     every = "; ".join(
         f"import training.methods.{file.stem}" for file in sorted(Path("training/methods").glob("[a-z]*.py"))
     )
-    code = f"import sys, training.study; {every}; print(*{{'PIL', 'open_clip', 'openai', 'dvc'}} & sys.modules.keys())"
+    code = f"import sys, evaluation.study; {every}; print(*{{'PIL', 'open_clip', 'openai'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
 

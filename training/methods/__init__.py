@@ -1,6 +1,6 @@
 """One file a method, registered by its name: `train.methods.NAME` in params.yaml is `training/methods/NAME.py`.
 
-A method's module holds `Settings`, a `stages.params.Block` with every knob and its default; `SEEDED`, false where no
+A method's module holds `Settings`, a `fieldmark.params.Block` with every knob and its default; `SEEDED`, false where no
 random number is drawn, so that one fit stands for every seed; `READS`, what it looks at beside vectors, under any
 settings; a torch module whose `forward(batch)` returns an `Output`; and `fit(cache, settings, seed)`, which returns a
 `Fitted`. There is no list of methods to extend, so that editing one method reruns one stage.
@@ -21,10 +21,10 @@ from typing import NamedTuple, Protocol, cast
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from stages.command import UserError
-from stages.params import Block, Params, explain
+from fieldmark.command import UserError
+from fieldmark.params import Block, Params, explain
 from training.data import Cache
-from training.logistic import assess, require_val
+from training.layers.logistic import assess, require_val
 
 BUDGET = 16  # settings that val may choose among, the same for every method
 PARTS = frozenset({"names", "concepts", "owners", "labels", "edges", "others"})  # what READS may name
@@ -56,7 +56,7 @@ class MethodModule(Protocol):
 
 
 def load_method(name: str) -> MethodModule:
-    """The module of a method whose file exists (stages.params checks that). Raises UserError where it is not whole."""
+    """The module of a method whose file exists. Raises UserError where it is not whole."""
     module = cast(MethodModule, importlib.import_module(f"training.methods.{name}"))
     for part in MethodModule.__annotations__:
         if not hasattr(module, part):

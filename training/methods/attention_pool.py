@@ -10,9 +10,9 @@ over it is due to those.
 from torch import nn
 from torch.nn import functional as F
 
-from stages.params import Block, Count, Fraction
+from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache
-from training.layers import GatedAttention, Standardise
+from training.layers.blocks import GatedAttention, Standardise
 from training.loop import NotNegative, Schedule, fit_epochs, starting_point
 from training.methods import Fitted, Output
 

@@ -15,10 +15,10 @@ dimensions however many concepts there are, and gives the same answer.
 import torch
 from torch import Tensor, nn
 
-from stages.command import UserError
+from fieldmark.command import UserError
 from training.data import Bank, Batch, Cache
-from training.layers import Standardise
-from training.logistic import ProbeSettings, fit_probe, training_globals
+from training.layers.blocks import Standardise
+from training.layers.logistic import ProbeSettings, fit_probe, training_globals
 from training.methods import Fitted, Output
 
 SEEDED = False

@@ -27,7 +27,7 @@ one; or as what r_1 has to predict (`loss_weights.rings`).
 
 The global stream starts as the tuned linear probe, the graph's at zero. `loss_weights` weighs, beside cross entropy of
 the sum: that of the global stream alone and of the graph's streams alone, so that neither starves because the other has
-already explained the training images; and, off at first, training.losses: `contrast` pulls the densest node to the
+already explained the training images; and, off at first, layers.losses: `contrast` pulls the densest node to the
 concepts of the class, `bottleneck` is the KL of CATE, `recovery` pulls nodes to proxies of the class (TRD's loss as the
 notes read it), in a space of its own. A weight of 0 costs nothing.
 
@@ -46,13 +46,13 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.command import UserError
-from stages.params import Block, Count, Fraction
+from fieldmark.command import UserError
+from fieldmark.params import Block, Count, Fraction
 from training.data import Bank, Batch, Cache
-from training.graph_layers import GraphNetwork, Kind, nearest_edges
-from training.layers import Dropout, GatedAttention, Standardise
+from training.layers.blocks import Dropout, GatedAttention, Standardise
+from training.layers.graphs import GraphNetwork, Kind, nearest_edges
+from training.layers.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
 from training.loop import EVALUATION_BATCH, NotNegative, Schedule, fit_epochs, starting_point
-from training.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
 from training.methods import Fitted, Output
 
 SEEDED = True

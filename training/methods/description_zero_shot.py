@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.command import UserError
-from stages.params import Block
+from fieldmark.command import UserError
+from fieldmark.params import Block
 from training.data import Batch, Cache
+from training.layers.texts import class_text
 from training.loop import Positive, untrained
 from training.methods import Fitted, Output
-from training.texts import class_text
 
 SEEDED = False
 READS = frozenset({"names", "concepts", "owners"})

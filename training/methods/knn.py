@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.params import Block, Count
+from fieldmark.params import Block, Count
 from training.data import Batch, Cache
-from training.logistic import as_probabilities, training_globals
+from training.layers.logistic import as_probabilities, training_globals
 from training.loop import EVALUATION_BATCH, Positive
 from training.methods import Fitted, Output, search
 

@@ -1,14 +1,14 @@
 """Logistic regression on the global vector, its L2 strength chosen on val: the rival that every method has to beat.
 
-Fitted over all views of the training images (training/logistic.py). The vectors are centred by the training mean and
+Fitted over all views of the training images (layers/logistic.py). The vectors are centred by the training mean and
 divided by one common scale (layers.Standardise), not dimension by dimension: angles stay as they are.
 """
 
 from torch import nn
 
 from training.data import Batch, Cache
-from training.layers import Standardise
-from training.logistic import ProbeSettings, fit_probe, training_globals
+from training.layers.blocks import Standardise
+from training.layers.logistic import ProbeSettings, fit_probe, training_globals
 from training.methods import Fitted, Output
 
 SEEDED = False

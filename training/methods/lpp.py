@@ -5,7 +5,7 @@
 with x the standardised global vector, t_c the class's text (zero_shot.class_text) less the mean over classes, of unit
 length, and s `text_scale`. A reconstruction, and not the paper's procedure: they start from class means and take
 block-wise gradient steps of sizes from Lipschitz constants, without a penalty. Here the same form is fitted by
-full-batch L-BFGS (training/logistic.py), the problem being convex, from zero and with one L2 penalty on w and alpha
+full-batch L-BFGS (layers/logistic.py), the problem being convex, from zero and with one L2 penalty on w and alpha
 [design]: at s = 0 it is the linear probe, and the greater s, the cheaper it is to lean on the texts. Val chooses both.
 Left free, alpha fits the training images at the cost of val where there are many.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import Batch, Cache
-from training.layers import Standardise
-from training.logistic import Chosen, ProbeSettings, fit_probe, require_val, training_globals
+from training.layers.blocks import Standardise
+from training.layers.logistic import Chosen, ProbeSettings, fit_probe, require_val, training_globals
+from training.layers.texts import class_text
 from training.loop import NotNegative, Positive
 from training.methods import Fitted, Output, search_points
-from training.texts import class_text
 
 SEEDED = False
 READS = frozenset({"names", "owners"})

@@ -7,10 +7,10 @@ problem: what it gains over the probe is what a straight boundary misses.
 from pydantic import Field
 from torch import nn
 
-from stages.params import Count, Fraction
+from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
-from training.layers import Standardise
-from training.logistic import training_globals
+from training.layers.blocks import Standardise
+from training.layers.logistic import training_globals
 from training.loop import Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
 

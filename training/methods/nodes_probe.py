@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from training.data import Batch, Cache
-from training.layers import Standardise
-from training.logistic import ProbeSettings, fit_probe
+from training.layers.blocks import Standardise
+from training.layers.logistic import ProbeSettings, fit_probe
 from training.methods import Fitted, Output
 
 SEEDED = False

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.params import Block
+from fieldmark.params import Block
 from training.data import Batch, Cache
-from training.layers import Standardise
-from training.logistic import as_probabilities, training_globals
+from training.layers.blocks import Standardise
+from training.layers.logistic import as_probabilities, training_globals
 from training.loop import Positive
 from training.methods import Fitted, Output, search
 

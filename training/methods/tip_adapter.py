@@ -23,12 +23,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.params import Count
+from fieldmark.params import Count
 from training.data import Batch, Cache
-from training.logistic import as_probabilities, require_val
+from training.layers.logistic import as_probabilities, require_val
+from training.layers.texts import class_text
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output, search_points
-from training.texts import class_text
 
 SEEDED = True
 READS = frozenset({"names", "owners"})

@@ -6,11 +6,11 @@ length again; logits = scale * g . w_c. Nothing is trained.
 
 from torch import Tensor, nn
 
-from stages.params import Block
+from fieldmark.params import Block
 from training.data import Batch, Cache
+from training.layers.texts import class_text
 from training.loop import Positive, untrained
 from training.methods import Fitted, Output
-from training.texts import class_text
 
 SEEDED = False
 READS = frozenset({"names", "owners"})

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.command import UserError
+from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training.data import Cache
-from training.layers import Standardise
-from training.logistic import fit_logistic
+from training.layers.blocks import Standardise
+from training.layers.logistic import fit_logistic
 from training.loop import predict
 from training.methods import concept_bottleneck
 from training.methods.concept_bottleneck import Settings

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from stages.command import UserError
+from fieldmark.command import UserError
 from tests.training.cache import Plan
 from tests.training.methods.test_universal import pad, shake
 from training.data import Batch, Cache

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.command import UserError
+from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training.data import Batch, Cache
 from training.loop import assess_split, decayed_groups, predict, total_loss

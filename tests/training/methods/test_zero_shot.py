@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stages.command import UserError
+from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training.data import Bank, Cache
 from training.loop import predict

@@ -1,0 +1,1 @@
+"""Encoders of images and texts: loading them, what their maps hold, and how pictures pass through them."""

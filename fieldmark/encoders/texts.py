@@ -1,0 +1,58 @@
+"""Texts through an encoder: what the stages that embed texts share."""
+
+import io
+from datetime import timedelta
+from itertools import islice
+from time import perf_counter
+
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.encoders.clip import LoadedEncoder
+
+SCHEMA = "embed.text/1"
+# Batches that --dry-run embeds to tell the rate.
+SAMPLE_BATCHES = 4
+
+
+def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
+    """The embed.text rows of `kinds`, vectors of unit length."""
+    texts = sorted(kinds)
+    counts = [encoder.count_tokens(text) for text in texts]
+    vectors = [torch.empty(0, encoder.dimension)]
+    for start in tqdm(range(0, len(texts), encoder.batch_size), desc=f"text {encoder.name}", unit="batch"):
+        vectors.append(encoder.embed_texts(texts[start : start + encoder.batch_size]))
+    raw = torch.cat(vectors)
+    norms = raw.norm(dim=1, keepdim=True)
+    if not bool(torch.isfinite(norms).all() and (norms > 0).all()):
+        raise UserError(f"encoders.{encoder.name}: the embedding of a text is not finite; try precision: fp32")
+    return pa.table({
+        "text_id": [store.sha256(text) for text in texts],
+        "text": texts,
+        "kind": [kinds[text] for text in texts],
+        "n_tokens": [count for count, _ in counts],
+        "truncated": [truncated for _, truncated in counts],
+        "vector": store.vector_column((raw / norms).numpy()),
+    }).cast(store.arrow_schema(SCHEMA, encoder.dimension))
+
+
+def preview(missing: dict[str, str], kept: int, encoder: LoadedEncoder) -> str:
+    """What a run would do, for --dry-run: the rate and the bytes are those of a few texts embedded now."""
+    lines = [f"{len(missing)} texts to embed, {kept} kept"]
+    if missing:
+        sample = dict(islice(missing.items(), SAMPLE_BATCHES * encoder.batch_size))
+        # A first pass is slower than those that follow.
+        embed_texts(dict(islice(sample.items(), 1)), encoder)
+        started = perf_counter()
+        table = embed_texts(sample, encoder)
+        rate = len(sample) / (perf_counter() - started)
+        file = io.BytesIO()
+        store.write_parquet([table], file, table.schema)
+        size = file.tell() / len(sample) * len(missing) / 1e6
+        time = timedelta(seconds=round(len(missing) / rate))
+        measured = f"{rate:.1f} texts/s on {encoder.device}, measured with {len(sample)} of them"
+        lines += [f"time: about {time} ({measured})", f"on disk: about {size:.2f} MB"]
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Format `manifest`: a table of images, CSV or Parquet, one row an image.
+
+Columns: path (relative to dataset.images, or to the manifest's folder) and class; and, where known, split (train, val,
+test or empty), group (track, camera or site: never split between train and val), box (x0 y0 x1 y1 of the object,
+in [0,1] of the image, between spaces; a list in Parquet), captured_at, latitude, longitude, depth_m, licence. Other
+columns are not read, and named on stderr.
+
+`dataset.root` is the manifest itself, or a folder that holds manifest.csv or manifest.parquet and, if there are any,
+classes.csv (see listing.read_class_table). DVC sees a change of what dataset.root names, not of the images that the
+manifest points at: after replacing an image under its old name, run `dvc repro --force --single-item index_images`.
+"""
+
+import difflib
+import math
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fieldmark.command import UserError
+from fieldmark.formats.listing import SPLITS, Listing, Row, check_columns, read_class_table, read_csv
+from fieldmark.params import Dataset
+
+TEXTS = ("group", "captured_at", "licence")
+NUMBERS = ("latitude", "longitude", "depth_m")
+REQUIRED = ["path", "class"]
+COLUMNS = (*REQUIRED, "split", "box", *TEXTS, *NUMBERS)
+
+
+def read(dataset: Dataset) -> Listing:
+    """List the rows. Raises UserError naming the file and the row that cannot stand."""
+    path = find(Path(dataset.root))
+    table = read_rows(path)
+    if not table:
+        raise UserError(f"{path}: names no image")
+    check_names(path, list(table[0]))
+    images: list[Row] = []
+    lines: dict[str, int] = {}
+    for line, row in enumerate(table, start=2 if path.suffix == ".csv" else 1):
+        where = f"{path}: {'line' if path.suffix == '.csv' else 'row'} {line}"
+        image = image_of(row, where)
+        first = lines.setdefault(image["path"], line)
+        if first != line:
+            raise UserError(f"{where}: path {image['path']!r} stands in {first} too; remove one")
+        images.append(image)
+    classes = read_class_table(path.parent) if Path(dataset.root).is_dir() else []
+    return Listing(sorted(images, key=lambda image: image["path"]), classes)
+
+
+def find(root: Path) -> Path:
+    """The manifest that dataset.root names. Raises UserError where there is none."""
+    if not root.is_dir():
+        if root.suffix not in (".csv", ".parquet"):
+            raise UserError(f"params.yaml: dataset.root: {root} is neither .csv nor .parquet; name the manifest")
+        return root
+    found = [root / name for name in ("manifest.csv", "manifest.parquet") if (root / name).is_file()]
+    if len(found) != 1:
+        what = "both" if found else "neither of"
+        raise UserError(f"params.yaml: dataset.root: {root} holds {what} manifest.csv and manifest.parquet; name one")
+    return found[0]
+
+
+def read_rows(path: Path) -> list[Row]:
+    if path.suffix == ".csv":
+        return read_csv(path, REQUIRED)
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: is not readable Parquet ({reason}); correct dataset.root or the file") from None
+    check_columns(path, REQUIRED, table.column_names)
+    rows: list[Row] = table.to_pylist()
+    return rows
+
+
+def check_names(path: Path, names: list[str]) -> None:
+    """Say which columns are not read. Raises UserError for one that looks like a column misspelt."""
+    unread = [name for name in names if name not in COLUMNS]
+    for name in unread:
+        free = [column for column in COLUMNS if column not in names]
+        close = difflib.get_close_matches(name.strip().lower(), free, n=1, cutoff=0.8)
+        if close:
+            raise UserError(f"{path}: has a column {name!r}; did you mean {close[0]!r}? Rename it, or remove it")
+    if unread:
+        print(f"{path}: columns that are not read: {', '.join(map(str, unread))}", file=sys.stderr)
+
+
+def image_of(row: Row, where: str) -> Row:
+    """One line of the manifest as an image row. Raises UserError beginning with `where`."""
+    path, name = text(row["path"]), text(row["class"])
+    if path is None or name is None:
+        raise UserError(f"{where}: {'path' if path is None else 'class'} is empty; fill it in, or remove the row")
+    split = text(row.get("split"))
+    if split is not None and split not in SPLITS:
+        raise UserError(f"{where}: split is {split!r}; use train, val, test, or nothing")
+    image: Row = {"path": inside(path, where), "name": name, "split": split, "box": box_of(row.get("box"), where)}
+    for column in TEXTS:
+        image[column] = text(row.get(column))
+    for column in NUMBERS:
+        image[column] = number(row.get(column), column, where)
+    return image
+
+
+def text(value: Any) -> str | None:
+    """A cell as text; None where it is empty."""
+    return str(value).strip() or None if value is not None else None
+
+
+def inside(path: str, where: str) -> str:
+    """A path in its one form. Raises UserError where it is absolute or leads out of the folder of images."""
+    if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
+        raise UserError(f"{where}: path {path!r} is absolute; make it relative to the folder dataset.images names")
+    parts = PurePosixPath(path).parts
+    if ".." in parts or not parts:
+        raise UserError(f"{where}: path {path!r} leads out of the folder of images; set dataset.images to one above")
+    return PurePosixPath(*parts).as_posix()
+
+
+def number(value: Any, column: str, where: str) -> float | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{where}: {column} is {value!r}, which is no number; correct it, or leave it empty")
+    return found
+
+
+def box_of(value: Any, where: str) -> list[float] | None:
+    """x0, y0, x1, y1 in [0,1]. Raises UserError for anything else, pixels too."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    sides = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+    box = [side for side in (number(each, "box", where) for each in sides) if side is not None]
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise UserError(
+            f"{where}: box is {value!r}; it is x0 y0 x1 y1 with x0 < x1 and y0 < y1, in [0,1] of the image's width and"
+            " height (divide pixels by them)"
+        )
+    return box

@@ -1,0 +1,1 @@
+"""Graphs between the nodes of one image."""

@@ -1,0 +1,71 @@
+"""The nodes of a split's images, as the stages read them that learn something from training images.
+
+Bucket by bucket: of all nodes in memory, only those asked for stay. View 0 alone: it is what evaluation reads.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fieldmark import store
+from fieldmark.command import UserError
+
+
+def read_split(index: Path, split: str) -> dict[str, str]:
+    """The class_id of each usable image of a split, by image_id."""
+    table = store.read_table(index, "index.images/1", ["image_id", "class_id", "split", "status"])
+    table = table.filter((pc.field("split") == split) & (pc.field("status") == "ok"))
+    return dict(zip(table.column("image_id").to_pylist(), table.column("class_id").to_pylist(), strict=True))
+
+
+def iterate_nodes(folder: Path, buckets: int, images: dict[str, str], columns: list[str]) -> Iterator[pa.Table]:
+    """View 0 of these images in each bucket of data/embed/NAME/images: `columns`, with image_id and node among them.
+
+    Raises UserError where a bucket has no row of an image.
+    """
+    split = store.split_buckets(list(images), buckets)
+    absent: list[str] = []
+    for bucket, wanted in enumerate(split):
+        table = store.read_table(store.bucket_path(folder, bucket), "embed.nodes/1", [*columns, "view"])
+        of_split = pc.is_in(pc.field("image_id"), pa.array(wanted, store.TEXT))
+        table = table.filter((pc.field("view") == 0) & of_split).drop_columns("view")
+        absent += sorted(set(wanted) - set(table.column("image_id").to_pylist()))
+        yield table
+    if absent:
+        raise UserError(f"{folder}: has no row of image {absent[0]} (and {len(absent) - 1} more); run embed_images")
+
+
+def read_globals(folder: Path, buckets: int, images: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Global vectors (n, D) float32 and class_ids (n,) of these images, by image_id."""
+    parts = [
+        table.filter(pc.field("node") == 0)
+        for table in iterate_nodes(folder, buckets, images, ["image_id", "node", "vector"])
+    ]
+    table = pa.concat_tables(parts).sort_by("image_id")
+    classes = np.array([images[image_id] for image_id in table.column("image_id").to_pylist()], dtype=object)
+    return store.vectors_of(table).astype(np.float32), classes
+
+
+def sample_locals(
+    folder: Path, buckets: int, images: dict[str, str], fraction: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Local vectors (n, D) float32 and the class_ids (n,) of their images: a drawn share of these images' nodes.
+
+    Node 0 is left out. What is drawn of a bucket depends on that bucket alone.
+    """
+    vectors, classes = [], []
+    for bucket, table in enumerate(iterate_nodes(folder, buckets, images, ["image_id", "node", "vector"])):
+        drawn = np.random.default_rng(bucket).random(len(table)) < fraction
+        table = table.filter(pa.array(drawn & (table.column("node").to_numpy() > 0)))
+        vectors.append(store.vectors_of(table))
+        classes += [images[image_id] for image_id in table.column("image_id").to_pylist()]
+    return np.concatenate(vectors).astype(np.float32), np.array(classes, dtype=object)
+
+
+def count_locals(folder: Path, buckets: int, images: dict[str, str]) -> int:
+    """How many local nodes these images have."""
+    tables = iterate_nodes(folder, buckets, images, ["image_id", "node"])
+    return sum(int((table.column("node").to_numpy() > 0).sum()) for table in tables)

@@ -1,0 +1,1 @@
+"""Asking a language model: prompts, the client, the journal of answers, batches, recordings and imported texts."""

@@ -1,0 +1,464 @@
+"""The item cache: one row of llm.answers/1 an item, and a call only where no paid answer is held.
+
+Modes live (a call an item, llm.concurrency at a time) and batch (OpenAI's Batch API, fieldmark.llm.batch) ask the same
+questions under the same keys: an answer of one satisfies the other.
+
+Two layers hold answers: the stage's own answers.parquet, which DVC persists and shares, and below it the journal, which
+survives `kill -9`, a change of branch and a reverted prompt. An item is known by its key, the hash of what is asked and
+of whom; where it is asked (base_url) and how patiently (limits, room for the answer) is no part of it. Of the held rows
+only one that was earned and is `ok` answers an item: every other is asked again.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from fieldmark.command import UserError
+from fieldmark.llm.batch import Asked, Batches, Upload, listed, read_uploads, record_path
+from fieldmark.llm.client import LIMITS, Client, Reply, objection, public_url, server_of, total
+from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
+from fieldmark.llm.prompts import Message, Prompt
+from fieldmark.params import Llm, Price
+from fieldmark.store import canonical_json, read_table, sha256
+
+SCHEMA = "llm.answers/1"
+# What someone paid for or wrote by hand; a replayed answer never stands in for a live one, an imported one has no key
+# that is asked.
+EARNED = {"live", "batch", "edited"}
+# Answers that are asked for once more, as Client.ask does.
+MENDABLE = {"truncated", "invalid"}
+# What OpenAI's Batch API costs of the price of a call [mem].
+BATCH_PRICE = 0.5
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question. In `messages` an image stands as {"type": "image", "image_id": ..., "px": ...}, never as bytes."""
+
+    subject_id: str
+    sample: int
+    messages: list[Message]
+
+
+class Unaskable(Exception):
+    """An item whose request cannot be made; it becomes a row with status error."""
+
+
+class Plan(NamedTuple):
+    """What a run has to do: the key of each item, the answers held, the items to ask (one a key).
+
+    `base_urls` are the servers that the held answers came from, `under_way` the keys of the items to ask that are in
+    batches at this server already.
+    """
+
+    keys: list[str]
+    held: dict[str, Row]
+    new: dict[str, Item]
+    base_urls: set[str]
+    under_way: frozenset[str] = frozenset()
+
+
+def item_key(item: Item, prompt: Prompt, llm: Llm) -> str:
+    """The identity of an answer. max_output_tokens is a limit: more room keeps the answers that fitted."""
+    identity = {
+        "messages": item.messages,
+        "model": llm.model,
+        "sampling": {"temperature": llm.temperature},
+        "schema": prompt.schema,
+        "sample": item.sample,
+    }
+    return sha256(canonical_json(identity))
+
+
+def earned(row: Row) -> bool:
+    return row["status"] == "ok" and row["source"] in EARNED
+
+
+def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path) -> Plan:
+    """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing."""
+    keys = [item_key(item, prompt, llm) for item in items]
+    wanted = set(keys)
+    held = {row["item_key"]: row for row in read_rows(output) if row["item_key"] in wanted and earned(row)}
+    journal = read_journal(journal_path(stage), wanted)
+    for key, entry in journal.items():
+        if earned(entry.row):
+            held.setdefault(key, entry.row)
+    new = {key: item for key, item in zip(keys, items, strict=True) if key not in held}
+    base_urls = {entry.base_url for key, entry in journal.items() if key in held and entry.base_url}
+    here = public_url(server_of(llm))
+    uploads = [upload for upload in read_uploads(stage, new) if upload.base_url == here]
+    return Plan(keys, held, new, base_urls, keys_in(uploads, new))
+
+
+def read_rows(output: Path) -> list[Row]:
+    return read_table(output, SCHEMA).to_pylist() if output.exists() else []
+
+
+def keep_answers(stage: str, output: Path, wanted: Iterable[str]) -> None:
+    """Journal what answers.parquet alone holds (pulled from elsewhere) and a new one would not: an undo stays free."""
+    kept = set(wanted)
+    rows = {row["item_key"]: row for row in read_rows(output) if earned(row) and row["item_key"] not in kept}
+    if not rows:
+        return
+    known = read_journal(journal_path(stage), rows)
+    lost = [row for key, row in rows.items() if key not in known or not earned(known[key].row)]
+    if lost:
+        with Journal(journal_path(stage)) as journal:
+            for row in lost:
+                journal.append(Entry(row, None))
+
+
+def live_answers(
+    stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path, *, attach: Callable[[Item], list[Message]]
+) -> list[Row]:
+    """One row an item, asking for what is not held, in mode live or batch. `attach` makes the messages to send, and may
+    raise Unaskable.
+
+    Raises UserError: a limit would be passed, there is no key, or no call can succeed.
+    """
+    plan = plan_calls(stage, items, prompt, llm, output)
+    answers = dict(plan.held)
+    warn_of_other_servers(plan, public_url(server_of(llm)))
+    keep_answers(stage, output, plan.keys)
+    if plan.new:
+        check_limits(plan, llm)
+        client = Client(prompt, llm)
+        with Journal(journal_path(stage)) as journal:
+            if llm.mode == "batch":
+                answers |= ask_in_batches(stage, plan, client, journal, attach)
+            else:
+                warn_of_batches(plan)
+                answers |= ask_all(stage, plan.new, client, journal, attach)
+    return [
+        {**answers[key], "subject_id": item.subject_id, "sample": item.sample}
+        for key, item in zip(plan.keys, items, strict=True)
+    ]
+
+
+def warn_of_other_servers(plan: Plan, base_url: str) -> None:
+    others = sorted(plan.base_urls - {base_url})
+    if others:
+        print(
+            f"warning: llm.base_url is {base_url}, but some of the {len(plan.held)} answers that are kept come from"
+            f" {', '.join(others)}",
+            file=sys.stderr,
+        )
+
+
+def warn_of_batches(plan: Plan) -> None:
+    if plan.under_way:
+        print(
+            f"warning: {len(plan.under_way)} of the {len(plan.new)} questions are in batches that are not read yet, and"
+            " are paid for twice in mode live; llm.mode batch goes on with those",
+            file=sys.stderr,
+        )
+
+
+def ask_all(
+    stage: str, new: dict[str, Item], client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
+) -> dict[str, Row]:
+    """Ask with llm.concurrency threads. However it ends, calls under way are awaited and what they bring is kept."""
+    llm = client.llm
+    answers: dict[str, Row] = {}
+    spent = 0.0
+    pool = ThreadPoolExecutor(llm.concurrency)
+    progress = tqdm(total=len(new), desc=stage, unit="call", dynamic_ncols=True)
+    try:
+        ask = partial(ask_one, client=client, journal=journal, attach=attach)
+        for row in rows_of(pool, ask, new, 2 * llm.concurrency):
+            if row is None:
+                continue
+            answers[row["item_key"]] = row
+            spent += row["cost_usd"] or 0.0
+            progress.set_postfix_str(f"${spent:.4f}" if llm.model in llm.prices else "unknown price", refresh=False)
+            progress.update()
+            if llm.max_usd is not None and spent > llm.max_usd:
+                raise UserError(
+                    f"params.yaml: llm.max_usd: ${spent:.4f} is spent, more than {llm.max_usd}; {len(answers)} of"
+                    f" {len(new)} answers are kept, raise the limit to go on"
+                )
+    except BaseException as error:
+        client.stopping.set()
+        if isinstance(error, KeyboardInterrupt):
+            progress.write(f"{stage}: {len(answers)} of {len(new)} calls answered; the rest remain", file=sys.stderr)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        progress.close()
+    return answers
+
+
+def rows_of(
+    pool: ThreadPoolExecutor, ask: Callable[[str, Item], Row | None], new: dict[str, Item], room: int
+) -> Iterator[Row | None]:
+    """Rows in the order in which they come; no more than `room` questions wait in the pool."""
+    waiting = iter(new.items())
+    futures: set[Future[Row | None]] = {pool.submit(ask, *question) for question in islice(waiting, room)}
+    while futures:
+        done, futures = wait(futures, return_when=FIRST_COMPLETED)
+        futures |= {pool.submit(ask, *question) for question in islice(waiting, len(done))}
+        for future in done:
+            yield future.result()
+
+
+def ask_one(
+    key: str, item: Item, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
+) -> Row | None:
+    """Ask and journal. None where the run is stopping: another call has shown that none can succeed."""
+    if client.stopping.is_set():
+        return None
+    asked = Asked(key, item.subject_id, item.sample)
+    try:
+        messages = attach(item)
+    except Unaskable as error:
+        return row_of(asked, unasked(error), client.prompt.sha, client.llm)
+    row = row_of(asked, client.ask(messages, tokens_of(item.messages)), client.prompt.sha, client.llm)
+    # An error is no answer: there is nothing to keep.
+    if row["status"] != "error":
+        journal.append(Entry(row, client.base_url))
+    return row
+
+
+def ask_in_batches(
+    stage: str, plan: Plan, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
+) -> dict[str, Row]:
+    """Ask in batches, those of an earlier run first; what failed goes into a further one, llm.max_attempts at most.
+
+    An answer that is invalid or truncated is asked for once more. However it ends, batches go on at the server and the
+    next run reads them.
+    """
+    llm = client.llm
+    answers: dict[str, Row] = {}
+
+    def requests(todo: list[Asked]) -> Iterator[tuple[Asked, dict[str, Any]]]:
+        for asked in todo:
+            try:
+                messages = attach(plan.new[asked.item_key])
+            except Unaskable as error:
+                answers[asked.item_key] = row_of(asked, unasked(error), client.prompt.sha, llm)
+            else:
+                yield asked, request_of(asked, messages, client)
+
+    with (
+        Journal(record_path(stage)) as record,
+        tqdm(total=len(plan.new), desc=stage, unit="answer", dynamic_ncols=True) as progress,
+    ):
+        batches = Batches(stage, client, record, progress)
+        try:
+            batches.resume(set(plan.new))
+            under_way = keys_in(batches.open, plan.new)
+            todo = [Asked(key, item.subject_id, item.sample) for key, item in plan.new.items() if key not in under_way]
+            while todo or batches.open:
+                if todo:
+                    written = tqdm(requests(todo), f"{stage}, writing", len(todo), leave=False, dynamic_ncols=True)
+                    batches.send(written)
+                todo = []
+                for upload, asked, reply, passing in batches.answers():
+                    if asked.item_key in plan.held:
+                        continue
+                    row = row_of(asked, reply, upload.prompt_sha, llm)
+                    if row["status"] != "error":
+                        journal.append(Entry(row, client.base_url))
+                    if asked.item_key not in plan.new:
+                        continue
+                    answers[asked.item_key] = row
+                    mendable = reply.status in MENDABLE and reply.status not in asked.mended
+                    if row["attempts"] < llm.max_attempts and (passing or mendable):
+                        mended = (*asked.mended, reply.status) if mendable else asked.mended
+                        todo.append(asked._replace(before=row, mended=mended))
+                check_spending(answers, todo, plan, llm)
+        except KeyboardInterrupt:
+            names = listed([upload.batch_id for upload in batches.open if upload.batch_id])
+            goes_on = f"; {names} goes on at the server, the same command reads what comes of it" if names else ""
+            progress.write(f"{stage}: {len(answers)} of {len(plan.new)} answered{goes_on}", file=sys.stderr)
+            raise
+    return answers
+
+
+def keys_in(uploads: list[Upload], new: Container[str]) -> frozenset[str]:
+    return frozenset(key for upload in uploads for key in upload.asked if key in new)
+
+
+def request_of(asked: Asked, messages: list[Message], client: Client) -> dict[str, Any]:
+    """The body of a call, with the remedies that Client.ask has: more room, or what was wrong with the last answer."""
+    options = dict(client.options)
+    if "truncated" in asked.mended:
+        limit = next(name for name in LIMITS if name in options)
+        options[limit] *= 2
+    if asked.before and asked.before["status"] == "invalid":
+        messages = [*messages, *objection(Reply("invalid", asked.before["response_json"], 0), client.prompt)]
+    return {"model": client.llm.model, "messages": messages, **options}
+
+
+def check_spending(answers: dict[str, Row], todo: list[Asked], plan: Plan, llm: Llm) -> None:
+    """Raises UserError where a further batch may pass llm.max_usd."""
+    usd = estimate(plan._replace(new={asked.item_key: plan.new[asked.item_key] for asked in todo}), llm).usd
+    spent = math.fsum(row["cost_usd"] or 0.0 for row in answers.values())
+    if todo and llm.max_usd is not None and usd is not None and spent + usd > llm.max_usd:
+        raise UserError(
+            f"params.yaml: llm.max_usd: ${spent:.4f} is spent, and {len(todo)} calls that failed may cost ${usd:.4f}"
+            f" in a further batch, more than {llm.max_usd}; all answers are kept, raise the limit to go on"
+        )
+
+
+def unasked(error: Unaskable) -> Reply:
+    return Reply("error", canonical_json({"error": str(error)}), 0)
+
+
+def row_of(asked: Asked, reply: Reply, prompt_sha: str, llm: Llm) -> Row:
+    """A row of llm.answers/1. What was answered before, if badly, stands where asking again fails, and was paid for."""
+    input_tokens, output_tokens = reply.input_tokens, reply.output_tokens
+    if asked.before and asked.before["status"] != "error":
+        if reply.status == "error":
+            return {**asked.before, "attempts": reply.attempts}
+        input_tokens = total([asked.before["input_tokens"], input_tokens])
+        output_tokens = total([asked.before["output_tokens"], output_tokens])
+    return {
+        "item_key": asked.item_key,
+        "subject_id": asked.subject_id,
+        "sample": asked.sample,
+        "prompt_sha": prompt_sha,
+        "status": reply.status,
+        "response_json": reply.response_json,
+        "model_requested": llm.model,
+        "model_reported": reply.model_reported,
+        "response_id": reply.response_id,
+        "finish_reason": reply.finish_reason,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "cost_usd": cost(input_tokens, output_tokens, price_of(llm)),
+        "attempts": reply.attempts,
+        "source": llm.mode,
+        "created_at": now(),
+    }
+
+
+def price_of(llm: Llm) -> Price | None:
+    """What a token costs in this mode; None where params.yaml has no price."""
+    price = llm.prices.get(llm.model)
+    if price and llm.mode == "batch":
+        return Price(input=price.input * BATCH_PRICE, output=price.output * BATCH_PRICE)
+    return price
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def cost(input_tokens: int | None, output_tokens: int | None, price: Price | None) -> float | None:
+    """US dollars, or None where the server counts no tokens or params.yaml has no price."""
+    if price is None or input_tokens is None or output_tokens is None:
+        return None
+    return (input_tokens * price.input + output_tokens * price.output) / 1e6
+
+
+class Estimate(NamedTuple):
+    """Before a call: about so many tokens go in, at most so many come out, at most so many dollars (None: no price)."""
+
+    calls: int
+    input_tokens: int
+    output_tokens: int
+    usd: float | None
+
+
+def estimate(plan: Plan, llm: Llm) -> Estimate:
+    inputs = sum(tokens_of(item.messages) for item in plan.new.values())
+    outputs = len(plan.new) * llm.max_output_tokens
+    return Estimate(len(plan.new), inputs, outputs, cost(inputs, outputs, price_of(llm)))
+
+
+def tokens_of(messages: Iterable[Message]) -> int:
+    """A rough count: four bytes of text a token; an image by OpenAI's tiles, 85 and 170 for each of 512 px [mem]."""
+    total = 0
+    for message in messages:
+        content = message["content"]
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part["type"] == "image":
+                total += 85 + 170 * math.ceil(part["px"] / 512) ** 2
+            else:
+                total += math.ceil(len(part["text"].encode()) / 4)
+    return total
+
+
+def check_limits(plan: Plan, llm: Llm) -> None:
+    """Raises UserError where the calls, or the most that they can cost, pass llm.max_calls or llm.max_usd."""
+    calls, _, _, usd = estimate(plan, llm)
+    if llm.max_calls is not None and calls > llm.max_calls:
+        raise UserError(f"params.yaml: llm.max_calls: {calls} calls are needed, more than {llm.max_calls}; raise it")
+    if llm.max_usd is not None:
+        if usd is None:
+            raise UserError(
+                f"params.yaml: llm.max_usd: cannot be kept, llm.prices has no {llm.model!r}; add its price, or set"
+                " max_usd: null"
+            )
+        if usd > llm.max_usd:
+            raise UserError(
+                f"params.yaml: llm.max_usd: {calls} calls may cost ${usd:.4f}, more than {llm.max_usd}; raise it, or"
+                " lower llm.max_output_tokens"
+            )
+
+
+def preview(stage: str, plan: Plan, llm: Llm) -> str:
+    """What a run would do, for --dry-run."""
+    calls, inputs, outputs, usd = estimate(plan, llm)
+    price = f"unknown price (llm.prices has no {llm.model!r})" if usd is None else f"at most ${usd:.4f}"
+    lines = [
+        f"{stage}: {len(plan.keys)} items, {len(plan.keys) - calls} cached, {calls} calls to {llm.model}",
+        f"tokens: about {inputs:,} in, at most {outputs:,} out",
+        f"price: {price}",
+    ]
+    if llm.mode == "batch":
+        lines[0] += " by batch"
+        lines[2] += f", {BATCH_PRICE:.0%} of live" if usd is not None else ""
+        if plan.under_way:
+            lines.append(f"of these calls, {len(plan.under_way)} are in batches already and are not made anew")
+    return "\n".join(lines)
+
+
+def summarise(rows: list[Row]) -> dict[str, Any]:
+    """What a stage's rows amount to, for its metrics file: the same rows in any order, the same numbers.
+
+    Rows by status and by source; then, each question counted once, attempts, tokens and US dollars as far as they are
+    known. `unpriced` are the questions put to a server whose cost is not: no price in params.yaml, or no usage block.
+    """
+    asked = {row["item_key"]: row for row in rows}.values()
+    costs = [row["cost_usd"] for row in asked if row["cost_usd"] is not None]
+    return {
+        "rows": len(rows),
+        "status": dict(sorted(Counter(row["status"] for row in rows).items())),
+        "source": dict(sorted(Counter(row["source"] for row in rows).items())),
+        "attempts": sum(row["attempts"] for row in asked),
+        "input_tokens": sum(row["input_tokens"] or 0 for row in asked),
+        "output_tokens": sum(row["output_tokens"] or 0 for row in asked),
+        "cost_usd": math.fsum(costs),
+        "unpriced": sum(row["cost_usd"] is None and row["source"] in ("live", "batch") for row in asked),
+    }
+
+
+def check_coverage(rows: list[Row], names: dict[str, str], llm: Llm, output: Path) -> None:
+    """Raises UserError naming the subjects without an `ok` row where their share passes 1 - llm.min_coverage.
+
+    `names` maps every subject_id to what a person calls it.
+    """
+    answered = {row["subject_id"] for row in rows if row["status"] == "ok"}
+    failed = {row["subject_id"]: row for row in rows if row["subject_id"] not in answered}
+    if names and len(answered) < llm.min_coverage * len(names):
+        listed = [f"{names[subject]} ({row['status']})" for subject, row in failed.items()]
+        first = next(iter(failed.values()))
+        raise UserError(
+            f"{output}: {len(answered)} of {len(names)} answered, under llm.min_coverage {llm.min_coverage}; missing:"
+            f" {', '.join(listed[:20])}{f' and {len(listed) - 20} more' if len(listed) > 20 else ''}; the first said"
+            f" {first['response_json'][:200]}; run the stage again (make retry), or lower llm.min_coverage"
+        )

@@ -1,0 +1,367 @@
+"""OpenAI's Batch API: requests go up as files, answers come back within a day, for half the price [mem].
+
+Each step is recorded before the next is taken: the file that was uploaded with all that is asked in it, the batch that
+was made of it, and its end, once every answer is journalled. A run that is killed goes on from there; what the server
+did and a dying process did not write down is found again in the server's list of batches. One JSON object a line in
+batches-STAGE.jsonl, beside the stage's journal and kept the same way.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, TypeVar
+
+import httpx2
+import openai
+from openai.types import Batch
+from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, stop_when_event_set
+from tqdm import tqdm
+
+from fieldmark.command import UserError
+from fieldmark.llm.client import HOPELESS, NO_MONEY, Client, Reply, pause, worth_another
+from fieldmark.llm.journal import Journal, Row, journal_path
+from fieldmark.store import canonical_json
+
+ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+# OpenAI takes files of at most 200 MB and 50,000 requests (llm.batch_requests) [mem].
+LARGEST_FILE = 200_000_000
+ENDED = {"completed", "failed", "expired", "cancelled"}
+# The account has as many tokens in its batches as it may: nothing is wrong with this one.
+QUEUE_FULL = "token_limit_exceeded"
+# Status codes of single requests that may fare better in a further batch, as in `worth_another`.
+PASSING = {408, 409, 429}
+T = TypeVar("T")
+
+
+class Asked(NamedTuple):
+    """A request, with what its row needs when the answer comes.
+
+    `before` is the row of the tries before, `mended` the statuses of answers that asking once more was to mend.
+    """
+
+    item_key: str
+    subject_id: str
+    sample: int
+    before: Row | None = None
+    mended: Sequence[str] = ()
+
+    @property
+    def attempts(self) -> int:
+        return 1 + (self.before["attempts"] if self.before else 0)
+
+
+@dataclass
+class Upload:
+    """A file of requests at a server. `doubtful`: it may have a batch that nobody noted."""
+
+    file_id: str
+    base_url: str
+    prompt_sha: str
+    asked: dict[str, Asked]
+    batch_id: str | None = None
+    doubtful: bool = False
+
+
+class Answered(NamedTuple):
+    """What came of a request, and whether a failure may be a passing one."""
+
+    upload: Upload
+    asked: Asked
+    reply: Reply
+    passing: bool
+
+
+def record_path(stage: str) -> Path:
+    path = journal_path(stage)
+    return path.with_name(f"batches-{path.name}")
+
+
+def read_uploads(stage: str, wanted: Container[str]) -> list[Upload]:
+    """The recorded uploads that have not ended and hold a wanted item key. A line that a kill tore is none."""
+    path = record_path(stage)
+    uploads: dict[tuple[str, str], Upload] = {}
+    if not path.exists():
+        return []
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                continue
+            name = content["base_url"], content["file_id"]
+            if "asked" in content:
+                asked = {fields[0]: Asked(*fields) for fields in content["asked"]}
+                uploads[name] = Upload(name[1], name[0], content["prompt_sha"], asked, doubtful=True)
+            elif "ended" in content:
+                uploads.pop(name, None)
+            elif name in uploads:
+                uploads[name].batch_id = content["batch_id"]
+    return [upload for upload in uploads.values() if any(key in wanted for key in upload.asked)]
+
+
+class Batches:
+    """What a stage has at its server. `open` are the uploads that are not read to their end.
+
+    Every method raises UserError where the server refuses or cannot be reached; what is recorded is then resumed by the
+    next run.
+    """
+
+    def __init__(self, stage: str, client: Client, record: Journal, progress: "tqdm[Any]") -> None:
+        self.stage, self.client, self.record, self.progress = stage, client, record, progress
+        self.open: list[Upload] = []
+        self.full = False
+        self.taken = 0
+        self.failed = 0
+
+    def note(self, upload: Upload, **content: Any) -> None:
+        line = canonical_json({"base_url": upload.base_url, "file_id": upload.file_id, **content})
+        self.record.write(line.encode() + b"\n")
+        os.fsync(self.record.file)
+
+    def resume(self, wanted: set[str]) -> None:
+        """Open what earlier runs left at this server that holds a wanted key. A file is free, its batch is not: one
+        that no batch was made of is used only where all that it asks is still wanted."""
+        elsewhere: dict[str, int] = {}
+        for upload in read_uploads(self.stage, wanted):
+            if upload.base_url != self.client.base_url:
+                elsewhere[upload.base_url] = elsewhere.get(upload.base_url, 0) + len(wanted & upload.asked.keys())
+            elif upload.batch_id or upload.asked.keys() <= wanted or self.insist(partial(self.find, upload), upload):
+                self.open.append(upload)
+            else:
+                self.note(upload, ended="unused")
+        for server, count in elsewhere.items():
+            print(
+                f"warning: llm.base_url is {self.client.base_url}; {count} of these questions are in batches at"
+                f" {server}, which are not read now",
+                file=sys.stderr,
+            )
+
+    def send(self, requests: Iterable[tuple[Asked, dict[str, Any]]]) -> None:
+        """Upload requests in files of llm.batch_requests, written to disk one by one, and start a batch of each."""
+        limit = self.client.llm.batch_requests
+        asked: dict[str, Asked] = {}
+        with tempfile.TemporaryFile(dir=record_path(self.stage).parent) as file:
+            for one, body in requests:
+                request = {"custom_id": one.item_key, "method": "POST", "url": ENDPOINT, "body": body}
+                line = json.dumps(request).encode() + b"\n"
+                if asked and (len(asked) == limit or file.tell() + len(line) > LARGEST_FILE):
+                    self.upload(file, asked)
+                    file.seek(0)
+                    file.truncate()
+                    asked = {}
+                file.write(line)
+                asked[one.item_key] = one
+            if asked:
+                self.upload(file, asked)
+
+    def upload(self, file: IO[bytes], asked: dict[str, Asked]) -> None:
+        def attempt() -> str:
+            file.seek(0)
+            return id_of(self.client.api.files.create(file=("requests.jsonl", file), purpose="batch"))
+
+        upload = Upload(self.insist(attempt), self.client.base_url, self.client.prompt.sha, asked)
+        self.note(upload, prompt_sha=upload.prompt_sha, asked=list(asked.values()))
+        self.open.append(upload)
+        self.start(upload)
+
+    def start(self, upload: Upload) -> None:
+        """Make the batch of a file, unless a try that was cut short did: the connection or the process may have died
+        between the server's deed and its answer."""
+
+        def attempt() -> str:
+            batch = self.find(upload) if upload.doubtful else None
+            upload.doubtful = True
+            return id_of(
+                batch
+                or self.client.api.batches.create(
+                    input_file_id=upload.file_id,
+                    endpoint=ENDPOINT,
+                    completion_window="24h",
+                    metadata={"fieldmark": self.stage},
+                )
+            )
+
+        upload.batch_id = self.insist(attempt, upload)
+        self.note(upload, batch_id=upload.batch_id)
+
+    def find(self, upload: Upload) -> Batch | None:
+        """The batch that the server made of a file, but for one that it would not run."""
+        for batch in self.client.api.batches.list(limit=100):
+            if batch.input_file_id == upload.file_id and batch.status != "failed":
+                return batch
+        return None
+
+    def answers(self) -> Iterator[Answered]:
+        """What became of every request, as its batch ends. A batch counts as ended when all its answers were taken.
+
+        Raises UserError where a batch failed or was cancelled, or a request shows that none can succeed; first it
+        gives the answers that there are.
+        """
+        trouble: list[str] = []
+        while self.open:
+            done = 0
+            for upload in list(self.open):
+                if upload.batch_id is None:
+                    if self.full:
+                        continue
+                    self.start(upload)
+                batch = self.look(upload)
+                if batch.status == "failed" and self.postpone(upload, batch):
+                    continue
+                if batch.status in ENDED:
+                    for answered in self.read(upload, batch, trouble):
+                        self.taken += 1
+                        self.failed += answered.reply.status == "error"
+                        yield answered
+                    self.note(upload, ended=batch.status)
+                    self.open.remove(upload)
+                    self.full = False
+                elif batch.request_counts:
+                    done += batch.request_counts.completed + batch.request_counts.failed
+            self.show(done)
+            if trouble:
+                raise UserError(trouble[0])
+            if self.open:
+                self.client.stopping.wait(self.client.llm.batch_poll_s)
+
+    def postpone(self, upload: Upload, batch: Batch) -> bool:
+        """Whether a batch failed for want of room and others of ours will make some: it is then made again."""
+        codes = {error.code for error in (batch.errors and batch.errors.data) or []}
+        if QUEUE_FULL not in codes or not any(other.batch_id for other in self.open if other is not upload):
+            return False
+        upload.batch_id = None
+        self.note(upload, batch_id=None)
+        self.full = True
+        return True
+
+    def look(self, upload: Upload) -> Batch:
+        def attempt() -> Batch:
+            batch = self.client.api.batches.retrieve(str(upload.batch_id))
+            id_of(batch)
+            return batch
+
+        return self.insist(attempt, upload)
+
+    def read(self, upload: Upload, batch: Batch, trouble: list[str]) -> Iterator[Answered]:
+        """The outcome of each request of a batch that has ended; adds to `trouble` what must stop the run."""
+        server, name = self.client.base_url, f"batch {batch.id}"
+        if batch.status == "failed":
+            errors = (batch.errors and batch.errors.data) or []
+            reasons = "; ".join(error.message or error.code or "" for error in errors)
+            remedy = "lower llm.batch_requests" if QUEUE_FULL in {error.code for error in errors} else "mend that"
+            trouble.append(
+                f"{server}: {name} failed and nothing in it was asked ({self.brief(reasons)}); {remedy} and run again"
+            )
+            return
+        missing, failed = dict(upload.asked), self.failed
+        for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
+            for line in self.download(file_id, upload):
+                asked = missing.pop(line["custom_id"], None)
+                if asked:
+                    yield self.judge(line, upload, asked, trouble)
+        for asked in missing.values():
+            said = canonical_json({"error": f"{name}, {batch.status}, holds no answer"})
+            yield Answered(upload, asked, Reply("error", said, asked.attempts), True)
+        if batch.status == "cancelled":
+            share = f"{self.failed - failed} of {len(upload.asked)}"
+            trouble.append(f"{server}: {name} was cancelled with {share} requests unanswered; run again to ask them")
+
+    def judge(self, line: dict[str, Any], upload: Upload, asked: Asked, trouble: list[str]) -> Answered:
+        """What one line of an output or error file says."""
+        response, error = line.get("response"), line.get("error")
+        response = response if isinstance(response, dict) else {}
+        code, body = response.get("status_code"), response.get("body")
+        code = code if isinstance(code, int) else None
+        if code == 200:
+            return Answered(upload, asked, self.client.read(body, asked.attempts), False)
+        if isinstance(body, dict) and not error:
+            error = body.get("error")
+        if not isinstance(error, dict):
+            error = {"message": str(error or body)}
+        said = self.brief(f"{code or error.get('code')}: {error.get('message')}")
+        if code in HOPELESS or NO_MONEY & {str(error.get("code")), str(error.get("type"))}:
+            trouble.append(f"{self.client.base_url} refuses what is in batch {upload.batch_id} ({said}); mend that")
+        passing = code is None or code in PASSING or code >= 500
+        return Answered(upload, asked, Reply("error", canonical_json({"error": said}), asked.attempts), passing)
+
+    def download(self, file_id: str, upload: Upload) -> Iterator[dict[str, Any]]:
+        """The lines of a file of answers, which goes through the disk: memory holds one of them."""
+        with tempfile.TemporaryFile(dir=record_path(self.stage).parent) as file:
+
+            def attempt() -> None:
+                file.seek(0)
+                file.truncate()
+                try:
+                    with self.client.api.files.with_streaming_response.content(file_id) as response:
+                        for chunk in response.iter_bytes():
+                            file.write(chunk)
+                except httpx2.TransportError as error:
+                    # openai's client lets through what happens while a body is read.
+                    raise openai.APIConnectionError(request=error.request) from error
+
+            self.insist(attempt, upload)
+            file.seek(0)
+            for line in file:
+                if line.strip():
+                    yield self.parse(line, file_id)
+
+    def parse(self, line: bytes, file_id: str) -> dict[str, Any]:
+        try:
+            content = json.loads(line)
+            content["custom_id"].encode()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.client.base_url}: {file_id} holds what is no answer of a batch:"
+                f" {self.brief(line.decode(errors='replace'))!r}; run again to read it again"
+            ) from None
+        return content
+
+    def insist(self, call: Callable[[], T], upload: Upload | None = None) -> T:
+        """Call, with the pauses and the patience of a chat call."""
+        client = self.client
+        retrying = Retrying(
+            stop=stop_after_attempt(client.llm.max_attempts) | stop_when_event_set(client.stopping),
+            wait=pause,
+            sleep=sleep_using_event(client.stopping),
+            retry=retry_if_exception(worth_another),
+            reraise=True,
+        )
+        try:
+            return retrying(call)
+        except (openai.APIError, ValueError) as error:
+            said, code = f"{client.base_url}: {client.message_of(error)}", getattr(error, "status_code", None)
+            if upload and code in (400, 404):
+                raise UserError(
+                    f"{said}; if {upload.batch_id or upload.file_id} is gone for good, remove the lines with"
+                    f" {upload.file_id} from {record_path(self.stage)}: it is asked anew then"
+                ) from None
+            if code in (404, 405):
+                raise UserError(f"{said}; llm.mode batch needs a server with OpenAI's Batch API") from None
+            raise client.hopeless(error) or UserError(f"{said}; run again, it goes on where it was") from None
+
+    def brief(self, text: str) -> str:
+        return self.client.clean(" ".join(text.split()))[:300]
+
+    def show(self, done: int) -> None:
+        """Progress: requests whose answers are here, and those that batches under way have done."""
+        under_way = [upload.batch_id or "waiting for room" for upload in self.open]
+        self.progress.total = self.taken + sum(len(upload.asked) for upload in self.open)
+        self.progress.n = self.taken + done
+        self.progress.set_postfix_str(f"{listed(under_way)}; {self.failed} failed")
+
+
+def id_of(thing: Any) -> str:
+    """The id of what the server made. Raises ValueError where it answers with something else."""
+    name = getattr(thing, "id", None)
+    if not isinstance(name, str):
+        raise ValueError(f"no id but {str(thing)[:100]}")
+    return name
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

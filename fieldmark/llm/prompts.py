@@ -1,0 +1,188 @@
+"""Prompts as files that people edit: YAML front matter, then one Jinja section a message.
+
+---
+purpose: what it is for
+variables: [name, noun]        # all that the sections use
+schema: {type: object, ...}    # JSON schema of the answer
+---
+# system
+...
+# user
+What tells {{ name }} ...
+
+Jinja's own filters and one more work there: `{{ noun | with_article }}` writes "a fish", "an aircraft".
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fieldmark.command import UserError
+from fieldmark.store import sha256
+
+Message = dict[str, Any]
+FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)---\s*\n(.*)", re.DOTALL)
+HEADING = re.compile(r"^# (system|user|assistant)[ \t]*$", re.MULTILINE)
+KEYS = {"purpose", "variables", "schema"}
+JINJA = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+# A vowel that is heard as one: an orchid, but a unicorn and a eucalypt; and an hourglass.
+VOWEL = re.compile(r"(?!eu|ew|one\b|uni(?![dmn])|us[aeu])[aeiou]|hour|heir", re.IGNORECASE)
+
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "boolean": (bool,),
+    "integer": (int,),
+    "number": (int, float),
+    "null": (type(None),),
+}
+SCHEMA_WORDS = {"type", "enum", "properties", "required", "additionalProperties", "items", "description", "title"}
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if VOWEL.match(noun) else 'a'} {noun}"
+
+
+JINJA.filters["with_article"] = with_article
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt file. `sha` is the sha256 of its bytes, `sections` its (role, template source) in order."""
+
+    path: str
+    sha: str
+    purpose: str
+    variables: tuple[str, ...]
+    schema: dict[str, Any]
+    sections: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).stem
+
+    @cached_property
+    def templates(self) -> list[tuple[str, Template]]:
+        return [(role, JINJA.from_string(source)) for role, source in self.sections]
+
+    def render(self, values: Mapping[str, Any]) -> list[Message]:
+        """The messages for these values. Raises UserError where the file uses what `values` does not hold."""
+        unknown = [name for name in self.variables if name not in values]
+        if unknown:
+            known = ", ".join(sorted(values))
+            raise UserError(f"{self.path}: variables: {unknown[0]!r} is not known to this stage; it knows {known}")
+        chosen = {name: values[name] for name in self.variables}
+        try:
+            return [{"role": role, "content": template.render(chosen).strip()} for role, template in self.templates]
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: cannot be rendered: {' '.join(str(error).split())}") from None
+
+
+def load_prompt(path: str | Path) -> Prompt:
+    """Read a prompt file. Raises UserError: unreadable, malformed, or a section uses an undeclared variable."""
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode().replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the prompt cannot be read ({error})") from None
+    match = FRONT_MATTER.fullmatch(text)
+    if not match:
+        raise UserError(f"{path}: has no front matter; begin it with a YAML block between two lines of ---")
+    front = read_front_matter(path, match[1])
+    prompt = Prompt(
+        str(path),
+        sha256(content),
+        front["purpose"],
+        tuple(front["variables"]),
+        front["schema"],
+        split_sections(path, match[2]),
+    )
+    for _, source in prompt.sections:
+        check_variables(prompt, source)
+    return prompt
+
+
+def read_front_matter(path: str | Path, text: str) -> dict[str, Any]:
+    try:
+        front = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(front, dict) or set(front) != KEYS:
+        found = ", ".join(map(str, front)) if isinstance(front, dict) else "something else"
+        raise UserError(f"{path}: the front matter holds {found}; it must hold {', '.join(sorted(KEYS))} and no more")
+    if not isinstance(front["purpose"], str):
+        raise UserError(f"{path}: purpose: is not a text")
+    if not (isinstance(front["variables"], list) and all(isinstance(name, str) for name in front["variables"])):
+        raise UserError(f"{path}: variables: is not a list of names")
+    check_schema(path, front["schema"], "schema")
+    return front
+
+
+def split_sections(path: str | Path, body: str) -> tuple[tuple[str, str], ...]:
+    before, *parts = HEADING.split(body)
+    sections = tuple(zip(parts[::2], parts[1::2], strict=True))
+    if before.strip() or "user" not in [role for role, _ in sections]:
+        raise UserError(
+            f"{path}: after the front matter each message stands under `# system`, `# user` or `# assistant`, alone on"
+            " its line; one `# user` at least"
+        )
+    return sections
+
+
+def check_variables(prompt: Prompt, source: str) -> None:
+    try:
+        used = meta.find_undeclared_variables(JINJA.parse(source))
+        JINJA.from_string(source)
+    except TemplateError as error:
+        raise UserError(f"{prompt.path}: is not a Jinja template: {' '.join(str(error).split())}") from None
+    for name in sorted(used - set(prompt.variables)):
+        raise UserError(f"{prompt.path}: {{{{ {name} }}}} is not among its `variables`; correct it or declare it there")
+
+
+def check_schema(path: str | Path, schema: Any, where: str) -> None:
+    """Accept the part of JSON Schema that `problem` checks and that structured output understands; refuse the rest."""
+    if not isinstance(schema, dict):
+        raise UserError(f"{path}: {where}: is not a JSON schema")
+    for word in schema:
+        if word not in SCHEMA_WORDS:
+            raise UserError(f"{path}: {where}.{word}: is not supported; use {', '.join(sorted(SCHEMA_WORDS))}")
+    kinds = schema.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in JSON_TYPES:
+            raise UserError(f"{path}: {where}.type: {kind!r} is no JSON type; use {', '.join(JSON_TYPES)}")
+    for key, inner in schema.get("properties", {}).items():
+        check_schema(path, inner, f"{where}.properties.{key}")
+    if "items" in schema:
+        check_schema(path, schema["items"], f"{where}.items")
+
+
+def problem(value: Any, schema: dict[str, Any]) -> str | None:
+    """The first thing that keeps an answer from fitting a checked schema, or None."""
+    return next(problems(value, schema, "answer"), None)
+
+
+def problems(value: Any, schema: dict[str, Any], where: str) -> Iterator[str]:
+    kinds = schema.get("type", list(JSON_TYPES))
+    allowed = [kind for name in (kinds if isinstance(kinds, list) else [kinds]) for kind in JSON_TYPES[name]]
+    if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
+        yield f"{where} is not of type {' or '.join(kinds) if isinstance(kinds, list) else kinds}"
+    elif "enum" in schema and value not in schema["enum"]:
+        yield f"{where} is none of {', '.join(map(str, schema['enum']))}"
+    elif isinstance(value, dict):
+        properties = schema.get("properties", {})
+        yield from (f"{where} lacks {key}" for key in schema.get("required", []) if key not in value)
+        if schema.get("additionalProperties") is False:
+            yield from (f"{where} has the unknown key {key}" for key in value if key not in properties)
+        for key in filter(properties.__contains__, value):
+            yield from problems(value[key], properties[key], f"{where}.{key}")
+    elif isinstance(value, list) and "items" in schema:
+        for number, inner in enumerate(value):
+            yield from problems(inner, schema["items"], f"{where}[{number}]")

@@ -1,0 +1,416 @@
+"""params.yaml as a typed object: every knob of the pipeline, checked before anything runs.
+
+An unknown key, a wrong type, a value out of range or two values that contradict each other is a UserError of one line
+that names the file, the key and the remedy. Nothing is coerced: `"3"` is not 3. What params.yaml leaves out takes the
+default written here; the params.yaml of the repository states every knob.
+
+Reads   params.yaml, and the names in training/methods/.
+Writes  nothing: run alone, it says nothing where all is right.
+Costs   nothing.
+
+    python -m fieldmark.params
+"""
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from fieldmark.command import UserError, run, stage_parser
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+# An empty file that stands where no file is wanted: a dependency of a DVC stage cannot be left out.
+NONE = "data/none"
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Domain(Block):
+    """What the pictures show, in the words that prompts and texts use."""
+
+    noun: str
+    group: str
+    attributes: list[str] = []
+    not_shown: list[str] = []
+
+
+class Dataset(Block):
+    format: Literal["imagefolder", "cub", "manifest"] = "imagefolder"
+    root: str
+    images: str | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    val_list: str = NONE
+    seed: int = 0
+    buckets: Annotated[int, Field(ge=1, le=1000)] = 16
+
+    @property
+    def folder(self) -> Path:
+        """Where the paths of data/index/images.parquet start from."""
+        root = Path(self.root)
+        if self.images is not None:
+            return Path(self.images)
+        return root.parent if self.format == "manifest" and not root.is_dir() else root
+
+
+class Reef(Block):
+    seed: int = 0
+    size: Annotated[int, Field(ge=32, le=1024)] = 160
+    train_per_class: Count = 40
+    test_per_class: Count = 25
+
+
+class Price(Block):
+    """US dollars per million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class Llm(Block):
+    mode: Literal["replay", "import", "live", "batch"] = "replay"
+    recordings: str = "data/demo/answers"
+    base_url: str | None = None
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    organization: str | None = None
+    headers: dict[str, str] = {}
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_output_tokens: Count = 2000
+    response_format: Literal["json_schema", "json_object", "text"] = "json_schema"
+    concurrency: Count = 8
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    batch_requests: Annotated[int, Field(ge=1, le=50_000)] = 50_000
+    batch_poll_s: Annotated[float, Field(gt=0)] = 30.0
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    max_attempts: Count = 5
+    max_calls: Annotated[int, Field(ge=0)] | None = None
+    max_usd: Annotated[float, Field(ge=0)] | None = None
+    min_coverage: Fraction = 1.0
+    prices: dict[str, Price] = {}
+
+
+class Concepts(Block):
+    imported: Annotated[str, Field(alias="import")] = NONE
+    edits: str = NONE
+    prompt: str = "prompts/concepts.md"
+    generic_prompt: str = "prompts/generic_concepts.md"
+    generic: Annotated[int, Field(ge=0)] = 0
+    contrast_prompt: str = "prompts/contrast.md"
+    contrast: bool = False
+    per_class: Count = 10
+    samples: Count = 1
+
+
+class Describe(Block):
+    enabled: bool = False
+    prompt: str = "prompts/describe.md"
+    image_px: Annotated[int, Field(ge=64)] = 512
+    sentences: Count = 4
+
+
+class Clean(Block):
+    name_templates: Annotated[list[str], Field(min_length=1)] = ["a photo of a {name}, a type of {noun}."]
+    max_words: Count = 25
+
+
+class Encoder(Block):
+    """A text-aligned image encoder that open_clip loads."""
+
+    model: str
+    pretrained: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: Count = 32
+
+
+class Tower(Block):
+    """An image-only encoder of timm's: it has no text side, so that nothing of a text is ever compared with it."""
+
+    model: str
+    pretrained: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: Count = 32
+    image_size: Annotated[int, Field(ge=16)] | None = None
+
+
+class Embed(Block):
+    views: Annotated[int, Field(ge=0, le=16)] = 0
+    tokens: bool = False
+    grids: list[Count] = [2, 4]
+    crops: list[Annotated[int, Field(ge=2)]] = []
+
+
+class Tokens(Block):
+    """Which hidden states of one encoder or tower are stored."""
+
+    layers: Annotated[list[int], Field(min_length=1)]
+    rollout: bool = False
+
+
+class Controls(Block):
+    """Which texts that say nothing of the classes are embedded with one encoder."""
+
+    seed: int = 0
+    per_class: Count = 32
+
+
+class Select(Block):
+    per_class: Count = 8
+    max_cosine: Fraction = 0.95
+    coverage: Annotated[float, Field(ge=0)] = 0.0
+    fallback: Literal["none", "prototypes", "auto"] = "none"
+
+
+class Labels(Block):
+    mode: Literal["softmax", "splice"] = "softmax"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    sparsity: Annotated[float, Field(gt=0)] = 0.25
+    top: Count = 16
+    density: Literal["neg_entropy", "entropy", "gaga", "product", "pixel"] = "neg_entropy"
+    inside_object: bool = False
+    redundancy: Annotated[float, Field(ge=0)] = 0.5
+    select_locals: Count = 12
+    select_concepts: Count = 20
+    rings: Annotated[int, Field(ge=2)] = 4
+    ring_centre: Literal["density", "peak"] = "density"
+    ring_gamma: Annotated[float, Field(gt=0)] = 4.0
+    ring_radii: Literal["equal_count", "equal_width"] = "equal_count"
+
+
+NodeKind = Literal["global", "object", "token", "grid", "crop"]
+
+
+class Graphs(Block):
+    nodes: list[NodeKind] = list(get_args(NodeKind))
+    sigma: Annotated[float, Field(gt=0)] = 0.25
+    spatial_threshold: Fraction = 0.1
+    neighbours: Count = 5
+
+
+class Method(BaseModel):
+    """One method's block: the encoder it reads here, its own settings checked by `training/methods/NAME.py`."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    encoder: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Several(Method):
+    """A run of one method over the nodes of several encoders: those of `also` stand beside its own encoder's."""
+
+    method: str
+    also: Annotated[list[str], Field(min_length=1)]
+
+
+class Train(Block):
+    """`regime`, `control` and each study are checked where they are used, in training/."""
+
+    seed: int = 0
+    seeds: Count = 1
+    regime: dict[str, Any] = {"kind": "full"}
+    control: dict[str, Any] = {"name": "none"}
+    budget: Count = 16
+    methods: dict[str, Method]
+    several: dict[str, Several] = {}
+
+    @property
+    def runs(self) -> dict[str, Method]:
+        """Everything that leaves a run in data/runs, by its name there."""
+        return {**self.methods, **self.several}
+
+    def method_of(self, name: str) -> str:
+        """The method of one of `runs`: a file in training/methods/."""
+        return self.several[name].method if name in self.several else name
+
+
+class Report(Block):
+    reference: str = "linear_probe"
+    examples: Count = 12
+
+
+class Params(Block):
+    domain: Domain
+    dataset: Dataset
+    demo: dict[Literal["reef"], Reef] = {}
+    llm: Llm
+    concepts: Concepts = Concepts()
+    describe: Describe = Describe()
+    clean: Clean = Clean()
+    encoders: Annotated[dict[str, Encoder], Field(min_length=1)]
+    towers: dict[str, Tower] = {}
+    embed: Embed = Embed()
+    tokens: dict[str, Tokens] = {}
+    controls: dict[str, Controls] = {}
+    select: Select = Select()
+    labels: Labels = Labels()
+    graphs: Graphs = Graphs()
+    train: Train
+    studies: dict[str, dict[str, Any]] = {}
+    report: Report = Report()
+
+    def encoder(self, name: str) -> Encoder:
+        """The settings of one text-aligned encoder. Raises UserError where params.yaml has none of that name."""
+        known = ", ".join(self.encoders)
+        if name in self.towers:
+            raise UserError(f"params.yaml: towers.{name}: a tower has no text side; choose one of `encoders`: {known}")
+        if name not in self.encoders:
+            raise UserError(f"params.yaml: encoders.{name}: is not there; choose one of: {known}")
+        return self.encoders[name]
+
+    def image_encoder(self, name: str) -> Encoder | Tower:
+        """The settings of one encoder or tower. Raises UserError where params.yaml has none of that name."""
+        if name not in self.image_encoders:
+            known = ", ".join(self.image_encoders)
+            raise UserError(f"params.yaml: neither `encoders` nor `towers` has {name!r}; choose one of: {known}")
+        return self.image_encoders[name]
+
+    @property
+    def image_encoders(self) -> dict[str, Encoder | Tower]:
+        """Everything that embeds images, by name."""
+        return {**self.encoders, **self.towers}
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a parameter file. Raises UserError: unreadable, not YAML, or a value that cannot stand."""
+    try:
+        # YAML 1.2, as DVC reads it: 1e-3 is a number.
+        content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "run from the project's root, or name it with --params"
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path}: {line}is not YAML: {' '.join(str(error.problem).split())}; correct it") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no parameters; start from the params.yaml of the repository")
+    try:
+        params = Params.model_validate(content)
+    except ValidationError as error:
+        raise UserError(explain(str(path), error, content)) from None
+    check_contradictions(str(path), params)
+    return params
+
+
+def explain(path: str, error: ValidationError, content: Any, prefix: str = "", model: type[BaseModel] = Params) -> str:
+    """One line for one of a ValidationError's complaints: file, key, what is wrong, what to do.
+
+    A missing key goes last: an unknown one may be that one misspelt.
+    """
+    complaints = error.errors()
+    first = min(complaints, key=lambda complaint: complaint["type"] == "missing")
+    location = [str(part) for part in first["loc"] if part != "[key]"]
+    key = prefix + ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = known_keys(model, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        remedy = f"did you mean `{close[0]}`?" if close else f"remove it; known here: {', '.join(known)}"
+        message = f"{path}: {key}: unknown key; {remedy}"
+    elif first["type"] == "missing":
+        message = f"{path}: {key}: is missing; add it (the repository's params.yaml explains each key)"
+    else:
+        said = first["msg"][0].lower() + first["msg"][1:]
+        message = f"{path}: {key}: {said}, but it is {reprlib.repr(first['input'])}; correct it"
+    more = len(complaints) - 1
+    return message + (f" (and {more} more)" if more else "")
+
+
+def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys that the block at `location` has."""
+    block: Any = model
+    for part in location:
+        if isinstance(block, type) and issubclass(block, BaseModel):
+            block = block.model_fields[part].annotation
+        else:
+            block = get_args(block)[1]
+    return [field.alias or name for name, field in block.model_fields.items()]
+
+
+def check_contradictions(path: str, params: Params) -> None:
+    """What each value alone cannot show: names that point nowhere, parts that exclude each other."""
+
+    def refuse(key: str, what: str, remedy: str) -> None:
+        raise UserError(f"{path}: {key}: {what}; {remedy}")
+
+    methods = params.train.methods
+    several = params.train.several
+    blocks: list[tuple[str, Iterable[str]]] = [
+        ("encoders", params.encoders), ("towers", params.towers), ("train.methods", methods), ("train.several", several)
+    ]  # fmt: skip
+    for block, names in blocks:
+        for name in names:
+            if not NAME.fullmatch(name):
+                refuse(f"{block}.{name}", "is used as a folder name", "use lower-case letters, digits, - and _")
+    for name in params.towers:
+        if name in params.encoders:
+            refuse(f"towers.{name}", f"encoders.{name} writes to data/embed/{name} too", "rename one of them")
+    for name in params.tokens:
+        if name not in params.image_encoders:
+            known = ", ".join(params.image_encoders)
+            refuse(f"tokens.{name}", "is neither under `encoders` nor under `towers`", f"choose one of: {known}")
+    for name in params.controls:
+        if name not in params.encoders:
+            known = ", ".join(params.encoders)
+            refuse(f"controls.{name}", "is not under `encoders`", f"choose one of: {known}")
+    for name, method in params.train.runs.items():
+        key = f"train.several.{name}" if name in several else f"train.methods.{name}"
+        if method.encoder in params.towers:
+            what = f"{method.encoder!r} is a tower, and methods read text, bank and labels of a text-aligned encoder"
+            refuse(f"{key}.encoder", what, f"choose one of `encoders`: {', '.join(params.encoders)}")
+        if method.encoder not in params.encoders:
+            known = ", ".join(params.encoders)
+            refuse(f"{key}.encoder", f"{method.encoder!r} is not under `encoders`", f"choose one of: {known}")
+        file = params.train.method_of(name)
+        if not Path("training/methods", f"{file}.py").is_file():
+            known = ", ".join(sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py")))
+            refuse(key, f"there is no training/methods/{file}.py", f"choose one of: {known}")
+    for name, entry in several.items():
+        key = f"train.several.{name}"
+        if name in methods:
+            refuse(key, f"train.methods.{name} writes to data/runs/{name} too", "rename it")
+        for other in entry.also:
+            if other not in params.image_encoders:
+                known = ", ".join(params.image_encoders)
+                what = f"{other!r} is neither under `encoders` nor under `towers`"
+                refuse(f"{key}.also", what, f"choose from: {known}")
+        if len({entry.encoder, *entry.also}) <= len(entry.also):
+            refuse(f"{key}.also", "names an encoder twice, or that of `encoder` again", "name each once")
+    reference = params.report.reference
+    if reference not in params.train.runs:
+        known = ", ".join(params.train.runs)
+        refuse("report.reference", f"{reference!r} is not under `train.methods`", f"choose one of: {known}")
+    if params.dataset.images is not None and params.dataset.format != "manifest":
+        refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
+    if "global" not in params.graphs.nodes:
+        refuse("graphs.nodes", "`global` is not among them, and every graph needs it", "add it")
+    for template in params.clean.name_templates:
+        try:
+            names_it = "\0" in template.format(name="\0", noun="")
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+            names_it = False
+        if not names_it:
+            what = f"{template!r} must use {{name}}, may use {{noun}}, and nothing else in braces"
+            refuse("clean.name_templates", what, "correct it")
+
+
+def main() -> None:
+    load_params(stage_parser(__doc__).parse_args().params)
+
+
+if __name__ == "__main__":
+    run(main)

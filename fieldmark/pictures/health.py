@@ -1,0 +1,179 @@
+"""What is wrong with a data set before anyone trains on it: doubles, leaks between splits, classes without images.
+
+Near duplicates are pairs of pictures whose 64-bit difference hashes (images.dhash) differ in at most NEAR_BITS bits. On
+5,902 crops of CUB-200-2011 all 3 pairs within 3 bits were the same photograph, and none of the 6 pairs at 4 and 5 bits
+was; two more doubles were 6 and 7 bits apart. So what is found is there, and more may be.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fieldmark.formats.listing import SPLITS, Listing, Row
+
+NEAR_BITS = 3
+# Of the pictures that share one hash (black frames, say) this many are paired with others; all are counted as leaks.
+PAIRED = 20
+SHORT_RUN, BLOCK = 64, 2048
+
+
+def near_pairs(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (i, j), i < j, of distinct uint64 hashes (n,) that differ in at most NEAR_BITS bits.
+
+    Exact: of NEAR_BITS + 1 = 4 pieces of 16 bits such a pair shares one whole (Manku et al., WWW 2007), so only
+    hashes with a piece in common are compared.
+    """
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    for shift in range(0, 64, 16):
+        piece = (hashes >> np.uint64(shift)).astype(np.uint16)
+        order = np.argsort(piece, kind="stable")
+        _, lengths = np.unique(piece, return_counts=True)
+        is_long = lengths > SHORT_RUN
+        for run in np.split(order, np.cumsum(lengths)[:-1]) if is_long.any() else []:
+            if len(run) > SHORT_RUN:
+                found += compare_run(hashes, run)
+        # All short runs at once: each member with the next in its run, then with the one after that, and so on.
+        members = order[~np.repeat(is_long, lengths)]
+        for step in range(1, SHORT_RUN):
+            same = np.flatnonzero(piece[members][step:] == piece[members][:-step])
+            if not same.size:
+                break
+            pairs = np.stack([members[same], members[same + step]], axis=1)
+            found.append(pairs[is_near(hashes[pairs[:, 0]], hashes[pairs[:, 1]])])
+    pairs = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def is_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    near: np.ndarray = np.bitwise_count(a ^ b) <= NEAR_BITS
+    return near
+
+
+def compare_run(hashes: np.ndarray, run: np.ndarray) -> list[np.ndarray]:
+    """The near pairs (k, 2) among the positions `run`, every one with every other, BLOCK of them at a time."""
+    found = []
+    for start in range(0, len(run), BLOCK):
+        block, rest = run[start : start + BLOCK], run[start:]
+        a, b = np.nonzero(np.triu(is_near(hashes[block][:, None], hashes[rest][None]), 1))
+        found.append(np.stack([block[a], rest[b]], axis=1))
+    return found
+
+
+def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
+    """Pairs of used images (path, other, bits), and the paths of test images that have a near duplicate elsewhere.
+
+    `rows` are those of index.images that are ok. Of more than PAIRED images with one hash the first are paired.
+    """
+    members: dict[int, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["path"]):
+        members[row["dhash"]].append(row)
+    hashes = np.array(list(members), dtype=np.uint64)
+    groups = list(members.values())
+    pairs: list[Row] = []
+    leaks: set[str] = set()
+    twins = [(number, number) for number, group in enumerate(groups) if len(group) > 1]
+    near = zip(*(side.tolist() for side in near_pairs(hashes)), strict=True)
+    for a, b in [*twins, *near]:
+        bits = int(np.bitwise_count(hashes[a] ^ hashes[b]))
+        splits = {row["split"] for number in (a, b) for row in groups[number]}
+        if "test" in splits and len(splits) > 1:
+            for one, other in ((a, b), (b, a)):
+                if any(row["split"] != "test" for row in groups[other]):
+                    leaks |= {row["path"] for row in groups[one] if row["split"] == "test"}
+        for first in groups[a][:PAIRED]:
+            for second in groups[b][:PAIRED]:
+                if a != b or first["path"] < second["path"]:
+                    path, other_path = sorted((first["path"], second["path"]))
+                    pairs.append({"path": path, "other": other_path, "bits": bits})
+    return pairs, leaks
+
+
+def spread(values: Iterable[int]) -> Row:
+    """Smallest, median and largest; null where there is nothing."""
+    numbers = np.array(list(values))
+    if not numbers.size:
+        return {"min": None, "median": None, "max": None}
+    return {"min": int(numbers.min()), "median": float(np.median(numbers)), "max": int(numbers.max())}
+
+
+def count_places(pairs: Iterable[tuple[Row, Row]]) -> dict[str, int]:
+    """Pairs of rows by where they stand: in two classes, in two splits of one class, or together."""
+    counts = {"within_split": 0, "across_splits": 0, "across_classes": 0}
+    for a, b in pairs:
+        if a["class_id"] != b["class_id"]:
+            counts["across_classes"] += 1
+        else:
+            counts["within_split" if a["split"] == b["split"] else "across_splits"] += 1
+    return counts
+
+
+def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tuple[dict[str, Any], list[Row]]:
+    """The health of an index (all its image rows and classes) as numbers, and its near duplicates as rows."""
+    by_path = {row["path"]: row for row in rows}
+    usable = [row for row in rows if row["status"] == "ok"]
+    pairs, leaks = find_near_duplicates(usable)
+    copies = count_places((row, by_path[row["duplicate_of"]]) for row in rows if row["status"] == "duplicate")
+    copies["across_classes"] = sum(row["status"] == "conflict" for row in rows)
+
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    for row in usable:
+        if row.get("group") is not None:
+            splits_of[row["group"]].add(row["split"])
+    leaking = {group for group, splits in splits_of.items() if "test" in splits and len(splits) > 1}
+    of_group = {row["path"] for row in usable if row["split"] == "test" and row.get("group") in leaking}
+
+    size = {split: dict.fromkeys((row["class_id"] for row in usable), 0) for split in SPLITS}
+    for row in usable:
+        size[row["split"]][row["class_id"]] += 1
+    with_images = {row["class_id"] for row in usable}
+    health = {
+        "byte_duplicates": copies,
+        "near_duplicates": count_places((by_path[pair["path"]], by_path[pair["other"]]) for pair in pairs),
+        "groups": {"count": len(splits_of), "across_splits": sum(len(splits) > 1 for splits in splits_of.values())},
+        "contaminated_test": {
+            "near_duplicates": len(leaks),
+            "groups": len(of_group),
+            "images": len(leaks | of_group),
+        },
+        "images_a_class": {split: spread(counts.values()) for split, counts in size.items()},
+        "classes_without": {
+            **{split: sum(count == 0 for count in counts.values()) for split, counts in size.items()},
+            "images": sum(row["class_id"] not in with_images for row in classes),
+        },
+        "pixels": {
+            "shorter_side": spread(min(row["width"], row["height"]) for row in usable),
+            "longer_side": spread(max(row["width"], row["height"]) for row in usable),
+        },
+        "passed_over": listing.passed_over,
+    }
+    return health, pairs
+
+
+def warnings(health: dict[str, Any], counts: dict[str, Any], listing: Listing) -> list[str]:
+    """What a person should know before they trust a number, most serious first."""
+    said = []
+    leak = health["contaminated_test"]
+    if leak["images"]:
+        said.append(
+            f"test is contaminated: {leak['images']} of {counts['images']['test']} test images have a near duplicate"
+            f" in train or val ({leak['near_duplicates']}) or are of a group that train or val has too"
+            f" ({leak['groups']}); their accuracy is optimistic; data/index/near_duplicates.parquet lists the pairs"
+        )
+    conflicts, broken = counts["unused"]["conflict"], counts["unused"]["broken"]
+    if conflicts:
+        said.append(f"{conflicts} files stand under two classes with the same bytes, and are not used")
+    if health["near_duplicates"]["across_classes"]:
+        said.append(f"{health['near_duplicates']['across_classes']} pairs of near duplicates stand under two classes")
+    if broken:
+        said.append(f"{broken} files are broken, and are not used; `error` in data/index/images.parquet says why")
+    for split in ("train", "test"):
+        if health["classes_without"][split]:
+            said.append(f"{health['classes_without'][split]} classes with images have none in {split}")
+    if listing.empty:
+        listed = ", ".join(listing.empty[:5]) + (", ..." if len(listing.empty) > 5 else "")
+        said.append(f"{len(listing.empty)} folders hold no image and are no classes: {listed}")
+    if listing.passed_over:
+        said.append(f"{listing.passed_over} files are no images, or do not stand where images stand; passed over")
+    return said

@@ -1,6 +1,0 @@
-"""reef: the bundled demo of fieldmark, 24 invented reef-fish species drawn from a seed.
-
-species        the vocabulary of field marks and the table of species (data/demo/species.yaml)
-drawing        one picture of a fish with given field marks, with the boxes of its parts
-train_encoder  makes the small open_clip encoder in data/demo/encoder; run by hand, not by DVC
-"""

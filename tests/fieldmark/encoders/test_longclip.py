@@ -1,0 +1,221 @@
+"""LongCLIP on a small random checkpoint in its published layout."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from open_clip.transformer import QuickGELU
+from torch import Tensor
+
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.encoders import longclip
+from fieldmark.encoders.clip import LoadedEncoder, load_encoder
+from fieldmark.encoders.longclip import stretch_positions
+from fieldmark.params import Encoder, Params
+from tests.project import VIT, save_model, write_concepts
+
+CPU = torch.device("cpu")
+CONFIG = {**VIT, "text_cfg": {**VIT["text_cfg"], "context_length": 77}}
+# Start and end make 77 tokens of 75 words.
+SHORT = "fin " * 75
+LONG = "fin " * 100
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder: the configurations `tiny` and `tiny-quickgelu`, known to open_clip by name; `clip`, a random CLIP of 77
+    positions with QuickGELU; its `long.pt`, whose two tables differ as after training.
+    """
+    base = tmp_path_factory.mktemp("longclip")
+    for name, settings in {"tiny": CONFIG, "tiny-quickgelu": {**CONFIG, "quick_gelu": True}}.items():
+        (base / f"{name}.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(base)
+    save_model(base / "clip", {**CONFIG, "quick_gelu": True})
+    state = open_clip.create_model(f"local-dir:{base / 'clip'}").state_dict()
+    generator = torch.Generator().manual_seed(1)
+    state["positional_embedding"] = stretch_positions(state["positional_embedding"])
+    state["positional_embedding_res"] = torch.randn(248, 16, generator=generator)
+    torch.save(dict(state), base / "long.pt")
+    return base
+
+
+def load(pretrained: Path, model: str = "tiny", **settings: Any) -> LoadedEncoder:
+    return load_encoder("mine", Encoder(model=model, pretrained=str(pretrained), batch_size=2, **settings), CPU)
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoints: Path) -> LoadedEncoder:
+    return load(checkpoints / "long.pt")
+
+
+@pytest.fixture(scope="module")
+def clip(checkpoints: Path) -> LoadedEncoder:
+    return load_encoder("mine", Encoder(model=f"local-dir:{checkpoints / 'clip'}", batch_size=2), CPU)
+
+
+def rows_of(encoder: LoadedEncoder) -> Tensor:
+    rows = encoder.model.positional_embedding
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+def test_the_first_twenty_rows_stay_and_the_rest_become_four_times_as_many() -> None:
+    before = torch.randn(77, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    after = stretch_positions(before)
+    assert after.shape == (248, 8)
+    assert torch.equal(after[:20], before[:20])
+    for i in range(57):
+        assert torch.equal(after[20 + 4 * i], before[20 + i])
+    for i in range(56):
+        for quarter in (1, 2, 3):
+            expected = ((4 - quarter) * before[20 + i] + quarter * before[21 + i]) / 4
+            torch.testing.assert_close(after[20 + 4 * i + quarter], expected)
+    for quarter in (1, 2, 3):
+        torch.testing.assert_close(after[244 + quarter], before[76] + quarter * (before[76] - before[75]) / 4)
+
+
+@given(rows=st.integers(22, 90), start=st.floats(-9, 9), slope=st.floats(-9, 9))
+def test_a_straight_line_stays_straight(rows: int, start: float, slope: float) -> None:
+    places = torch.arange(rows, dtype=torch.float64)[:, None]
+    after = stretch_positions(start + slope * places)
+    assert len(after) == 4 * rows - 60
+    expected = start + slope * (20 + torch.arange(len(after) - 20, dtype=torch.float64)[:, None] / 4)
+    torch.testing.assert_close(after[20:], expected)
+
+
+def test_each_table_counts_where_it_was_trained(checkpoints: Path, encoder: LoadedEncoder) -> None:
+    state = torch.load(checkpoints / "long.pt", weights_only=True)
+    rows = rows_of(encoder)
+    assert rows.shape == (248, 16)
+    assert torch.equal(rows[:20], state["positional_embedding"][:20])
+    assert torch.equal(rows[20:], state["positional_embedding_res"][20:])
+    for name, tensor in encoder.model.state_dict().items():
+        assert name == "positional_embedding" or torch.equal(tensor, state[name])
+
+
+def test_a_change_after_token_77_is_read(encoder: LoadedEncoder, clip: LoadedEncoder) -> None:
+    assert clip.count_tokens(SHORT) == encoder.count_tokens(SHORT) == (77, False)
+    assert clip.count_tokens(LONG) == (77, True)
+    assert encoder.count_tokens(LONG) == (102, False)
+    assert encoder.count_tokens("fin " * 246) == (248, False)
+    assert encoder.count_tokens("fin " * 247) == (248, True)
+    for pair, change in (([LONG + "fish", LONG + "tail"], True), (["fin " * 246 + word for word in "ab"], False)):
+        assert torch.equal(*clip.embed_texts(pair))
+        assert torch.equal(*encoder.embed_texts(pair)) != change
+
+
+def test_both_towers_are_the_checkpoints_own(checkpoints: Path, encoder: LoadedEncoder, clip: LoadedEncoder) -> None:
+    assert any(isinstance(part, QuickGELU) for part in encoder.model.visual.modules())
+    assert any(isinstance(part, QuickGELU) for part in encoder.model.transformer.modules())
+    assert encoder.preprocessing == clip.preprocessing
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for mine, same in zip(encoder.embed_images(pixels), clip.embed_images(pixels), strict=True):
+        assert torch.equal(mine, same)
+    # A text that ends before row 20 is read as before.
+    assert torch.equal(encoder.embed_texts(["a fish"]), clip.embed_texts(["a fish"]))
+    state = torch.load(checkpoints / "long.pt", weights_only=True)
+    state["visual.proj"] = -state["visual.proj"]
+    torch.save(state, checkpoints / "tuned.pt")
+    torch.testing.assert_close(load(checkpoints / "tuned.pt").embed_images(pixels)[0], -encoder.embed_images(pixels)[0])
+
+
+def test_the_name_of_the_model_and_the_path_do_not_matter(checkpoints: Path, encoder: LoadedEncoder) -> None:
+    (checkpoints / "moved.ckpt").write_bytes((checkpoints / "long.pt").read_bytes())
+    assert load(checkpoints / "moved.ckpt", "tiny-quickgelu").fingerprint == encoder.fingerprint
+    half = load(checkpoints / "long.pt", precision="bf16")
+    assert half.fingerprint != encoder.fingerprint
+    low, full = half.embed_texts([LONG]), encoder.embed_texts([LONG])
+    assert torch.nn.functional.cosine_similarity(low, full).min() > 0.99
+
+
+def test_another_checkpoint_of_the_model_is_open_clips_to_load(checkpoints: Path, clip: LoadedEncoder) -> None:
+    for suffix in ("pt", "npz"):
+        torch.save(clip.model.state_dict(), checkpoints / f"plain.{suffix}")
+    plain = load(checkpoints / "plain.pt", "tiny-quickgelu")
+    assert plain.count_tokens(LONG) == (77, True)
+    assert torch.equal(plain.embed_texts([SHORT]), clip.embed_texts([SHORT]))
+    assert longclip.read_checkpoint(str(checkpoints / "plain.npz")) is None
+    assert longclip.read_checkpoint("openai") is None
+
+
+class Hostile:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(checkpoints: Path, tmp_path: Path) -> None:
+    def refuse(change: Callable[[dict[str, Any]], object], words: str, model: str = "tiny") -> None:
+        state = torch.load(checkpoints / "long.pt", weights_only=True)
+        change(state)
+        torch.save(state, tmp_path / "broken.pt")
+        with pytest.raises(UserError, match=words) as error:
+            load(tmp_path / "broken.pt", model)
+        assert str(error.value).startswith("params.yaml: encoders.mine: ")
+        assert "\n" not in str(error.value)
+
+    tables = r"broken\.pt: positional_embedding and positional_embedding_res are not two tables of one shape"
+    refuse(lambda state: state.update(positional_embedding=torch.zeros(77, 16)), tables)
+    refuse(lambda state: state.pop("positional_embedding"), tables)
+    refuse(lambda state: state.update({name: torch.zeros(20, 16) for name in (longclip.FIRST, longclip.REST)}), tables)
+    refuse(lambda state: state.update({name: torch.zeros(248) for name in (longclip.FIRST, longclip.REST)}), tables)
+    refuse(lambda state: state.pop("visual.proj"), r"Missing key\(s\) in state_dict: .visual\.proj")
+    refuse(lambda state: state.update(more=torch.zeros(1)), r"Unexpected key\(s\) in state_dict: .more")
+    refuse(lambda state: None, "cannot load .ViT-S-32-alt. .*Missing key", model="ViT-S-32-alt")
+    refuse(lambda state: None, "cannot load 'coca_ViT-B-32'", model="coca_ViT-B-32")
+    refuse(lambda state: state.update(more=Hostile(tmp_path / "taken")), "Weights only load failed")
+    assert not (tmp_path / "taken").exists()
+
+
+def test_the_untrained_start_is_written_in_the_published_layout(
+    checkpoints: Path, clip: LoadedEncoder, set_params: Callable[..., Params], run_stage: Callable[..., None]
+) -> None:
+    base = {"model": f"local-dir:{checkpoints / 'clip'}", "precision": "bf16"}
+    set_params(encoders={"base": base})
+    run_stage("tools.longclip", "--encoder", "base", "--out", "new/long.pt")
+    state = torch.load("new/long.pt", weights_only=True)
+    assert torch.equal(state["positional_embedding"], state["positional_embedding_res"])
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    encoder = load(Path("new/long.pt"))
+    assert torch.equal(rows_of(encoder), stretch_positions(rows_of(clip)))
+    assert encoder.count_tokens(LONG) == (102, False)
+    assert torch.equal(encoder.embed_texts(["a fish"]), clip.embed_texts(["a fish"]))
+    assert not list(Path("new").glob("*.part"))
+    with pytest.raises(UserError, match=r"params\.yaml: encoders\.vit: is no CLIP with QuickGELU; "):
+        run_stage("tools.longclip", "--encoder", "vit", "--out", "new/vit.pt")
+    assert not Path("new/vit.pt").exists()
+
+
+def test_its_texts_do_not_mix_with_another_towers_images(
+    checkpoints: Path, dataset: list[str], set_params: Callable[..., Params], run_stage: Callable[..., None]
+) -> None:
+    own = {"model": "tiny", "pretrained": str(checkpoints / "long.pt"), "batch_size": 4}
+    set_params(encoders={"mine": {"model": f"local-dir:{checkpoints / 'clip'}", "batch_size": 4}})
+    write_concepts([("a photo of a tang", "a", "name"), (LONG, "a", "visual"), ("a fin", "b", "visual")])
+    store.write_table(
+        store.make_table("descriptions/1", []), "data/descriptions/descriptions.parquet", "descriptions/1", {}, "none"
+    )
+    run_stage("index_images")
+    run_stage("embed_images", "--encoder", "mine")
+    # The user names LongCLIP's checkpoint and embeds the texts alone.
+    set_params(encoders={"mine": own})
+    run_stage("embed_text", "--encoder", "mine")
+    rows = store.read_table("data/embed/mine/text.parquet", "embed.text/1").to_pylist()
+    assert {row["text"]: (row["n_tokens"], row["truncated"]) for row in rows}[LONG] == (102, False)
+    with pytest.raises(UserError, match=r"mine/text\.parquet: is of another encoder than data/embed/mine/images; "):
+        run_stage("select_concepts", "--encoder", "mine")
+    assert not Path("data/bank/mine.parquet").exists()
+    run_stage("embed_images", "--encoder", "mine")
+    run_stage("select_concepts", "--encoder", "mine")
+    assert Path("data/bank/mine.parquet").exists()

@@ -1,0 +1,109 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fieldmark.formats.listing import Listing
+from fieldmark.pictures import health
+from fieldmark.pictures.health import NEAR_BITS, examine, find_near_duplicates, near_pairs
+
+Row = dict[str, Any]
+
+
+def image(path: str, dhash: int, **more: Any) -> Row:
+    split, class_id, _ = path.split("/")
+    return {
+        "path": path, "split": split, "class_id": class_id, "dhash": dhash, "status": "ok", "width": 30, "height": 20,
+        **more,
+    }  # fmt: skip
+
+
+def brute_force(hashes: np.ndarray) -> set[tuple[int, int]]:
+    bits = np.bitwise_count(hashes[:, None] ^ hashes[None])
+    return set(zip(*(side.tolist() for side in np.nonzero(np.triu(bits <= NEAR_BITS, 1))), strict=True))
+
+
+# Few distinct bits, so that pairs near each other are common.
+near_values = st.integers(0, 2**12 - 1).map(lambda n: sum(((n >> i) & 1) << (5 * i) for i in range(12)))
+
+
+@given(st.lists(near_values | st.integers(0, 2**64 - 1), unique=True, max_size=60))
+def test_near_pairs_are_those_that_comparing_all_finds(values: list[int]) -> None:
+    hashes = np.array(values, dtype=np.uint64)
+    a, b = near_pairs(hashes)
+    assert set(zip(a.tolist(), b.tolist(), strict=True)) == brute_force(hashes)
+    assert (a < b).all()
+
+
+def test_near_pairs_where_many_share_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "BLOCK", 100)
+    hashes = np.unique(np.random.default_rng(0).integers(0, 2**64, 700, dtype=np.uint64))
+    hashes[:500] &= np.uint64(0x0000_0000_00FF_FFFF)
+    hashes = np.unique(hashes)
+    a, b = near_pairs(hashes)
+    expected = brute_force(hashes)
+    assert expected
+    assert set(zip(a.tolist(), b.tolist(), strict=True)) == expected
+
+
+def test_pairs_and_leaks() -> None:
+    rows = [
+        image("train/a/1", 0b1111), image("test/a/1", 0b1110), image("test/a/2", 0b1000),
+        image("val/b/1", 0xFFFF << 40), image("test/b/1", 0xFFFF << 40), image("test/b/2", 1 << 60 | 0xFF << 20),
+    ]  # fmt: skip
+    pairs, leaks = find_near_duplicates(rows)
+    assert sorted((pair["path"], pair["other"], pair["bits"]) for pair in pairs) == [
+        ("test/a/1", "test/a/2", 2),
+        ("test/a/1", "train/a/1", 1),
+        ("test/a/2", "train/a/1", 3),
+        ("test/b/1", "val/b/1", 0),
+    ]
+    assert leaks == {"test/a/1", "test/a/2", "test/b/1"}
+
+
+def test_many_images_of_one_hash_are_all_leaks_but_not_all_paired() -> None:
+    rows = [image(f"test/a/{n:03d}", 0) for n in range(300)] + [image("train/a/0", 0)]
+    pairs, leaks = find_near_duplicates(rows)
+    assert len(leaks) == 300
+    assert len(pairs) == health.PAIRED * (health.PAIRED - 1) // 2
+
+
+def test_numbers() -> None:
+    rows = [
+        image("train/a/1", 1 << 10, group="g"), image("train/a/2", 0xFF << 20, group="h"),
+        image("test/a/1", 0xFF << 40, group="g", width=10), image("test/a/2", 0xF0F0F, group="i"),
+        image("train/b/1", 0xFF << 50, width=100),
+        image("val/c/1", 0xFF << 30), image("test/c/1", 0xFF << 30),
+        image("train/c/9", 0, status="duplicate", duplicate_of="val/c/1", width=None),
+        image("train/c/8", 0, status="broken", width=None), image("train/c/7", 0, status="conflict", width=None),
+    ]  # fmt: skip
+    classes = [{"class_id": name} for name in "abcd"]
+    found, pairs = examine(rows, classes, Listing(rows, passed_over=5))
+    assert found == {
+        "byte_duplicates": {"within_split": 0, "across_splits": 1, "across_classes": 1},
+        "near_duplicates": {"within_split": 0, "across_splits": 1, "across_classes": 0},
+        "groups": {"count": 3, "across_splits": 1},
+        "contaminated_test": {"near_duplicates": 1, "groups": 1, "images": 2},
+        "images_a_class": {
+            "train": {"min": 0, "median": 1.0, "max": 2},
+            "val": {"min": 0, "median": 0.0, "max": 1},
+            "test": {"min": 0, "median": 1.0, "max": 2},
+        },
+        "classes_without": {"train": 1, "val": 2, "test": 1, "images": 1},
+        "pixels": {
+            "shorter_side": {"min": 10, "median": 20.0, "max": 20},
+            "longer_side": {"min": 20, "median": 30.0, "max": 100},
+        },
+        "passed_over": 5,
+    }
+    assert len(pairs) == 1
+
+
+def test_nothing_to_say_of_nothing() -> None:
+    found, pairs = examine([], [], Listing([]))
+    assert pairs == []
+    assert found["images_a_class"]["train"] == {"min": None, "median": None, "max": None}
+    counts = {"images": {"test": 0}, "unused": {"conflict": 0, "broken": 0}}
+    assert health.warnings(found, counts, Listing([])) == []

@@ -1,0 +1,230 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fieldmark.command import UserError
+from fieldmark.params import Params, Tower, load_params
+from tests.project import PARAMS, ROOT
+
+
+@pytest.fixture
+def refuse(project: Path) -> Callable[..., None]:
+    """Say that a parameter file is refused in one line that names it and holds some words."""
+
+    def check(content: dict[str, Any] | str, *words: str) -> None:
+        path = project / "mine.yaml"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(UserError) as error:
+            load_params(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+        for word in words:
+            assert word in message
+
+    return check
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """Good parameters with one dotted key set."""
+    content = json.loads(json.dumps(PARAMS))
+    content["encoders"] = {"conv": {"model": "ViT-B-32", "pretrained": "openai"}}
+    *blocks, last = key.split(".")
+    block = content
+    for name in blocks:
+        block = block.setdefault(name, {})
+    block[last] = value
+    return content
+
+
+def test_the_repository_states_every_knob(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    params = load_params()
+
+    def unset(block: Any, key: str = "") -> list[str]:
+        fields = type(block).model_fields
+        left_out = [f"{key}{name}" for name in fields if name not in block.model_fields_set]
+        for name in fields:
+            value = getattr(block, name)
+            for part, each in value.items() if isinstance(value, dict) else [("", value)]:
+                if hasattr(each, "model_fields_set"):
+                    left_out += unset(each, f"{key}{name}.{part}." if part else f"{key}{name}.")
+        return left_out
+
+    assert unset(params) == []
+
+
+def test_good_parameters_load(project: Path) -> None:
+    (project / "params.yaml").write_text(json.dumps(changed("labels.temperature", 1)))
+    params = load_params()
+    assert isinstance(params, Params)
+    assert params.encoder("conv").precision == "fp32"
+    assert params.train.methods["zero_shot"].settings == {}
+    with pytest.raises(UserError, match=r"encoders\.reef: .*choose one of: conv$"):
+        params.encoder("reef")
+
+
+def test_a_tower_embeds_images_and_has_no_text(project: Path) -> None:
+    content = changed("towers", {"dino": {"model": "vit_small_patch14_dinov2.lvd142m", "image_size": 224}})
+    (project / "params.yaml").write_text(json.dumps(content))
+    params = load_params()
+    assert list(params.image_encoders) == ["conv", "dino"]
+    assert params.image_encoder("conv") == params.encoder("conv")
+    tower = params.image_encoder("dino")
+    assert isinstance(tower, Tower)
+    assert (tower.image_size, tower.pretrained, tower.precision) == (224, None, "fp32")
+    with pytest.raises(UserError, match=r"towers\.dino: a tower has no text side; choose one of `encoders`: conv$"):
+        params.encoder("dino")
+    with pytest.raises(UserError, match=r"neither `encoders` nor `towers` has 'reef'; choose one of: conv, dino$"):
+        params.image_encoder("reef")
+
+
+def test_a_run_on_several_encoders(refuse: Callable[..., None], project: Path) -> None:
+    content = changed("towers", {"dino": {"model": "vit_small_patch14_dinov2.lvd142m"}})
+    both = {"method": "zero_shot", "encoder": "conv", "also": ["dino"], "depth": 3}
+    content["train"]["several"] = {"both": both}
+    (project / "params.yaml").write_text(json.dumps(content))
+    params = load_params()
+    assert list(params.train.runs) == ["zero_shot", "both"]
+    assert params.train.several["both"].settings == {"depth": 3}
+    for name, change, words in [
+        ("zero_shot", {}, ["train.several.zero_shot: train.methods.zero_shot writes to data/runs/zero_shot too"]),
+        ("My/Run", {}, ["train.several.My/Run: is used as a folder name"]),
+        ("both", {"method": "magic"}, ["train.several.both: there is no training/methods/magic.py"]),
+        ("both", {"encoder": "dino"}, ["train.several.both.encoder: 'dino' is a tower"]),
+        ("both", {"also": ["reef"]}, ["train.several.both.also: 'reef' is neither", "choose from: conv, dino"]),
+        ("both", {"also": ["conv"]}, ["train.several.both.also: names an encoder twice"]),
+        ("both", {"also": []}, ["train.several.both.also: "]),
+    ]:
+        content["train"]["several"] = {name: both | change}
+        refuse(content, *words)
+
+
+def test_a_tower_that_cannot_stand(refuse: Callable[..., None]) -> None:
+    resnet = {"model": "resnet50.a1_in1k"}
+    refuse(changed("towers", {"conv": resnet}), "towers.conv: encoders.conv writes to data/embed/conv too", "rename")
+    refuse(changed("towers", {"My/CNN": resnet}), "towers.My/CNN: is used as a folder name")
+    refuse(changed("towers.cnn", {**resnet, "image_sise": 1}), "towers.cnn.image_sise: unknown key", "`image_size`")
+    refuse(changed("towers.cnn", {**resnet, "image_size": 8}), "towers.cnn.image_size: ", "16")
+    content = changed("towers", {"cnn": resnet})
+    content["train"]["methods"]["zero_shot"]["encoder"] = "cnn"
+    refuse(content, "train.methods.zero_shot.encoder: 'cnn' is a tower", "choose one of `encoders`: conv")
+
+
+def test_a_method_has_settings_of_its_own(project: Path) -> None:
+    (project / "params.yaml").write_text(json.dumps(changed("train.methods.zero_shot.depth", 3)))
+    assert load_params().train.methods["zero_shot"].settings == {"depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("domian", {}, ["domian: unknown key", "did you mean `domain`?"]),
+        ("emed", {}, ["emed: unknown key", "did you mean `embed`?"]),
+        ("encoders.conv.prescision", "fp32", ["encoders.conv.prescision: unknown key", "`precision`"]),
+        (
+            "llm.prices.m",
+            {"input": 1, "output": 1, "foo": 2},
+            ["llm.prices.m.foo: unknown key", "known here: input, output"],
+        ),
+        ("demo.reef.seeds", 1, ["demo.reef.seeds: unknown key", "`seed`"]),
+        ("demo.lake", {}, ["demo.lake: ", "'reef'"]),
+        ("train.sed", 1, ["train.sed: unknown key", "`seed`"]),
+    ],
+)
+def test_an_unknown_key(refuse: Callable[..., None], key: str, value: Any, words: list[str]) -> None:
+    refuse(changed(key, value), *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("dataset.buckets", "3", ["dataset.buckets: ", "valid integer", "'3'"]),
+        ("dataset.buckets", 3.0, ["dataset.buckets: ", "3.0"]),
+        ("dataset.buckets", True, ["dataset.buckets: ", "True"]),
+        ("dataset.buckets", 1001, ["dataset.buckets: ", "1000"]),
+        ("dataset.val_fraction", 1, ["dataset.val_fraction: ", "less than 1"]),
+        ("embed.tokens", "yes", ["embed.tokens: ", "'yes'"]),
+        ("embed.grids", [2, 0], ["embed.grids.1: "]),
+        ("encoders.conv", None, ["encoders.conv: ", "None"]),
+        ("encoders.conv.precision", "fp8", ["encoders.conv.precision: ", "'bf16'", "'fp8'"]),
+        ("encoders", {}, ["encoders: "]),
+        ("graphs.nodes", ["global", "patch"], ["graphs.nodes.1: ", "'patch'"]),
+        ("clean.name_templates", [], ["clean.name_templates: "]),
+        ("train.methods", ["zero_shot"], ["train.methods: ", "['zero_shot']"]),
+    ],
+)
+def test_a_wrong_value(refuse: Callable[..., None], key: str, value: Any, words: list[str]) -> None:
+    refuse(changed(key, value), *words)
+
+
+def test_infinity_is_no_number(refuse: Callable[..., None]) -> None:
+    refuse(
+        changed("labels.temperature", float("inf")).__repr__().replace("inf", ".inf"), "labels.temperature: "
+    )
+
+
+def test_a_missing_block_or_key(refuse: Callable[..., None]) -> None:
+    content = changed("train.seed", 0)
+    del content["domain"]
+    refuse(content, "domain: is missing; add it")
+    content = changed("train.seed", 0)
+    del content["train"]["methods"]["zero_shot"]["encoder"]
+    refuse(content, "train.methods.zero_shot.encoder: is missing")
+    del content["domain"]
+    refuse(content, "domain: is missing", "(and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "train.methods.zero_shot.encoder",
+            "reef",
+            ["train.methods.zero_shot.encoder: 'reef'", "choose one of: conv"],
+        ),
+        (
+            "train.methods.magic",
+            {"encoder": "conv"},
+            ["train.methods.magic: there is no", "linear_probe", "zero_shot"],
+        ),
+        ("train.methods.__init__", {"encoder": "conv"}, ["train.methods.__init__: is used as a folder name"]),
+        ("encoders.My/CLIP", {"model": "x"}, ["encoders.My/CLIP: is used as a folder name", "lower-case"]),
+        (
+            "report.reference",
+            "linear_probe",
+            ["report.reference: 'linear_probe'", "choose one of: zero_shot"],
+        ),
+        ("graphs.nodes", ["grid"], ["graphs.nodes: `global`"]),
+        *[
+            ("clean.name_templates", [template], ["clean.name_templates: "])
+            for template in (
+                "a photo",
+                "a photo of {nam}",
+                "{name} {",
+                "{} {name}",
+                "{name.x}",
+                "{name[x]}",
+                "{name!z}",
+                "{{name}}",
+            )
+        ],
+    ],
+)
+def test_a_contradiction(refuse: Callable[..., None], key: str, value: Any, words: list[str]) -> None:
+    refuse(changed(key, value), *words)
+
+
+def test_text_that_is_no_parameters(refuse: Callable[..., None], project: Path) -> None:
+    refuse("a: 1\nb: [1,\n", "is not YAML", "line ")
+    refuse("seed: 1\ntrain:\n  seed: 1\n  seed: 2\n", "line 4: ", 'duplicate key "seed"')
+    refuse("a: !!python/name:os.system x\n", "is not YAML")
+    refuse("", "holds no parameters")
+    refuse("- a\n", "holds no parameters")
+    refuse("1: a\n", "1: keys should be strings")
+    refuse("a: \x00\n", "is not YAML")
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read .*--params"):
+        load_params(project / "none.yaml")

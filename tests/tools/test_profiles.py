@@ -1,0 +1,261 @@
+"""Profiles copied to params.yaml, in real git repositories: no edit is ever lost."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from fieldmark.command import UserError
+from fieldmark.params import load_params
+from tests.project import PARAMS, ROOT
+from tools.profiles import take
+
+RunStage = Callable[..., None]
+PATH = Path("params.yaml")
+
+
+@pytest.mark.parametrize("path", ["params.yaml", *(f"profiles/{path.name}" for path in ROOT.glob("profiles/*.yaml"))])
+def test_what_the_repository_brings_has_all_that_its_stages_ask_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC stops at a stage whose parameter is left out of params.yaml, whatever its default."""
+    monkeypatch.chdir(ROOT)
+    load_params(path)
+    yaml = YAML(typ="safe", pure=True)
+    content, stages = yaml.load(Path(path)), yaml.load(Path("dvc.yaml"))["stages"]
+    wanted = set()
+    for stage in stages.values():
+        looped = re.fullmatch(r"\$\{(.+)\}", stage.get("foreach", ""))
+        keys = list(find(content, looped[1])) if looped else [""]
+        for key in keys:
+            body = stage.get("do", stage)
+            wanted |= {param.replace("${key}", key) for param in body.get("params", [])}
+            wanted |= {dep[2:-1] for dep in body["deps"] if re.fullmatch(r"\$\{[a-z_.]+\}", dep)}
+    assert len(wanted) > 20
+    for key in wanted:
+        find(content, key)
+
+
+def find(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        assert part in content, key
+        content = content[part]
+    return content
+
+
+def params(seed: int) -> str:
+    content = json.loads(json.dumps(PARAMS))
+    content["encoders"] = {"conv": {"model": "ViT-B-32", "pretrained": "openai"}}
+    content["dataset"]["seed"] = seed
+    return json.dumps(content)
+
+
+def git(*words: str) -> None:
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", *author, *words], check=True, capture_output=True)
+
+
+def commit() -> None:
+    git("add", "-A")
+    git("commit", "-q", "-m", "change")
+
+
+@pytest.fixture
+def profiles(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three parameter files that differ: params.yaml and two profiles. A repository above the project is not seen."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent))
+    monkeypatch.setenv("LC_ALL", "C")
+    (project / "profiles").mkdir()
+    for seed, path in enumerate(["params.yaml", "profiles/cub100.yaml", "profiles/cub200.yaml"]):
+        (project / path).write_text(params(seed))
+
+
+@pytest.fixture
+def repository(profiles: None) -> None:
+    """The same, committed."""
+    git("init", "-q", "-b", "main")
+    commit()
+
+
+def refused(name: str, *words: str) -> None:
+    """Taking a profile is refused in one line, and params.yaml left alone."""
+    before = PATH.read_bytes(), PATH.stat().st_mtime_ns
+    with pytest.raises(UserError) as error:
+        take(name, PATH)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+    assert (PATH.read_bytes(), PATH.stat().st_mtime_ns) == before
+
+
+def is_profile(name: str) -> bool:
+    return PATH.read_bytes() == Path("profiles", f"{name}.yaml").read_bytes()
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_profile_takes_the_place_of_what_is_committed(
+    run_stage: RunStage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stage("tools.profiles", "cub100")
+    assert capsys.readouterr() == ("params.yaml is now a copy of profiles/cub100.yaml\n", "")
+    assert is_profile("cub100")
+    assert not list(Path().glob("*.partial"))
+    changed = PATH.stat().st_mtime_ns
+    run_stage("tools.profiles", "cub100")
+    assert capsys.readouterr() == ("", "")
+    assert PATH.stat().st_mtime_ns == changed
+
+
+@pytest.mark.usefixtures("repository")
+def test_switching_and_the_way_back() -> None:
+    for name in ("cub100", "cub200", "cub100"):
+        assert take(name, PATH)
+        assert is_profile(name)
+    git("checkout", "params.yaml")
+    assert PATH.read_text() == params(0)
+    assert take("cub200", PATH)
+    PATH.unlink()
+    assert take("cub100", PATH)
+    assert is_profile("cub100")
+
+
+@pytest.mark.usefixtures("repository")
+def test_an_edit_is_not_lost() -> None:
+    PATH.write_text(params(9))
+    remedies = ("not committed", "profiles/MINE.yaml", "`git checkout HEAD params.yaml`")
+    refused("cub100", *remedies)
+    git("add", "params.yaml")
+    refused("cub100", *remedies)
+    shutil.copy(PATH, "profiles/mine.yaml")
+    assert take("cub100", PATH)
+    assert take("mine", PATH)
+    Path("profiles/mine.yaml").unlink()
+    refused("cub100", *remedies)
+    git("checkout", "HEAD", "params.yaml")
+    assert take("cub100", PATH)
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_profile_may_be_edited_and_taken_again() -> None:
+    profile = Path("profiles/cub100.yaml")
+    take("cub100", PATH)
+    profile.write_text(params(seed=7))
+    assert take("cub100", PATH)
+    assert PATH.read_bytes() == profile.read_bytes()
+    PATH.write_text(params(seed=8))
+    refused("cub100", "not committed")
+
+
+@pytest.mark.usefixtures("repository")
+def test_an_edit_that_is_committed_is_not_lost_either() -> None:
+    PATH.write_text(params(9))
+    commit()
+    assert take("cub100", PATH)
+    PATH.write_text(PATH.read_text() + "\n")
+    refused("cub200", "not committed")
+
+
+@pytest.mark.usefixtures("repository")
+def test_an_edit_that_git_was_told_to_overlook_is_not_lost() -> None:
+    git("update-index", "--assume-unchanged", "params.yaml")
+    PATH.write_text(params(9))
+    refused("cub100", "not committed")
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_file_that_is_not_committed_is_not_lost() -> None:
+    git("rm", "-q", "--cached", "params.yaml")
+    git("commit", "-q", "-m", "untracked")
+    refused("cub100", "nobody can tell", "not in 'HEAD'", "`cp profiles/cub100.yaml params.yaml`")
+    git("add", "params.yaml")
+    refused("cub100", "nobody can tell")
+
+
+@pytest.mark.usefixtures("profiles")
+def test_without_a_repository_nobody_can_tell() -> None:
+    refused("cub100", "nobody can tell", "not a git repository", "`cp profiles/cub100.yaml params.yaml`")
+    shutil.copy("profiles/cub100.yaml", PATH)
+    assert not take("cub100", PATH)
+    assert take("cub200", PATH)
+    git("init", "-q")
+    assert take("cub100", PATH)
+    PATH.write_text(params(9))
+    refused("cub100", "nobody can tell", "HEAD")
+
+
+@pytest.mark.usefixtures("repository")
+def test_without_git_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path("profiles").absolute()))
+    refused("cub100", "git is not installed", "`cp profiles/cub100.yaml params.yaml`")
+    PATH.unlink()
+    assert take("cub100", PATH)
+
+
+def test_a_project_inside_another_repository(project: Path, profiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outer repository has a params.yaml of its own at its root, and at first does not hold the inner one."""
+    inner = project / "inner"
+    inner.mkdir()
+    for name in ("params.yaml", "profiles", "training"):
+        (project / name).rename(inner / name)
+    (project / "params.yaml").write_text(params(0))
+    git("init", "-q")
+    git("add", "params.yaml")
+    git("commit", "-q", "-m", "outer")
+    monkeypatch.chdir(inner)
+    refused("cub100", "nobody can tell")
+    commit()
+    PATH.write_text(params(9))
+    refused("cub100", "not committed")
+    git("checkout", "params.yaml")
+    assert take("cub100", PATH)
+    assert (project / "params.yaml").read_text() == params(0)
+
+
+@pytest.mark.usefixtures("repository")
+def test_line_ends_that_git_changes_are_no_edit() -> None:
+    git("config", "core.autocrlf", "true")
+    PATH.write_text(params(0) + "\n")
+    commit()
+    PATH.unlink()
+    git("checkout", "params.yaml")
+    assert b"\r\n" in PATH.read_bytes()
+    assert take("cub100", PATH)
+
+
+@pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cub10", ["'cub10'", "did you mean cub100?", "cub100, cub200"]),
+        ("fish", ["'fish'", "it has cub100, cub200"]),
+        ("../params", ["has no profile '../params'"]),
+        ("", ["has no profile ''"]),
+    ],
+)
+def test_an_unknown_profile(name: str, words: list[str]) -> None:
+    refused(name, "profiles/: ", *words)
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_broken_profile_changes_nothing() -> None:
+    Path("profiles/cub100.yaml").write_text(params(1).replace('"seed"', '"sed"'))
+    refused("cub100", "profiles/cub100.yaml: dataset.sed: unknown key")
+    shutil.rmtree("profiles")
+    refused("cub100", "it has none")
+
+
+def test_make_takes_the_profile_first() -> None:
+    def planned(*words: str) -> list[str]:
+        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    steps = planned("repro", "PROFILE=cub100")
+    wanted = ['python -m tools.profiles "cub100"', "python -m tools.preflight", "dvc repro --quiet"]
+    assert [step for step in steps if step in wanted] == wanted
+    assert not [step for step in planned("repro", "PROFILE=") if "tools.profiles" in step]
+    retry = planned("retry", "PROFILE=cub100")
+    assert retry.index(wanted[0]) < min(place for place, step in enumerate(retry) if "dvc repro" in step)

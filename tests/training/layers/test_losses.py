@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.layers.losses import (
+    HARDEST,
+    TEMPERATURE,
+    assignment_logits,
+    chamfer,
+    concept_contrast,
+    densest_node,
+    kl_from_normal,
+    likeliest_class,
+    presence,
+    recovery,
+)
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=GENERATOR), dim=-1)
+
+
+def test_kl_is_zero_for_the_normal_and_has_its_closed_form() -> None:
+    mask = torch.tensor([[True, True, False]])
+    zero = torch.zeros(1, 3, 4)
+    assert kl_from_normal(zero, zero, mask) == 0
+    mean, log_variance = torch.randn(1, 3, 4, generator=GENERATOR), torch.randn(1, 3, 4, generator=GENERATOR)
+    ours = torch.distributions.Normal(mean[0, :2], (0.5 * log_variance[0, :2]).exp())
+    expected = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(kl_from_normal(mean, log_variance, mask), expected)
+    assert expected > 0
+
+
+def contrast_by_loop(q: Tensor, K: Tensor, own: Tensor, anchors: Tensor, present: Tensor, y: Tensor) -> float:
+    losses = []
+    for image, label in enumerate(y.tolist()):
+        mine = [k for k in range(len(K)) if own[k, label]]
+        shown = [k for k in mine if present[image, k]]
+        if not mine:
+            continue
+        positive = F.normalize(K[shown].sum(0) if shown else anchors[label], dim=0)
+        others = [k for k in range(len(K)) if own[k].any() and not own[k, label]]
+        hardest = sorted(others, key=lambda k: -float(q[image] @ K[k]))[:HARDEST]
+        negatives = {*hardest, *(k for k in range(len(K)) if present[image, k] and not own[k, label])}
+        exponents = [math.exp(float(q[image] @ K[k]) / TEMPERATURE) for k in negatives]
+        right = math.exp(float(q[image] @ positive) / TEMPERATURE)
+        losses.append(-math.log(right / (right + sum(exponents))))
+    return float(np.mean(losses))
+
+
+def contrast_case() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    own = torch.zeros(90, 4, dtype=torch.bool)
+    own[torch.arange(80), torch.arange(80) % 3] = True  # class 3 owns nothing, concepts 80.. are generic
+    own[5, 0] = True  # shared with class 2
+    K = unit(90, 8)
+    anchors = own.float().T @ K / own.sum(0).clamp(min=1)[:, None]
+    present = torch.rand(6, 90, generator=GENERATOR) < 0.2
+    present[2] = False
+    return unit(6, 8), K, own, anchors, present, torch.tensor([0, 1, 2, 3, 2, 0])
+
+
+def test_contrast_equals_a_loop() -> None:
+    case = contrast_case()
+    torch.testing.assert_close(float(concept_contrast(*case)), contrast_by_loop(*case), atol=1e-5, rtol=1e-5)
+
+
+def test_contrast_of_sure_probabilities_is_that_of_classes_and_candidates_are_no_negatives() -> None:
+    q, K, own, anchors, present, y = contrast_case()
+    sure = F.one_hot(y, 4).float()
+    by_class = concept_contrast(q, K, own, anchors, present, y)
+    torch.testing.assert_close(concept_contrast(q, K, own, anchors, present, sure), by_class)
+    everyone = torch.full((6, 4), 0.25)
+    present = present & own.any(1)  # without generic ones all concepts belong to candidates
+    torch.testing.assert_close(concept_contrast(q, K, own, anchors, present, everyone), torch.tensor(0.0))
+
+
+def test_contrast_reaches_the_densest_node_alone() -> None:
+    h = torch.randn(6, 5, 8, generator=GENERATOR, requires_grad=True)
+    density = torch.tensor([[0.9, 0.1, 0.5, 0.2, 0.8]]).repeat(6, 1)
+    mask = torch.tensor([[True, True, True, True, False]]).repeat(6, 1)
+    node = densest_node(density, mask)
+    assert node.tolist() == [2] * 6  # neither the global one nor padding
+    _, *rest = contrast_case()
+    concept_contrast(F.normalize(h[torch.arange(6), node], dim=-1), *rest).backward()
+    assert h.grad is not None
+    moved = h.grad.abs().sum(-1) > 0
+    assert moved[:3, 2].all()
+    moved[:, 2] = False
+    assert not moved.any()
+
+
+def test_without_patches_the_whole_image_is_densest() -> None:
+    assert densest_node(torch.zeros(2, 3), torch.tensor([[True, False, False]] * 2)).tolist() == [0, 0]
+    assert densest_node(torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)).tolist() == [0, 0]
+
+
+def test_presence_leaves_out_what_is_missing() -> None:
+    assert presence(torch.tensor([[2, 0], [-1, -1]]), 3).tolist() == [[True, False, True], [False] * 3]
+    assert presence(torch.zeros(2, 0, dtype=torch.int64), 3).sum() == 0
+
+
+def test_chamfer_equals_scipy_and_is_zero_for_the_same_graph() -> None:
+    h, proxies = torch.randn(2, 5, 3, generator=GENERATOR), torch.randn(2, 4, 3, generator=GENERATOR)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    for image, size in enumerate((5, 3)):
+        distance = cdist(h[image, :size], proxies[image], "sqeuclidean")
+        expected = (distance.min(1).mean() + distance.min(0).mean()) / 2
+        torch.testing.assert_close(float(chamfer(h, mask, proxies)[image]), float(expected), atol=1e-5, rtol=1e-5)
+    order = torch.randperm(5, generator=GENERATOR)
+    every = torch.ones(2, 5, dtype=torch.bool)
+    torch.testing.assert_close(chamfer(h, every, h[:, order]), torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_assignment_is_the_highest_product_and_its_gradient_that_of_the_maximum() -> None:
+    h = torch.randn(3, 5, 6, generator=GENERATOR, requires_grad=True)
+    proxies = torch.randn(7, 4, 6, generator=GENERATOR, requires_grad=True)
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3, [True] + [False] * 4])
+    weight = torch.randn(3, 7, generator=GENERATOR)
+    ours = assignment_logits(h, mask, proxies)
+    every = torch.einsum("bnr,cpr->bcnp", h, proxies).masked_fill(~mask[:, None, :, None], -torch.inf)
+    plain = every.flatten(2).amax(2)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), (h, proxies)),
+        torch.autograd.grad((plain * weight).sum(), (h, proxies)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_recovery_follows_the_candidate_that_the_logits_favour() -> None:
+    logits = torch.tensor([[9.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
+    target = torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]])
+    assert likeliest_class(target, logits).tolist() == [2, 1]
+    assert likeliest_class(torch.tensor([1, 0]), logits).tolist() == [1, 0]
+    h, proxies = torch.randn(2, 4, 3, generator=GENERATOR), torch.randn(3, 2, 3, generator=GENERATOR)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    expected = chamfer(h, mask, proxies[[2, 1]]).mean() + F.cross_entropy(assignment_logits(h, mask, proxies), target)
+    torch.testing.assert_close(recovery(h, mask, proxies, target, logits), expected)

@@ -1,0 +1,1 @@
+"""What methods are built of: layers, losses, graph layers, and logistic regression."""

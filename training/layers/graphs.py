@@ -1,0 +1,174 @@
+"""Graph layers over padded batches, dense: GCN, GAT, GraphSAGE, and an MLP that sees no edge.
+
+Up to 64 nodes an image, a dense (B, n, n) product beats gather and scatter over an edge list. A graph comes as `edges`
+(B, n, n, F): F weights in [0,1] an edge, symmetric, 0 where there is none, diagonal 0, and a mask (B, n). What a layer
+needs of it does not change from layer to layer: `prepare` makes it once, and `forward(x, prepared)` maps (B, n, inputs)
+to (B, n, outputs). Nodes may be permuted; a padded node is never read by another, and what it holds itself is to be
+masked by whoever reads it. All equal PyG's convolutions on each graph alone.
+"""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.layers.blocks import Dropout, normalise_adjacency
+
+Kind = Literal["gcn", "gat", "sage", "mlp"]
+
+
+def pairs(mask: Tensor) -> Tensor:
+    """(B, n, n) bool: both nodes exist."""
+    return mask[:, :, None] & mask[:, None, :]
+
+
+def mean_weight(edges: Tensor) -> Tensor:
+    """(B, n, n): the mean of an edge's weights, several times as fast as torch.mean over so short a dimension."""
+    return torch.stack(edges.unbind(-1)).sum(0) / edges.shape[-1]
+
+
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """x + bias in the precision of x: under autocast a float32 bias would widen all that follows."""
+    return x + bias.to(x.dtype)
+
+
+class GCN(nn.Module):
+    """D^-1/2 (W + I) D^-1/2 X V + b, W the mean of an edge's weights (Kipf and Welling, ICLR 2017)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    @staticmethod
+    def prepare(edges: Tensor, mask: Tensor) -> Tensor:
+        """The normalised adjacency (B, n, n)."""
+        return normalise_adjacency(mean_weight(edges), mask)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return add_bias(adjacency @ self.linear(x), self.bias)
+
+
+class SAGE(nn.Module):
+    """V_1 mean of the neighbours + V_2 x + b (Hamilton et al., NeurIPS 2017); the mean is weighted by the edges'.
+
+    PyG has equal weights only, and equals this one there. A node without neighbours has a mean of 0.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.neighbours, self.own = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs, bias=False)
+
+    @staticmethod
+    def prepare(edges: Tensor, mask: Tensor) -> Tensor:
+        """The weights of each node's mean (B, n, n); rows sum to 1, or to 0 without neighbours."""
+        weight = mean_weight(edges) * pairs(mask)
+        return weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
+
+    def forward(self, x: Tensor, mean: Tensor) -> Tensor:
+        return add_bias(mean @ F.linear(x, self.neighbours.weight) + self.own(x), self.neighbours.bias)
+
+
+class GAT(nn.Module):
+    """Attention of each node over its neighbours and itself (Velickovic et al., ICLR 2018), heads side by side.
+
+    A head weighs j for i by softmax_j LeakyReLU(a . V x_i + a' . V x_j + a'' . U e_ij), e_ij the edge's F weights,
+    those of a self loop the mean over the node's edges, as in PyG. The last layer's heads stand side by side like the
+    others', where the paper averages them.
+    """
+
+    def __init__(self, inputs: int, outputs: int, heads: int, weights: int) -> None:
+        """`weights`: F. Raises ValueError where heads do not divide outputs."""
+        super().__init__()
+        if outputs % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {outputs}")
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.by_edge = nn.Linear(weights, heads, bias=False)  # a'' . U, which is all that enters the score
+        self.by_target, self.by_source = (
+            nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, outputs // heads))) for _ in range(2)
+        )
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    @staticmethod
+    def prepare(edges: Tensor, mask: Tensor) -> Tensor:
+        """(B, n, n, F+1): the weights with those of self loops, and last whether there is an edge (1) or not (0)."""
+        linked = (edges > 0).any(-1) & pairs(mask)
+        edges = edges * linked[..., None]
+        count = linked.sum(-1).clamp(min=1)[..., None]
+        loops = torch.eye(edges.shape[1], dtype=edges.dtype, device=edges.device)[None, :, :, None]
+        edges = edges + loops * (edges.sum(2) / count)[:, :, None]
+        # A padded node has its loop too: a softmax over nothing is no number.
+        return torch.cat([edges, linked[..., None] + loops.expand(len(edges), -1, -1, -1)], dim=-1)
+
+    def forward(self, x: Tensor, prepared: Tensor) -> Tensor:
+        heads = len(self.by_edge.weight)
+        values = self.linear(x).unflatten(-1, (heads, -1))  # (B, n, heads, d)
+        to, of = ((values * vector).sum(-1).transpose(1, 2) for vector in (self.by_target, self.by_source))
+        score = to[..., :, None] + of[..., None, :] + self.by_edge(prepared[..., :-1]).permute(0, 3, 1, 2)
+        score = F.leaky_relu(score, 0.2).float().masked_fill(prepared[:, None, :, :, -1] == 0, float("-inf"))
+        attended = score.softmax(-1).to(values.dtype) @ values.transpose(1, 2)  # (B, heads, n, d)
+        return add_bias(attended.transpose(1, 2).flatten(2), self.bias)
+
+
+class MLP(nn.Module):
+    """V x + b: what a layer of the same shape does without edges."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    @staticmethod
+    def prepare(edges: Tensor, mask: Tensor) -> Tensor:
+        return mask
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        return out
+
+
+GraphLayer = GCN | SAGE | GAT | MLP
+
+
+def make_layer(kind: Kind, inputs: int, outputs: int, heads: int, weights: int) -> GraphLayer:
+    """A layer of a kind; `heads` and the number of weights an edge are for gat."""
+    match kind:
+        case "gcn":
+            return GCN(inputs, outputs)
+        case "sage":
+            return SAGE(inputs, outputs)
+        case "gat":
+            return GAT(inputs, outputs, heads, weights)
+        case "mlp":
+            return MLP(inputs, outputs)
+
+
+class GraphNetwork(nn.Module):
+    """x = x + dropout(GELU(layer(LN(x)))), a few times: residual layers of one kind and width."""
+
+    def __init__(self, kind: Kind, layers: int, width: int, heads: int, weights: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(make_layer(kind, width, width, heads, weights) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.dropout = Dropout(dropout, by_image=True)
+
+    def forward(self, x: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
+        """x (B, n, width), edges (B, n, n, weights), mask (B, n) -> (B, n, width)."""
+        first = cast(GraphLayer, self.layers[0])
+        prepared = first.prepare(edges, mask)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + self.dropout(F.gelu(layer(norm(x), prepared)))
+        return x
+
+
+def nearest_edges(x: Tensor, mask: Tensor, k: int) -> Tensor:
+    """Edges (B, n, n, 1) between each node and the k most like it: max(0, cosine) of unit vectors x (B, n, D).
+
+    An edge stands where either of its ends chose the other.
+    """
+    cosine = (x @ x.transpose(1, 2)).float()
+    loops = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    candidates = cosine.masked_fill(~pairs(mask) | loops, float("-inf"))
+    values, nearest = candidates.topk(min(k, x.shape[1]), dim=-1, sorted=False)
+    weight = torch.zeros_like(cosine).scatter(-1, nearest, values.clamp(min=0))
+    return torch.maximum(weight, weight.transpose(1, 2))[..., None]
