@@ -4,9 +4,8 @@
 # VENV=DIR reuses an environment; it is rebuilt when pyproject.toml or constraints.txt change.
 VENV ?= .venv
 PYTHON ?= python3
-METHOD ?=
+RUN ?=
 NAME ?=
-STUDY ?=
 REMOTE ?=
 PROFILE ?=
 SHELL := /bin/bash
@@ -46,19 +45,19 @@ retry: profile
 	dvc repro --single-item --force generate_concepts describe_images
 	@$(MAKE) --no-print-directory repro
 
-# The runs of studies.NAME in params.yaml, those that are not there yet; its tables.
+# The runs of studies/NAME.yaml that are not there yet; then its tables.
 study: setup
-	@test -n "$(NAME)" || { echo "error: make study NAME=NAME, a name under studies in params.yaml" >&2; exit 1; }
+	@test -n "$(NAME)" || { echo "error: make study NAME=NAME, a file of studies/ without .yaml" >&2; exit 1; }
 	@python -m evaluation.study --name "$(NAME)"
 
 compare: setup
-	@test -n "$(STUDY)" || { echo "error: make compare STUDY=NAME, a name under studies in params.yaml" >&2; exit 1; }
-	@python -m evaluation.compare --study "$(STUDY)"
+	@test -n "$(NAME)" || { echo "error: make compare NAME=NAME, a file of studies/ without .yaml" >&2; exit 1; }
+	@python -m evaluation.compare --name "$(NAME)"
 
-# What `dvc repro --single-item train@METHOD` reads, and nothing else: no images, no key, no GPU needed.
+# What `dvc repro --single-item train@RUN` reads, and nothing else: no images, no key, no GPU needed.
 pull: setup
-	@test -n "$(METHOD)" || { echo "error: make pull METHOD=NAME, a name under train.methods in params.yaml" >&2; exit 1; }
-	@paths=$$(python -m fieldmark.lock train@$(METHOD)) && dvc pull $$paths
+	@test -n "$(RUN)" || { echo "error: make pull RUN=NAME, a name under train.runs in params.yaml" >&2; exit 1; }
+	@dvc pull --quiet data/inputs && paths=$$(python -m tools.inputs train@$(RUN)) && dvc pull $$paths
 
 # Push every output to the remote. REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH sets it first, named `share`.
 share: setup

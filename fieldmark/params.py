@@ -3,12 +3,6 @@
 An unknown key, a wrong type, a value out of range or two values that contradict each other is a UserError of one line
 that names the file, the key and the remedy. Nothing is coerced: `"3"` is not 3. What params.yaml leaves out takes the
 default written here; the params.yaml of the repository states every knob.
-
-Reads   params.yaml, and the names in training/methods/.
-Writes  nothing: run alone, it says nothing where all is right.
-Costs   nothing.
-
-    python -m fieldmark.params
 """
 
 import difflib
@@ -16,13 +10,13 @@ import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -33,6 +27,9 @@ NONE = "data/none"
 
 class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+Found = TypeVar("Found", bound=Block)
 
 
 class Domain(Block):
@@ -198,43 +195,27 @@ class Graphs(Block):
     neighbours: Count = 5
 
 
-class Method(BaseModel):
-    """One method's block: the encoder it reads here, its own settings checked by `training/methods/NAME.py`."""
+class Run(Block):
+    """One run of `train`: a method over what was cached of an encoder or tower, and of others beside it (`also`).
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    encoder: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class Several(Method):
-    """A run of one method over the nodes of several encoders: those of `also` stand beside its own encoder's."""
+    That the method is there, that it can read these encoders and what its settings mean is checked in training/.
+    """
 
     method: str
-    also: Annotated[list[str], Field(min_length=1)]
+    encoder: str
+    also: list[str] = []
+    settings: dict[str, Any] = {}
 
 
 class Train(Block):
-    """`regime`, `control` and each study are checked where they are used, in training/."""
+    """`regime` and `control` are checked where they are used, in training/."""
 
     seed: int = 0
     seeds: Count = 1
     regime: dict[str, Any] = {"kind": "full"}
     control: dict[str, Any] = {"name": "none"}
     budget: Count = 16
-    methods: dict[str, Method]
-    several: dict[str, Several] = {}
-
-    @property
-    def runs(self) -> dict[str, Method]:
-        """Everything that leaves a run in data/runs, by its name there."""
-        return {**self.methods, **self.several}
-
-    def method_of(self, name: str) -> str:
-        """The method of one of `runs`: a file in training/methods/."""
-        return self.several[name].method if name in self.several else name
+    runs: Annotated[dict[str, Run], Field(min_length=1)]
 
 
 class Report(Block):
@@ -259,7 +240,6 @@ class Params(Block):
     labels: Labels = Labels()
     graphs: Graphs = Graphs()
     train: Train
-    studies: dict[str, dict[str, Any]] = {}
     report: Report = Report()
 
     def encoder(self, name: str) -> Encoder:
@@ -284,21 +264,30 @@ class Params(Block):
         return {**self.encoders, **self.towers}
 
 
-def load_params(path: str | Path = "params.yaml") -> Params:
-    """Read and check a parameter file. Raises UserError: unreadable, not YAML, or a value that cannot stand."""
+def read_yaml(path: str | Path, remedy: str = "") -> dict[str, Any]:
+    """A YAML file whose content is a mapping. Raises UserError, with `remedy`: unreadable, not YAML, something else."""
     try:
         # YAML 1.2, as DVC reads it: 1e-3 is a number.
         content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "run from the project's root, or name it with --params"
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read ({error}){remedy}") from None
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{path}: {line}is not YAML: {' '.join(str(error.problem).split())}; correct it") from None
     except YAMLError as error:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no parameters; start from the params.yaml of the repository")
+        raise UserError(f"{path}: holds no parameters; start from one of the repository")
+    return content
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a parameter file. Raises UserError: unreadable, not YAML, or a value that cannot stand."""
+    return check_params(path, read_yaml(path, "; run from the project's root, or name it with --params"))
+
+
+def check_params(path: str | Path, content: dict[str, Any]) -> Params:
+    """The parameters of a file with this content. Raises UserError for a value that cannot stand."""
     try:
         params = Params.model_validate(content)
     except ValidationError as error:
@@ -330,6 +319,14 @@ def explain(path: str, error: ValidationError, content: Any, prefix: str = "", m
     return message + (f" (and {more} more)" if more else "")
 
 
+def read_block(path: str, key: str, given: Any, model: type[Found]) -> Found:
+    """A block of settings as it stands under `key` ("" is the whole file), checked. Raises UserError naming both."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise UserError(explain(path, error, given, f"{key}." if key else "", model)) from None
+
+
 def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
     """The keys that the block at `location` has."""
     block: Any = model
@@ -347,10 +344,8 @@ def check_contradictions(path: str, params: Params) -> None:
     def refuse(key: str, what: str, remedy: str) -> None:
         raise UserError(f"{path}: {key}: {what}; {remedy}")
 
-    methods = params.train.methods
-    several = params.train.several
     blocks: list[tuple[str, Iterable[str]]] = [
-        ("encoders", params.encoders), ("towers", params.towers), ("train.methods", methods), ("train.several", several)
+        ("encoders", params.encoders), ("towers", params.towers), ("train.runs", params.train.runs)
     ]  # fmt: skip
     for block, names in blocks:
         for name in names:
@@ -367,33 +362,18 @@ def check_contradictions(path: str, params: Params) -> None:
         if name not in params.encoders:
             known = ", ".join(params.encoders)
             refuse(f"controls.{name}", "is not under `encoders`", f"choose one of: {known}")
-    for name, method in params.train.runs.items():
-        key = f"train.several.{name}" if name in several else f"train.methods.{name}"
-        if method.encoder in params.towers:
-            what = f"{method.encoder!r} is a tower, and methods read text, bank and labels of a text-aligned encoder"
-            refuse(f"{key}.encoder", what, f"choose one of `encoders`: {', '.join(params.encoders)}")
-        if method.encoder not in params.encoders:
-            known = ", ".join(params.encoders)
-            refuse(f"{key}.encoder", f"{method.encoder!r} is not under `encoders`", f"choose one of: {known}")
-        file = params.train.method_of(name)
-        if not Path("training/methods", f"{file}.py").is_file():
-            known = ", ".join(sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py")))
-            refuse(key, f"there is no training/methods/{file}.py", f"choose one of: {known}")
-    for name, entry in several.items():
-        key = f"train.several.{name}"
-        if name in methods:
-            refuse(key, f"train.methods.{name} writes to data/runs/{name} too", "rename it")
-        for other in entry.also:
-            if other not in params.image_encoders:
+    for name, run in params.train.runs.items():
+        for key, encoder in (("encoder", run.encoder), *(("also", other) for other in run.also)):
+            if encoder not in params.image_encoders:
                 known = ", ".join(params.image_encoders)
-                what = f"{other!r} is neither under `encoders` nor under `towers`"
-                refuse(f"{key}.also", what, f"choose from: {known}")
-        if len({entry.encoder, *entry.also}) <= len(entry.also):
-            refuse(f"{key}.also", "names an encoder twice, or that of `encoder` again", "name each once")
+                what = f"{encoder!r} is neither under `encoders` nor under `towers`"
+                refuse(f"train.runs.{name}.{key}", what, f"choose one of: {known}")
+        if len({run.encoder, *run.also}) <= len(run.also):
+            refuse(f"train.runs.{name}.also", "names an encoder twice, or that of `encoder` again", "name each once")
     reference = params.report.reference
     if reference not in params.train.runs:
         known = ", ".join(params.train.runs)
-        refuse("report.reference", f"{reference!r} is not under `train.methods`", f"choose one of: {known}")
+        refuse("report.reference", f"{reference!r} is not under `train.runs`", f"choose one of: {known}")
     if params.dataset.images is not None and params.dataset.format != "manifest":
         refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
     if "global" not in params.graphs.nodes:
@@ -406,11 +386,3 @@ def check_contradictions(path: str, params: Params) -> None:
         if not names_it:
             what = f"{template!r} must use {{name}}, may use {{noun}}, and nothing else in braces"
             refuse("clean.name_templates", what, "correct it")
-
-
-def main() -> None:
-    load_params(stage_parser(__doc__).parse_args().params)
-
-
-if __name__ == "__main__":
-    run(main)

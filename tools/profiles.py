@@ -1,27 +1,35 @@
-"""Take a profile, a whole parameter file under profiles/, as params.yaml: `make repro PROFILE=NAME` does it first.
+"""Lay a profile over params.yaml: `make repro PROFILE=NAME` does it first.
 
-Reads   profiles/*.yaml; params.yaml, and what git's last commit holds of it.
-Writes  params.yaml, at once and whole: a copy of profiles/NAME.yaml, where that is a valid parameter file. Where it is
-        that copy already, nothing is touched. And .cache/profile, the copy's name and hash.
+Reads   profiles/NAME.yaml, which says what differs for a data set; params.yaml, and what git holds of it.
+Writes  params.yaml, at once and whole: the repository's with what the profile changes, comments kept, where that is a
+        valid parameter file. Where it is that already, nothing is touched. And .cache/profile/: the params.yaml that
+        profiles are laid over, and the hash of what was written last.
 Costs   nothing.
 
-It never overwrites an edit: params.yaml has to be as the last commit has it, or equal to one of the profiles, or as it
-was copied last (so that a profile can be edited and taken again), or not there. The way back to the demo is
-`git checkout params.yaml`.
+A block of knobs is merged, key by key; what holds things by names of your own (encoders, towers, tokens, controls,
+demo, llm.prices, llm.headers, train.runs) is taken whole from the profile. It never overwrites an edit: params.yaml has
+to be as the last commit has it, or as it was written last (so that a profile can be edited and taken again), or not
+there. The way back to the demo is `git checkout params.yaml`.
 
     python -m tools.profiles cub100
 """
 
 import difflib
+import io
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_origin
+
+from ruamel.yaml import YAML
 
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
-from fieldmark.params import load_params
+from fieldmark.params import Block, Params, check_params, read_yaml
 
 PROFILES = Path("profiles")
-COPIED = Path(".cache/profile")
+KEPT = Path(".cache/profile")
+MARK = "# params.yaml with profiles/"  # how a merged file begins
 
 
 def find_profile(name: str) -> Path:
@@ -34,15 +42,10 @@ def find_profile(name: str) -> Path:
     return known[name]
 
 
-def committed(path: Path) -> bytes:
-    """What a checkout of git's last commit would write to `path`.
-
-    `git diff` would not do: it says nothing of an untracked file, nor of one marked assume-unchanged. Raises
-    LookupError, with git's reason, where git is missing, this is no repository, or the commit has no such file.
-    """
-    command = ["git", "cat-file", "--filters", f"HEAD:./{path.name}"]
+def git(path: Path, *words: str) -> bytes:
+    """What a git command prints in the folder of `path`. Raises LookupError, with the reason, where it fails."""
     try:
-        return subprocess.run(command, cwd=path.parent, capture_output=True, check=True).stdout
+        return subprocess.run(["git", *words], cwd=path.parent, capture_output=True, check=True).stdout
     except FileNotFoundError:
         raise LookupError("git is not installed") from None
     except subprocess.CalledProcessError as error:
@@ -50,43 +53,101 @@ def committed(path: Path) -> bytes:
         raise LookupError(f"git: {reason}") from None
 
 
+def committed(path: Path, commit: str = "HEAD") -> bytes:
+    """What a checkout of a commit would write to `path`.
+
+    `git diff` would not do: it says nothing of an untracked file, nor of one marked assume-unchanged. Raises
+    LookupError where git is missing, this is no repository, or the commit has no such file.
+    """
+    return git(path, "cat-file", "--filters", f"{commit}:./{path.name}")
+
+
 def refuse_edits(path: Path, profile: Path) -> None:
-    """Raises UserError unless `path` is a copy of a profile, or as the last commit has it: then nothing can be lost."""
-    content = path.read_bytes()
-    if COPIED.is_file():
-        name, _, sha = COPIED.read_text(encoding="utf-8").rpartition(" ")
-        if sha == store.sha256(content) and (PROFILES / name).is_file():
-            return
-    if any(content == other.read_bytes() for other in PROFILES.glob("*.yaml")):
+    """Raises UserError unless `path` is as it was written last or as the last commit has it: nothing can be lost."""
+    content, written = path.read_bytes(), KEPT / "written"
+    if written.is_file() and written.read_text(encoding="utf-8") == store.sha256(content):
         return
     try:
         edited = content != committed(path)
     except LookupError as error:
-        remedy = f"keep a copy if it was, then run `cp {profile} {path}`"
+        remedy = f"if it was not, move it away, put the repository's {path} back and run this again"
         raise UserError(f"{path}: nobody can tell whether it was edited ({error}); {remedy}") from None
     if edited:
         raise UserError(
-            f"{path}: has edits that are not committed, and {profile} would replace them; commit them, save the file as"
+            f"{path}: has edits that are not committed, and {profile} would replace them; commit them, write them into"
             f" {PROFILES}/MINE.yaml, or drop them with `git checkout HEAD {path}`"
         )
 
 
+def find_base(path: Path) -> str:
+    """The params.yaml that profiles are laid over: this one, or the last that was not made of a profile."""
+    kept = KEPT / "base.yaml"
+    if path.is_file():
+        content = path.read_text(encoding="utf-8")
+        if not content.startswith(MARK):
+            return content
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    for content in former_versions(path):
+        if not content.startswith(MARK):
+            return content
+    remedy = "put the repository's params.yaml there and run this again"
+    raise UserError(f"{path}: was made of a profile, and what it was made over is not known here; {remedy}")
+
+
+def former_versions(path: Path) -> Iterator[str]:
+    """What git's history holds of a file, the last commit first; nothing where there is no history."""
+    try:
+        for commit in git(path, "log", "--format=%H", "--", path.name).decode().split():
+            yield committed(path, commit).decode()
+    except LookupError:
+        return
+
+
+def lay_over(base: str, profile: Path) -> str:
+    """The text of a parameter file with what a profile changes. Raises UserError for a key that is not known."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.representer.add_representer(type(None), lambda of, _: of.represent_scalar("tag:yaml.org,2002:null", "null"))
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    content, changes = yaml.load(base), yaml.load(profile.read_text(encoding="utf-8"))
+    merge(content, changes, Params, str(profile))
+    text = io.StringIO()
+    yaml.dump(content, text)
+    what = f"{MARK}{profile.name} laid over it; `git checkout params.yaml` brings the demo back."
+    return f"{what}\n{text.getvalue()}"
+
+
+def merge(content: Any, changes: Any, model: type[Block], path: str, prefix: str = "") -> None:
+    """Put `changes` into `content`: a block of knobs key by key, anything else whole."""
+    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    for key, value in changes.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else f"remove it; known here: {', '.join(fields)}"
+            raise UserError(f"{path}: {prefix}{key}: unknown key; {remedy}")
+        kind: Any = fields[key]
+        is_block = get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Block)
+        if is_block and isinstance(value, dict) and isinstance(content.get(key), dict):
+            merge(content[key], value, kind, path, f"{prefix}{key}.")
+        else:
+            content[key] = value
+
+
 def take(name: str, path: Path) -> bool:
-    """Make `path` a copy of a profile; whether it was not one already. Raises UserError, and then changes nothing."""
+    """Lay a profile over `path`; whether it was not so already. Raises UserError, and then changes nothing."""
     profile = find_profile(name)
-    load_params(profile)
-    wanted = profile.read_bytes()
+    read_yaml(profile)
+    base = find_base(path)
+    wanted = lay_over(base, profile)
+    check_params(profile, YAML(typ="safe", pure=True).load(wanted))
     if path.exists():
-        if path.read_bytes() == wanted:
+        if path.read_text(encoding="utf-8") == wanted:
             return False
         refuse_edits(path, profile)
-
-    for target, content in ((path, wanted), (COPIED, f"{profile.name} {store.sha256(wanted)}".encode())):
-
-        def write(partial: Path, content: bytes = content) -> None:
-            partial.write_bytes(content)
-
-        store.write_atomic(target, write)
+    store.write_text(KEPT / "base.yaml", base)
+    store.write_text(path, wanted)
+    store.write_text(KEPT / "written", store.sha256(wanted))
     return True
 
 
@@ -95,7 +156,7 @@ def main() -> None:
     parser.add_argument("name", metavar="NAME", help="a file under profiles/, without .yaml")
     args = parser.parse_args()
     if take(args.name, Path(args.params)):
-        print(f"{args.params} is now a copy of {PROFILES / args.name}.yaml")
+        print(f"{args.params} has {PROFILES / args.name}.yaml laid over it now")
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ PROBE_L2_WITHOUT_VAL = 0.01
 class Schedule(Block):
     """The knobs of the loop; a method's `Settings` adds its own."""
 
-    epochs: Annotated[int, Field(ge=0)] = 30  # 0 leaves the model as it starts
-    batch_size: Count = 128
-    lr: list[Positive] = Field(default=[1e-3], min_length=1)
-    weight_decay: list[NotNegative] = Field(default=[0.01, 0.3], min_length=1)
-    clip_norm: Positive = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it
+    epochs: Annotated[int, Field(ge=0)] = 30  # val chooses the epoch; 0 leaves the model as it starts
+    batch_size: Count = 128  # images a step
+    lr: list[Positive] = Field(default=[1e-3], min_length=1)  # learning rates that val chooses from
+    weight_decay: list[NotNegative] = Field(default=[0.01, 0.3], min_length=1)  # weight decays that val chooses from
+    clip_norm: Positive = 1.0  # longest gradient
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it; fp32, bf16
 
 
 def set_up_torch() -> None:

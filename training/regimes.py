@@ -1,9 +1,9 @@
 """What training may see: few images, many of some classes, uncertain or wrong labels, some classes only.
 
-A regime is a function from a cache to a cache. It changes `split` (images that training may not use become `unused`)
-and `target` (what training is told); vectors, labels and graphs are shared, and the index is never touched. Everything
-drawn follows from `draw` and from paths and class ids, so that all methods share a draw, and one image more moves no
-other. `Cache.y` stays the truth.
+A regime is a block of settings with a function from a cache to a cache (`apply`). It changes `split` (images that
+training may not use become `unused`) and `target` (what training is told); vectors, labels and graphs are shared, and
+the index is never touched. Everything drawn follows from `draw` and from paths and class ids, so that all methods share
+a draw, and one image more moves no other. `Cache.y` stays the truth.
 
 What val is: `long_tail`, `partial` and `noise` keep all of it, with clean labels: their figures say what a method
 reaches that was tuned on clean images. `shots` has none: k images a class leave nothing to tune on, so its settings
@@ -15,10 +15,10 @@ which training does not see either.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
-from fieldmark.params import Block, Fraction
+from fieldmark.params import Block, Fraction, read_block
 from fieldmark.store import class_id_of, sha256
 from training.data import Cache
 from training.layers.blocks import Standardise
@@ -36,27 +36,45 @@ from training.layers.logistic import fit_logistic
 FOLDS = 5
 # The cross-fitted probe need not be the best one: it only says which classes look alike. Val chooses among these.
 PROBE_STRENGTHS = (1.0, 0.1, 0.01)
-# Fields of a cache with a row an image, and with a row an image and view.
-BY_IMAGE = ("y", "target", "sentences", "sentence_mask")
-BY_VIEW = (
-    *("vectors", "mask", "boxes", "concept_idx", "concept_weight", "selected", "density"),
-    *("ring_gains", "selected_concepts", "edge_start", "edge_count"),
-)
 # A file that names classes, one a line (folder, class_id or given name), or a share of them, drawn.
 Classes = Annotated[float, Field(gt=0, lt=1)] | str
 
 
-class Full(Block):
+class RegimeBlock(Block):
+    """What every regime says of itself."""
+
+    draws: ClassVar[bool] = True  # whether another draw makes another cache
+
+    @property
+    def label(self) -> str:
+        """Its name in files and tables."""
+        raise NotImplementedError
+
+    @property
+    def by_probe(self) -> bool:
+        """Whether it asks a linear probe on the global vectors."""
+        return False
+
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        """The cache as training sees it; `draw` (0, 1, ...) seeds it."""
+        raise NotImplementedError
+
+
+class Full(RegimeBlock):
     """Every training image with its own label."""
 
     kind: Literal["full"] = "full"
+    draws: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
         return "full"
 
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        return cache
 
-class Shots(Block):
+
+class Shots(RegimeBlock):
     """k images a class: the first k of its training images in the order of sha256(draw, path).
 
     So the images of 1-shot are among those of 2-shot. A class with fewer than k gives all it has. Val is empty.
@@ -69,8 +87,12 @@ class Shots(Block):
     def label(self) -> str:
         return f"{self.shots}-shot"
 
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        few = keep_first(cache, draw, dict.fromkeys(range(len(cache.classes)), self.shots))
+        return replace(few, split=np.where(few.split == "val", "unused", few.split))
 
-class LongTail(Block):
+
+class LongTail(RegimeBlock):
     """n_r = max(1, round(n r^-exponent)) images of the class of rank r, n the largest class's training images.
 
     Ranks are drawn; images within a class are taken as in `Shots`. A class with fewer gives all it has. The largest
@@ -84,8 +106,11 @@ class LongTail(Block):
     def label(self) -> str:
         return f"long-tail-{self.exponent:g}"
 
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        return keep_first(cache, draw, tail_sizes(cache, self.exponent, draw))
 
-class Partial(Block):
+
+class Partial(RegimeBlock):
     """Each training image has candidates, the true class among them, and its target is uniform over them.
 
     random: every wrong class c is a candidate with probability q. instance: with probability q p_c / max p, p from an
@@ -102,8 +127,15 @@ class Partial(Block):
     def label(self) -> str:
         return f"partial-{self.wrong}-{self.q:g}"
 
+    @property
+    def by_probe(self) -> bool:
+        return self.wrong == "instance"
 
-class Noise(Block):
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        return replace(cache, target=candidate_targets(cache, self, draw))
+
+
+class Noise(RegimeBlock):
     """round(share n) training images, the first in the order of sha256(draw, path), are told a wrong class.
 
     symmetric: each other class with the same probability. confused: the class that theirs is most often taken for,
@@ -118,8 +150,15 @@ class Noise(Block):
     def label(self) -> str:
         return f"noise-{self.wrong}-{self.share:g}"
 
+    @property
+    def by_probe(self) -> bool:
+        return self.wrong == "confused"
 
-class Unseen(Block):
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        return replace(cache, target=noisy_targets(cache, self, draw))
+
+
+class Unseen(RegimeBlock):
     """Train on the seen classes, test on the others by their texts. `label_spaces` says how to evaluate.
 
     Of the classes that are not seen, those of `development` are for choosing: their training and val images are val,
@@ -129,6 +168,7 @@ class Unseen(Block):
     """
 
     kind: Literal["unseen"] = "unseen"
+    draws: ClassVar[bool] = False  # unseen classes are the same in all runs: so are their images
     seen: Classes
     development: Classes = 0.2  # of the classes that are not seen
 
@@ -136,29 +176,32 @@ class Unseen(Block):
     def label(self) -> str:
         return f"unseen-{Path(self.seen).stem}" if isinstance(self.seen, str) else f"unseen-{self.seen:g}"
 
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        """Raises UserError where a file names a class that is not there, or leaves none."""
+        return replace(cache, split=unseen_split(cache, self, draw))
+
 
 Regime = Annotated[Full | Shots | LongTail | Partial | Noise | Unseen, Field(discriminator="kind")]
 
 
-def apply_regime(cache: Cache, regime: Regime, draw: int) -> Cache:
-    """The cache as training sees it under a regime; `draw` (0, 1, ...) seeds it.
+REGIMES: dict[str, type[RegimeBlock]] = {
+    model.model_fields["kind"].default: model for model in get_args(get_args(Regime)[0])
+}
 
-    Raises UserError where a file of `Unseen` names a class that is not there, or leaves none.
-    """
-    match regime:
-        case Shots():
-            few = keep_first(cache, draw, dict.fromkeys(range(len(cache.classes)), regime.shots))
-            return replace(few, split=np.where(few.split == "val", "unused", few.split))
-        case LongTail():
-            return keep_first(cache, draw, tail_sizes(cache, regime.exponent, draw))
-        case Partial():
-            return replace(cache, target=candidate_targets(cache, regime, draw))
-        case Noise():
-            return replace(cache, target=noisy_targets(cache, regime, draw))
-        case Unseen():
-            return replace(cache, split=unseen_split(cache, regime, draw))
-        case Full():
-            return cache
+
+def read_regime(path: str, key: str, given: Any) -> Regime:
+    """A regime, given by its kind alone or as a block with its knobs. Raises UserError naming file and key."""
+    given = {"kind": given} if isinstance(given, str) else given
+    kind = given.get("kind") if isinstance(given, dict) else None
+    if kind not in REGIMES:
+        raise UserError(f"{path}: {key}: names no regime; give a `kind`, one of: {', '.join(REGIMES)}")
+    regime: Any = read_block(path, key, given, REGIMES[kind])
+    return regime
+
+
+def with_globals(reads: Collection[str]) -> frozenset[str]:
+    """The parts to read where a probe on global vectors is asked beside a method that reads `reads`."""
+    return frozenset(reads) if {"nodes", "globals"} & set(reads) else frozenset({*reads, "globals"})
 
 
 def by_draw(draw: int) -> Callable[[str], str]:
@@ -316,9 +359,8 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
     """Only these classes and their images, in the order of `cache.classes`: for settings from development classes.
 
     Concepts whose owners are all gone are no longer kept: they weigh nothing in the nodes' labels and are none of an
-    image's selected concepts. What is left of a label is not scaled up; density, ring gains and the selection of nodes
-    stay as label_patches made them. Restrict before a regime or hide_test, not after. Raises ValueError for an unknown
-    class, or where `target` is not the truth any more.
+    image's selected concepts. So labels cannot be restricted without owners. Restrict before a regime or hide_test,
+    not after. Raises ValueError for an unknown class, or where `target` is not the truth any more.
     """
     wanted = set(class_ids)
     if unknown := wanted - set(cache.classes):
@@ -328,31 +370,10 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
     columns = torch.tensor([class_id in wanted for class_id in cache.classes])
     if columns.all():
         return cache
-    images = columns[cache.y].nonzero().flatten()
-    rows = (images[:, None] * cache.views + torch.arange(cache.views)).flatten()
-    tensors = {name: getattr(cache, name)[images] for name in BY_IMAGE}
-    tensors |= {name: getattr(cache, name)[rows] for name in BY_VIEW}
-    others = tuple(vectors[rows] for vectors in cache.others)
-    tensors["y"] = tensors["target"] = (columns.cumsum(0) - 1)[tensors["y"]]
-
-    bank = cache.bank
-    lost = bank.own.any(1) & ~bank.own[:, columns].any(1)
-    of_lost = lost[tensors["concept_idx"].long()]
-    tensors["concept_idx"] = tensors["concept_idx"].masked_fill(of_lost, 0)
-    tensors["concept_weight"] = tensors["concept_weight"].masked_fill(of_lost, 0)
-    shown = tensors["selected_concepts"]
-    shown = shown.masked_fill((shown >= 0) & lost[shown.clamp(min=0).long()], -1)
-    # Best first, as they were, and those that are gone at the end.
-    tensors["selected_concepts"] = shown.gather(1, (shown < 0).int().argsort(dim=1, stable=True))
-    return replace(
-        cache,
-        classes=[class_id for class_id in cache.classes if class_id in wanted],
-        paths=[cache.paths[image] for image in images.tolist()],
-        split=cache.split[images.numpy()],
-        bank=replace(bank, own=bank.own[:, columns], kept=bank.kept & ~lost),
-        others=others,
-        **tensors,
-    )
+    few = cache.take(columns[cache.y].nonzero().flatten())
+    y = (columns.cumsum(0) - 1)[few.y]
+    left = [name for name in cache.classes if name in wanted]
+    return replace(few, classes=left, y=y, target=y, parts=few.parts.of_classes(columns))
 
 
 def hide_test(cache: Cache) -> Cache:

@@ -46,6 +46,10 @@ from tests.training.cache import Plan as Planted
 from tests.training.cache import unit, with_vectors, write_cache
 from training.controls import Control, apply_control, read_materials
 from training.data import Batch, Cache, read_cache
+from training.data.bank import Bank
+from training.data.edges import Edges
+from training.data.labels import Labels
+from training.data.nodes import Nodes
 from training.loop import untrained
 from training.methods import Fitted, Output, load_method
 
@@ -280,14 +284,14 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
 
 def parts_of(cache: Cache) -> dict[str, list[Tensor]]:
     """A cache's tensors, by the words of READS."""
-    bank, names = cache.bank, cache.bank.of_kind("name")
+    bank, names = cache.part(Bank), cache.part(Bank).of_kind("name")
     labels = ("concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains")
     return {
         "names": [bank.K[names], bank.kept[names]],
         "concepts": [bank.K[~names], bank.kept[~names]],
         "owners": [bank.own[names], bank.own[~names]],
         "labels": [getattr(cache, name) for name in labels],
-        "edges": [cache.edge_start, cache.edge_count, cache.edge_nodes, cache.edge_weight],
+        "edges": [cache.part(Edges).start, cache.part(Edges).count, cache.part(Edges).ends, cache.part(Edges).weight],
     }
 
 
@@ -374,10 +378,10 @@ def test_another_labelling_is_made_in_memory_and_leaves_the_rest(project: Path) 
     base = controlled_cache(project / "data", "tiny", 3, Control(), 0, PLAIN)
     variation = Variation((("select_concepts", 3), ("select_locals", 2)))
     few = controlled_cache(project / "data", "tiny", 3, Control(), 0, variation)
-    assert few.selected.sum(1).unique().tolist() == [3]
-    assert few.selected_concepts.shape[1] == 3
-    assert few.vectors is base.vectors
-    assert few.bank is base.bank
+    assert few.part(Labels).selected.sum(1).unique().tolist() == [3]
+    assert few.part(Labels).selected_concepts.shape[1] == 3
+    assert few.part(Nodes).nodes is base.vectors
+    assert few.part(Bank) is base.bank
     variation = Variation((("select_locals", 1),))
     under = controlled_cache(project / "data", "tiny", 3, Control(name="random_vectors"), 0, variation)
     assert under.selected.sum(1).unique().tolist() == [2]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from fieldmark.params import Labels
 from fieldmark.store import (
@@ -20,8 +21,11 @@ from fieldmark.store import (
     vector_column,
     write_table,
 )
+from training.data import Cache, part_kinds
 
 ENCODER = "tiny"
+# Every part of the cache but the global vectors alone, which the nodes hold too.
+ALL = frozenset(part_kinds()) - {"globals"}
 SCALE = 10.0  # of cosines, before the softmax over concepts
 
 
@@ -46,6 +50,14 @@ class Plan:
     ragged: bool = True
     buckets: int = 3
     seed: int = 0
+
+
+def tensors(cache: Cache) -> dict[str, Tensor]:
+    """All tensors of a cache: y, target, and those of its parts as PART.NAME."""
+    found = {"y": cache.y, "target": cache.target}
+    for kind, part in cache.parts.by_kind.items():
+        found |= {f"{kind.__name__}.{name}": value for name, value in part.tensors().items()}
+    return found
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.cache import ENCODER, Plan, write_cache
+from tests.training.cache import ALL, ENCODER, Plan, write_cache
 from training.data import Cache, read_cache
 
 
@@ -29,7 +29,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Plan], Cache]
         if plan not in made:
             folder: Path = tmp_path_factory.mktemp("data")
             write_cache(folder, plan)
-            made[plan] = read_cache(folder, ENCODER, plan.buckets)
+            made[plan] = read_cache(folder, ENCODER, plan.buckets, ALL)
         return made[plan]
 
     return make

@@ -13,31 +13,43 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.study import Variation, controlled_cache
+from evaluation.plan import Entry, Study, Variation
+from evaluation.plan import Plan as StudyPlan
+from evaluation.study import controlled_cache
 from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.params import Labels
+from fieldmark.params import Labels as LabelSettings
 from stages.label_patches import Reference, label
 from tests.project import write_thumbs
-from tests.training.cache import ENCODER, Plan, unit, with_vectors, write_cache
-from training.controls import Control, Materials, apply_control, cycle, keep_concepts, read_materials, relabel
-from training.data import Bank, Cache, read_cache
+from tests.training.cache import ALL, ENCODER, Plan, tensors, unit, with_vectors, write_cache
+from training.control_texts import read_control_texts
+from training.controls import FEWER, Control, Request, apply_control, control_names, load_control, read_control
+from training.controls.fewer_concepts import keep_concepts
+from training.controls.owners_permuted import cycle
+from training.data import Cache, part_kinds, read_cache
+from training.data.bank import Bank
+from training.data.boxes import Boxes
+from training.data.edges import Edges
+from training.data.labels import Labels
+from training.data.nodes import Nodes
 from training.loop import predict
-from training.methods import description_zero_shot, zero_shot
-from training.regimes import LongTail, Partial, apply_regime, restrict_classes
+from training.methods import concept_graph, description_zero_shot, zero_shot
+from training.regimes import LongTail, Partial, restrict_classes
+from training.relabelling import Labelling, read_labelling, relabel
 
 PLAN = Plan(classes=5, train=6, val=2, test=20, nodes=7, dimension=24, views=2, noise=1.0, concepts=4, ragged=False)
-SETTINGS = Labels(temperature=0.7, top=3, redundancy=0.4, select_locals=3, select_concepts=5)
+SETTINGS = LabelSettings(temperature=0.7, top=3, redundancy=0.4, select_locals=3, select_concepts=5)
 SCALE = 20.0
 LABELS = {"concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains"}
+OF_LABELS = {f"Labels.{name}" for name in LABELS}
 CHANGED: dict[str, set[str]] = {
     "none": set(),
-    "edges_removed": {"edge_count"},
-    "edges_rewired": {"edge_nodes"},
-    "random_vectors": LABELS,
-    "unrelated_texts": LABELS,
-    "random_descriptors": LABELS,
-    "owners_permuted": set(),
+    "edges_removed": {"Edges.count"},
+    "edges_rewired": {"Edges.ends"},
+    "random_vectors": {*OF_LABELS, "Bank.K"},
+    "unrelated_texts": {*OF_LABELS, "Bank.K", "Bank.kept", "Bank.owners"},
+    "random_descriptors": {*OF_LABELS, "Bank.K", "Bank.kept", "Bank.owners"},
+    "owners_permuted": {"Bank.owners"},
 }
 NAMES = list(CHANGED)
 seeds = st.integers(0, 1000)
@@ -63,7 +75,7 @@ def write_controls(folder: Path, unrelated: int = 60, per_class: int = 7, encode
     store.write_table(table, path, "embed.controls/1", {"encoder": encoder}, f"{unrelated} {per_class}")
 
 
-def label_as_the_stage_does(folder: Path, settings: Labels = SETTINGS) -> None:
+def label_as_the_stage_does(folder: Path, settings: LabelSettings = SETTINGS) -> None:
     """Labels by stages.label_patches, under headers as that stage and embed_text write them."""
     text = folder / f"embed/{ENCODER}/text.parquet"
     header = store.read_header(text, "embed.text/1")
@@ -94,21 +106,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(folder: Path) -> Cache:
-    return read_cache(folder, ENCODER, PLAN.buckets)
+    return read_cache(folder, ENCODER, PLAN.buckets, ALL)
 
 
 @pytest.fixture(scope="module")
 def control(folder: Path, cache: Cache) -> Callable[..., Cache]:
     def make(name: str = "none", seed: int = 0, concepts: int | None = None, of: Cache = cache) -> Cache:
-        chosen = Control.model_validate({"name": name, "concepts": concepts})
-        return apply_control(of, chosen, seed, read_materials(folder, ENCODER, chosen, PLAN.buckets))
+        return apply_control(of, request(folder, name, seed, concepts))
 
     return make
 
 
-def tensors(cache: Cache) -> dict[str, Tensor]:
-    values = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+def request(folder: Path, name: str = "none", seed: int = 0, concepts: int | None = None) -> Request:
+    chosen = Control.model_validate({"name": name, "concepts": concepts})
+    return Request(chosen, folder, ENCODER, PLAN.buckets, torch.Generator().manual_seed(seed))
+
+
+def labels_of(cache: Cache) -> dict[str, Tensor]:
+    return cache.part(Labels).tensors()
 
 
 def concepts_of(bank: Bank) -> Tensor:
@@ -127,39 +142,40 @@ def test_a_control_changes_what_it_says_and_nothing_else(
 ) -> None:
     made, again, other = control(name), control(name), control(name, seed=1)
     before, after = tensors(cache), tensors(made)
+    assert before.keys() == after.keys()
     for field, value in after.items():
         assert (value.data_ptr() == before[field].data_ptr()) == (field not in CHANGED[name]), field
         assert torch.equal(value, tensors(again)[field])
     for field in ("classes", "paths", "split", "views"):
         assert getattr(made, field) is getattr(cache, field)
-    for field in ("K", "own", "kept"):
-        assert torch.equal(getattr(made.bank, field), getattr(again.bank, field))
-    if name not in ("none", "edges_removed"):
-        differs = [not torch.equal(value, tensors(other)[field]) for field, value in after.items()]
-        assert any(differs) or not torch.equal(made.bank.own, other.bank.own)
+    chosen = Control(name=name)
+    # random_descriptors draw which words stand behind every name, and yet the study takes one draw of them.
+    if chosen.draws or name == "random_descriptors":
+        assert any(not torch.equal(value, tensors(other)[field]) for field, value in after.items())
     if name in ("none", "edges_removed", "edges_rewired"):
-        assert made.bank is cache.bank
+        assert made.part(Bank) is cache.part(Bank)
+    assert (chosen.changes == frozenset()) == (name == "none")
     # No label names a text that is gone.
-    heavy = made.concept_weight > 0
-    assert made.bank.kept[made.concept_idx[heavy].long()].all()
-    assert made.bank.kept[made.selected_concepts.long()].all()
-    torch.testing.assert_close(made.bank.K.norm(dim=1), torch.ones(len(made.bank.K)), atol=1e-3, rtol=0)
+    heavy = made.part(Labels).concept_weight > 0
+    assert made.part(Bank).kept[made.part(Labels).concept_idx[heavy].long()].all()
+    assert made.part(Bank).kept[made.part(Labels).selected_concepts.long()].all()
+    torch.testing.assert_close(made.part(Bank).K.norm(dim=1), torch.ones(len(made.part(Bank).K)), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_controls_and_regimes_go_in_either_order(cache: Cache, control: Callable[..., Cache], name: str) -> None:
     for regime in (LongTail(exponent=1.0), Partial(wrong="instance", q=0.5)):
-        one, two = apply_regime(control(name), regime, 3), control(name, of=apply_regime(cache, regime, 3))
+        one, two = regime.apply(control(name), 3), control(name, of=regime.apply(cache, 3))
         assert one.split.tolist() == two.split.tolist()
         for field, value in tensors(one).items():
             assert torch.equal(value, tensors(two)[field])
 
 
 def test_labels_are_made_as_the_stage_makes_them(folder: Path, cache: Cache) -> None:
-    made = relabel(cache, read_materials(folder, ENCODER, Control(), PLAN.buckets))
-    for field in LABELS:
-        torch.testing.assert_close(getattr(made, field), getattr(cache, field))
-    assert made.selected.sum(1).unique().tolist() == [1 + SETTINGS.select_locals]
+    made = relabel(cache, read_labelling(folder, ENCODER, PLAN.buckets, {}))
+    for field, value in labels_of(made).items():
+        torch.testing.assert_close(value, labels_of(cache)[field])
+    assert made.part(Labels).selected.sum(1).unique().tolist() == [1 + SETTINGS.select_locals]
 
 
 @pytest.fixture(scope="module")
@@ -179,53 +195,66 @@ def by_pixels(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_labels_by_pixels_are_made_as_the_stage_makes_them(folder: Path, by_pixels: Path, cache: Cache) -> None:
-    staged = read_cache(by_pixels, ENCODER, PLAN.buckets)
-    assert not torch.equal(staged.density, cache.density)
-    again = relabel(staged, read_materials(by_pixels, ENCODER, Control(), PLAN.buckets))
+    staged = read_cache(by_pixels, ENCODER, PLAN.buckets, ALL)
+    assert not torch.equal(staged.part(Labels).density, cache.part(Labels).density)
+    again = relabel(staged, read_labelling(by_pixels, ENCODER, PLAN.buckets, {}))
     # A study labels a cache by pixels that was labelled otherwise, and the other way round.
     mixed = folder.parent / "mixed"
     shutil.copytree(folder, mixed)
     shutil.copytree(by_pixels / "thumbs", mixed / "thumbs")
-    turned = controlled_cache(mixed, ENCODER, PLAN.buckets, Control(), 0, Variation((("density", "pixel"),)))
-    back = controlled_cache(by_pixels, ENCODER, PLAN.buckets, Control(), 0, Variation((("density", "neg_entropy"),)))
+    turned = controlled_cache(planned(mixed), ENCODER, Control(), 0, Variation((("density", "pixel"),)))
+    back = controlled_cache(planned(by_pixels), ENCODER, Control(), 0, Variation((("density", "neg_entropy"),)))
     for made, expected in ((again, staged), (turned, staged), (back, cache)):
-        for field in LABELS:
-            assert torch.equal(getattr(made, field), getattr(expected, field)), field
+        for field, value in labels_of(made).items():
+            assert torch.equal(value, labels_of(expected)[field]), field
+
+
+def planned(data: Path) -> StudyPlan:
+    """A study of one method that reads all, with nodes labelled by two settings of density."""
+    entry = Entry("concept_graph", concept_graph.Settings())
+    entries = {
+        density: dataclasses.replace(entry, variation=Variation((("density", density),)))
+        for density in ("pixel", "neg_entropy")
+    }
+    study = Study(methods=["concept_graph"])
+    return StudyPlan("density", study, (ENCODER,), data, PLAN.buckets, entries, (), ())
 
 
 def test_a_control_leaves_density_of_pixels_and_needs_no_thumbnail(by_pixels: Path, tmp_path: Path) -> None:
     shutil.copytree(by_pixels, tmp_path / "data", ignore=shutil.ignore_patterns("thumbs"))
-    staged, drawn = read_cache(tmp_path / "data", ENCODER, PLAN.buckets), Control(name="random_vectors")
-    made = apply_control(staged, drawn, 0, read_materials(tmp_path / "data", ENCODER, drawn, PLAN.buckets))
-    assert torch.equal(made.density, staged.density)
-    assert torch.equal(made.selected, staged.selected)
-    assert not torch.equal(made.concept_weight, staged.concept_weight)
-    assert not torch.equal(made.ring_gains, staged.ring_gains)
+    staged = read_cache(tmp_path / "data", ENCODER, PLAN.buckets, ALL)
+    made = apply_control(staged, request(tmp_path / "data", "random_vectors"))
+    assert torch.equal(made.part(Labels).density, staged.part(Labels).density)
+    assert torch.equal(made.part(Labels).selected, staged.part(Labels).selected)
+    assert not torch.equal(made.part(Labels).concept_weight, staged.part(Labels).concept_weight)
+    assert not torch.equal(made.part(Labels).ring_gains, staged.part(Labels).ring_gains)
 
 
 def test_padding_gets_no_label(folder: Path, cache: Cache) -> None:
-    materials = read_materials(folder, ENCODER, Control(), PLAN.buckets)
-    short, mask = 3, cache.mask.clone()
+    labelling = read_labelling(folder, ENCODER, PLAN.buckets, {})
+    short, nodes = 3, cache.part(Nodes)
+    mask = nodes.mask.clone()
     mask[::2, short:] = False
-    padded = relabel(
-        dataclasses.replace(cache, mask=mask, vectors=cache.vectors.masked_fill(~mask[..., None], 0)), materials
-    )
+    fewer = cache.change(Nodes, mask=mask, nodes=nodes.nodes.masked_fill(~mask[..., None], 0))
+    padded = relabel(fewer, labelling)
     by_node = LABELS - {"selected_concepts", "ring_gains"}
-    cut = {name: tensors(cache)[name][::2, :short] for name in (*by_node, "mask", "vectors")}
-    alone = relabel(dataclasses.replace(cache, **cut), materials)
-    assert torch.equal(padded.selected_concepts[::2], alone.selected_concepts)
-    assert torch.equal(padded.selected_concepts[1::2], cache.selected_concepts[1::2])
+    cut = {name: labels_of(cache)[name][::2, :short] for name in by_node}
+    few = cache.change(Labels, **cut).change(Nodes, mask=mask[::2, :short], nodes=nodes.nodes[::2, :short])
+    alone = relabel(few.change(Boxes, box=cache.part(Boxes).box[::2, :short]), labelling)
+    assert torch.equal(padded.part(Labels).selected_concepts[::2], alone.part(Labels).selected_concepts)
+    assert torch.equal(padded.part(Labels).selected_concepts[1::2], cache.part(Labels).selected_concepts[1::2])
     for field in by_node:
-        value = getattr(padded, field)
-        torch.testing.assert_close(value[::2, :short], getattr(alone, field))
+        value = labels_of(padded)[field]
+        torch.testing.assert_close(value[::2, :short], labels_of(alone)[field])
         assert not value[::2, short:].any()
-        torch.testing.assert_close(value[1::2], getattr(cache, field)[1::2])
+        torch.testing.assert_close(value[1::2], labels_of(cache)[field][1::2])
 
 
 def test_ring_gains_are_of_the_bank(cache: Cache, control: Callable[..., Cache]) -> None:
     for name in ("edges_removed", "edges_rewired", "owners_permuted"):
-        assert control(name).ring_gains is cache.ring_gains
-    assert not torch.allclose(control("random_vectors").ring_gains, cache.ring_gains)
+        assert control(name).part(Labels).ring_gains is cache.part(Labels).ring_gains
+    changed = control("random_vectors").part(Labels).ring_gains
+    assert not torch.allclose(changed, cache.part(Labels).ring_gains)
 
 
 def test_edges_are_removed(cache: Cache, control: Callable[..., Cache]) -> None:
@@ -234,11 +263,15 @@ def test_edges_are_removed(cache: Cache, control: Callable[..., Cache]) -> None:
     assert not control("edges_removed").batch(images).adjacency.any()
 
 
+def adjacency(cache: Cache, rows: Tensor) -> Tensor:
+    return cache.part(Edges).cut(rows, rows)["adjacency"]
+
+
 @given(seed=seeds)
 @settings(max_examples=10, deadline=None)
 def test_rewired_graphs_keep_degrees_and_weights(cache: Cache, control: Callable[..., Cache], seed: int) -> None:
-    rows = torch.arange(len(cache.vectors))
-    before, after = cache.adjacency(rows), control("edges_rewired", seed).adjacency(rows)
+    rows = torch.arange(len(cache.part(Nodes).nodes))
+    before, after = adjacency(cache, rows), adjacency(control("edges_rewired", seed), rows)
     assert torch.equal(after, after.transpose(1, 2))
     assert not after.diagonal(dim1=1, dim2=2).any()
     for view in (0, 1):
@@ -254,16 +287,16 @@ def test_rewired_graphs_keep_degrees_and_weights(cache: Cache, control: Callable
 
 def test_rewiring_leaves_unlinked_nodes_and_other_images_alone(cache: Cache, control: Callable[..., Cache]) -> None:
     # Nodes 6 and 7 lose their edges, as kinds that `graphs.nodes` leaves out have none.
-    gone = (cache.edge_nodes >= 6).any(1)
-    edges = {"edge_nodes": cache.edge_nodes.clone(), "edge_weight": cache.edge_weight.clone()}
-    edges["edge_nodes"][gone], edges["edge_weight"][gone] = torch.tensor([0, 1], dtype=torch.int16), 0
-    keep = dataclasses.replace(cache, **edges)
-    rows = torch.arange(len(cache.vectors))
-    assert not control("edges_rewired", of=keep).adjacency(rows)[:, 6:].any()
+    gone = (cache.part(Edges).ends >= 6).any(1)
+    ends, weight = cache.part(Edges).ends.clone(), cache.part(Edges).weight.clone()
+    ends[gone], weight[gone] = torch.tensor([0, 1], dtype=torch.int16), 0
+    rows = torch.arange(len(cache.part(Nodes).nodes))
+    rewired = control("edges_rewired", of=cache.change(Edges, ends=ends, weight=weight))
+    assert not adjacency(rewired, rows)[:, 6:].any()
     # A restricted cache shares the edge lists with images it does not hold.
     part = restrict_classes(cache, cache.classes[1:3])
-    rows = torch.arange(len(part.vectors))
-    before, after = part.adjacency(rows), control("edges_rewired", of=part).adjacency(rows)
+    rows = torch.arange(len(part.part(Nodes).nodes))
+    before, after = adjacency(part, rows), adjacency(control("edges_rewired", of=part), rows)
     assert torch.equal(before.flatten(1).sort().values, after.flatten(1).sort().values)
     assert not torch.equal(before, after)
 
@@ -274,18 +307,18 @@ def test_random_vectors_leave_chance(cache: Cache, control: Callable[..., Cache]
         mean = np.mean([accuracy(method, control("random_vectors", seed)) for seed in range(20)])
         assert mean == pytest.approx(1 / 5, abs=0.06)
     made = control("random_vectors")
-    assert torch.equal(made.bank.own, cache.bank.own)
-    assert made.bank.kind == cache.bank.kind
-    assert not (made.bank.K == cache.bank.K).any(1).any()
-    assert (made.bank.K * cache.bank.K).sum(1).mean().abs() < 0.15  # nothing is left of the real ones
+    assert torch.equal(made.part(Bank).own, cache.part(Bank).own)
+    assert made.part(Bank).kind == cache.part(Bank).kind
+    assert not (made.part(Bank).K == cache.part(Bank).K).any(1).any()
+    assert (made.part(Bank).K * cache.part(Bank).K).sum(1).mean().abs() < 0.15  # nothing is left of the real ones
 
 
 def test_permuted_owners_leave_no_class_its_own(cache: Cache, control: Callable[..., Cache]) -> None:
     for seed in range(5):
         made = control("owners_permuted", seed)
-        assert made.bank.K is cache.bank.K
-        assert not (made.bank.own & cache.bank.own).any()
-        assert torch.equal(made.bank.own.sum(1), cache.bank.own.sum(1))
+        assert made.part(Bank).K is cache.part(Bank).K
+        assert not (made.part(Bank).own & cache.part(Bank).own).any()
+        assert torch.equal(made.part(Bank).own.sum(1), cache.part(Bank).own.sum(1))
         for method in (zero_shot, description_zero_shot):
             assert accuracy(method, made) < 0.06
 
@@ -304,21 +337,21 @@ def test_a_cycle_visits_all_and_fixes_none(count: int, seed: int) -> None:
 @given(seed=seeds)
 @settings(max_examples=15, deadline=None)
 def test_fewer_concepts_are_shared_out_evenly_and_nested(cache: Cache, seed: int) -> None:
-    names, smaller = cache.bank.of_kind("name"), torch.zeros(len(cache.bank.kind), dtype=torch.bool)
-    for count in range(1, int(cache.bank.kept.sum()) + 1):
-        rows = keep_concepts(cache.bank, count, torch.Generator().manual_seed(seed)) & ~names
+    names, smaller = cache.part(Bank).of_kind("name"), torch.zeros(len(cache.part(Bank).kind), dtype=torch.bool)
+    for count in range(1, int(cache.part(Bank).kept.sum()) + 1):
+        rows = keep_concepts(cache.part(Bank), count, torch.Generator().manual_seed(seed)) & ~names
         assert int(rows.sum()) == count
-        assert (cache.bank.kept | ~rows).all()
+        assert (cache.part(Bank).kept | ~rows).all()
         assert (rows | ~smaller).all()
-        shares = cache.bank.own[rows].sum(0)
+        shares = cache.part(Bank).own[rows].sum(0)
         assert shares.max() - shares.min() <= 1
-        assert cache.bank.own[rows].any(1).all() or count > 5 * 4  # texts of no class come last
+        assert cache.part(Bank).own[rows].any(1).all() or count > 5 * 4  # texts of no class come last
         smaller = rows
 
 
 def test_a_shared_concept_counts_for_all_its_owners() -> None:
     own = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]], dtype=torch.bool)
-    bank = Bank("bank.parquet", torch.eye(5), own, ("visual",) * 5, torch.ones(5, dtype=torch.bool))
+    bank = Bank("bank.parquet", torch.eye(5), ("visual",) * 5, torch.ones(5, dtype=torch.bool), own)
     for seed in range(20):
         rows = keep_concepts(bank, 4, torch.Generator().manual_seed(seed))
         shares = own[rows].sum(0)
@@ -327,14 +360,15 @@ def test_a_shared_concept_counts_for_all_its_owners() -> None:
 
 def test_a_smaller_bank_labels_with_what_is_left(cache: Cache, control: Callable[..., Cache]) -> None:
     made = control("none", concepts=2)
-    assert int(concepts_of(made.bank).sum()) == 2
-    assert made.concept_idx.shape[-1] == 2
-    torch.testing.assert_close(made.concept_weight.float().sum(-1), torch.ones(made.mask.shape), atol=2e-3, rtol=0)
+    assert int(concepts_of(made.part(Bank)).sum()) == 2
+    assert made.part(Labels).concept_idx.shape[-1] == 2
+    sums = made.part(Labels).concept_weight.float().sum(-1)
+    torch.testing.assert_close(sums, torch.ones(made.part(Nodes).mask.shape), atol=2e-3, rtol=0)
     assert accuracy(zero_shot, made) == accuracy(zero_shot, cache)
     single = control("random_vectors", concepts=1)
-    assert (single.density == 1).all()
-    everything = int(cache.bank.kept.sum())
-    assert int(concepts_of(control("none", concepts=everything).bank).sum()) == everything
+    assert (single.part(Labels).density == 1).all()
+    everything = int(cache.part(Bank).kept.sum())
+    assert int(concepts_of(control("none", concepts=everything).part(Bank)).sum()) == everything
     with pytest.raises(UserError, match=rf"tiny\.parquet: has {everything} kept concepts, .* for {everything + 1}"):
         control("none", concepts=everything + 1)
     assert Control(name="none", concepts=3).label == "none-3"
@@ -345,30 +379,29 @@ def test_every_concept_becomes_another_unrelated_text(
     folder: Path, cache: Cache, control: Callable[..., Cache]
 ) -> None:
     made = control("unrelated_texts")
-    table = read_materials(folder, ENCODER, Control(name="unrelated_texts"), PLAN.buckets).texts
-    assert table is not None
+    table, _ = read_control_texts(folder, ENCODER)
     chosen = table.filter(pc.field("kind") == "unrelated")
     unrelated = torch.from_numpy(store.vectors_of(chosen).astype(np.float32))
-    kept = concepts_of(made.bank)
-    match = (made.bank.K[kept][:, None] == unrelated[None]).all(2)
-    assert match.sum(1).tolist() == [1] * int(cache.bank.kept.sum())
+    kept = concepts_of(made.part(Bank))
+    match = (made.part(Bank).K[kept][:, None] == unrelated[None]).all(2)
+    assert match.sum(1).tolist() == [1] * int(cache.part(Bank).kept.sum())
     assert match.sum(0).max() == 1
-    assert torch.equal(made.bank.own[kept], cache.bank.own[cache.bank.kept])
+    assert torch.equal(made.part(Bank).own[kept], cache.part(Bank).own[cache.part(Bank).kept])
     assert accuracy(zero_shot, made) == accuracy(zero_shot, cache)
     mean = np.mean([accuracy(description_zero_shot, control("unrelated_texts", seed)) for seed in range(20)])
     assert mean == pytest.approx(1 / 5, abs=0.06)
-    assert int((~kept & ~made.bank.of_kind("name")).sum()) == 0  # the dropped text is not left to be read
-    assert set(made.fingerprints) - set(cache.fingerprints) == {f"embed/{ENCODER}/controls.parquet"}
+    assert int((~kept & ~made.part(Bank).of_kind("name")).sum()) == 0  # the dropped text is not left to be read
+    assert f"embed/{ENCODER}/controls.parquet" in Control(name="unrelated_texts").files(ENCODER, {"concepts"})
 
 
 def test_every_class_owns_as_many_random_descriptors_as_texts(cache: Cache, control: Callable[..., Cache]) -> None:
     made = control("random_descriptors")
-    kept = concepts_of(made.bank)
-    assert torch.equal(made.bank.own[kept].sum(0), cache.bank.own[cache.bank.kept].sum(0))
-    assert (made.bank.own[kept].sum(1) == 1).all()
+    kept = concepts_of(made.part(Bank))
+    assert torch.equal(made.part(Bank).own[kept].sum(0), cache.part(Bank).own[cache.part(Bank).kept].sum(0))
+    assert (made.part(Bank).own[kept].sum(1) == 1).all()
     ranks: set[tuple[int, ...]] = set()
     for position in range(PLAN.classes):
-        vectors = made.bank.K[kept & made.bank.own[:, position]]
+        vectors = made.part(Bank).K[kept & made.part(Bank).own[:, position]]
         assert vectors[:, 10:].argmax(1).unique().tolist() == [position]  # of this class's name
         ranks.add(tuple(vectors[:, :10].argmax(1).tolist()))
     assert len(ranks) == 1  # the same for all classes
@@ -377,13 +410,12 @@ def test_every_class_owns_as_many_random_descriptors_as_texts(cache: Cache, cont
 
 
 def test_a_concept_of_two_classes_gives_each_a_descriptor(cache: Cache, control: Callable[..., Cache]) -> None:
-    own = cache.bank.own.clone()
-    shared = int(concepts_of(cache.bank).nonzero()[0])
+    own = cache.part(Bank).own.clone()
+    shared = int(concepts_of(cache.part(Bank)).nonzero()[0])
     own[shared] = F.one_hot(torch.tensor([0, 3]), 5).any(0)
-    bank = dataclasses.replace(cache.bank, own=own)
-    made = control("random_descriptors", of=dataclasses.replace(cache, bank=bank)).bank
+    made = control("random_descriptors", of=cache.change(Bank, owners=own)).part(Bank)
     kept = concepts_of(made)
-    assert torch.equal(made.own[kept].sum(0), own[cache.bank.kept].sum(0))
+    assert torch.equal(made.own[kept].sum(0), own[cache.part(Bank).kept].sum(0))
     assert (made.own[kept].sum(1) == 1).all()
 
 
@@ -394,24 +426,43 @@ def test_what_is_missing_is_said_in_one_line(cache: Cache, folder: Path, tmp_pat
     for name in (text, labels):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
 
-    def read(name: str) -> Materials:
-        return read_materials(tmp_path, ENCODER, Control.model_validate({"name": name}), PLAN.buckets)
+    def change(name: str) -> Cache:
+        return apply_control(cache, request(tmp_path, name))
 
-    path = tmp_path / f"embed/{ENCODER}/controls.parquet"
-    assert read("none") == Materials(SETTINGS, Reference(), SCALE, None, str(path), {})
+    assert read_labelling(tmp_path, ENCODER, PLAN.buckets, {}) == Labelling(SETTINGS, Reference(), SCALE)
     with pytest.raises(UserError, match=r"controls\.parquet: is missing; add tiny to `controls`"):
-        read("unrelated_texts")
+        change("unrelated_texts")
     write_controls(tmp_path, encoder="another")
     with pytest.raises(UserError, match=r"controls\.parquet: is of another encoder than text\.parquet"):
-        read("random_descriptors")
+        change("random_descriptors")
     write_controls(tmp_path, unrelated=3, per_class=2)
     with pytest.raises(UserError, match=r"holds 3 unrelated texts for 22 concepts; add lines to data/controls/unrel"):
-        apply_control(cache, Control(name="unrelated_texts"), 0, read("unrelated_texts"))
+        change("unrelated_texts")
     with pytest.raises(UserError, match=r"holds 2 random .* class-00, which owns 4 concepts; raise per_class of"):
-        apply_control(cache, Control(name="random_descriptors"), 0, read("random_descriptors"))
+        change("random_descriptors")
     header = store.read_header(tmp_path / labels, "labels/1")
     said = {name: value for name, value in header.params.items() if name != "mode"}
     table = store.read_table(tmp_path / labels, "labels/1")
     store.write_table(table, tmp_path / labels, "labels/1", said, header.fingerprint)
     with pytest.raises(UserError, match=r"do not say what labels\.mode was, .*; run label_patches again"):
-        read("none")
+        read_labelling(tmp_path, ENCODER, PLAN.buckets, {})
+
+
+def test_each_file_of_controls_says_what_it_is() -> None:
+    assert [name for name in control_names() if name != "none"] == sorted(name for name in NAMES if name != "none")
+    for name in (*NAMES[1:], FEWER):
+        module = load_control(name)
+        assert part_kinds().keys() >= module.CHANGES
+        assert part_kinds().keys() >= module.NEEDS
+        assert module.SUBJECT
+    with pytest.raises(UserError, match=r"p: c: there is no .*/edges_remove\.py; did you mean edges_removed\?"):
+        read_control("p", "c", "edges_remove")
+
+
+def test_a_control_needs_what_it_reads_and_no_more() -> None:
+    assert Control().needs({"globals"}) == {"globals"}
+    assert Control(name="edges_removed").needs({"nodes", "edges"}) == {"nodes", "edges"}
+    # Labels are made anew only for a method that reads them.
+    assert Control(name="random_vectors").needs({"globals", "names"}) == {"globals", "names", "concepts"}
+    assert Control(name="random_vectors").needs({"labels"}) >= {"labels", "nodes", "boxes", "concepts"}
+    assert Control(name="none", concepts=3).changes == {"concepts", "labels"}

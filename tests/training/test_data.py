@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from fieldmark.command import UserError
-from fieldmark.store import bucket_path, read_buckets, read_header, read_table, sha256, vectors_of, write_table
-from tests.training.cache import ENCODER, Plan, write_cache, write_other
-from training.data import Cache, read_cache
+from fieldmark.store import COLUMNS, bucket_path, read_buckets, read_header, read_table, sha256, vectors_of, write_table
+from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_other
+from training.data import Cache, part_kinds, read_cache
+from training.data.bank import Bank
+from training.data.labels import Labels
+from training.data.nodes import Nodes
 
 PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3, rings=3)
 
@@ -31,7 +34,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_every_value_arrives_where_the_files_have_it(folder: Path) -> None:
-    cache = read_cache(folder, ENCODER, PLAN.buckets)
+    cache = read_cache(folder, ENCODER, PLAN.buckets, ALL)
     nodes = read_buckets(folder / f"embed/{ENCODER}/images", "embed.nodes/1", PLAN.buckets)
     labels = read_buckets(folder / f"labels/{ENCODER}", "labels/1", PLAN.buckets)
     graphs = read_buckets(folder / f"graphs/{ENCODER}", "graphs/1", PLAN.buckets)
@@ -75,7 +78,7 @@ def test_every_value_arrives_where_the_files_have_it(folder: Path) -> None:
 
 
 def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, images = read_cache(folder, ENCODER, PLAN.buckets), torch.arange(20)
+    held, images = read_cache(folder, ENCODER, PLAN.buckets, ALL), torch.arange(20)
     files = sorted(folder.rglob("*"))
     made: list[np.ndarray] = []
 
@@ -85,15 +88,15 @@ def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monk
 
     np_memmap = np.memmap
     monkeypatch.setattr(np, "memmap", memmap)
-    monkeypatch.setattr("training.data.MEMORY_SHARE", 0.0)
-    streamed = read_cache(folder, ENCODER, PLAN.buckets)
-    assert streamed.vectors.data_ptr() == made[0].ctypes.data
+    monkeypatch.setattr("training.data.rows.MEMORY_SHARE", 0.0)
+    streamed = read_cache(folder, ENCODER, PLAN.buckets, ALL)
+    assert streamed.part(Nodes).nodes.data_ptr() == made[0].ctypes.data
     assert torch.equal(streamed.batch(images).nodes, held.batch(images).nodes)
     assert sorted(folder.rglob("*")) == files
 
 
 def test_descriptions_come_in_the_order_of_their_rank(folder: Path) -> None:
-    cache = read_cache(folder, ENCODER, PLAN.buckets)
+    cache = read_cache(folder, ENCODER, PLAN.buckets, ALL)
     batch = cache.batch(torch.arange(len(cache.paths)))
     described = cache.paths.index("train/class-00/0000.png")
     assert batch.dm.sum(1).nonzero().flatten().tolist() == [described]
@@ -105,7 +108,7 @@ def test_descriptions_come_in_the_order_of_their_rank(folder: Path) -> None:
 
 
 def test_bank_knows_owners_and_names(folder: Path) -> None:
-    bank = read_cache(folder, ENCODER, PLAN.buckets).bank
+    bank = read_cache(folder, ENCODER, PLAN.buckets, ALL).part(Bank)
     assert bank.own.sum(0).tolist() == [6, 5, 5]
     assert int(bank.of_kind("name").sum()) == 6
     assert not (bank.of_kind("name") & bank.kept).any()
@@ -154,7 +157,7 @@ def test_files_of_another_encoder_are_refused(copy: Path, name: str, message: st
         for bucket in range(PLAN.buckets):
             remark(bucket_path(copy / f"{name}/{ENCODER}", bucket), {"embed": "another"})
     with pytest.raises(UserError, match=message):
-        read_cache(copy, ENCODER, PLAN.buckets)
+        read_cache(copy, ENCODER, PLAN.buckets, ALL)
 
 
 def test_labels_of_a_former_bank_are_refused(copy: Path) -> None:
@@ -165,7 +168,7 @@ def test_labels_of_a_former_bank_are_refused(copy: Path) -> None:
     }
     remark(path, origins, "a newer bank")
     with pytest.raises(UserError, match=r"labels/tiny: was not made from .*bank/tiny.parquet.*run label_patches"):
-        read_cache(copy, ENCODER, PLAN.buckets)
+        read_cache(copy, ENCODER, PLAN.buckets, ALL)
 
 
 def read_fingerprint(path: Path) -> str:
@@ -184,35 +187,36 @@ def test_a_missing_image_names_bucket_and_stage(copy: Path, name: str, stage: st
     path = bucket_path(copy / name, 1)
     drop_first(path)
     with pytest.raises(UserError, match=rf"b001.parquet: lacks image [0-9a-f]{{64}} \(view 0\); run {stage}"):
-        read_cache(copy, ENCODER, PLAN.buckets)
+        read_cache(copy, ENCODER, PLAN.buckets, ALL)
 
 
 def test_a_corrupt_or_missing_bucket_is_one_line(copy: Path) -> None:
     path = bucket_path(copy / f"graphs/{ENCODER}", 2)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"b002\.parquet: is not readable Parquet"):
-        read_cache(copy, ENCODER, PLAN.buckets)
+        read_cache(copy, ENCODER, PLAN.buckets, ALL)
     path.unlink()
     with pytest.raises(UserError, match=r"b002\.parquet: is missing"):
-        read_cache(copy, ENCODER, PLAN.buckets)
+        read_cache(copy, ENCODER, PLAN.buckets, ALL)
 
 
 def test_nodes_of_other_encoders_stand_beside_its_own(copy: Path) -> None:
     write_other(copy, "wide", 12)
     write_other(copy, "narrow", 5, seed=1)
-    cache = read_cache(copy, ENCODER, 3, ["wide", "narrow"])
-    assert [tuple(vectors.shape) for vectors in cache.others] == [(*cache.mask.shape, 12), (*cache.mask.shape, 5)]
-    own = read_cache(copy, ENCODER, 3)
-    assert torch.equal(cache.vectors, own.vectors)
+    cache = read_cache(copy, ENCODER, 3, ALL, ["wide", "narrow"], {"nodes"})
+    shape = cache.part(Nodes).mask.shape
+    assert [tuple(parts.part(Nodes).nodes.shape) for parts in cache.also] == [(*shape, 12), (*shape, 5)]
+    own = read_cache(copy, ENCODER, 3, ALL)
+    assert torch.equal(cache.part(Nodes).nodes, own.part(Nodes).nodes)
     assert cache.fingerprints.keys() - own.fingerprints.keys() == {"embed/wide/images", "embed/narrow/images"}
-    assert own.others == ()
+    assert own.also == ()
 
     table = read_buckets(copy / "embed/narrow/images", "embed.nodes/1", 3)
     image = table.filter((pc.field("image_id") == sha256(cache.paths[4])) & (pc.field("view") == 1)).sort_by("node")
     batch = cache.batch(torch.tensor([4]), torch.tensor([1]))
-    assert [other.dtype for other in batch.others] == [torch.float32, torch.float32]
-    assert np.array_equal(batch.others[1][0, : len(image)].numpy(), vectors_of(image).astype(np.float32))
-    assert not batch.others[1][0, len(image) :].any()
+    assert [other.nodes.dtype for other in batch.also] == [torch.float32, torch.float32]
+    assert np.array_equal(batch.also[1].nodes[0, : len(image)].numpy(), vectors_of(image).astype(np.float32))
+    assert not batch.also[1].nodes[0, len(image) :].any()
 
 
 def test_nodes_at_other_places_cannot_stand_beside(copy: Path) -> None:
@@ -223,4 +227,48 @@ def test_nodes_at_other_places_cannot_stand_beside(copy: Path) -> None:
     table = table.set_column(place, table.schema.field(place), pc.add(table["x0"], pa.scalar(0.05, pa.float32())))
     write_table(table, path, "embed.nodes/1", {}, read_header(path, "embed.nodes/1").fingerprint)
     with pytest.raises(UserError, match=r"embed/moved: its nodes are not those of tiny.*embed both with"):
-        read_cache(copy, ENCODER, 3, ["moved"])
+        read_cache(copy, ENCODER, 3, ALL, ["moved"], {"nodes"})
+
+
+def test_only_what_is_declared_is_read(copy: Path) -> None:
+    for name in ("graphs", "labels", "bank"):
+        shutil.rmtree(copy / name)
+    cache = read_cache(copy, ENCODER, PLAN.buckets, {"globals"})
+    assert cache.fingerprints.keys() == {f"embed/{ENCODER}/images", "index/images.parquet", "index/classes.parquet"}
+    images = torch.arange(len(cache.paths))
+    whole = read_cache(copy, ENCODER, PLAN.buckets, {"nodes", "boxes"})
+    for view in (0, 1):
+        views = torch.full_like(images, view)
+        assert torch.equal(cache.batch(images, views).g, whole.batch(images, views).g)
+        assert torch.equal(cache.globals(images, view), whole.globals(images, view))
+    with pytest.raises(UserError, match=r"bank/tiny\.parquet: is missing"):
+        read_cache(copy, ENCODER, PLAN.buckets, {"globals", "names"})
+    with pytest.raises(UserError, match=r"READS: 'vectors' is no part of the cache; choose from: boxes, concepts"):
+        read_cache(copy, ENCODER, PLAN.buckets, {"vectors"})
+
+
+def test_what_is_not_declared_cannot_be_seen(folder: Path) -> None:
+    cache = read_cache(folder, ENCODER, PLAN.buckets, {"globals", "concepts"})
+    batch = cache.batch(torch.arange(3))
+    for field, part in (("nodes", "nodes"), ("adjacency", "edges"), ("density", "labels"), ("d", "descriptions")):
+        with pytest.raises(UserError, match=rf"{field}: is of the part `{part}`, which the method's READS does not"):
+            getattr(batch, field)
+    with pytest.raises(UserError, match=r"Labels: the method's READS does not name `labels`"):
+        cache.part(Labels)
+    with pytest.raises(AttributeError):
+        batch.telepathy  # noqa: B018
+    bank = cache.only({"concepts"}).part(Bank)
+    assert not bank.K[bank.of_kind("name")].any()
+    assert bank.K[~bank.of_kind("name")].any(1).all()
+    with pytest.raises(UserError, match=r"`owners`, and the method's READS does not name it"):
+        _ = bank.own
+
+
+def test_every_part_is_found_by_its_names() -> None:
+    kinds = part_kinds()
+    names = {"globals", "nodes", "boxes", "labels", "edges", "names", "concepts", "owners", "descriptions"}
+    assert kinds.keys() == names
+    fields = [field for kind in set(kinds.values()) for field in kind.shows]
+    assert len(fields) == len(set(fields))
+    for kind in set(kinds.values()):
+        assert set(kind.files("one").values()) <= COLUMNS.keys()

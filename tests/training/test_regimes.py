@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fieldmark.command import UserError
 from fieldmark.store import class_id_of
-from tests.training.cache import Plan
+from tests.training.cache import Plan, tensors
 from training.data import Cache
+from training.data.bank import Bank
+from training.data.nodes import Nodes
 from training.layers.logistic import fit_logistic
 from training.loop import predict
 from training.methods import description_zero_shot, zero_shot
 from training.regimes import (
-    BY_IMAGE,
-    BY_VIEW,
     Full,
     LongTail,
     Noise,
@@ -27,7 +27,6 @@ from training.regimes import (
     Regime,
     Shots,
     Unseen,
-    apply_regime,
     cross_fitted,
     harmonic_mean,
     hide_test,
@@ -63,23 +62,18 @@ def train_counts(cache: Cache) -> list[int]:
     return torch.bincount(cache.y[cache.images("train")], minlength=len(cache.classes)).tolist()
 
 
-def tensors(cache: Cache) -> dict[str, Tensor]:
-    values = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.label)
 @given(draw=draws)
 @settings(max_examples=8, deadline=None)
 def test_only_split_and_target_change_and_a_draw_can_be_repeated(cache: Cache, regime: Regime, draw: int) -> None:
-    made, again = apply_regime(cache, regime, draw), apply_regime(cache, regime, draw)
+    made, again = regime.apply(cache, draw), regime.apply(cache, draw)
     assert made.split.tolist() == again.split.tolist()
     assert torch.equal(made.target, again.target)
     before = tensors(cache)
     for name, value in tensors(made).items():
         assert name == "target" or value.data_ptr() == before[name].data_ptr()
     assert made.paths is cache.paths
-    assert made.bank is cache.bank
+    assert made.part(Bank) is cache.part(Bank)
     # Nothing that is evaluated was trained on, and nothing of test is chosen on.
     assert paths(made, "train") <= paths(cache, "train")
     assert paths(made, "test") <= paths(cache, "test")
@@ -92,7 +86,7 @@ def test_only_split_and_target_change_and_a_draw_can_be_repeated(cache: Cache, r
 
 @pytest.mark.parametrize("regime", REGIMES[1:], ids=lambda regime: regime.label)
 def test_another_draw_is_another_one(cache: Cache, regime: Regime) -> None:
-    one, two = (apply_regime(cache, regime, draw) for draw in (0, 1))
+    one, two = (regime.apply(cache, draw) for draw in (0, 1))
     # Which class is taken for which is no draw, but which images are told so is.
     assert one.split.tolist() != two.split.tolist() or not torch.equal(one.target, two.target)
 
@@ -116,7 +110,7 @@ def test_a_regime_is_read_by_its_kind() -> None:
 def test_shots_are_nested_and_balanced(cache: Cache, draw: int) -> None:
     smaller: set[str] = set()
     for shots in (1, 2, 4, 8, 16):
-        made = apply_regime(cache, Shots(shots=shots), draw)
+        made = Shots(shots=shots).apply(cache, draw)
         assert train_counts(made) == [shots] * 6
         assert smaller < paths(made, "train")
         assert not paths(made, "val")
@@ -126,21 +120,21 @@ def test_shots_are_nested_and_balanced(cache: Cache, draw: int) -> None:
 
 def test_a_class_with_fewer_images_gives_all(cache: Cache) -> None:
     few = dataclasses.replace(cache, split=np.where(np.arange(len(cache.split)) % 3 == 0, cache.split, "unused"))
-    assert train_counts(apply_regime(few, Shots(shots=8), 0)) == [min(8, count) for count in train_counts(few)]
+    assert train_counts(Shots(shots=8).apply(few, 0)) == [min(8, count) for count in train_counts(few)]
 
 
 def test_one_image_more_moves_no_other(cache: Cache) -> None:
     without = dataclasses.replace(cache, split=cache.split.copy())
-    taken = apply_regime(cache, Shots(shots=4), 0)
+    taken = Shots(shots=4).apply(cache, 0)
     spare = next(image for image in cache.images("train").tolist() if taken.split[image] == "unused")
     without.split[spare] = "unused"
-    assert paths(apply_regime(without, Shots(shots=4), 0), "train") == paths(taken, "train")
+    assert paths(Shots(shots=4).apply(without, 0), "train") == paths(taken, "train")
 
 
 @given(draw=draws, exponent=st.floats(0.1, 3))
 @settings(max_examples=20, deadline=None)
 def test_long_tail_sizes_follow_the_power_law(cache: Cache, draw: int, exponent: float) -> None:
-    made = apply_regime(cache, LongTail(exponent=exponent), draw)
+    made = LongTail(exponent=exponent).apply(cache, draw)
     expected = [max(1, round(20 * rank**-exponent)) for rank in range(1, 7)]
     assert sorted(train_counts(made), reverse=True) == expected
     assert paths(made, "val") == paths(cache, "val")
@@ -153,7 +147,7 @@ def test_candidates_hold_the_truth_and_grow_with_q(cache: Cache, wrong: str, dra
     train = cache.images("train")
     smaller = torch.zeros(len(train), 6, dtype=torch.bool)
     for q in (0.0, 0.3, 0.7):
-        target = apply_regime(cache, Partial(wrong=wrong, q=q), draw).target[train]
+        target = Partial(wrong=wrong, q=q).apply(cache, draw).target[train]
         torch.testing.assert_close(target.sum(1), torch.ones(len(train)))
         candidates = target > 0
         assert candidates.gather(1, cache.y[train][:, None]).all()
@@ -167,7 +161,7 @@ def test_candidates_hold_the_truth_and_grow_with_q(cache: Cache, wrong: str, dra
 def candidate_rates(cache: Cache, wrong: str, q: float) -> Tensor:
     """(n_train, C): how often each class is a candidate, over 200 draws."""
     train = cache.images("train")
-    found = [apply_regime(cache, Partial(wrong=wrong, q=q), draw).target[train] > 0 for draw in range(200)]
+    found = [Partial(wrong=wrong, q=q).apply(cache, draw).target[train] > 0 for draw in range(200)]
     return torch.stack(found).float().mean(0)
 
 
@@ -198,7 +192,7 @@ def test_the_cross_fitted_probe_has_not_seen_what_it_judges(cache: Cache) -> Non
 def test_the_stated_share_is_told_a_wrong_class(cache: Cache, wrong: str, draw: int) -> None:
     before: set[int] = set()
     for share in (0.0, 0.25, 0.6):
-        target = apply_regime(cache, Noise(wrong=wrong, share=share), draw).target
+        target = Noise(wrong=wrong, share=share).apply(cache, draw).target
         changed = set((target != cache.y).nonzero().flatten().tolist())
         assert len(changed) == round(share * 120)
         assert before <= changed
@@ -209,7 +203,7 @@ def test_symmetric_noise_spares_no_class_and_confused_noise_has_one(cache: Cache
     pairs: dict[str, set[tuple[int, int]]] = {"symmetric": set(), "confused": set()}
     for wrong, seen in pairs.items():
         for draw in range(10):
-            target = apply_regime(cache, Noise(wrong=wrong, share=0.8), draw).target
+            target = Noise(wrong=wrong, share=0.8).apply(cache, draw).target
             changed = target != cache.y
             seen |= set(zip(cache.y[changed].tolist(), target[changed].tolist(), strict=True))
     assert len(pairs["symmetric"]) == 6 * 5
@@ -229,7 +223,7 @@ def test_unseen_classes_are_disjoint_and_none_is_empty(
 ) -> None:
     if round(share * 6) > 4:  # one class left: it cannot be both
         return
-    made = apply_regime(cache, Unseen(seen=share, development=development), draw)
+    made = Unseen(seen=share, development=development).apply(cache, draw)
     classes = {split: set(made.y[made.images(split)].tolist()) for split in ("train", "val", "test")}
     seen, others = classes["train"], classes["test"] - classes["train"]
     chosen_on = classes["val"] - seen
@@ -255,8 +249,8 @@ def test_classes_come_from_files_too(cache: Cache, tmp_path: Path) -> None:
     seen.write_text("class-00\n\nclass-03\n")
     development.write_text("class-05\n")
     regime = Unseen(seen=str(seen), development=str(development))
-    made = apply_regime(cache, regime, 0)
-    assert made.split.tolist() == apply_regime(cache, regime, 1).split.tolist()
+    made = regime.apply(cache, 0)
+    assert made.split.tolist() == regime.apply(cache, 1).split.tolist()
     assert set(made.y[made.images("train")].tolist()) == {0, 3}
     assert set(made.y[made.images("val")].tolist()) == {0, 3, 5}
     assert set(made.y[made.images("test")].tolist()) == {0, 1, 2, 3, 4}
@@ -266,15 +260,15 @@ def test_classes_come_from_files_too(cache: Cache, tmp_path: Path) -> None:
     assert read_classes(folder, [class_id, "x"]) == [class_id]
     development.write_text("class-03\n")
     with pytest.raises(UserError, match=r"dev\.txt: class class-03 is in .*seen\.txt too"):
-        apply_regime(cache, regime, 0)
+        regime.apply(cache, 0)
     development.write_text("".join(f"class-0{label}\n" for label in (1, 2, 4, 5)))
     with pytest.raises(UserError, match="regime unseen-seen: leaves no unseen class"):
-        apply_regime(cache, regime, 0)
+        regime.apply(cache, 0)
     seen.write_text("class-00\nclass-99\n")
     with pytest.raises(UserError, match=r"seen\.txt: line 2: there is no class 'class-99'"):
-        apply_regime(cache, regime, 0)
+        regime.apply(cache, 0)
     with pytest.raises(UserError, match=r"none\.txt: cannot be read"):
-        apply_regime(cache, Unseen(seen=str(tmp_path / "none.txt")), 0)
+        Unseen(seen=str(tmp_path / "none.txt")).apply(cache, 0)
 
 
 ACCURACY = st.integers(0, 10_000).map(lambda right: right / 10_000)
@@ -292,7 +286,7 @@ def test_a_restricted_cache_predicts_as_the_whole_one_among_its_classes(cache: C
     chosen = ["class-04", "class-01", "class-02"]
     small = restrict_classes(cache, chosen)
     assert small.classes == sorted(chosen)
-    assert small.bank.K.data_ptr() == cache.bank.K.data_ptr()
+    assert small.part(Bank).K.data_ptr() == cache.part(Bank).K.data_ptr()
     for split in ("train", "val", "test"):
         wanted = {path for path in paths(cache, split) if path.split("/")[1] in chosen}
         assert paths(small, split) == wanted
@@ -303,23 +297,23 @@ def test_a_restricted_cache_predicts_as_the_whole_one_among_its_classes(cache: C
         whole = predict(method.fit(cache, method.Settings(), 0).model, cache, torch.tensor(here))
         part = predict(method.fit(small, method.Settings(), 0).model, small, torch.arange(len(here)))
         torch.testing.assert_close(part, whole[:, [1, 2, 4]])
-    assert torch.equal(small.adjacency(torch.arange(len(here))), cache.adjacency(torch.tensor(here)))
+    assert torch.equal(small.batch(torch.arange(len(here))).adjacency, cache.batch(torch.tensor(here)).adjacency)
 
 
 def test_concepts_of_nobody_are_dropped_from_bank_and_labels(cache: Cache) -> None:
     small = restrict_classes(cache, ["class-01", "class-02"])
-    generic = torch.tensor([kind == "generic" for kind in cache.bank.kind])
-    owned = cache.bank.own[:, [1, 2]].any(1)
-    assert torch.equal(small.bank.kept, cache.bank.kept & (owned | generic))
-    assert small.bank.kept[generic].all()
+    generic = torch.tensor([kind == "generic" for kind in cache.part(Bank).kind])
+    owned = cache.part(Bank).own[:, [1, 2]].any(1)
+    assert torch.equal(small.part(Bank).kept, cache.part(Bank).kept & (owned | generic))
+    assert small.part(Bank).kept[generic].all()
     batch = small.batch(torch.arange(len(small.paths)))
     heavy = batch.concept_weight > 0
     assert heavy.any()
-    assert small.bank.kept[batch.concept_idx[heavy]].all()
+    assert small.part(Bank).kept[batch.concept_idx[heavy]].all()
     assert (batch.concept_idx[~heavy] == 0).all()
     whole = cache.batch(torch.tensor([cache.paths.index(path) for path in small.paths])).selected_concepts.tolist()
     for before, after in zip(whole, batch.selected_concepts.tolist(), strict=True):
-        left = [concept for concept in before if concept >= 0 and small.bank.kept[concept]]
+        left = [concept for concept in before if concept >= 0 and small.part(Bank).kept[concept]]
         assert after == left + [-1] * (len(before) - len(left))
 
 
@@ -328,16 +322,12 @@ def test_restricting_to_all_is_nothing_and_comes_before_a_regime(cache: Cache) -
     with pytest.raises(ValueError, match="unknown classes"):
         restrict_classes(cache, ["class-77"])
     with pytest.raises(ValueError, match="before a regime"):
-        restrict_classes(apply_regime(cache, Noise(wrong="symmetric", share=0.5), 0), ["class-01"])
-
-
-def test_every_tensor_of_a_cache_is_known_to_restrict(cache: Cache) -> None:
-    assert set(tensors(cache)) == {*BY_IMAGE, *BY_VIEW, "edge_nodes", "edge_weight"}
+        restrict_classes(Noise(wrong="symmetric", share=0.5).apply(cache, 0), ["class-01"])
 
 
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.label)
 def test_a_planted_leak_is_closed(cache: Cache, regime: Regime) -> None:
-    made = apply_regime(cache, regime, 0)
+    made = regime.apply(cache, 0)
     hidden = hide_test(made)
 
     def cheat(given: Cache) -> list[Tensor]:
@@ -355,7 +345,7 @@ def test_a_planted_leak_is_closed(cache: Cache, regime: Regime) -> None:
         assert (found[evaluated] == -1).all()
     assert not paths(hidden, "test")
     assert len(hidden.images("hidden")) == len(made.images("test"))
-    assert hidden.vectors.data_ptr() == made.vectors.data_ptr()
+    assert hidden.part(Nodes).nodes.data_ptr() == made.part(Nodes).nodes.data_ptr()
     for split in ("train", "val"):
         images = made.images(split)
         assert torch.equal(hidden.images(split), images)
@@ -376,4 +366,4 @@ def test_a_method_that_trains_on_test_labels_gains_nothing(cache: Cache) -> None
 
     assert cheat(cache) > 0.95
     assert cheat(hide_test(cache)) == 0
-    assert cheat(hide_test(apply_regime(cache, Shots(shots=1), 0))) == 0
+    assert cheat(hide_test(Shots(shots=1).apply(cache, 0))) == 0

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ruamel.yaml import YAML
 
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from tests.training.cache import Plan, write_cache, write_other
-from training.methods import read_settings
-from training.train import train
+from training.methods import concept_graph
+from training.train import read_run, train
 
 PARAMS = """
 domain: {noun: fish, group: fish}
@@ -26,10 +28,11 @@ report: {reference: zero_shot}
 train:
   seed: 3
   seeds: 2
-  methods:
-    zero_shot: {encoder: tiny}
-    linear_probe: {encoder: tiny, l2: [0.01, 1.0]}
-    concept_graph: {encoder: tiny, epochs: 3, hidden: 16, weight_decay: [0.1]}
+  runs:
+    zero_shot: {method: zero_shot, encoder: tiny}
+    linear_probe: {method: linear_probe, encoder: tiny, settings: {l2: [0.01, 1.0]}}
+    concept_graph:
+      {method: concept_graph, encoder: tiny, settings: {epochs: 3, hidden: 16, weight_decay: [0.1]}}
 """
 WRITTEN = ["config.json", "history.csv", "metrics.json", "model.safetensors", "predictions.parquet", "timing.json"]
 
@@ -57,7 +60,7 @@ def test_two_processes_write_the_same_bytes(params: Path, tmp_path: Path) -> Non
     folder = tmp_path / "data/runs/concept_graph"
     runs = []
     for _ in range(2):
-        result = command("--method", "concept_graph", "--params", params, "--data", tmp_path / "data")
+        result = command("--run", "concept_graph", "--params", params, "--data", tmp_path / "data")
         assert result.returncode == 0, result.stderr
         assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
             "concept_graph seed 3",
@@ -87,6 +90,7 @@ def test_a_run_holds_what_its_readers_need(params: Path, tmp_path: Path) -> None
     rows = list(csv.DictReader((folder / "history.csv").open()))
     assert [(row["seed"], row["epoch"]) for row in rows] == [(seed, str(epoch)) for seed in "34" for epoch in range(4)]
     assert config["fingerprints"].keys() >= {"embed/tiny/images", "labels/tiny", "graphs/tiny", "bank/tiny.parquet"}
+    assert "descriptions/descriptions.parquet" not in config["fingerprints"]  # the second graph is off
     assert json.loads((folder / "timing.json").read_text())["epoch_seconds"] > 0
     assert not any(str(tmp_path) in (folder / name).read_text(errors="ignore") for name in WRITTEN)
 
@@ -109,13 +113,13 @@ def test_a_method_that_draws_nothing_stands_for_every_seed(params: Path, tmp_pat
         (
             "l2: [0.01, 1.0]",
             "max_iteration: 9",
-            "linear_probe.max_iteration: unknown key; did you mean `max_iterations`?",
+            "linear_probe.settings.max_iteration: unknown key; did you mean `max_iterations`?",
         ),
-        ("epochs: 3", "epochs: three", "concept_graph.epochs: input should be a valid integer"),
+        ("epochs: 3", "epochs: three", "concept_graph.settings.epochs: input should be a valid integer"),
         (
             "epochs: 3",
             "loss_weights: {grpah: 1.0}",
-            "concept_graph.loss_weights.grpah: unknown key; did you mean `graph`?",
+            "concept_graph.settings.loss_weights.grpah: unknown key; did you mean `graph`?",
         ),
     ],
 )
@@ -123,7 +127,7 @@ def test_check_names_the_key(params: Path, old: str, new: str, message: str) -> 
     params.write_text(PARAMS.replace(old, new))
     loaded = load_params(params)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        read_settings(str(params), loaded, message.split(".")[0])
+        read_run(str(params), loaded, message.split(".")[0])
     assert "\n" not in str(caught.value)
 
 
@@ -133,7 +137,7 @@ def test_check_reads_every_method_and_writes_nothing(params: Path) -> None:
     params.write_text(PARAMS.replace("epochs: 3", "epohcs: 3"))
     result = command("--check", "--params", params)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
-    assert "concept_graph.epohcs: unknown key; did you mean `epochs`?" in result.stderr
+    assert "concept_graph.settings.epohcs: unknown key; did you mean `epochs`?" in result.stderr
 
 
 def test_an_unknown_method_is_refused(params: Path, tmp_path: Path) -> None:
@@ -144,10 +148,41 @@ def test_an_unknown_method_is_refused(params: Path, tmp_path: Path) -> None:
 def test_a_refused_run_leaves_nothing(params: Path, tmp_path: Path) -> None:
     write_cache(tmp_path / "data", Plan())
     (tmp_path / "data/labels/tiny/b001.parquet").write_bytes(b"PAR1")
-    result = command("--method", "linear_probe", "--params", params, "--data", tmp_path / "data")
+    result = command("--run", "concept_graph", "--params", params, "--data", tmp_path / "data")
     assert result.returncode == 1
     assert "b001.parquet: is not readable" in result.stderr
     assert not (tmp_path / "data/runs").exists()
+    # What a run does not read cannot stop it.
+    result = command("--run", "linear_probe", "--params", params, "--data", tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_method_that_cannot_work_on_this_data_says_why(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan(concepts=0))
+    text = PARAMS.replace("zero_shot: {method: zero_shot,", "zero_shot: {method: description_zero_shot,")
+    params.write_text(text)
+    result = command("--run", "zero_shot", "--params", params, "--data", tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "data/runs/zero_shot"
+    assert sorted(file.name for file in folder.iterdir()) == WRITTEN
+    reason = json.loads((folder / "metrics.json").read_text())["not_possible"]
+    assert re.search(r"class class-00 has no kept concept", reason)
+    assert json.loads((folder / "config.json").read_text())["not_possible"] == reason
+    table = pq.read_table(folder / "predictions.parquet")
+    assert (table.num_rows, table.column_names) == (0, ["path", "split", "seed", "class_id", "logits"])
+
+
+def test_a_probe_stands_on_a_tower_alone(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan())
+    for folder in ("graphs", "labels", "bank"):
+        shutil.rmtree(tmp_path / "data" / folder)
+    (tmp_path / "data/embed/tiny/text.parquet").unlink()
+    towers = "encoders: {clip: {model: none}}\ntowers: {tiny: {model: t}}"
+    params.write_text(PARAMS.replace("encoders: {tiny: {model: none}}", towers))
+    assert config_of(params, tmp_path / "data", "linear_probe")["encoder"] == "tiny"
+    what = r"train\.runs\.zero_shot\.encoder: 'tiny' is a tower, .* and zero_shot reads names, owners; choose"
+    with pytest.raises(UserError, match=what):
+        train(load_params(params), str(params), "zero_shot", tmp_path / "data")
 
 
 def test_training_opens_no_picture_and_calls_no_model() -> None:
@@ -171,8 +206,8 @@ def test_regime_and_control_are_recorded_and_limit_what_fit_sees(params: Path, t
     assert (plain["regime"], plain["control"]) == ({"kind": "full"}, {"name": "none", "concepts": None})
     folder = tmp_path / "data/runs/linear_probe"
     whole = pq.read_table(folder / "predictions.parquet")
-    conditions = "  regime: {kind: shots, shots: 1}\n  control: {name: random_vectors}\n  methods:"
-    params.write_text(PARAMS.replace("  methods:", conditions).replace("l2: [0.01, 1.0]", "l2: [0.1]"))
+    conditions = "  regime: {kind: shots, shots: 1}\n  control: {name: random_vectors}\n  runs:"
+    params.write_text(PARAMS.replace("  runs:", conditions).replace("l2: [0.01, 1.0]", "l2: [0.1]"))
     limited = config_of(params, tmp_path / "data", "linear_probe")
     assert (limited["regime"]["shots"], limited["control"]["name"]) == (1, "random_vectors")
     few = pq.read_table(folder / "predictions.parquet")
@@ -185,7 +220,7 @@ def test_regime_and_control_are_recorded_and_limit_what_fit_sees(params: Path, t
 
 def test_few_shots_leave_val_nothing_to_choose(params: Path, tmp_path: Path) -> None:
     write_cache(tmp_path / "data", Plan())
-    params.write_text(PARAMS.replace("  methods:", "  regime: {kind: shots, shots: 2}\n  methods:"))
+    params.write_text(PARAMS.replace("  runs:", "  regime: {kind: shots, shots: 2}\n  runs:"))
     with pytest.raises(UserError, match="val holds no image, so nothing can choose among 2 settings"):
         train(load_params(params), str(params), "linear_probe", tmp_path / "data")
     config = config_of(params, tmp_path / "data", "concept_graph")  # a grid of one: the last epoch is kept
@@ -200,21 +235,24 @@ def test_few_shots_leave_val_nothing_to_choose(params: Path, tmp_path: Path) -> 
     [
         ("regime: {kind: shots, shot: 1}", "train.regime.shot: unknown key; did you mean `shots`?"),
         ("regime: {kind: few}", "train.regime: names no regime; give a `kind`, one of: full, shots"),
-        ("control: {name: edges}", "train.control.name: input should be 'none'"),
+        ("control: {name: edges_remove}", "there is no training/controls/edges_remove.py; did you mean edges_removed?"),
     ],
 )
 def test_check_names_a_wrong_regime_or_control(params: Path, given: str, message: str) -> None:
-    params.write_text(PARAMS.replace("  methods:", f"  {given}\n  methods:"))
+    params.write_text(PARAMS.replace("  runs:", f"  {given}\n  runs:"))
     result = command("--check", "--params", params)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert message in result.stderr
 
 
-def test_a_run_on_several_encoders_has_a_name_of_its_own(tmp_path: Path) -> None:
+def test_a_run_on_several_encoders(tmp_path: Path) -> None:
     path, data = tmp_path / "params.yaml", tmp_path / "data"
     several = """
-  several:
-    both: {method: concept_graph, encoder: tiny, also: [wide], epochs: 8, hidden: 16, weight_decay: [0.1]}
+    both:
+      method: concept_graph
+      encoder: tiny
+      also: [wide]
+      settings: {epochs: 8, hidden: 16, weight_decay: [0.1]}
     probe: {method: linear_probe, encoder: tiny, also: [wide]}
 """
     encoders = "encoders: {tiny: {model: none}, wide: {model: none}}"
@@ -231,5 +269,16 @@ def test_a_run_on_several_encoders_has_a_name_of_its_own(tmp_path: Path) -> None
     # Only the other encoder sees the class.
     found = {name: json.loads((run / "metrics.json").read_text())["test"]["accuracy"] for name, run in runs.items()}
     assert found["both"] > 0.7 > 0.5 > found["concept_graph"]
-    with pytest.raises(UserError, match=r"train\.several\.probe\.also: linear_probe reads one encoder only"):
+    with pytest.raises(UserError, match=r"train\.runs\.probe\.also: linear_probe reads one encoder only"):
         train(params, str(path), "probe", data)
+
+
+def test_knobs_are_printed_as_yaml_that_is_valid_settings() -> None:
+    result = command("--knobs", "concept_graph")
+    assert result.returncode == 0
+    content = YAML(typ="safe", pure=True).load(result.stdout)
+    assert concept_graph.Settings.model_validate(content) == concept_graph.Settings()
+    assert "loss_weights:" in result.stdout
+    result = command("--knobs", "concept_grahp")
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "did you mean concept_graph?" in result.stderr

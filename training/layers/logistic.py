@@ -21,11 +21,12 @@ from training.data import Cache
 # Half-decades from 100 to 1e-5, for vectors whose dimensions have a mean variance of 1.
 STRENGTHS = tuple(float(f"{10 ** (2 - step / 2):.3g}") for step in range(15))
 MAX_ITERATIONS = 300
+Positive = Annotated[float, Field(gt=0)]
 
 
 class ProbeSettings(Block):
-    l2: list[Annotated[float, Field(gt=0)]] = Field(default=list(STRENGTHS), min_length=1)
-    max_iterations: Count = MAX_ITERATIONS
+    l2: list[Positive] = Field(default=list(STRENGTHS), min_length=1)  # strengths of regularisation that val chooses from
+    max_iterations: Count = MAX_ITERATIONS  # of L-BFGS, for each strength
 
 
 class Chosen(NamedTuple):

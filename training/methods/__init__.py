@@ -1,33 +1,35 @@
-"""One file a method, registered by its name: `train.methods.NAME` in params.yaml is `training/methods/NAME.py`.
+"""One file a method, registered by its name: `method: NAME` of a run or study is `training/methods/NAME.py`.
 
-A method's module holds `Settings`, a `fieldmark.params.Block` with every knob and its default; `SEEDED`, false where no
-random number is drawn, so that one fit stands for every seed; `READS`, what it looks at beside vectors, under any
-settings; a torch module whose `forward(batch)` returns an `Output`; and `fit(cache, settings, seed)`, which returns a
-`Fitted`. There is no list of methods to extend, so that editing one method reruns one stage.
+A method's module holds `Settings`, a `fieldmark.params.Block` with every knob, its default and a comment on its line;
+`SEEDED`, false where no random number is drawn, so that one fit stands for every seed; `READS`, the parts of the cache
+that it looks at under any settings; a torch module whose `forward(batch)` returns an `Output`; and
+`fit(cache, settings, seed)`, which returns a `Fitted`. There is no list of methods to extend.
 
-READS is some of `names` and `concepts` (the bank's texts of class names, and its others), `owners` (which class a text
-belongs to), `labels` (what label_patches says of nodes and images), `edges`, and `others` (vectors of other encoders).
-A study leaves out what follows from it: no run of a method under a control that changes none of these, as its plain run
-stands for that. Only a method that reads others can be given several encoders.
+What READS names (`training/data/` has the parts) decides what is read, what a run's identity and its controls are, and
+what a second machine has to fetch; nothing else can be seen. A method may hold two things more: `reads(settings)`, what
+of READS these settings leave, and `ALSO`, the parts that it reads of other encoders. A method without ALSO takes one
+encoder alone. A method that finds that this data leaves it nothing to do raises `NotPossible`.
 """
 
+import difflib
 import importlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
 
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
 from fieldmark.params import Block, Params, explain
-from training.data import Cache
+from training.data import Cache, part_kinds
 from training.layers.logistic import assess, require_val
 
 BUDGET = 16  # settings that val may choose among, the same for every method
-PARTS = frozenset({"names", "concepts", "owners", "labels", "edges", "others"})  # what READS may name
+METHODS = Path(__file__).parent
 
 
 class Output(NamedTuple):
@@ -48,6 +50,10 @@ class Fitted:
     epoch_seconds: float = 0.0  # one pass over the training images with its updates, evaluation apart
 
 
+class NotPossible(UserError):
+    """This method cannot work on this data, whatever its settings; other methods can, and go on."""
+
+
 class MethodModule(Protocol):
     Settings: type[Block]
     SEEDED: bool
@@ -55,35 +61,68 @@ class MethodModule(Protocol):
     fit: Callable[[Cache, Block, int], Fitted]
 
 
+def method_names() -> list[str]:
+    """Every method: the files of this folder."""
+    return sorted(file.stem for file in METHODS.glob("[a-z]*.py"))
+
+
+def method_file(name: str) -> Path:
+    return METHODS / f"{name}.py"
+
+
 def load_method(name: str) -> MethodModule:
-    """The module of a method whose file exists. Raises UserError where it is not whole."""
+    """The module of a method of `method_names`. Raises UserError where it is not whole."""
     module = cast(MethodModule, importlib.import_module(f"training.methods.{name}"))
     for part in MethodModule.__annotations__:
         if not hasattr(module, part):
             raise UserError(f"training/methods/{name}.py: has no {part}; training/methods/__init__.py says what it is")
-    if unknown := module.READS - PARTS:
-        known = ", ".join(sorted(PARTS))
-        raise UserError(f"training/methods/{name}.py: READS: {min(unknown)!r} is no part; choose from: {known}")
+    for constant in ("READS", "ALSO"):
+        named: frozenset[str] = getattr(module, constant, frozenset())
+        if unknown := named - set(part_kinds()):
+            known = ", ".join(sorted(part_kinds()))
+            what = f"{constant}: {min(unknown)!r} is no part of the cache"
+            raise UserError(f"training/methods/{name}.py: {what}; choose from: {known}")
     return module
 
 
-def read_settings(path: str, params: Params, name: str) -> Block:
-    """The settings of a run of train.methods or train.several, checked. Raises UserError naming file and key."""
-    method, several = params.train.method_of(name), name in params.train.several
-    module, given = load_method(method), params.train.runs[name].settings
-    key = f"train.{'several' if several else 'methods'}.{name}"
-    if several:
-        require_others(path, f"{key}.also", method)
+def reads_of(name: str, settings: Block) -> frozenset[str]:
+    """The parts of the cache that a method reads under these settings."""
+    module: Any = load_method(name)
+    found: frozenset[str] = module.reads(settings) if hasattr(module, "reads") else module.READS
+    return found
+
+
+def also_reads_of(name: str) -> frozenset[str]:
+    """The parts that a method reads of other encoders; none where it takes one encoder alone."""
+    found: frozenset[str] = getattr(load_method(name), "ALSO", frozenset())
+    return found
+
+
+def read_settings(path: str, key: str, method: str, given: dict[str, Any]) -> Block:
+    """A method's settings as they stand under `key`, checked. Raises UserError naming file and key."""
+    known = method_names()
+    if method not in known:
+        close = difflib.get_close_matches(method, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(known)}"
+        raise UserError(f"{path}: {key}.method: there is no training/methods/{method}.py; {hint}")
+    model = load_method(method).Settings
     try:
-        return module.Settings.model_validate(given)
+        return model.model_validate(given)
     except ValidationError as error:
-        raise UserError(explain(path, error, given, f"{key}.", module.Settings)) from None
+        raise UserError(explain(path, error, given, f"{key}.settings.", model)) from None
 
 
-def require_others(path: str, key: str, method: str) -> None:
-    """Raise UserError for a method that reads one encoder only."""
-    if "others" not in load_method(method).READS:
-        raise UserError(f"{path}: {key}: {method} reads one encoder only; choose a method with `others` in its READS")
+def check_encoders(
+    path: str, key: str, params: Params, method: str, settings: Block, encoder: str, also: Sequence[str]
+) -> None:
+    """Raise UserError where a method cannot read what it needs of an encoder, a tower say, or takes one alone."""
+    texts = sorted(name for name in reads_of(method, settings) if part_kinds()[name].of_text)
+    if texts and encoder in params.towers:
+        known = ", ".join(params.encoders)
+        what = f"{encoder!r} is a tower, without texts, and {method} reads {', '.join(texts)}"
+        raise UserError(f"{path}: {key}.encoder: {what}; choose one of `encoders`: {known}, or another method")
+    if also and not also_reads_of(method):
+        raise UserError(f"{path}: {key}.also: {method} reads one encoder only; choose a method that has ALSO")
 
 
 def grid(settings: Block) -> dict[str, list[float]]:

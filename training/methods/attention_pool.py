@@ -17,20 +17,20 @@ from training.loop import NotNegative, Schedule, fit_epochs, starting_point
 from training.methods import Fitted, Output
 
 SEEDED = True
-READS: frozenset[str] = frozenset()
+READS = frozenset({"nodes"})
 
 
 class LossWeights(Block):
     """Cross entropies of each stream alone, beside that of their sum."""
 
-    image: NotNegative = 0.5
-    pooled: NotNegative = 0.5
+    image: NotNegative = 0.5  # cross entropy of the global stream alone
+    pooled: NotNegative = 0.5  # cross entropy of the pooled stream alone
 
 
 class Settings(Schedule):
-    hidden: Count = 256
-    dropout: Fraction = 0.3
-    loss_weights: LossWeights = LossWeights()
+    hidden: Count = 256  # width of the patch stream
+    dropout: Fraction = 0.3  # share of activations dropped in training
+    loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
 
 
 class AttentionPool(nn.Module):

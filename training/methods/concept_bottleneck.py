@@ -15,14 +15,14 @@ dimensions however many concepts there are, and gives the same answer.
 import torch
 from torch import Tensor, nn
 
-from fieldmark.command import UserError
-from training.data import Bank, Batch, Cache
+from training.data import Batch, Cache
+from training.data.bank import Bank
 from training.layers.blocks import Standardise
 from training.layers.logistic import ProbeSettings, fit_probe, training_globals
-from training.methods import Fitted, Output
+from training.methods import Fitted, NotPossible, Output
 
 SEEDED = False
-READS = frozenset({"concepts"})
+READS = frozenset({"globals", "concepts"})
 
 
 class Settings(ProbeSettings):
@@ -43,15 +43,15 @@ class ConceptBottleneck(nn.Module):
 
 
 def concepts(bank: Bank) -> Tensor:
-    """(M, D): the kept concepts. Raises UserError where there is none."""
+    """(M, D): the kept concepts. Raises NotPossible where there is none."""
     kept = bank.K[bank.kept & ~bank.of_kind("name", "proto")]
     if not len(kept):
-        raise UserError(f"{bank.path}: holds no kept concept; run generate_concepts, or raise select.per_class")
+        raise NotPossible(f"{bank.path}: holds no kept concept; run generate_concepts, or raise select.per_class")
     return kept
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    standardise, K = Standardise(training_globals(cache)[0]), concepts(cache.bank)
+    standardise, K = Standardise(training_globals(cache)[0]), concepts(cache.part(Bank))
     axes, extent, turn = torch.linalg.svd(K.T, full_matrices=False)
     projection = axes * extent
     chosen = fit_probe(cache, settings, lambda images, view: standardise(cache.globals(images, view)) @ projection)

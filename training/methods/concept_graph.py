@@ -6,7 +6,7 @@ part below has a switch in `Settings`; those marked * are off unless it says oth
 
     c_n   = sum of w_nk K_k over the node's `texts` heaviest concepts, w summing to 1     text of a node (D)
     x_n   = LN(V v_n + b) + LN(T c_n)                                 (h); LN makes the length of c_n idle
-    x_n  += LN(V_e v_en + b_e)      for each other encoder e that the run reads (train.several, a study's `also`)
+    x_n  += LN(V_e v_en + b_e)      for each other encoder e that the run reads (a run's `also`)
     x_n   = U z_n, z_n ~ N(mu_n, s_n), [mu; log s^2] = Linear(GELU(x_n))    `bottleneck` *; z is mu at evaluation
     x_n  += U' ELU(Linear(standardised v_n . a_c over classes c))     `interference` *; a_c: mean of c's concepts
     W     = spatial and semantic edges; global linked to all with 1; self loops 1             G1
@@ -38,7 +38,7 @@ and not by the image itself.
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -48,7 +48,10 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from fieldmark.params import Block, Count, Fraction
-from training.data import Bank, Batch, Cache
+from training.data import Batch, Cache, Part
+from training.data.bank import Bank
+from training.data.descriptions import Descriptions
+from training.data.labels import Labels
 from training.layers.blocks import Dropout, GatedAttention, Standardise
 from training.layers.graphs import GraphNetwork, Kind, nearest_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
@@ -56,7 +59,8 @@ from training.loop import EVALUATION_BATCH, NotNegative, Schedule, fit_epochs, s
 from training.methods import Fitted, Output
 
 SEEDED = True
-READS = frozenset({"concepts", "owners", "labels", "edges", "others"})
+READS = frozenset({"nodes", "concepts", "owners", "labels", "edges", "descriptions"})
+ALSO = frozenset({"nodes"})  # what it reads of other encoders
 Whole = Annotated[int, Field(ge=0)]
 Stream = Literal["global", "local", "relation", "fused", "concept"]
 GRAPH_STREAMS = ("local", "relation", "fused")
@@ -68,29 +72,29 @@ class LossWeights(Block):
 
     image: NotNegative = 0.5  # cross entropy of the global stream alone
     graph: NotNegative = 0.5  # cross entropy of the graph's streams alone
-    contrast: NotNegative = 0.0
-    bottleneck: NotNegative = 0.0
-    recovery: NotNegative = 0.0
-    rings: NotNegative = 0.0
+    contrast: NotNegative = 0.0  # concept contrastive loss at the densest node
+    bottleneck: NotNegative = 0.0  # divergence of the bottleneck
+    recovery: NotNegative = 0.0  # nodes recovered from the class's proxies
+    rings: NotNegative = 0.0  # gains of rings told from the readout
 
 
 class Settings(Schedule):
-    batch_size: Count = 256
-    hidden: Count = 128
-    dropout: Fraction = 0.3
+    batch_size: Count = 256  # images a step
+    hidden: Count = 128  # width of the graph stream
+    dropout: Fraction = 0.3  # share of activations dropped in training
     texts: Whole = 5  # concepts that make a node's text; 0: none
-    nodes: Literal["all", "selected"] = "all"  # selected: only the patches that label_patches selected
+    nodes: Literal["all", "selected"] = "all"  # all, or selected: the patches that label_patches selected
     heads: Count = 8  # of graph: gat, and of description: attention
-    graph: Kind = "gcn"
-    layers: Count = 2
-    description: Literal["none", "gate", "attention"] = "none"
-    neighbours: Count = 5  # in the description graph
-    streams: list[Stream] = Field(default=["global", "local"], min_length=1)
-    bottleneck: Whole = 0  # dimensions; 0: none
-    interference: Whole = 0  # dimensions; 0: none
-    rings: Literal["none", "readout", "node"] = "none"
-    recovery_epoch: Count = 1  # the first with loss_weights.recovery
-    loss_weights: LossWeights = LossWeights()
+    graph: Kind = "gcn"  # gcn, gat, sage, or mlp: no edges
+    layers: Count = 2  # of the graph network
+    description: Literal["none", "gate", "attention"] = "none"  # the second graph, of texts: none, or joined by gate or attention
+    neighbours: Count = 5  # nearest texts that each is linked to in the second graph
+    streams: list[Stream] = Field(default=["global", "local"], min_length=1)  # logits that are summed
+    bottleneck: Whole = 0  # dimensions of the information bottleneck on nodes; 0: none
+    interference: Whole = 0  # dimensions of nodes against the concepts of all classes; 0: none
+    rings: Literal["none", "readout", "node"] = "none"  # gains of rings: none, at the readout, or as a node of their own
+    recovery_epoch: Count = 1  # the first epoch with loss_weights.recovery
+    loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
 
     @field_validator("graph", "description")
     @classmethod
@@ -99,6 +103,11 @@ class Settings(Schedule):
         if value in ("gat", "attention") and heads and hidden % (2 * heads):
             raise ValueError(f"hidden, {hidden}, has to be a multiple of twice the heads, {2 * heads}")
         return value
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    """Descriptions are read for the second graph alone."""
+    return READS if settings.description != "none" else READS - {"descriptions"}
 
 
 def class_anchors(bank: Bank) -> Tensor:
@@ -202,15 +211,23 @@ def text_edges(K: Tensor, concepts: Tensor, sentences: Tensor, mask: Tensor, nei
         return nearest_edges(gather_texts(K, concepts.clamp(min=0), sentences), mask, neighbours)
 
 
+@dataclass(frozen=True)
+class TextEdges(Part):
+    """The edges of G2, found once: a part that this method adds to its cache."""
+
+    text_edges: Tensor  # (n V, Mc+S, Mc+S, 1) float16
+
+
 @functools.lru_cache(maxsize=1)  # the seeds of a run share it
 def link_texts(cache: Cache, neighbours: int) -> Cache:
     """The cache with the edges of G2: no update changes them, and to find them takes a sixteenth of an epoch."""
+    bank, shown, said = cache.part(Bank), cache.part(Labels).selected_concepts, cache.part(Descriptions)
     edges = []
-    for rows in torch.arange(len(cache.mask)).split(EVALUATION_BATCH):  # not by batches: vectors may lie on the disk
-        images, concepts = rows // cache.views, cache.selected_concepts[rows].long()
-        mask = text_mask(concepts, cache.sentence_mask[images])
-        edges.append(text_edges(cache.bank.K, concepts, cache.sentences[images].float(), mask, neighbours).half())
-    return replace(cache, text_edges=torch.cat(edges))
+    for rows in torch.arange(len(shown)).split(EVALUATION_BATCH):  # not by batches: vectors may lie on the disk
+        images, concepts = rows // cache.views, shown[rows].long()
+        mask = text_mask(concepts, said.dm[images])
+        edges.append(text_edges(bank.K, concepts, said.d[images].float(), mask, neighbours).half())
+    return cache.with_part(TextEdges(torch.cat(edges)))
 
 
 class Gate(nn.Module):
@@ -294,7 +311,7 @@ class ConceptGraph(nn.Module):
     def __init__(self, cache: Cache, settings: Settings) -> None:
         """Starts as the tuned linear probe. Raises UserError where labels lack the rings that settings ask for."""
         super().__init__()
-        start, bank, weights = starting_point(cache), cache.bank, settings.loss_weights
+        start, bank, weights = starting_point(cache), cache.part(Bank), settings.loss_weights
         dimension, hidden, classes = bank.K.shape[1], settings.hidden, len(cache.classes)
         self.settings = settings
         self.epoch = 0  # training's; see train()
@@ -307,7 +324,7 @@ class ConceptGraph(nn.Module):
         self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, 2, settings.dropout)
         train = cache.images("train")
         sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
-        self.in_others = nn.ModuleList(Projection(vectors[sample.mask], hidden) for vectors in sample.others)
+        self.in_others = nn.ModuleList(Projection(other.nodes[sample.mask], hidden) for other in sample.also)
         self.attention = GatedAttention(hidden, hidden // 2)
         self.dropout = Dropout(settings.dropout)
 
@@ -324,7 +341,7 @@ class ConceptGraph(nn.Module):
                 if settings.description == "gate"
                 else CrossAttention(hidden, hidden // 2, settings.heads)
             )
-        gains = cache.ring_gains.shape[1]
+        gains = cache.part(Labels).ring_gains.shape[1]
         if (settings.rings != "none" or weights.rings) and not gains:
             raise UserError(f"{bank.path}: its labels hold no ring gains (column ring_gains); run label_patches again")
         if settings.rings != "none" or weights.rings:
@@ -395,8 +412,10 @@ class ConceptGraph(nn.Module):
     def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The nodes of G2 (B, S, h/2) and their mask (B, S): the image's concepts, then its sentences."""
         concepts, K = batch.selected_concepts, self.texts()
-        mask, edges = text_mask(concepts, batch.dm), batch.text_edges
-        if edges is None:
+        mask = text_mask(concepts, batch.dm)
+        if batch.has("text_edges"):
+            edges = batch.text_edges
+        else:
             edges = text_edges(self.K, concepts, batch.d, mask, self.settings.neighbours)
         return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), edges, mask), mask
 
@@ -416,8 +435,8 @@ class ConceptGraph(nn.Module):
         x = self.norm_vector(F.linear(nodes, weight, bias))
         if settings.texts:
             x = x + self.norm_text(self.in_text(self.node_text(batch)))
-        for project, other in zip(self.in_others, batch.others, strict=True):
-            x = x + project(other)
+        for project, other in zip(self.in_others, batch.also, strict=True):
+            x = x + project(other.nodes)
         if settings.bottleneck:
             x, mean, log_variance = self.bottleneck(x)
             if self.training and weights.bottleneck:

@@ -12,20 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fieldmark.command import UserError
 from fieldmark.params import Block
 from training.data import Batch, Cache
+from training.data.bank import Bank
 from training.layers.texts import class_text
 from training.loop import Positive, untrained
-from training.methods import Fitted, Output
+from training.methods import Fitted, NotPossible, Output
 
 SEEDED = False
-READS = frozenset({"names", "concepts", "owners"})
+READS = frozenset({"globals", "names", "concepts", "owners"})
 
 
 class Settings(Block):
     class_names: bool = False  # whether each text stands beside its class's name
     scale: Positive = 100.0  # turns cosines into logits; the prediction does not depend on it
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return READS if settings.class_names else READS - {"names"}
 
 
 class DescriptionZeroShot(nn.Module):
@@ -42,18 +46,18 @@ class DescriptionZeroShot(nn.Module):
 
 
 def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
-    """(C, D): a mean over cosines is a product with this mean. Raises UserError for a class without concepts, or name.
+    """(C, D): a mean over cosines is a product with this mean. Raises NotPossible for a class without concepts, or name.
 
     A text that the bank holds twice counts once.
     """
-    bank = cache.bank
+    bank = cache.part(Bank)
     names = class_text(cache) if class_names else torch.zeros(len(cache.classes), bank.K.shape[1])
     texts = bank.kept & ~bank.of_kind("name", "proto")
     owned = bank.own.T & texts  # (C, M)
     means = []
     for class_id, rows, name in zip(cache.classes, owned, names, strict=True):
         if not rows.any():
-            raise UserError(
+            raise NotPossible(
                 f"{bank.path}: class {class_id} has no kept concept; run generate_concepts, or raise select.per_class"
             )
         texts_of_class = torch.unique(bank.K[rows], dim=0)

@@ -19,14 +19,14 @@ from training.loop import EVALUATION_BATCH, Positive
 from training.methods import Fitted, Output, search
 
 SEEDED = False
-READS: frozenset[str] = frozenset()
+READS = frozenset({"globals"})
 BLOCK = 16_384  # training vectors compared at a time
 FLOOR = 1e-3  # added to every class's share of the votes
 
 
 class Settings(Block):
-    k: list[Count] = Field(default=[1, 5, 10, 20], min_length=1)
-    temperature: list[Positive] = Field(default=[0.01, 0.03, 0.1, 0.3], min_length=1)
+    k: list[Count] = Field(default=[1, 5, 10, 20], min_length=1)  # numbers of neighbours that val chooses from
+    temperature: list[Positive] = Field(default=[0.01, 0.03, 0.1, 0.3], min_length=1)  # lower: the nearest count more
 
 
 class NearestNeighbours(nn.Module):

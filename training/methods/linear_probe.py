@@ -12,7 +12,7 @@ from training.layers.logistic import ProbeSettings, fit_probe, training_globals
 from training.methods import Fitted, Output
 
 SEEDED = False
-READS: frozenset[str] = frozenset()
+READS = frozenset({"globals"})
 
 
 class Settings(ProbeSettings):

@@ -22,12 +22,12 @@ from training.loop import NotNegative, Positive
 from training.methods import Fitted, Output, search_points
 
 SEEDED = False
-READS = frozenset({"names", "owners"})
+READS = frozenset({"globals", "names", "owners"})
 
 
 class Settings(ProbeSettings):
-    l2: list[Positive] = Field(default=[1.0, 0.1, 0.0316, 0.01, 0.001], min_length=1)
-    text_scale: list[NotNegative] = Field(default=[1.0, 3.0, 10.0], min_length=1)
+    l2: list[Positive] = Field(default=[1.0, 0.1, 0.0316, 0.01, 0.001], min_length=1)  # strengths that val chooses from
+    text_scale: list[NotNegative] = Field(default=[1.0, 3.0, 10.0], min_length=1)  # more: leaning on the texts is cheaper
 
 
 class BlendedLinear(nn.Linear):

@@ -15,13 +15,13 @@ from training.loop import Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
 
 SEEDED = True
-READS: frozenset[str] = frozenset()
+READS = frozenset({"globals"})
 
 
 class Settings(Schedule):
-    lr: list[Positive] = Field(default=[1e-3, 3e-3], min_length=1)
-    hidden: Count = 512
-    dropout: Fraction = 0.5
+    lr: list[Positive] = Field(default=[1e-3, 3e-3], min_length=1)  # learning rates that val chooses from
+    hidden: Count = 512  # width
+    dropout: Fraction = 0.5  # share of activations dropped in training
 
 
 class MLP(nn.Module):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from training.data import Batch, Cache
+from training.data.nodes import Nodes
 from training.layers.blocks import Standardise
 from training.layers.logistic import ProbeSettings, fit_probe
 from training.methods import Fitted, Output
 
 SEEDED = False
-READS: frozenset[str] = frozenset()
+READS = frozenset({"nodes"})
 CHUNK = 2048  # images pooled at a time
 
 
@@ -44,7 +45,8 @@ def pool(nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def pool_images(cache: Cache, images: Tensor, view: int) -> tuple[Tensor, Tensor]:
     """`pool` of these images in one view, without their graphs."""
     rows = images * cache.views + view
-    parts = [pool(cache.vectors[chunk].float(), cache.mask[chunk]) for chunk in rows.split(CHUNK)]
+    nodes = cache.part(Nodes)
+    parts = [pool(nodes.nodes[chunk].float(), nodes.mask[chunk]) for chunk in rows.split(CHUNK)]
     return torch.cat([mean for mean, _ in parts]), torch.cat([highest for _, highest in parts])
 
 

@@ -24,12 +24,12 @@ from training.loop import Positive
 from training.methods import Fitted, Output, search
 
 SEEDED = False
-READS: frozenset[str] = frozenset()
+READS = frozenset({"globals"})
 
 
 class Settings(Block):
-    shrinkage: list[Positive] = Field(default=[0.01, 0.1, 1.0, 10.0], min_length=1)
-    scale: list[Positive] = Field(default=[10.0, 20.0, 30.0, 60.0], min_length=1)
+    shrinkage: list[Positive] = Field(default=[0.01, 0.1, 1.0, 10.0], min_length=1)  # added to the covariance
+    scale: list[Positive] = Field(default=[10.0, 20.0, 30.0, 60.0], min_length=1)  # turns cosines into logits
 
 
 class Prototypes(nn.Module):

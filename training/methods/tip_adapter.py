@@ -31,7 +31,7 @@ from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output, search_points
 
 SEEDED = True
-READS = frozenset({"names", "owners"})
+READS = frozenset({"globals", "names", "owners"})
 
 
 class Settings(Schedule):

@@ -13,7 +13,7 @@ from training.loop import Positive, untrained
 from training.methods import Fitted, Output
 
 SEEDED = False
-READS = frozenset({"names", "owners"})
+READS = frozenset({"globals", "names", "owners"})
 
 
 class Settings(Block):

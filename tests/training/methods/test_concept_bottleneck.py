@@ -7,6 +7,7 @@ import torch
 from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training.data import Cache
+from training.data.bank import Bank
 from training.layers.blocks import Standardise
 from training.layers.logistic import fit_logistic
 from training.loop import predict
@@ -18,7 +19,7 @@ from training.methods.concept_bottleneck import Settings
 def test_the_short_fit_equals_the_fit_on_all_scores(planted: Callable[[Plan], Cache], concepts: int) -> None:
     cache = planted(Plan(noise=3.0, concepts=concepts))  # 14 concepts and 82, of 32 dimensions
     train, val, test = (cache.images(split) for split in ("train", "val", "test"))
-    K = cache.bank.K[cache.bank.kept]
+    K = cache.part(Bank).K[cache.part(Bank).kept]
     assert len(K) == 4 * concepts + 2
     standardise = Standardise(cache.globals(train))
     scores = [standardise(cache.globals(images)) @ K.T for images in (train, val, test)]
@@ -31,17 +32,18 @@ def test_the_short_fit_equals_the_fit_on_all_scores(planted: Callable[[Plan], Ca
 
 def test_nothing_of_the_bank_is_read_but_vectors(planted: Callable[[Plan], Cache]) -> None:
     cache = planted(Plan(noise=3.0))
-    bank = replace(cache.bank, own=cache.bank.own.flip(1), kind=tuple("visual" for _ in cache.bank.kind))
+    bank = cache.part(Bank)
+    bank = replace(bank, owners=bank.own.flip(1), kind=tuple("visual" for _ in bank.kind))
     test = cache.images("test")
     ours, permuted = (
         predict(concept_bottleneck.fit(one, Settings(l2=[0.1]), 0).model, one, test)
-        for one in (cache, replace(cache, bank=bank))
+        for one in (cache, cache.with_part(bank))
     )
     assert torch.equal(ours, permuted)
 
 
 def test_a_bank_without_kept_concepts_is_named(planted: Callable[[Plan], Cache]) -> None:
     cache = planted(Plan())
-    empty = replace(cache, bank=replace(cache.bank, kept=torch.zeros_like(cache.bank.kept)))
+    empty = cache.change(Bank, kept=torch.zeros_like(cache.part(Bank).kept))
     with pytest.raises(UserError, match=r"tiny\.parquet: holds no kept concept"):
         concept_bottleneck.fit(empty, Settings(), 0)

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from tests.training.cache import Plan
 from tests.training.methods.test_universal import pad, shake
-from training.data import Batch, Cache
+from training.data import Batch, Cache, Parts
+from training.data.bank import Bank
+from training.data.descriptions import Descriptions
+from training.data.nodes import Nodes
 from training.loop import assess_split, decayed_groups, starting_point, total_loss
 from training.methods.concept_graph import (
     ConceptGraph,
@@ -46,8 +49,9 @@ EACH = pytest.mark.parametrize("knobs", PARTS.values(), ids=PARTS)
 def cache(planted: Callable[[Plan], Cache]) -> Cache:
     """With the nodes of two other encoders."""
     cache = planted(Plan(rings=3, sentences=2))
-    others = (F.normalize(torch.randn(*cache.mask.shape, size), dim=-1) * cache.mask[..., None] for size in (6, 40))
-    return replace(cache, others=tuple(vectors.half() for vectors in others))
+    mask = cache.part(Nodes).mask
+    others = (F.normalize(torch.randn(*mask.shape, size), dim=-1) * mask[..., None] for size in (6, 40))
+    return replace(cache, also=tuple(Parts([Nodes(vectors.half(), mask)]) for vectors in others))
 
 
 def build(cache: Cache, **knobs: object) -> ConceptGraph:
@@ -64,7 +68,8 @@ def test_node_text_equals_a_loop_over_the_heaviest_concepts(cache: Cache) -> Non
     for image, node in [(0, 0), (2, 3), (4, 1)]:
         weights = batch.concept_weight[image, node]
         heaviest = sorted(range(len(weights)), key=lambda k: -weights[k])[:2]
-        mixed = sum((weights[k] * cache.bank.K[batch.concept_idx[image, node, k]] for k in heaviest), torch.zeros(32))
+        K = cache.part(Bank).K
+        mixed = sum((weights[k] * K[batch.concept_idx[image, node, k]] for k in heaviest), torch.zeros(32))
         torch.testing.assert_close(texts[image, node], mixed / weights[heaviest].sum())
     assert texts[~batch.mask].abs().sum() == 0
 
@@ -82,9 +87,9 @@ def test_edges_and_texts_reach_the_decision(cache: Cache) -> None:
     model, batch = build(cache), cache.batch(cache.images("test"))
     said = model(batch).logits
     assert not torch.allclose(
-        model(replace(batch, adjacency=torch.zeros_like(batch.adjacency))).logits, said, atol=1e-3
+        model(batch.changed(adjacency=torch.zeros_like(batch.adjacency))).logits, said, atol=1e-3
     )
-    assert not torch.allclose(model(replace(batch, concept_idx=batch.concept_idx.flip(0))).logits, said, atol=1e-3)
+    assert not torch.allclose(model(batch.changed(concept_idx=batch.concept_idx.flip(0))).logits, said, atol=1e-3)
 
 
 def test_selected_reads_no_other_patch(cache: Cache) -> None:
@@ -96,22 +101,22 @@ def test_selected_reads_no_other_patch(cache: Cache) -> None:
     assert (output.node_scores[:, 0] > 0).all()
     changed = batch.nodes.clone()
     changed[left_out] = F.normalize(torch.randn(int(left_out.sum()), 32), dim=-1)
-    torch.testing.assert_close(model(replace(batch, nodes=changed)).logits, output.logits)
+    torch.testing.assert_close(model(batch.changed(nodes=changed)).logits, output.logits)
 
 
 def permuted(batch: Batch) -> Batch:
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(batch.l.shape[1])])
     names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density")
-    moved = replace(batch, box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names})
-    others = tuple(vectors[:, order] for vectors in batch.others)
-    return replace(moved, others=others, adjacency=batch.adjacency[:, order][:, :, order])
+    moved = batch.changed(box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names})
+    also = tuple(other.changed(nodes=other.nodes[:, order]) for other in batch.also)
+    return moved.changed(also=also, adjacency=batch.adjacency[:, order][:, :, order])
 
 
 @EACH
 def test_every_part_keeps_what_universal_tests_ask_for(cache: Cache, knobs: dict[str, Any]) -> None:
     model, images = build(cache, **knobs), cache.images("test")
     batch = cache.batch(images)
-    before = copy.deepcopy(vars(batch))
+    before = copy.deepcopy(batch.values)
     output = model(batch)
     said = output.logits
     alone = torch.cat([model(cache.batch(image[None])).logits for image in images[:8]])
@@ -123,10 +128,10 @@ def test_every_part_keeps_what_universal_tests_ask_for(cache: Cache, knobs: dict
     assert 0 <= output.node_scores.min().item() <= output.node_scores.max().item() <= 1
     torch.testing.assert_close(model(permuted(batch)).logits, said, atol=1e-4, rtol=1e-4)
     assert torch.equal(model(batch).logits, said)
-    blind = replace(batch, y=torch.zeros_like(batch.y), target=torch.zeros_like(batch.target))
+    blind = batch.changed(y=torch.zeros_like(batch.y), target=torch.zeros_like(batch.target))
     assert torch.equal(model(blind).logits, said)
     assert output.losses == {}
-    torch.testing.assert_close(vars(batch), before, rtol=0, atol=0)
+    torch.testing.assert_close(batch.values, before, rtol=0, atol=0)
 
 
 @EACH
@@ -134,7 +139,7 @@ def test_every_part_keeps_what_universal_tests_ask_for(cache: Cache, knobs: dict
 def test_every_parameter_is_trained_and_every_loss_finite(cache: Cache, knobs: dict[str, Any], soft: bool) -> None:
     model, batch = build(cache, **knobs).train(), cache.batch(cache.images("train"))
     if soft:
-        batch = replace(batch, target=(0.5 * F.one_hot(batch.y, 4) + 0.5 * F.one_hot((batch.y + 1) % 4, 4)).float())
+        batch = batch.changed(target=(0.5 * F.one_hot(batch.y, 4) + 0.5 * F.one_hot((batch.y + 1) % 4, 4)).float())
     output = model(batch)
     total_loss(output, batch.target, dict.fromkeys(output.losses, 1.0)).backward()
     silent = [
@@ -150,14 +155,15 @@ def test_corners_are_finite(cache: Cache, knobs: dict[str, Any], case: str) -> N
     batch = cache.batch(cache.images("train")[:6])
     if case == "no patch":
         names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density")
-        batch = replace(batch, box=batch.box[:, :0], **{name: getattr(batch, name)[:, :1] for name in names})
-        batch = replace(batch, adjacency=torch.zeros(6, 1, 1, 2), others=tuple(v[:, :1] for v in batch.others))
+        batch = batch.changed(box=batch.box[:, :0], **{name: getattr(batch, name)[:, :1] for name in names})
+        batch = batch.changed(adjacency=torch.zeros(6, 1, 1, 2))
+        batch = batch.changed(also=tuple(other.changed(nodes=other.nodes[:, :1]) for other in batch.also))
     elif case == "no concepts":
-        batch = replace(batch, concept_idx=batch.concept_idx[..., :0], concept_weight=batch.concept_weight[..., :0])
+        batch = batch.changed(concept_idx=batch.concept_idx[..., :0], concept_weight=batch.concept_weight[..., :0])
     elif case == "no texts":
-        batch = replace(batch, selected_concepts=batch.selected_concepts[:, :0], d=batch.d[:, :0], dm=batch.dm[:, :0])
+        batch = batch.changed(selected_concepts=batch.selected_concepts[:, :0], d=batch.d[:, :0], dm=batch.dm[:, :0])
     else:
-        batch = replace(batch, adjacency=torch.zeros_like(batch.adjacency))
+        batch = batch.changed(adjacency=torch.zeros_like(batch.adjacency))
     for mode in (True, False):
         output = build(cache, **knobs).train(mode)(batch)
         loss = total_loss(output, batch.y, dict.fromkeys(output.losses, 1.0))
@@ -178,7 +184,7 @@ def test_a_weight_of_zero_computes_no_loss_and_recovery_waits_for_its_epoch(cach
 def test_without_a_description_graph_only_patches_decide(cache: Cache, fusion: str) -> None:
     batch = cache.batch(cache.images("test"))
     model = build(cache, description=fusion, streams=["global", "fused"])
-    bare = replace(batch, selected_concepts=torch.full_like(batch.selected_concepts, -1), dm=batch.dm & False)
+    bare = batch.changed(selected_concepts=torch.full_like(batch.selected_concepts, -1), dm=batch.dm & False)
     patches = build(cache, streams=["global", "fused"])
     patches.load_state_dict({name: value for name, value in model.state_dict().items() if name in patches.state_dict()})
     torch.testing.assert_close(model(bare).logits, patches(batch).logits)
@@ -187,17 +193,17 @@ def test_without_a_description_graph_only_patches_decide(cache: Cache, fusion: s
 
 def test_sentences_reach_the_decision(cache: Cache) -> None:
     model, images = build(cache, **ALL), cache.images("train")
-    batch = cache.batch(images[cache.sentence_mask[images].any(1)])
-    assert not torch.allclose(model(batch).logits, model(replace(batch, dm=batch.dm & False)).logits, atol=1e-4)
+    batch = cache.batch(images[cache.part(Descriptions).dm[images].any(1)])
+    assert not torch.allclose(model(batch).logits, model(batch.changed(dm=batch.dm & False)).logits, atol=1e-4)
 
 
 def test_edges_between_texts_are_the_same_in_training_and_at_evaluation(planted: Callable[[Plan], Cache]) -> None:
     cache = planted(Plan(rings=3, sentences=2, views=2))
     images = torch.arange(len(cache.paths))
     batch, own = (some.batch(images, images % 2) for some in (cache, link_texts(cache, 2)))
-    assert batch.text_edges is None
-    assert own.text_edges is not None
-    texts = cache.bank.K, batch.selected_concepts, batch.d, text_mask(batch.selected_concepts, batch.dm)
+    assert not batch.has("text_edges")
+    assert own.has("text_edges")
+    texts = cache.part(Bank).K, batch.selected_concepts, batch.d, text_mask(batch.selected_concepts, batch.dm)
     found = text_edges(*texts, 2)
     assert (found > 0).any()
     torch.testing.assert_close(own.text_edges, found, atol=1e-3, rtol=0)
@@ -205,15 +211,15 @@ def test_edges_between_texts_are_the_same_in_training_and_at_evaluation(planted:
         assert torch.equal(text_edges(*texts, 2), found)
     model = build(cache, **ALL, neighbours=2)
     torch.testing.assert_close(model(own).logits, model(batch).logits, atol=1e-2, rtol=0)
-    assert not torch.allclose(model(replace(own, text_edges=found.flip(0))).logits, model(batch).logits, atol=1e-2)
+    assert not torch.allclose(model(own.changed(text_edges=found.flip(0))).logits, model(batch).logits, atol=1e-2)
 
 
 def test_the_concept_stream_is_the_mean_cosine_of_a_class_s_concepts(cache: Cache) -> None:
     batch = cache.batch(cache.images("test"))
     said = ConceptGraph(cache, Settings(streams=["concept"])).eval()(batch).logits
-    own, train = cache.bank.own & cache.bank.kept[:, None], cache.globals(cache.images("train"))
+    own, train = cache.part(Bank).own & cache.part(Bank).kept[:, None], cache.globals(cache.images("train"))
     mean, expected = (
-        torch.stack([(g @ cache.bank.K[own[:, label]].T).mean(1) for label in range(4)], dim=1)
+        torch.stack([(g @ cache.part(Bank).K[own[:, label]].T).mean(1) for label in range(4)], dim=1)
         for g in (train, batch.g)
     )
     scale = mean.var(0, correction=0).mean().sqrt()
@@ -221,7 +227,7 @@ def test_the_concept_stream_is_the_mean_cosine_of_a_class_s_concepts(cache: Cach
 
 
 def test_interference_is_the_standardised_product_and_reads_no_other_image(cache: Cache) -> None:
-    anchors, v = class_anchors(cache.bank), cache.batch(cache.images("train")).nodes
+    anchors, v = class_anchors(cache.part(Bank)), cache.batch(cache.images("train")).nodes
     part = Interference(anchors, v.flatten(0, 1), 6, 16, 0.0)
     met = part.standardise(v @ anchors.T)
     torch.testing.assert_close(part(v), part.widen(F.elu(part.narrow(met))), atol=1e-4, rtol=1e-4)
@@ -242,7 +248,7 @@ def test_noise_of_the_bottleneck_is_for_training_alone(cache: Cache) -> None:
 @pytest.mark.parametrize("entry", ["readout", "node"])
 def test_rings_reach_the_decision(cache: Cache, entry: str) -> None:
     model, batch = build(cache, rings=entry), cache.batch(cache.images("test"))
-    moved = replace(batch, ring_gains=batch.ring_gains.flip(0))
+    moved = batch.changed(ring_gains=batch.ring_gains.flip(0))
     assert not torch.allclose(model(moved).logits, model(batch).logits, atol=1e-3)
 
 

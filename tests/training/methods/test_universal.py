@@ -4,8 +4,9 @@ Test 11, the smoke run's time, is a line of a benchmark: no test asserts a time.
 """
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan
-from training.data import Batch, Cache
+from training.data import Batch, Cache, Part, part_kinds
+from training.data.bank import Bank
+from training.data.boxes import Boxes
+from training.data.descriptions import Descriptions
+from training.data.edges import Edges
+from training.data.labels import Labels
+from training.data.nodes import Globals, Nodes
+from training.knobs import say_knobs
 from training.loop import assess_split, decayed_groups, predict, total_loss
-from training.methods import BUDGET, PARTS, Fitted, load_method, search_points, single_points
+from training.methods import BUDGET, Fitted, load_method, reads_of, search_points, single_points
 
 METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"))
 UNTRAINED = ["zero_shot", "description_zero_shot"]
@@ -123,16 +131,14 @@ def pad(batch: Batch, extra: int) -> Batch:
         "concept_weight": (0, 0, 0, extra), "selected": (0, extra), "density": (0, extra),
         "adjacency": (0, 0, 0, extra, 0, extra),
     }  # fmt: skip
-    others = tuple(F.pad(vectors, shapes["nodes"]) for vectors in batch.others)
-    padded = replace(
-        batch, others=others, **{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()}
-    )
+    padded = batch.changed(**{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()})
     gone = ~padded.mask
-    for vectors in others:
-        vectors[gone] = 9.0
+    also = tuple(other.changed(nodes=F.pad(other.nodes, shapes["nodes"])) for other in batch.also)
+    for other in also:
+        other.nodes[gone] = 9.0
     padded.nodes[gone], padded.concept_weight[gone], padded.density[gone], padded.selected[gone] = 9.0, 0.5, 3.0, True
     padded.adjacency[gone] = padded.adjacency.transpose(1, 2)[gone] = 1.0
-    return padded
+    return padded.changed(also=also)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,10 +163,10 @@ def test_4_the_order_of_patches_does_not_matter(models: dict[str, torch.nn.Modul
         ]
     )
     names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density", "adjacency")
-    permuted = replace(
-        batch, box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names}
+    permuted = batch.changed(
+        box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names}
     )
-    permuted = replace(permuted, adjacency=permuted.adjacency[:, :, order])
+    permuted = permuted.changed(adjacency=permuted.adjacency[:, :, order])
     torch.testing.assert_close(logits(models[method], permuted), logits(models[method], batch), atol=1e-4, rtol=1e-4)
 
 
@@ -173,7 +179,7 @@ def test_5_evaluation_repeats_itself(models: dict[str, torch.nn.Module], cache: 
 @pytest.mark.parametrize("method", METHODS)
 def test_6_evaluation_does_not_look_at_labels(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
     batch = cache.batch(cache.images("test"))
-    blind = replace(batch, y=torch.zeros_like(batch.y), target=torch.zeros_like(batch.target))
+    blind = batch.changed(y=torch.zeros_like(batch.y), target=torch.zeros_like(batch.target))
     assert torch.equal(logits(models[method], blind), logits(models[method], batch))
     assert models[method].eval()(batch).losses == {}
 
@@ -192,13 +198,10 @@ def with_val(cache: Cache, images: Tensor) -> Cache:
     """The same cache whose val images are copies of `images` (as many as val has)."""
     val = cache.images("val")
     assert len(val) == len(images)
-    copied: dict[str, Any] = {}
-    for field in fields(Cache):
-        value = getattr(cache, field.name)
-        if isinstance(value, Tensor) and not field.name.startswith(("edge_nodes", "edge_weight")):
-            copied[field.name] = value.clone()
-            copied[field.name][val] = value[images]
-    return replace(cache, **copied)
+    source = torch.arange(len(cache.paths))
+    source[val] = images
+    copied = cache.take(source)
+    return replace(copied, paths=cache.paths, split=cache.split)
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -223,14 +226,14 @@ def test_9_the_loss_is_finite_in_every_corner(
     if case in ("one patch", "no patch"):
         n = 2 if case == "one patch" else 1
         names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density")
-        batch = replace(batch, box=batch.box[:, : n - 1], **{name: getattr(batch, name)[:, :n] for name in names})
-        batch = replace(batch, adjacency=batch.adjacency[:, :1].new_zeros(6, n, n, 2))
+        batch = batch.changed(box=batch.box[:, : n - 1], **{name: getattr(batch, name)[:, :n] for name in names})
+        batch = batch.changed(adjacency=batch.adjacency[:, :1].new_zeros(6, n, n, 2))
     elif case == "no concepts":
-        batch = replace(batch, concept_idx=batch.concept_idx[..., :0], concept_weight=batch.concept_weight[..., :0])
+        batch = batch.changed(concept_idx=batch.concept_idx[..., :0], concept_weight=batch.concept_weight[..., :0])
     elif case == "no edges":
-        batch = replace(batch, adjacency=torch.zeros_like(batch.adjacency))
+        batch = batch.changed(adjacency=torch.zeros_like(batch.adjacency))
     else:
-        batch = replace(batch, nodes=batch.nodes.half(), concept_weight=batch.concept_weight.half())
+        batch = batch.changed(nodes=batch.nodes.half(), concept_weight=batch.concept_weight.half())
     assert batch.d.shape[1] == 0
     for mode in (True, False):
         output = models[method].train(mode)(batch)
@@ -301,27 +304,30 @@ def test_training_reads_what_it_is_told_and_not_the_truth(cache: Cache, method: 
 
 
 def change(cache: Cache, parts: frozenset[str]) -> Cache:
-    """The cache with other texts, owners, labels, edges or encoders, by the words of READS; the rest is as it was."""
+    """The cache with other parts, by the words of READS; the rest is as it was."""
     generator = torch.Generator().manual_seed(0)
-    bank, of_names = cache.bank, cache.bank.of_kind("name")
+    bank, of_names = cache.part(Bank), cache.part(Bank).of_kind("name")
     other = F.normalize(torch.randn(bank.K.shape, generator=generator), dim=1)
     changed = of_names & ("names" in parts) | ~of_names & ("concepts" in parts)
     own = bank.own.roll(1, dims=1) if "owners" in parts else bank.own
-    cache = replace(cache, bank=replace(bank, K=torch.where(changed[:, None], other, bank.K), own=own))
-    if "labels" in parts:
-        names = ("concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains")
-        order = torch.randperm(len(cache.vectors), generator=generator)
-        cache = replace(cache, **{name: getattr(cache, name)[order] for name in names})
-    if "others" in parts:
-        cache = replace(cache, others=tuple(vectors.roll(1, dims=0) for vectors in cache.others))
-    return replace(cache, edge_count=torch.zeros_like(cache.edge_count)) if "edges" in parts else cache
+    cache = cache.change(Bank, K=torch.where(changed[:, None], other, bank.K), owners=own)
+    order = torch.randperm(len(cache.part(Labels).density), generator=generator)
+    by_row: dict[str, type[Part]] = {"labels": Labels, "boxes": Boxes, "descriptions": Descriptions}
+    for name in by_row.keys() & parts:
+        rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(1)
+        cache = cache.with_part(cache.part(by_row[name]).take(rows, rows))
+    if "globals" in parts and cache.has(Globals):
+        cache = cache.change(Globals, g=cache.part(Globals).g[order])
+    if "nodes" in parts:
+        cache = cache.change(Nodes, nodes=cache.part(Nodes).nodes[order])
+    return cache.change(Edges, count=torch.zeros_like(cache.part(Edges).count)) if "edges" in parts else cache
 
 
 @pytest.fixture(scope="module")
 def whole(planted: Planted) -> Cache:
-    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2))
-    generator = torch.Generator().manual_seed(0)
-    return replace(cache, others=(F.normalize(torch.randn(*cache.mask.shape, 6, generator=generator), dim=-1).half(),))
+    """Every part, the global vectors by themselves too."""
+    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, ragged=False))
+    return cache.with_part(Globals(cache.part(Nodes).nodes[:, 0].clone()))
 
 
 def predicted(method: str, cache: Cache, knobs: dict[str, Any]) -> Tensor:
@@ -330,7 +336,10 @@ def predicted(method: str, cache: Cache, knobs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_it_does_not_declare_to_read_cannot_change_it(whole: Cache, method: str) -> None:
-    knobs, rest = WHOLE.get(method, {}), PARTS - load_method(method).READS
+    reads = load_method(method).READS
+    # Node 0 is the global vector: who reads nodes reads it.
+    rest = frozenset(part_kinds()) - reads - ({"globals"} if "nodes" in reads else set())
+    knobs = WHOLE.get(method, {})
     assert torch.equal(predicted(method, change(whole, rest), knobs), predicted(method, whole, knobs))
 
 
@@ -341,6 +350,33 @@ def test_what_it_declares_to_read_changes_it(whole: Cache, method: str) -> None:
     before = predicted(method, whole, knobs)
     for part in load_method(method).READS:
         assert not torch.equal(predicted(method, change(whole, frozenset({part})), knobs), before), part
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_needs_no_more_than_it_declares(whole: Cache, method: str) -> None:
+    module, knobs = load_method(method), WHOLE.get(method, {})
+    images = torch.arange(len(whole.paths))
+    told = whole.only(module.READS)
+    assert torch.equal(predicted(method, told, knobs), predicted(method, whole, knobs))
+    settings = module.Settings()
+    reads = reads_of(method, settings)
+    assert reads <= module.READS
+    plain = whole.only(reads)
+    assert torch.equal(predict(quick(method, plain, epochs=1).model, plain, images), predicted(method, whole, {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_it_declares_and_does_not_get_is_missed_with_a_clear_error(whole: Cache, method: str) -> None:
+    knobs, reads = WHOLE.get(method, {}), load_method(method).READS
+    for part in reads - {"names", "concepts"}:  # these are zero where they are not declared
+        with pytest.raises(UserError, match=r"READS"):
+            predicted(method, whole.only(reads - {part}), knobs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_knob_says_what_it_is(method: str) -> None:
+    for line in say_knobs(method).splitlines()[1:]:
+        assert re.search(r"\S  +# \S", line) or line == "loss_weights:", line
 
 
 @pytest.mark.parametrize("method", METHODS)

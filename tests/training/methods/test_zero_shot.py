@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +6,8 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan
-from training.data import Bank, Cache
+from training.data import Cache
+from training.data.bank import Bank
 from training.loop import predict
 from training.methods import description_zero_shot, zero_shot
 
@@ -22,10 +22,8 @@ def with_bank(cache: Cache, texts: list[tuple[int, str, torch.Tensor]]) -> Cache
     own = F.one_hot(torch.tensor([owner for owner, _, _ in texts]), len(cache.classes)).bool()
     kinds = tuple(kind for _, kind, _ in texts)
     vectors = torch.stack([vector for _, _, vector in texts])
-    return replace(
-        cache,
-        bank=Bank("data/bank/tiny.parquet", vectors, own, kinds, torch.tensor([kind != "name" for kind in kinds])),
-    )
+    kept = torch.tensor([kind != "name" for kind in kinds])
+    return cache.with_part(Bank("data/bank/tiny.parquet", vectors, kinds, kept, own))
 
 
 def described(cache: Cache, class_names: bool = False) -> torch.Tensor:
@@ -38,7 +36,7 @@ def named(cache: Cache) -> torch.Tensor:
 
 
 def test_name_ensemble_equals_a_loop(cache: Cache) -> None:
-    g, bank, logits = cache.globals(cache.images("test")), cache.bank, named(cache)
+    g, bank, logits = cache.globals(cache.images("test")), cache.part(Bank), named(cache)
     for label in range(len(cache.classes)):
         texts = [
             bank.K[row] / bank.K[row].norm()
@@ -51,7 +49,7 @@ def test_name_ensemble_equals_a_loop(cache: Cache) -> None:
 
 
 def test_descriptions_equal_a_loop_over_kept_texts(cache: Cache) -> None:
-    g, bank, logits = cache.globals(cache.images("test")), cache.bank, described(cache)
+    g, bank, logits = cache.globals(cache.images("test")), cache.part(Bank), described(cache)
     for label in range(len(cache.classes)):
         rows = [
             row for row, kind in enumerate(bank.kind) if kind == "visual" and bank.own[row, label] and bank.kept[row]
@@ -62,7 +60,7 @@ def test_descriptions_equal_a_loop_over_kept_texts(cache: Cache) -> None:
 
 
 def test_descriptions_beside_class_names_equal_a_loop(cache: Cache) -> None:
-    g, bank, logits = cache.globals(cache.images("test")), cache.bank, described(cache, class_names=True)
+    g, bank, logits = cache.globals(cache.images("test")), cache.part(Bank), described(cache, class_names=True)
     for label in range(len(cache.classes)):
         name = zero_shot.class_text(cache)[label]
         pairs = [
@@ -107,7 +105,7 @@ def test_a_description_said_twice_counts_once(cache: Cache) -> None:
 
 
 def test_a_class_without_texts_is_named(cache: Cache) -> None:
-    vector = cache.bank.K[0]
+    vector = cache.part(Bank).K[0]
     short = with_bank(cache, [(label, kind, vector) for label in range(3) for kind in ("name", "visual")])
     with pytest.raises(UserError, match=r"tiny\.parquet: class class-03 has no text of kind name"):
         named(short)

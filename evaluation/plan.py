@@ -1,0 +1,381 @@
+"""What a study is: its file, checked, and the grid of runs that follows from it.
+
+studies/NAME.yaml names encoders, methods and variants of them, controls, regimes and seeds. `cells` lays them out run
+by run; what the outcome of a run follows from is its identity (`Plan.identity`), with the sha256 of every file that it
+reads and of every module that it executes: a run under the same identity is not made again.
+"""
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from fieldmark.command import UserError
+from fieldmark.params import NAME, Block, Count, Labels, Params, read_block, read_yaml
+from fieldmark.store import canonical_json, read_table, sha256
+from training import relabelling
+from training.controls import Control, read_control
+from training.data import part_kinds
+from training.inputs import ROOT, Reading, code_of, hash_data, reading_of
+from training.methods import check_encoders, load_method, method_names, read_settings, search_points
+from training.regimes import Full, Regime, Shots, read_classes, read_regime
+
+STUDIES = Path("studies")
+DEVELOPMENT_SHARE = 5  # one class in five, where no file names them
+FEWER_CONCEPTS = frozenset({"concepts", "labels"})  # what `concepts: M` of a control changes
+
+
+class Variant(Block):
+    """One method with other settings than its run in params.yaml has, maybe with other labels than those on disk.
+
+    `also` names encoders or towers that it reads beside the run's own encoder.
+    """
+
+    method: str
+    also: list[str] = Field(default=[])
+    settings: dict[str, Any] = Field(default={})
+    labels: dict[str, Any] = Field(default={})
+
+
+class Question(Block):
+    """Whether the method or variant `of` is better than `against`."""
+
+    ask: str
+    of: str
+    against: str
+
+
+class Open(Block):
+    """A question that the study does not answer."""
+
+    ask: str
+    because: str
+
+
+class Study(Block):
+    """A file of studies/. Without `encoders` it is of all that params.yaml has under that name."""
+
+    encoders: Annotated[list[str], Field(min_length=1)] | None = None
+    methods: Annotated[list[str], Field(min_length=1)]
+    variants: dict[str, Variant] = Field(default={})
+    questions: list[Question] = Field(default=[])
+    open: list[Open] = Field(default=[])
+    controls: Annotated[list[Control], Field(min_length=1)] = Field(default=[Control()])
+    regimes: Annotated[list[Regime], Field(min_length=1)] = Field(default=[Full()])
+    seeds: Count = 5
+    declared_test: bool = False
+    development: str | None = None
+    left_out: str | None = None
+
+
+class Cell(NamedTuple):
+    """One run. `draw` is the seed of its control and regime, 0 where neither draws; `method` may name a variant."""
+
+    encoder: str
+    control: Control
+    regime: Regime
+    draw: int
+    method: str
+    seed: int
+
+    @property
+    def search(self) -> str:
+        """The folder of what was chosen on development classes."""
+        return f"{self.encoder}.{self.method}.{self.control.label}.{self.regime.label}.development"
+
+    @property
+    def run(self) -> str:
+        """The folder of the run."""
+        return f"{self.encoder}.{self.method}.{self.control.label}.{self.regime.label}.{self.seed}"
+
+
+Overrides = tuple[tuple[str, Any], ...]  # of `labels`: a cache is remembered by them
+
+
+class Variation(NamedTuple):
+    """What a variant reads that is not its encoder's cache as it lies on disk."""
+
+    labels: Overrides = ()
+    also: tuple[str, ...] = ()  # other encoders
+
+
+PLAIN = Variation()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as a study runs it, by its own name or as a variant."""
+
+    method: str
+    settings: Block
+    variation: Variation = PLAIN
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A study, checked: what every process needs to know of it."""
+
+    name: str
+    study: Study
+    encoders: tuple[str, ...]
+    data: Path
+    buckets: int
+    entries: dict[str, Entry]  # the study's methods and variants, in its order
+    development: tuple[str, ...]  # class_ids that few-shot settings come from
+    left_out: tuple[str, ...]  # class_ids that few-shot runs do without
+    # What was found when the study was planned: the sha256 of every file that its runs read, and of their code.
+    files: dict[str, str | None] = field(default_factory=dict)
+    code: dict[tuple[str, str], str] = field(default_factory=dict)  # by entry and control
+
+    @property
+    def folder(self) -> Path:
+        return self.data / "studies" / self.name
+
+    def searched(self, cell: Cell) -> bool:
+        """Whether its settings come from development classes."""
+        return isinstance(cell.regime, Shots)
+
+    def reads(self, cell: Cell, changed: frozenset[str]) -> bool:
+        """Whether its method looks at any of what is changed."""
+        return bool(changed & load_method(self.entries[cell.method].method).READS)
+
+    def reading(self, cell: Cell) -> Reading:
+        """What its run reads."""
+        entry = self.entries[cell.method]
+        also, labels = entry.variation.also, dict(entry.variation.labels)
+        reading = reading_of(entry.method, entry.settings, cell.encoder, also, cell.control, cell.regime)
+        needs, files = reading.needs, dict(reading.files)
+        if labels:
+            needs |= relabelling.NEEDS
+            files |= relabelling.files(cell.encoder)
+        if self.searched(cell) and "labels" in needs:
+            needs |= {"owners"}  # labels are restricted to the classes that are left
+        if labels.get("density") == "pixel":
+            files["thumbs"] = "thumbs/1"
+        return replace(reading, needs=needs, files=files | files_of_parts(cell.encoder, needs))
+
+    def different_cells(self) -> list[Cell]:
+        """One cell for all that differ in draw and seed alone."""
+        return list({(*cell[:3], cell.method): cell for cell in cells(self, 0)}.values())
+
+    def reads_of(self, encoder: str, variation: Variation) -> tuple[frozenset[str], frozenset[str]]:
+        """The parts that all runs of an encoder and a variation read together: of that encoder, and of others."""
+        readings = [
+            self.reading(cell)
+            for cell in self.different_cells()
+            if cell.encoder == encoder and self.entries[cell.method].variation == variation
+        ]
+        needs = frozenset[str]().union(*(reading.needs for reading in readings))
+        return needs, frozenset[str]().union(*(reading.also_reads for reading in readings))
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """What the outcome of a run follows from, its seeds apart."""
+        entry, reading = self.entries[cell.method], self.reading(cell)
+        left_out = {"left_out": list(self.left_out)} if self.searched(cell) else {}
+        return left_out | {
+            "encoder": cell.encoder,
+            "method": entry.method,
+            "control": cell.control.model_dump(),
+            "regime": cell.regime.model_dump(),
+            "settings": entry.settings.model_dump(),
+            "labels": dict(entry.variation.labels),
+            "also": list(entry.variation.also),
+            "development": list(self.development) if self.searched(cell) else None,
+            "files": {path: self.files[path] for path in sorted(reading.files)},
+            "code": self.code[cell.method, cell.control.label],
+        }
+
+    def search_mark(self, cell: Cell) -> str:
+        return sha256(canonical_json(["study.search/2", self.identity(cell)]))
+
+    def mark(self, cell: Cell) -> str:
+        seeds = {"seed": cell.seed, "draw": cell.draw}
+        return sha256(canonical_json(["study.run/2", self.identity(cell) | seeds]))
+
+
+def files_of_parts(encoder: str, parts: Collection[str]) -> dict[str, str]:
+    return {path: schema for name in parts for path, schema in part_kinds()[name].files(encoder).items()}
+
+
+def study_names() -> list[str]:
+    return sorted(file.stem for file in STUDIES.glob("*.yaml"))
+
+
+def read_study(params: Params, name: str) -> Study:
+    """studies/NAME.yaml. Raises UserError naming file and key."""
+    known = study_names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(known) or 'none yet'}"
+        raise UserError(f"{STUDIES}/{name}.yaml: is not there; {hint}; or add it")
+    path = str(STUDIES / f"{name}.yaml")
+    if not NAME.fullmatch(name):
+        raise UserError(f"{path}: its name is used as a folder's; use lower-case letters, digits, - and _")
+    given = read_yaml(path)
+    of_list: dict[str, Callable[[str, str, Any], Block]] = {
+        "controls": read_control,
+        "regimes": read_regime,
+        "questions": partial(read_block, model=Question),
+        "open": partial(read_block, model=Open),
+    }
+    for key, read in of_list.items():
+        if isinstance(given.get(key), list):
+            given[key] = [read(path, f"{key}.{n}", one) for n, one in enumerate(given[key])]
+    study = read_block(path, "", given, Study)
+    check_names(path, params, study)
+    return study
+
+
+def check_names(path: str, params: Params, study: Study) -> None:
+    """Raise UserError where a study names what is not there, or one thing twice."""
+    methods, entries = method_names(), [*study.methods, *study.variants]
+    named_there: list[tuple[str, str, Collection[str]]] = [
+        *(("encoders", one, params.image_encoders) for one in study.encoders or []),
+        *(("methods", one, methods) for one in study.methods),
+        *((f"variants.{variant}.method", block.method, methods) for variant, block in study.variants.items()),
+        *(
+            (f"variants.{variant}.also", one, params.image_encoders)
+            for variant, block in study.variants.items()
+            for one in block.also
+        ),
+        *((f"questions.{n}.of", question.of, entries) for n, question in enumerate(study.questions)),
+        *((f"questions.{n}.against", question.against, entries) for n, question in enumerate(study.questions)),
+    ]
+    for key, one, there in named_there:
+        if one not in there:
+            raise UserError(f"{path}: {key}: {one!r} is not there; choose from: {', '.join(there)}")
+    for variant in study.variants:
+        if variant in methods or not NAME.fullmatch(variant):
+            what = "is a method's name" if variant in methods else "is used as a folder name"
+            remedy = "choose another" if variant in methods else "use lower-case letters, digits, - and _"
+            raise UserError(f"{path}: variants.{variant}: {what}; {remedy}")
+    labels = {
+        "encoders": study.encoders or [],
+        "methods": study.methods,
+        "controls": [control.label for control in study.controls],
+        "regimes": [regime.label for regime in study.regimes],
+    }
+    for key, named in labels.items():
+        for one in named:
+            if named.count(one) > 1:
+                raise UserError(f"{path}: {key}: holds {one} more than once; remove one")
+
+
+def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
+    """Check everything that can be checked before the first run. `path` is the parameters' file. Raises UserError."""
+    study, file = read_study(params, name), str(STUDIES / f"{name}.yaml")
+    encoders = tuple(study.encoders or params.encoders)
+    entries = {
+        method: read_entry(path, file, params, f"methods.{method}", Variant(method=method), encoders)
+        for method in study.methods
+    }
+    for variant, block in study.variants.items():
+        entries[variant] = read_entry(path, file, params, f"variants.{variant}", block, encoders)
+    few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
+    left_out, development = few_shot_classes(study, data, params.train.seed) if few_shot else ((), ())
+    plan = Plan(name, study, encoders, data, params.dataset.buckets, entries, development, left_out)
+    grid = plan.different_cells()
+    readings = [plan.reading(cell) for cell in grid]
+    paths = sorted({path for reading in readings for path in reading.files})
+    code = {
+        (cell.method, cell.control.label): code_mark(entries[cell.method], reading, cell.control)
+        for cell, reading in zip(grid, readings, strict=True)
+    }
+    return replace(plan, files=hash_data(data, paths, plan.buckets), code=code)
+
+
+def code_mark(entry: Entry, reading: Reading, control: Control) -> str:
+    """One sha256 for all code that a run of a study executes."""
+    found = code_of(ROOT / "evaluation/study.py", entry.method, reading.needs | reading.also_reads, control)
+    return sha256(canonical_json(found))
+
+
+def read_entry(
+    path: str, file: str, params: Params, key: str, variant: Variant, encoders: Collection[str]
+) -> Entry:
+    """A method with the settings of the run of its name in params.yaml (or its defaults), changed by the variant.
+
+    `key` is where the variant stands in the study's `file`. Raises UserError naming file and key.
+    """
+    method, module = variant.method, load_method(variant.method)
+    settings = module.Settings()
+    if method in params.train.runs and params.train.runs[method].method == method:
+        settings = read_settings(path, f"train.runs.{method}", method, params.train.runs[method].settings)
+    if variant.settings:
+        changed = merge(settings.model_dump(), variant.settings)
+        settings = read_block(file, f"{key}.settings", changed, module.Settings)
+    points = search_points(settings)
+    if points > params.train.budget:
+        raise UserError(
+            f"{file}: {key}: val would choose among {points} settings, and train.budget allows"
+            f" {params.train.budget} to each method; shorten its lists"
+        )
+    for encoder in encoders:
+        check_encoders(file, key, params, method, settings, encoder, variant.also)
+    if variant.labels:
+        labels = read_block(file, f"{key}.labels", variant.labels, Labels)
+        if "labels" not in module.READS:
+            raise UserError(f"{file}: {key}.labels: {method} reads no labels; remove it")
+        if labels.inside_object:
+            raise UserError(f"{file}: {key}.labels.inside_object: no study can label nodes so; remove it")
+    return Entry(method, settings, Variation(tuple(sorted(variant.labels.items())), tuple(variant.also)))
+
+
+def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings with these changes; in a block of settings, what the changes do not name stays."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        within = isinstance(value, dict) and isinstance(settings.get(name), dict)
+        merged[name] = merge(settings[name], value) if within else value
+    return merged
+
+
+def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes that few-shot runs leave out, and those that their settings come from.
+
+    Both are what their file names; without a file none is left out, and of the others one in DEVELOPMENT_SHARE is
+    drawn for settings.
+    """
+    ids = read_table(data / "index/classes.parquet", "index.classes/1")["class_id"].to_pylist()
+    left_out = set(read_classes(study.left_out, ids)) if study.left_out is not None else set()
+    others = [class_id for class_id in ids if class_id not in left_out]
+    if study.development is None:
+        if len(others) < 4:
+            raise UserError(f"{study.left_out or data / 'index'}: leaves {len(others)} classes, few-shot runs take 4")
+        order = sorted(others, key=lambda class_id: sha256(f"{seed} {class_id}"))
+        found = set(order[: max(2, len(others) // DEVELOPMENT_SHARE)])
+    else:
+        found = set(read_classes(study.development, ids))
+    both = sorted(found & left_out)
+    if both:
+        raise UserError(f"{study.development}: names {both[0]}, which {study.left_out} leaves out; remove it from one")
+    if len(found) < 2 or len(others) - len(found) < 2:
+        raise UserError(
+            f"{study.development}: names {len(found)} of {len(others)} classes; it takes 2, and 2 others to report on"
+        )
+    return tuple(sorted(left_out)), tuple(sorted(found))
+
+
+def cells(plan: Plan, first_seed: int) -> list[Cell]:
+    """Every run of a study, those that share a cache, a control and a regime's draw behind each other.
+
+    Runs that a control cannot change are left out.
+    """
+    found = []
+    every = range(first_seed, first_seed + plan.study.seeds)
+    # Those that read the same stand together.
+    names = sorted(plan.entries, key=lambda name: repr(plan.entries[name].variation))
+    for encoder in plan.encoders:
+        for control in plan.study.controls:
+            for regime in plan.study.regimes:
+                drawn = control.draws or regime.draws
+                for draw in every if drawn else [0]:
+                    for name in names:
+                        seeded = load_method(plan.entries[name].method).SEEDED
+                        seeds = [draw] if drawn else every if seeded else every[:1]
+                        found += [Cell(encoder, control, regime, draw, name, seed) for seed in seeds]
+    return [cell for cell in found if cell.control == Control() or plan.reads(cell, cell.control.changes)]

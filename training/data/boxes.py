@@ -1,0 +1,32 @@
+"""Where the nodes of an image lie in it."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from training.data.nodes import Nodes, read_boxes
+from training.data.part import Part
+from training.data.rows import Source
+
+
+@dataclass(frozen=True)
+class Boxes(Part):
+    """x0 y0 x1 y1 of every node in [0,1] of the full image; a batch has those of the local nodes, `box` (B, N, 4)."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"boxes"})
+    shows: ClassVar[tuple[str, ...]] = ("box",)
+
+    box: Tensor  # (n V, N+1, 4) float32, zero where an image has fewer nodes
+
+    @classmethod
+    def files(cls, encoder: str) -> dict[str, str]:
+        return Nodes.files(encoder)
+
+    @classmethod
+    def read(cls, source: Source) -> Self:
+        return cls(torch.from_numpy(read_boxes(source)))
+
+    def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        return {"box": self.box[rows, 1:]}

@@ -1,0 +1,252 @@
+"""The cache of one encoder as a method sees it: the index, the parts that it declares, and batches of them.
+
+`read_cache` joins the parts (`part.py`) with the index. Vectors stay in float16 and edges in flat lists, so memory is
+about what the files hold, and vectors that would fill it stay on the disk; `Cache.batch` gathers, pads and widens for a
+few hundred images at a time, without a loop over images. Names and shapes are those of the method catalogue: B images,
+N local nodes, D dimensions, C classes, M concepts, k labels a node, S sentences.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from fieldmark.command import UserError
+from fieldmark.store import Header, read_folder_header, read_header, read_table
+from training.data.nodes import Globals, Nodes
+from training.data.part import P, Part, Parts, part_kinds
+from training.data.rows import Source
+
+SPLITS = ("train", "val", "test")
+INDEX = {"index/images.parquet": "index.images/1", "index/classes.parquet": "index.classes/1"}
+
+
+class Fields:
+    """Tensors of a batch by name. A field of a part that the method does not declare is a UserError that says so."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self.values = dict(values)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self.__dict__.get("values", {}):
+            found: Tensor = self.values[name]
+            return found
+        raise undeclared(name)
+
+    def has(self, name: str) -> bool:
+        return name in self.values
+
+    def changed(self, **values: Any) -> Self:
+        """The same with other tensors under these names."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, values=dict(self.values))
+        for name, value in values.items():
+            if name in copy.__dict__:
+                copy.__dict__[name] = value
+            else:
+                copy.values[name] = value
+        return copy
+
+
+def undeclared(name: str) -> Exception:
+    """What to raise for a field that is not there."""
+    for part, kind in part_kinds().items():
+        if name in kind.shows:
+            return UserError(f"{name}: is of the part `{part}`, which the method's READS does not name; add it there")
+    return AttributeError(name)
+
+
+class Batch(Fields):
+    """B images, each seen in one view. Node 0 is the whole image, nodes 1..N its local nodes, padded under `mask`.
+
+    Beside these it has the fields of the parts that the method reads, see `shows` of each part in training/data/.
+    """
+
+    def __init__(self, y: Tensor, target: Tensor, values: Mapping[str, Tensor], also: tuple[Fields, ...] = ()) -> None:
+        """y (B,) int64, positions in Cache.classes; target, what training is told of the class, as Cache.target."""
+        super().__init__(values)
+        self.y, self.target = y, target
+        self.also = also  # of each other encoder, in the order of the run's `also`
+
+    @property
+    def g(self) -> Tensor:
+        """(B, D): the global vector."""
+        return self.values["g"] if "g" in self.values else self.nodes[:, 0]
+
+    @property
+    def l(self) -> Tensor:  # noqa: E743 (the catalogue's name)
+        """(B, N, D): the local vectors."""
+        return self.nodes[:, 1:]
+
+    @property
+    def lm(self) -> Tensor:
+        """(B, N) bool: which local nodes exist."""
+        return self.mask[:, 1:]
+
+
+@dataclass(frozen=True, eq=False)  # one cache equals itself alone, so that what follows from it can be remembered
+class Cache:
+    """All images of an index as one encoder sees them: n images in V views each; row i * V + v is image i in view v."""
+
+    classes: list[str]
+    paths: list[str]
+    split: np.ndarray  # (n,) str
+    y: Tensor  # (n,) int64
+    target: Tensor  # y, unless a regime tells training otherwise: (n,) int64, or (n, C) float32 whose rows sum to 1
+    views: int  # V
+    parts: Parts
+    fingerprints: dict[str, str]  # of what was read, by file or folder
+    also: tuple[Parts, ...] = ()  # what is read of other encoders
+
+    def part(self, kind: type[P]) -> P:
+        """One part. Raises UserError where the method does not declare it."""
+        return self.parts.part(kind)
+
+    def has(self, kind: type[Part]) -> bool:
+        return self.parts.has(kind)
+
+    def with_part(self, part: Part) -> "Cache":
+        """The cache with one more part, or another one in the place of one."""
+        return replace(self, parts=self.parts.with_part(part))
+
+    def change(self, kind: type[Part], **values: Any) -> "Cache":
+        """The cache with other values in one part."""
+        part: Any = self.part(kind)
+        return self.with_part(replace(part, **values))
+
+    def only(self, reads: Collection[str]) -> "Cache":
+        """The cache as a method sees it that reads these parts, in the words of READS, and no others."""
+        return replace(self, parts=self.parts.only(reads))
+
+    def images(self, split: str) -> Tensor:
+        """The positions of a split's images, in the order of their paths."""
+        return torch.from_numpy(np.flatnonzero(self.split == split))
+
+    def globals(self, images: Tensor, view: int = 0) -> Tensor:
+        """(len(images), D) float32: the global vectors."""
+        rows = images * self.views + view
+        if self.has(Globals):
+            return self.part(Globals).g[rows].float()
+        return self.part(Nodes).nodes[rows, 0].float()
+
+    def batch(self, images: Tensor, views: Tensor | None = None) -> Batch:
+        """These images, each in its view of `views` (default: view 0, the one that evaluation reads)."""
+        rows = images * self.views + (0 if views is None else views)
+        also = tuple(Fields(parts.cut(images, rows)) for parts in self.also)
+        return Batch(self.y[images], self.target[images], self.parts.cut(images, rows), also)
+
+    def take(self, images: Tensor) -> "Cache":
+        """Some of the images alone (m,), with all their views and classes."""
+        rows = (images[:, None] * self.views + torch.arange(self.views)).flatten()
+        return replace(
+            self,
+            paths=[self.paths[image] for image in images.tolist()],
+            split=self.split[images.numpy()],
+            y=self.y[images],
+            target=self.target[images],
+            parts=self.parts.take(images, rows),
+            also=tuple(parts.take(images, rows) for parts in self.also),
+        )
+
+
+def kinds_of(reads: Collection[str]) -> list[type[Part]]:
+    """The classes of the parts that `reads` names, each once. Raises UserError for a name that is no part."""
+    known = part_kinds()
+    for name in sorted(reads):
+        if name not in known:
+            raise UserError(f"READS: {name!r} is no part of the cache; choose from: {', '.join(sorted(known))}")
+    return list(dict.fromkeys(known[name] for name in sorted(reads)))
+
+
+def files_of(encoder: str, reads: Collection[str]) -> dict[str, str]:
+    """What these parts are read from, the index apart: paths under data/, and the schema of each."""
+    return {path: schema for kind in kinds_of(reads) for path, schema in kind.files(encoder).items()}
+
+
+def read_cache(
+    folder: str | Path,
+    encoder: str,
+    buckets: int,
+    reads: Collection[str],
+    also: Sequence[str] = (),
+    also_reads: Collection[str] = (),
+) -> Cache:
+    """Read the parts `reads` of what the stages wrote for an encoder into `folder` (data/), and `also_reads` of others.
+
+    Raises UserError, naming the file and the stage to run: a file missing or broken, an image without rows, files that
+    were made from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
+    """
+    folder = Path(folder)
+    fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
+    classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
+    index = read_table(
+        folder / "index/images.parquet", "index.images/1", ["path", "image_id", "class_id", "split", "status"]
+    )
+    index = index.filter(pc.equal(index["status"], "ok")).sort_by("path")
+    split = np.array(index["split"].to_pylist(), dtype=str)
+    for name in SPLITS:
+        if not (split == name).any():
+            raise UserError(
+                f"{folder / 'index/images.parquet'}: holds no {name} image; correct dataset.* and run index_images"
+            )
+    y = pc.index_in(index["class_id"], value_set=pa.array(classes))
+    if y.null_count:
+        raise UserError(f"{folder / 'index/classes.parquet'}: lacks a class of images.parquet; run index_images again")
+    labels = torch.from_numpy(y.to_numpy().astype(np.int64))
+    image_ids = index["image_id"].combine_chunks()
+    source = Source(folder, encoder, buckets, classes, image_ids)
+    parts = Parts([kind.read(source) for kind in kinds_of(reads)])
+    for part in parts.by_kind.values():
+        part.check(parts)
+    others = [Source(folder, other, buckets, classes, image_ids) for other in also]
+    for other in others:
+        for kind in kinds_of(also_reads):
+            kind.check_beside(source, other)
+    return Cache(
+        classes=classes,
+        paths=index["path"].to_pylist(),
+        split=split,
+        y=labels,
+        target=labels,
+        views=source.shape[0],
+        parts=parts,
+        fingerprints=fingerprints,
+        also=tuple(Parts([kind.read(other) for kind in kinds_of(also_reads)]) for other in others),
+    )
+
+
+def check_origins(
+    folder: Path,
+    encoder: str,
+    buckets: int,
+    reads: Collection[str],
+    also: Sequence[str] = (),
+    also_reads: Collection[str] = (),
+) -> dict[str, str]:
+    """The fingerprint of everything that is read, after a look at what each says it was made from.
+
+    Raises UserError where one was made from something else than what is read beside it: labels of a former bank, a
+    graph of other embeddings.
+    """
+    files = INDEX | files_of(encoder, reads)
+    for other in also:
+        files |= files_of(other, also_reads)
+    headers: dict[str, Header] = {}
+    for path, schema in files.items():
+        if path.endswith(".parquet"):
+            headers[path] = read_header(folder / path, schema)
+        else:
+            headers[path] = read_folder_header(folder / path, schema, buckets)
+    for made, param, source, stage in (origin for kind in kinds_of(reads) for origin in kind.origins(encoder)):
+        if source in headers and headers[made].params.get(param) != headers[source].fingerprint:
+            raise UserError(
+                f"{folder / made}: was not made from {folder / source} as it is now (another encoder or other"
+                f" parameters); run {stage} again (dvc repro)"
+            )
+    return {name: header.fingerprint for name, header in sorted(headers.items())}

@@ -1,0 +1,52 @@
+"""What a vision model said of each image, sentence by sentence."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from fieldmark.command import UserError
+from fieldmark.store import read_table, sha256, vectors_of
+from training.data.part import Part
+from training.data.rows import Source, column, slots
+
+
+@dataclass(frozen=True)
+class Descriptions(Part):
+    provides: ClassVar[frozenset[str]] = frozenset({"descriptions"})
+    shows: ClassVar[tuple[str, ...]] = ("d", "dm")
+    of_text: ClassVar[bool] = True
+    by_image: ClassVar[bool] = True
+
+    d: Tensor  # (n, S, D) float16, in the order of their rank; S is 0 where no image has one
+    dm: Tensor  # (n, S) bool: the sentences that an image has
+
+    @classmethod
+    def files(cls, encoder: str) -> dict[str, str]:
+        return {"descriptions/descriptions.parquet": "descriptions/1", f"embed/{encoder}/text.parquet": "embed.text/1"}
+
+    @classmethod
+    def read(cls, source: Source) -> Self:
+        path, text = (source.folder / name for name in cls.files(source.encoder))
+        texts = read_table(text, "embed.text/1", ["text_id", "vector"])
+        table = read_table(path, "descriptions/1")
+        table = table.filter(pc.is_in(table["image_id"], value_set=source.image_ids))
+        table = table.sort_by([("image_id", "ascending"), ("rank", "ascending")])
+        image = pc.index_in(table["image_id"], value_set=source.image_ids).to_numpy().astype(np.int64)
+        # The lines of one image stand together now: a line's slot is its distance from its image's first.
+        lengths = np.unique_counts(column(table, "image_id")).counts if table.num_rows else np.zeros(0, dtype=np.int64)
+        dimension = texts.schema.field("vector").type.list_size
+        d = np.zeros((len(source.image_ids), int(lengths.max(initial=0)), dimension), dtype=np.float16)
+        dm = np.zeros(d.shape[:2], dtype=bool)
+        if table.num_rows:
+            wanted = pa.array([sha256(sentence) for sentence in table["text"].to_pylist()])
+            found = pc.index_in(wanted, value_set=texts["text_id"].combine_chunks())
+            if found.null_count:
+                raise UserError(f"{text}: lacks {found.null_count} texts of {path}; run embed_text again (dvc repro)")
+            d[image, slots(lengths)] = vectors_of(texts)[found.to_numpy()]
+            dm[image, slots(lengths)] = True
+        return cls(torch.from_numpy(d), torch.from_numpy(dm))

@@ -1,0 +1,67 @@
+"""The graph of each image's nodes: flat lists of edges, laid out as dense matrices for a batch."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fieldmark.command import UserError
+from fieldmark.store import read_buckets
+from training.data.part import Origin, Part
+from training.data.rows import Source, flat
+
+
+@dataclass(frozen=True)
+class Edges(Part):
+    """A batch has `adjacency` (B, N+1, N+1, 2) float32: spatial and semantic weight in [0,1], symmetric, diagonal 0."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"edges"})
+    shows: ClassVar[tuple[str, ...]] = ("adjacency",)
+
+    nodes: int  # N+1, of the views that have most
+    start: Tensor  # (n V,) int64: the edges of a row are start .. start + count
+    count: Tensor  # (n V,) int64
+    ends: Tensor  # (edges, 2) int16: the two nodes
+    weight: Tensor  # (edges, 2) float16: spatial and semantic
+
+    @classmethod
+    def files(cls, encoder: str) -> dict[str, str]:
+        return {f"graphs/{encoder}": "graphs/1"}
+
+    @classmethod
+    def origins(cls, encoder: str) -> list[Origin]:
+        return [Origin(f"graphs/{encoder}", "embed", f"embed/{encoder}/images", "build_graphs")]
+
+    @classmethod
+    def read(cls, source: Source) -> Self:
+        folder, rows, nodes = source.folder / f"graphs/{source.encoder}", source.rows, source.shape[1]
+        table, row = rows.place(read_buckets(folder, "graphs/1", source.buckets))
+        first, lengths = flat(table["src"])
+        ends = np.stack([first, flat(table["dst"])[0]], axis=1)
+        weight = np.stack([flat(table["spatial"])[0], flat(table["semantic"])[0]], axis=1)
+        if ends.size and (ends.min() < 0 or ends.max() >= nodes):
+            raise UserError(f"{folder}: links nodes that the embeddings do not have; run build_graphs again")
+        start, count = np.zeros(rows.count, dtype=np.int64), np.full(rows.count, -1, dtype=np.int64)
+        start[row], count[row] = np.cumsum(lengths) - lengths, lengths
+        rows.require(count >= 0, folder, "build_graphs")
+        return cls(nodes, *map(torch.from_numpy, (start, count, ends, weight)))
+
+    def of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Each edge of these rows (m,): which of the m it belongs to, and its place in the flat lists."""
+        count = self.count[rows]
+        row = torch.repeat_interleave(torch.arange(len(rows)), count)
+        # Its row's start, plus how far it stands behind its row's first edge.
+        first = count.cumsum(0) - count
+        return row, torch.arange(len(row)) + (self.start[rows] - first)[row]
+
+    def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        row, edge = self.of_rows(rows)
+        source, target = self.ends[edge].long().unbind(1)
+        dense = torch.zeros(len(rows) * self.nodes * self.nodes, 2)
+        dense[(row * self.nodes + source) * self.nodes + target] = self.weight[edge].float()
+        return {"adjacency": dense.view(len(rows), self.nodes, self.nodes, 2)}
+
+    def take(self, images: Tensor, rows: Tensor) -> Self:
+        return replace(self, start=self.start[rows], count=self.count[rows])

@@ -1,0 +1,109 @@
+"""The vectors of an image's nodes, the whole picture first; and the pictures' own vectors without the other nodes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from fieldmark.command import UserError
+from fieldmark.store import bucket_path, read_table, vectors_of
+from training.data.part import Part
+from training.data.rows import Source, column, make_room
+
+NEAR = 0.01  # of the image's side: the boxes that two encoders have of one node differ by no more
+
+
+@dataclass(frozen=True)
+class Nodes(Part):
+    """Node 0 is the whole picture, nodes 1..N its local ones, zero and not in `mask` where an image has fewer."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"nodes"})
+    shows: ClassVar[tuple[str, ...]] = ("nodes", "mask")
+
+    nodes: Tensor  # (n V, N+1, D) float16, unit length; a batch has float32
+    mask: Tensor  # (n V, N+1) bool, true for node 0
+
+    @classmethod
+    def files(cls, encoder: str) -> dict[str, str]:
+        return {f"embed/{encoder}/images": "embed.nodes/1"}
+
+    @classmethod
+    def read(cls, source: Source) -> Self:
+        nodes = read_vectors(source, global_only=False)
+        return cls(torch.from_numpy(nodes), torch.from_numpy(source.mask))
+
+    @classmethod
+    def check_beside(cls, source: Source, other: Source) -> None:
+        check_places(source, other)
+
+
+@dataclass(frozen=True)
+class Globals(Part):
+    """The vectors of whole pictures: node 0 alone, a small part of the memory that all nodes take."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"globals"})
+    shows: ClassVar[tuple[str, ...]] = ("g",)
+
+    g: Tensor  # (n V, D) float16, unit length; a batch has float32
+
+    @classmethod
+    def files(cls, encoder: str) -> dict[str, str]:
+        return Nodes.files(encoder)
+
+    @classmethod
+    def read(cls, source: Source) -> Self:
+        return cls(torch.from_numpy(read_vectors(source, global_only=True)[:, 0]))
+
+
+def read_vectors(source: Source, global_only: bool) -> np.ndarray:
+    """(n V, N+1, D) float16, or (n V, 1, D) of node 0: one bucket at a time beside it in memory."""
+    rows, nodes = source.rows, 1 if global_only else source.shape[1]
+    vectors: np.ndarray | None = None
+    present = np.zeros(rows.count, dtype=bool)
+    for bucket in range(source.buckets):
+        path = bucket_path(source.nodes_folder, bucket)
+        table = read_table(path, "embed.nodes/1", ["image_id", "view", "node", "kind", "vector"])
+        if vectors is None:
+            shape = (rows.count, nodes, table.schema.field("vector").type.list_size)
+            vectors = make_room(shape, source.nodes_folder)
+        if global_only:
+            table = table.filter(pc.field("node") == 0)
+        table, row = rows.place(table)
+        node = column(table, "node")
+        require_global_first(path, column(table, "kind")[node == 0])
+        vectors[row, node] = vectors_of(table)
+        present[row[node == 0]] = True
+    assert vectors is not None
+    rows.require(present, source.nodes_folder, "embed_images")
+    return vectors
+
+
+def require_global_first(path: Path, kinds: np.ndarray) -> None:
+    if (kinds != "global").any():
+        raise UserError(f"{path}: node 0 is not the global one; run embed_images again")
+
+
+def read_boxes(source: Source) -> np.ndarray:
+    """(n V, N+1, 4) float32."""
+    rows, sides = source.rows, ("x0", "y0", "x1", "y1")
+    boxes = np.zeros((rows.count, source.shape[1], 4), dtype=np.float32)
+    for bucket in range(source.buckets):
+        path = bucket_path(source.nodes_folder, bucket)
+        table, row = rows.place(read_table(path, "embed.nodes/1", ["image_id", "view", "node", *sides]))
+        boxes[row, column(table, "node")] = np.stack([column(table, side) for side in sides], axis=1)
+    return boxes
+
+
+def check_places(source: Source, other: Source) -> None:
+    """Raises UserError where two encoders' nodes are not at the same places: they could not stand side by side."""
+    same = source.mask.shape == other.mask.shape and (source.mask == other.mask).all()
+    if not same or not np.allclose(read_boxes(source), read_boxes(other), atol=NEAR):
+        raise UserError(
+            f"{other.folder / 'embed' / other.encoder}: its nodes are not those of {source.encoder}, so that they"
+            " cannot stand side by side; embed both with embed.grids of the same sizes or with the same crops, and"
+            " embed.tokens false"
+        )

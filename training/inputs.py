@@ -1,0 +1,90 @@
+"""What a run reads: parts of the cache, the files behind them, and the code that it runs.
+
+A run is made anew exactly when something that it reads changed, so its identity is the sha256 of these files and of
+every module of this repository that it imports, followed through, beside its settings. What is loaded by its name (the
+method, the parts of the cache, a control) is followed where the run loads it.
+"""
+
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fieldmark.params import Block
+from fieldmark.sources import imported_files
+from fieldmark.store import bucket_path, canonical_json, sha256
+from training.controls import Control
+from training.data import INDEX, files_of, part_kinds
+from training.methods import also_reads_of, method_file, reads_of
+from training.regimes import Regime, with_globals
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one run reads of the cache."""
+
+    encoder: str
+    reads: frozenset[str]  # what its method sees, in the words of READS
+    needs: frozenset[str]  # that, and what control and regime need beside it
+    also: tuple[str, ...]  # other encoders
+    also_reads: frozenset[str]
+    files: dict[str, str]  # paths under data/, and the schema of each
+
+
+def reading_of(
+    method: str, settings: Block, encoder: str, also: Sequence[str], control: Control, regime: Regime
+) -> Reading:
+    """What a run of a method reads under these settings."""
+    reads = reads_of(method, settings)
+    needs = control.needs(reads)
+    needs = with_globals(needs) if regime.by_probe else needs
+    also_reads = also_reads_of(method) if also else frozenset()
+    files = INDEX | files_of(encoder, needs) | control.files(encoder, reads)
+    for other in also:
+        files |= files_of(other, also_reads)
+    return Reading(encoder, reads, needs, tuple(also), also_reads, dict(sorted(files.items())))
+
+
+def code_of(main: Path, method: str, parts: Collection[str], control: Control) -> dict[str, str]:
+    """The sha256 of every module that a run executes, by its path: `main` is the module that makes the run."""
+    files = [main, method_file(method), *(module_file(part_kinds()[name]) for name in sorted(parts))]
+    files += [Path(str(sys.modules[module.__name__].__file__)) for module in control.modules]  # type: ignore[attr-defined]
+    found: dict[str, str] = {}
+    for file in files:
+        found |= {str(path): mark for path, mark in imported_files(file, ROOT).items()}
+    return dict(sorted(found.items()))
+
+
+def module_file(kind: type) -> Path:
+    return Path(inspect.getfile(kind))
+
+
+def hash_data(data: Path, files: Collection[str], buckets: int) -> dict[str, str | None]:
+    """The sha256 of what lies under `data`: of a file its bytes, of a folder its buckets; None for what is missing."""
+    return {path: hash_path(data / path, buckets) for path in files}
+
+
+def hash_path(path: Path, buckets: int) -> str | None:
+    if path.suffix == ".parquet":
+        return hash_file(path) if path.is_file() else None
+    members = [bucket_path(path, bucket) for bucket in range(buckets)]
+    if not all(member.is_file() for member in members):
+        return None
+    return sha256(canonical_json([hash_file(member) for member in members]))
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    stat = path.stat()
+    return hash_known(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache  # many runs read the same files; another size or time is another file
+def hash_known(path: Path, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
