@@ -57,10 +57,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fieldmark.command import UserError, run, stage_parser
+from fieldmark.labels.labelling import read_reference
 from fieldmark.labels.pixels import pixel_density
 from fieldmark.params import NAME, Block, Count, Labels, Params, load_params
 from fieldmark.store import canonical_json, fingerprint, read_buckets, read_folder_header, read_table, sha256
-from stages.label_patches import read_reference
 from training.controls import Control, apply_control, read_materials, relabel
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.layers.logistic import assess

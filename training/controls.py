@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
+from fieldmark.labels.labelling import Reference, label_images, read_reference
 from fieldmark.params import Block, Count, Labels
 from fieldmark.store import bucket_path, read_header, read_table, vectors_of
-from stages.label_patches import Reference, label_images, read_reference
 from training.data import Bank, Cache
 
 NEEDS_TEXTS = ("unrelated_texts", "random_descriptors")

@@ -1,34 +1,26 @@
-"""Say what each node of each image shows, in concepts, and which nodes and concepts are worth a closer look.
-
-Reads   data/embed/NAME/images/, data/bank/NAME.parquet; `labels` of params.yaml. Where labels lean on training images
-        (mode splice, density gaga or product) or on boxes of objects, data/index/images.parquet too; density pixel:
-        data/thumbs/.
-Writes  data/labels/NAME/bNNN.parquet (labels/1).
-Costs   softmax: one matrix product of all nodes with the kept concepts, seconds for ten thousand images. splice: some
-        0.2 ms a node and core. gaga: k-means over training nodes first, half a minute for 200 classes. pixel: some
-        1 ms an image and 0.02 ms a box.
+"""What each node of each image shows, in concepts, and which nodes and concepts are worth a closer look.
 
 For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md section 4, stages D and E [design]):
   P_n, of which the `labels.top` largest are stored:
     softmax  P_n = softmax_k(scale * l_n . K_k / labels.temperature);
-    splice   P_n = W_n / sum W_n, W_n the sparse non-negative combination of labels/splice.py; l_n is centred by the
-             mean of our training nodes (view 0), global and local ones apart; all weights are 0 if no concept helps;
+    splice   P_n = W_n / sum W_n, W_n the sparse non-negative combination of splice.py; l_n is centred by the mean of
+             our training nodes (view 0), global and local ones apart; all weights are 0 if no concept helps;
   entropy H_n = -sum_k P_nk ln P_nk, in nats; ln M where all weights are 0;
   density, in [0, 1], by `labels.density`:
     neg_entropy  1 - H_n / ln M: 1 where one concept explains the node, 0 where all do equally;
     entropy      H_n / ln M;
     gaga         1 / (1 + |l_n - c_n|), c_n the nearest of the k-means centres of local training nodes (M25);
     product      neg_entropy times gaga;
-    pixel        Hpix_n / 8, Hpix_n the entropy in bits of the grey values in the node's box (labels/pixels.py);
+    pixel        Hpix_n / 8, Hpix_n the entropy in bits of the grey values in the node's box (pixels.py);
     times the share of the node's box inside the object's, with `labels.inside_object`, where the index has a box;
   selected: node 0, and `labels.select_locals` others taken one by one at the maximum of density_n - redundancy * r_n,
   r_n the largest l_n . l_m over those taken before, node 0 aside, and never under 0 (maximal marginal relevance);
   on node 0 also
     selected_concepts: the `labels.select_concepts` largest of P_0k + sum over selected n of density_n P_nk;
-    ring_gains: the `labels.rings` values of labels/rings.py, dH_2 .. dH_K and JS over the other nodes; all 0 if there
-    are none.
+    ring_gains: the `labels.rings` values of rings.py, dH_2 .. dH_K and JS over the other nodes; all 0 if there are
+    none.
 
-    python -m stages.label_patches --encoder reef
+The stage label_patches labels what is on disk, the trainer's controls and studies a cache in memory.
 """
 
 import math
@@ -42,23 +34,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fieldmark import store
-from fieldmark.command import UserError, encoder_parser, run
+from fieldmark.command import UserError
 from fieldmark.labels.kmeans import PER_CENTRE, find_centres, nearest_centres
-from fieldmark.labels.pixels import pixel_density
 from fieldmark.labels.rings import ring_gains
 from fieldmark.labels.splice import centre, decompose
 from fieldmark.labels.splits import count_locals, iterate_nodes, read_split, sample_locals
-from fieldmark.params import Labels, load_params
+from fieldmark.params import Labels
 
-INDEX = Path("data/index/images.parquet")
-EMBED = Path("data/embed")
-BANK = Path("data/bank")
-LABELS = Path("data/labels")
-THUMBS = Path("data/thumbs")
-SCHEMA = "labels/1"
 # Nodes labelled at once, at most, and their weights: nodes x concepts floats in memory, some times over.
 CHUNK, CHUNK_WEIGHTS = 8_192, 2**22
 # k-means centres a class for density gaga, and the nodes a centre stands for at least.
@@ -244,71 +228,6 @@ def label_images(
         )
 
 
-def label(
-    table: pa.Table,
-    concepts: Tensor,
-    numbers: np.ndarray,
-    scale: float,
-    settings: Labels,
-    reference: Reference,
-    index: pa.Table | None = None,
-    thumbs: pa.Table | None = None,
-) -> pa.Table:
-    """The labels rows of a bucket's nodes; `numbers` (M,) are the concept_idx of `concepts` (M, D).
-
-    `reference` is read_reference's, `index` has image_id and box where `settings.inside_object` asks for them, and
-    `thumbs` image_id and webp where density is of pixels.
-    """
-    if len(table) == 0:
-        return store.arrow_schema(SCHEMA).empty_table()
-    keys = table.select(["image_id", "view", "node"])
-    vectors = torch.from_numpy(store.vectors_of(table).astype(np.float32))
-    corners = np.stack([table.column(name).to_numpy() for name in ("x0", "y0", "x1", "y1")], axis=1)
-    # A view's nodes stand together and begin with node 0; every view of an encoder has the same number of them.
-    starts = np.flatnonzero(table.column("node").to_numpy() == 0)
-    size = len(table) // len(starts)
-    if not np.array_equal(starts, np.arange(len(starts)) * size) or len(starts) * size != len(table):
-        raise UserError("data/embed: views of one encoder differ in their nodes; run embed_images again")
-    share = np.ones(len(table), dtype=np.float32)
-    if index is not None:
-        share = object_share(corners, object_boxes(table.column("image_id"), index))
-    pixels = None
-    if thumbs is not None:
-        image_ids = table.column("image_id").take(starts).to_pylist()
-        pixels = torch.from_numpy(pixel_density(thumbs, image_ids, corners.reshape(-1, size, 4)))
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in Labelled._fields}
-    by_view = (len(starts), size, -1)
-    for _, labelled in label_images(
-        vectors.view(by_view), torch.from_numpy((corners[:, :2] + corners[:, 2:]) / 2).view(by_view),
-        concepts, scale, settings, reference, torch.from_numpy(share).view(by_view[:2]), pixels,
-    ):  # fmt: skip
-        for name, found in labelled._asdict().items():
-            parts[name].append(found.numpy())
-    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return pa.table({
-        **{name: keys.column(name) for name in keys.column_names},
-        "concept_idx": list_column(numbers[columns["idx"]].astype(np.int32).reshape(len(table), -1)),
-        "concept_weight": list_column(columns["weight"].astype(np.float16).reshape(len(table), -1)),
-        "entropy": columns["entropy"].astype(np.float32).reshape(-1),
-        "density": columns["density"].astype(np.float32).reshape(-1),
-        "selected": columns["selected"].reshape(-1),
-        "ring_gains": first_node_column(columns["gains"].astype(np.float32), size),
-        "selected_concepts": first_node_column(numbers[columns["shown"]].astype(np.int32), size),
-    })
-
-
-def list_column(values: np.ndarray) -> pa.Array:
-    """A (n, k) array as a column of n lists of k."""
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
-
-
-def first_node_column(values: np.ndarray, size: int) -> pa.Array:
-    """A (views, k) array as a column of lists of k on the first of each view's `size` nodes, null on the others."""
-    row = np.arange(len(values) * size)
-    return list_column(values).take(pa.array(row // size, mask=row % size > 0))
-
-
 def node_means(folder: Path, buckets: int, images: dict[str, str]) -> Tensor:
     """(2, D): the mean vectors of these images' global and local nodes; the global one stands for local if none is."""
     sums: list[np.ndarray] = []
@@ -346,50 +265,3 @@ def read_reference(folder: Path, index: Path, buckets: int, settings: Labels) ->
     wanted = max(1, min(CENTRES_PER_CLASS * len(set(images.values())), count // NODES_PER_CENTRE))
     vectors, _ = sample_locals(folder, buckets, images, PER_CENTRE * wanted / count)
     return Reference(means, find_centres(torch.from_numpy(vectors), wanted))
-
-
-def reads_index(settings: Labels) -> bool:
-    """Whether labels depend on which images train, or on boxes of objects."""
-    return settings.mode == "splice" or settings.density in ("gaga", "product") or settings.inside_object
-
-
-def main() -> None:
-    arguments = encoder_parser(__doc__).parse_args()
-    params = load_params(arguments.params)
-    params.encoder(arguments.encoder)
-    buckets, settings = params.dataset.buckets, params.labels
-    images, bank_path = EMBED / arguments.encoder / "images", BANK / f"{arguments.encoder}.parquet"
-    embed_mark = store.read_folder_header(images, "embed.nodes/1", buckets).fingerprint
-    bank_header = store.read_header(bank_path, "bank/1")
-    if bank_header.params["embed"] != embed_mark:
-        raise UserError(f"{bank_path}: was selected on other embeddings than {images} holds; run select_concepts again")
-    text_header = store.read_header(EMBED / arguments.encoder / "text.parquet", "embed.text/1")
-    bank = store.read_table(bank_path, "bank/1", ["concept_idx", "vector", "kept"]).filter(pc.field("kept"))
-    concepts = torch.from_numpy(store.vectors_of(bank).astype(np.float32))
-    numbers = bank.column("concept_idx").to_numpy()
-
-    made_by = {**settings.model_dump(), "embed": embed_mark, "bank": bank_header.fingerprint}
-    if reads_index(settings):
-        made_by["index"] = store.read_header(INDEX, "index.images/1").fingerprint
-    reference = read_reference(images, INDEX, buckets, settings)
-    by_pixels = settings.density == "pixel"
-    if by_pixels:
-        made_by["thumbs"] = store.read_folder_header(THUMBS, "thumbs/1", buckets).fingerprint
-    boxes = None
-    if settings.inside_object:
-        boxes = store.read_table(INDEX, "index.images/1", ["image_id", "box", "status"])
-        boxes = boxes.filter(pc.field("status") == "ok")
-    mark = store.fingerprint(SCHEMA, made_by)
-    folder = LABELS / arguments.encoder
-    columns = ["image_id", "view", "node", "x0", "y0", "x1", "y1", "vector"]
-    for bucket in tqdm(range(buckets), desc=f"label {arguments.encoder}", unit="bucket"):
-        nodes = store.read_table(store.bucket_path(images, bucket), "embed.nodes/1", columns)
-        thumbs = store.read_table(store.bucket_path(THUMBS, bucket), "thumbs/1") if by_pixels else None
-        labels = label(nodes, concepts, numbers, text_header.params["logit_scale"], settings, reference, boxes, thumbs)
-        store.write_table(labels, store.bucket_path(folder, bucket), SCHEMA, made_by, mark)
-    store.remove_strays(folder, buckets)
-    print(f"{folder}: nodes labelled with {len(concepts)} concepts, by {settings.mode}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from evaluation.study import Variation, controlled_cache
 from fieldmark import store
 from fieldmark.command import UserError
+from fieldmark.labels.labelling import Reference
 from fieldmark.params import Labels
-from stages.label_patches import Reference, label
+from stages.label_patches import label
 from tests.project import write_thumbs
 from tests.training.cache import ENCODER, Plan, unit, with_vectors, write_cache
 from training.controls import Control, Materials, apply_control, cycle, keep_concepts, read_materials, relabel
