@@ -1,33 +1,22 @@
-"""Link the nodes of each image: neighbours in the picture, likenesses in the embedding, and the whole to every part.
-
-Reads   data/embed/NAME/images/; `graphs` of params.yaml. Nothing that depends on a prompt.
-Writes  data/graphs/NAME/bNNN.parquet (graphs/1). A bucket whose images are unchanged is not touched.
-Costs   one (N, N) product an image: seconds for ten thousand images of 33 nodes.
+"""Links between the nodes of one image: neighbours in the picture, likenesses in the embedding, and whole to parts.
 
 Over the nodes of the kinds in `graphs.nodes`, at most 64 (methods.md section 4, stage F [design]):
   spatial_ij = exp(-|p_i - p_j|^2 / (2 sigma^2)), p the centres of the boxes in [0,1]^2, where over spatial_threshold;
   semantic_ij = max(0, cos(v_i, v_j)) where j is among the `neighbours` nearest of i or i among those of j;
   the global node is linked to all others with both weights 1; the other weight of an edge is 0 where one rule made it.
 Edges stand in both directions, without self-loops, sorted by src, then dst; both are `node` numbers of embed.nodes.
-
-    python -m stages.build_graphs --encoder reef
 """
-
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fieldmark import store
-from fieldmark.command import UserError, encoder_parser, run
-from fieldmark.params import Graphs, load_params
+from fieldmark.command import UserError
+from fieldmark.params import Graphs
 
-EMBED = Path("data/embed")
-GRAPHS = Path("data/graphs")
 SCHEMA = "graphs/1"
 MAX_NODES = 64
 
@@ -98,39 +87,3 @@ def graph_rows(nodes: pa.Table, settings: Graphs) -> pa.Table:
         "spatial": lists(spatial[image, src, dst].numpy()),
         "semantic": lists(semantic[image, src, dst].numpy()),
     })
-
-
-def update_bucket(source: Path, target: Path, settings: Graphs, made_by: dict[str, object], mark: str) -> int:
-    """Bring one bucket up to date with the embeddings; return how many images were linked anew."""
-    ids = store.read_table(source, "embed.nodes/1", ["image_id"]).column("image_id").unique().to_pylist()
-    kept = store.find_kept(target, SCHEMA, mark, ids)
-    if not kept.changes:
-        return 0
-    columns = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1", "vector"]
-    nodes = store.read_images(source, "embed.nodes/1", kept.missing, columns)
-    tables = [graph_rows(nodes.combine_chunks(), settings).cast(store.arrow_schema(SCHEMA))]
-    if kept.present:
-        tables.append(store.read_images(target, SCHEMA, kept.present))
-    store.write_table(pa.concat_tables(tables), target, SCHEMA, made_by, mark)
-    return len(kept.missing)
-
-
-def main() -> None:
-    arguments = encoder_parser(__doc__).parse_args()
-    params = load_params(arguments.params)
-    params.image_encoder(arguments.encoder)
-    buckets = params.dataset.buckets
-    images, folder = EMBED / arguments.encoder / "images", GRAPHS / arguments.encoder
-    embed_mark = store.read_folder_header(images, "embed.nodes/1", buckets).fingerprint
-    made_by = {**params.graphs.model_dump(), "embed": embed_mark}
-    mark = store.fingerprint(SCHEMA, made_by)
-    count = 0
-    for bucket in tqdm(range(buckets), desc=f"link {arguments.encoder}", unit="bucket"):
-        source, target = store.bucket_path(images, bucket), store.bucket_path(folder, bucket)
-        count += update_bucket(source, target, params.graphs, made_by, mark)
-    store.remove_strays(folder, buckets)
-    print(f"{folder}: {count} images linked anew")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,0 +1,59 @@
+"""Link the nodes of each image: neighbours in the picture, likenesses in the embedding, and the whole to every part.
+
+Reads   data/embed/NAME/images/; `graphs` of params.yaml. Nothing that depends on a prompt.
+Writes  data/graphs/NAME/bNNN.parquet (graphs/1). A bucket whose images are unchanged is not touched.
+Costs   one (N, N) product an image: seconds for ten thousand images of 33 nodes.
+
+Which nodes are linked, and how strongly, stands in fieldmark/graphs/patches.py.
+
+    python -m stages.build_graphs --encoder reef
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from fieldmark import store
+from fieldmark.command import encoder_parser, run
+from fieldmark.graphs.patches import SCHEMA, graph_rows
+from fieldmark.params import Graphs, load_params
+
+EMBED = Path("data/embed")
+GRAPHS = Path("data/graphs")
+
+
+def update_bucket(source: Path, target: Path, settings: Graphs, made_by: dict[str, object], mark: str) -> int:
+    """Bring one bucket up to date with the embeddings; return how many images were linked anew."""
+    ids = store.read_table(source, "embed.nodes/1", ["image_id"]).column("image_id").unique().to_pylist()
+    kept = store.find_kept(target, SCHEMA, mark, ids)
+    if not kept.changes:
+        return 0
+    columns = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1", "vector"]
+    nodes = store.read_images(source, "embed.nodes/1", kept.missing, columns)
+    tables = [graph_rows(nodes.combine_chunks(), settings).cast(store.arrow_schema(SCHEMA))]
+    if kept.present:
+        tables.append(store.read_images(target, SCHEMA, kept.present))
+    store.write_table(pa.concat_tables(tables), target, SCHEMA, made_by, mark)
+    return len(kept.missing)
+
+
+def main() -> None:
+    arguments = encoder_parser(__doc__).parse_args()
+    params = load_params(arguments.params)
+    params.image_encoder(arguments.encoder)
+    buckets = params.dataset.buckets
+    images, folder = EMBED / arguments.encoder / "images", GRAPHS / arguments.encoder
+    embed_mark = store.read_folder_header(images, "embed.nodes/1", buckets).fingerprint
+    made_by = {**params.graphs.model_dump(), "embed": embed_mark}
+    mark = store.fingerprint(SCHEMA, made_by)
+    count = 0
+    for bucket in tqdm(range(buckets), desc=f"link {arguments.encoder}", unit="bucket"):
+        source, target = store.bucket_path(images, bucket), store.bucket_path(folder, bucket)
+        count += update_bucket(source, target, params.graphs, made_by, mark)
+    store.remove_strays(folder, buckets)
+    print(f"{folder}: {count} images linked anew")
+
+
+if __name__ == "__main__":
+    run(main)
