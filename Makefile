@@ -58,7 +58,7 @@ compare: setup
 # What `dvc repro --single-item train@METHOD` reads, and nothing else: no images, no key, no GPU needed.
 pull: setup
 	@test -n "$(METHOD)" || { echo "error: make pull METHOD=NAME, a name under train.methods in params.yaml" >&2; exit 1; }
-	@paths=$$(python -m fieldmark.lock train@$(METHOD)) && dvc pull $$paths
+	@paths=$$(python -m tools.inputs train@$(METHOD)) && dvc pull $$paths
 
 # Push every output to the remote. REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH sets it first, named `share`.
 share: setup

@@ -2,13 +2,8 @@
 
 An unknown key, a wrong type, a value out of range or two values that contradict each other is a UserError of one line
 that names the file, the key and the remedy. Nothing is coerced: `"3"` is not 3. What params.yaml leaves out takes the
-default written here; the params.yaml of the repository states every knob.
-
-Reads   params.yaml, and the names in training/methods/.
-Writes  nothing: run alone, it says nothing where all is right.
-Costs   nothing.
-
-    python -m fieldmark.params
+default written here; the params.yaml of the repository states every knob. A run's method must be a file in
+training/methods/.
 """
 
 import difflib
@@ -22,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -406,11 +401,3 @@ def check_contradictions(path: str, params: Params) -> None:
         if not names_it:
             what = f"{template!r} must use {{name}}, may use {{noun}}, and nothing else in braces"
             refuse("clean.name_templates", what, "correct it")
-
-
-def main() -> None:
-    load_params(stage_parser(__doc__).parse_args().params)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,4 +1,4 @@
-"""dvc.lock as plain YAML: what is listed and not here, and what a stage reads."""
+"""What a stage reads, by dvc.lock."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fieldmark.command import UserError
-from fieldmark.lock import data_of, main, refuse_cold_start
+from tools.inputs import data_of, main
 
 LOCK = """\
 schema: '2.0'
@@ -46,38 +46,16 @@ stages:
   train: {foreach: "${train.methods}", do: {cmd: "python -m training.train --method ${key}"}}
 """
 PARAMS = "{encoders: {toy: {}}, train: {methods: {probe: {}}}}"
-ANSWERS = Path("data/concepts/answers.parquet")
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FIELDMARK_COLD", raising=False)
     Path("dvc.lock").write_text(LOCK)
     Path("dvc.yaml").write_text(PIPELINE)
     Path("params.yaml").write_text(PARAMS)
     Path("data").mkdir()
     Path("data/mine.dvc").touch()
-
-
-def test_answers_that_are_listed_and_not_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"`dvc pull data/concepts/answers\.parquet`"):
-        refuse_cold_start(ANSWERS)
-    with pytest.raises(UserError, match=r"`dvc pull data/reef/train/x\.jpg`"):
-        refuse_cold_start(Path("data/reef/train/x.jpg"))
-    refuse_cold_start(Path("data/descriptions/answers.parquet"))
-    refuse_cold_start(Path("data/index/classes.parquet"))
-    ANSWERS.parent.mkdir()
-    ANSWERS.touch()
-    refuse_cold_start(ANSWERS)
-    ANSWERS.unlink()
-    monkeypatch.setenv("FIELDMARK_COLD", "1")
-    refuse_cold_start(ANSWERS)
-    monkeypatch.setenv("FIELDMARK_COLD", "0")
-    with pytest.raises(UserError):
-        refuse_cold_start(ANSWERS)
-    Path("dvc.lock").unlink()
-    refuse_cold_start(ANSWERS)
 
 
 def test_what_a_stage_reads() -> None:
@@ -106,7 +84,7 @@ def test_what_params_yaml_no_longer_names_is_passed_over() -> None:
 def test_the_command_prints_one_path_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["lock", "train@probe"])
+    monkeypatch.setattr(sys, "argv", ["inputs", "train@probe"])
     main()
     assert capsys.readouterr().out.splitlines() == data_of("train@probe")
 
