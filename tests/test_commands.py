@@ -15,7 +15,7 @@ from tests.project import ROOT
 # Every module that runs: what dvc.yaml runs and what people run beside it.
 MODULES = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
-    for package in ("stages", "training", "evaluation", "tools")
+    for package in ("fieldmark", "stages", "training", "evaluation", "tools")
     for file in (ROOT / package).rglob("*.py")
     if "\ndef main() -> None:\n" in file.read_text()
 )

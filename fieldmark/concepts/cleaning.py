@@ -1,10 +1,4 @@
-"""Turn answers into concepts: one text a row, and for each text that is dropped the reason.
-
-Reads   data/concepts/answers.parquet (rows with status ok), data/index/classes.parquet, params: domain, clean.
-Writes  data/concepts/concepts.parquet (concepts/1): every candidate of every class, kept or not, in the order in which
-        the answers gave them; for each class its name in each of clean.name_templates (kind name); and the candidates
-        of the answer about no class, if there is one (class_id null, kind generic).
-Costs   nothing but a second or two.
+"""Which texts of an answer can be concepts: one text a row, and for each text that is dropped the reason.
 
 Of a text that ends in a remark on the class by its name ("a long stiff tail, typical of the Brown Creeper") the remark
 is cut off. A text is dropped, for the first of these reasons that holds:
@@ -14,35 +8,21 @@ is cut off. A text is dropped, for the first of these reasons that holds:
     class_name         gives the class away; a generic one, any class
     habitat            is about the surroundings: the model says so, or the words do
     sound, smell, diet, range, habitat, size, population, breeding, mechanics, lore, behaviour, comparison,
-    nothing_visible    claims what one photo cannot show, or nothing that it can: see fieldmark/concepts/visibility.py
+    nothing_visible    claims what one photo cannot show, or nothing that it can: see visibility.py
     duplicate          says in the same words what another text of the class says
-
-A class that keeps no visual text is named on stderr.
-
-    python -m stages.clean_concepts
 """
 
 import json
 import re
-import sys
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from fieldmark import store
-from fieldmark.command import run, stage_parser
 from fieldmark.concepts.names import ClassName, domain_words, words
 from fieldmark.concepts.visibility import Eye
-from fieldmark.params import Clean, Domain, load_params
+from fieldmark.params import Clean, Domain
 
-ANSWERS = Path("data/concepts/answers.parquet")
-CLASSES = Path("data/index/classes.parquet")
-CONCEPTS = Path("data/concepts/concepts.parquet")
-SCHEMA = "concepts/1"
-# The subject of an answer about no class.
-GENERIC = "*"
 Row = dict[str, Any]
 
 # A list's bullet or number, and what ends one of several sentences in a text.
@@ -177,44 +157,3 @@ def concept_row(class_id: str | None, text: str, kind: str, rank: int) -> Row:
         "drop_reason": None,
         "item_key": None,
     }
-
-
-def report(concepts: list[Row], classes: list[Row]) -> None:
-    """Say on stderr what was kept, why the rest was dropped, and which classes are left without a visual text."""
-    texts = [row for row in concepts if row["kind"] != "name"]
-    reasons = Counter(row["drop_reason"] for row in texts if not row["kept"])
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
-    kept = len(texts) - reasons.total()
-    print(f"clean_concepts: {len(texts)} texts, {kept} kept; dropped: {dropped}", file=sys.stderr)
-    served = {row["class_id"] for row in texts if row["kept"] and row["kind"] == "visual"}
-    bare = [row["name"] for row in classes if row["class_id"] not in served]
-    if bare:
-        print(f"warning: {len(bare)} classes keep no visual concept: {', '.join(bare)}", file=sys.stderr)
-
-
-def main() -> None:
-    params = load_params(stage_parser(__doc__).parse_args().params)
-    upstream = [
-        store.read_header(path, schema).fingerprint
-        for path, schema in ((ANSWERS, "llm.answers/1"), (CLASSES, "index.classes/1"))
-    ]
-    answers = defaultdict(list)
-    for row in store.read_table(ANSWERS, "llm.answers/1").to_pylist():
-        if row["status"] == "ok":
-            answers[row["subject_id"]].append(row)
-    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
-
-    concepts = [
-        concept
-        for row in classes
-        for concept in clean_class(row, answers[row["class_id"]], params.domain, params.clean)
-    ]
-    concepts += clean_generic(answers[GENERIC], classes, params.domain, params.clean)
-    content = {"domain": params.domain.model_dump(), "clean": params.clean.model_dump()}
-    mark = store.fingerprint(SCHEMA, content, upstream)
-    store.write_table(store.make_table(SCHEMA, concepts), CONCEPTS, SCHEMA, content, mark)
-    report(concepts, classes)
-
-
-if __name__ == "__main__":
-    run(main)

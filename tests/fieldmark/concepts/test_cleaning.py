@@ -1,7 +1,6 @@
-"""clean_concepts: every text is a row, and each that is dropped says why."""
+"""Cleaning: every text is a row, and each that is dropped says why."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark import store
+from fieldmark.concepts.cleaning import clean_class, clean_generic, normalise, split_text, wording
 from fieldmark.concepts.names import domain_words
 from fieldmark.params import Clean, Domain
-from stages.clean_concepts import CONCEPTS, clean_class, clean_generic, main, normalise, split_text, wording
-from tests.fieldmark.llm.workspace import Row, Workspace
+from tests.fieldmark.llm.workspace import Row
 
 BIRD = Domain(noun="bird", group="birds", attributes=["bill", "tail"])
 CLASS: Row = {"class_id": "k", "name": "White-breasted Kingfisher", "scientific_name": "Halcyon smyrnensis"}
@@ -204,50 +203,3 @@ def test_no_text_vanishes(texts: list[str], most: int) -> None:
     kept = [wording(row["text"], domain_words("bird")) for row in rows if row["kept"]]
     assert len(set(kept)) == len(kept)
     store.make_table("concepts/1", rows)
-
-
-def test_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    workspace = Workspace(monkeypatch, "http://unused")
-    workspace.write()
-    workspace.write_classes("Iron ray", "Moss ray", "Salt ray")
-    ids = {name: store.sha256(name)[:8] for name in ("Iron ray", "Moss ray", "Salt ray")}
-    rows = [
-        answer("a fish with a tail", subject_id=ids["Iron ray"], key="a", sample=1),
-        answer("a fish with a tail.", "a fish that sings", subject_id=ids["Iron ray"], key="b"),
-        answer("a fish with a tail", subject_id=ids["Moss ray"], key="c"),
-        answer("a fish with a fin", subject_id=ids["Salt ray"], key="d", status="invalid"),
-        answer("a fish with a gill", "a fish like a moss ray", subject_id="*", key="e"),
-    ]
-    schema = "llm.answers/1"
-    store.write_table(store.make_table(schema, rows), "data/concepts/answers.parquet", schema, {}, "m")
-    workspace.run(main)
-    concepts = store.read_table(CONCEPTS, "concepts/1").to_pylist()
-    found = {(row["class_id"], row["item_key"], row["drop_reason"]) for row in concepts if row["kind"] == "visual"}
-    # One row a class, though the text is the same; within a class the first sample counts.
-    assert found == {
-        (ids["Iron ray"], "b", None),
-        (ids["Iron ray"], "b", "sound"),
-        (ids["Iron ray"], "a", "duplicate"),
-        (ids["Moss ray"], "c", None),
-    }
-    assert {row["class_id"] for row in concepts if row["kind"] == "name"} == set(ids.values())
-    # Without a class, and last of all.
-    assert [(row["class_id"], row["kind"], row["drop_reason"]) for row in concepts[-2:]] == [
-        (None, "generic", None),
-        (None, "generic", "class_name"),
-    ]
-    said = capsys.readouterr().err
-    assert "1 classes keep no visual concept: Salt ray" in said
-    assert "6 texts, 3 kept; dropped: " in said
-    assert all(f"1 {reason}" in said for reason in ("sound", "duplicate", "class_name"))
-
-    before = CONCEPTS.read_bytes()
-    mark = store.read_header(CONCEPTS, "concepts/1").fingerprint
-    workspace.write(concurrency=1, mode="replay", model="other")
-    workspace.run(main)
-    assert CONCEPTS.read_bytes() == before
-    workspace.blocks["clean"] = {"max_words": 9}
-    workspace.write()
-    workspace.run(main)
-    assert store.read_header(CONCEPTS, "concepts/1").fingerprint != mark

@@ -1,0 +1,72 @@
+"""Turn answers into concepts: one text a row, and for each text that is dropped the reason.
+
+Reads   data/concepts/answers.parquet (rows with status ok), data/index/classes.parquet, params: domain, clean.
+Writes  data/concepts/concepts.parquet (concepts/1): every candidate of every class, kept or not, in the order in which
+        the answers gave them; for each class its name in each of clean.name_templates (kind name); and the candidates
+        of the answer about no class, if there is one (class_id null, kind generic).
+Costs   nothing but a second or two.
+
+The reasons to drop a text stand in fieldmark/concepts/cleaning.py. A class that keeps no visual text is named on
+stderr.
+
+    python -m stages.clean_concepts
+"""
+
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from fieldmark import store
+from fieldmark.command import run, stage_parser
+from fieldmark.concepts.cleaning import clean_class, clean_generic
+from fieldmark.params import load_params
+
+ANSWERS = Path("data/concepts/answers.parquet")
+CLASSES = Path("data/index/classes.parquet")
+CONCEPTS = Path("data/concepts/concepts.parquet")
+SCHEMA = "concepts/1"
+# The subject of an answer about no class.
+GENERIC = "*"
+Row = dict[str, Any]
+
+
+def report(concepts: list[Row], classes: list[Row]) -> None:
+    """Say on stderr what was kept, why the rest was dropped, and which classes are left without a visual text."""
+    texts = [row for row in concepts if row["kind"] != "name"]
+    reasons = Counter(row["drop_reason"] for row in texts if not row["kept"])
+    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
+    kept = len(texts) - reasons.total()
+    print(f"clean_concepts: {len(texts)} texts, {kept} kept; dropped: {dropped}", file=sys.stderr)
+    served = {row["class_id"] for row in texts if row["kept"] and row["kind"] == "visual"}
+    bare = [row["name"] for row in classes if row["class_id"] not in served]
+    if bare:
+        print(f"warning: {len(bare)} classes keep no visual concept: {', '.join(bare)}", file=sys.stderr)
+
+
+def main() -> None:
+    params = load_params(stage_parser(__doc__).parse_args().params)
+    upstream = [
+        store.read_header(path, schema).fingerprint
+        for path, schema in ((ANSWERS, "llm.answers/1"), (CLASSES, "index.classes/1"))
+    ]
+    answers = defaultdict(list)
+    for row in store.read_table(ANSWERS, "llm.answers/1").to_pylist():
+        if row["status"] == "ok":
+            answers[row["subject_id"]].append(row)
+    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+
+    concepts = [
+        concept
+        for row in classes
+        for concept in clean_class(row, answers[row["class_id"]], params.domain, params.clean)
+    ]
+    concepts += clean_generic(answers[GENERIC], classes, params.domain, params.clean)
+    content = {"domain": params.domain.model_dump(), "clean": params.clean.model_dump()}
+    mark = store.fingerprint(SCHEMA, content, upstream)
+    store.write_table(store.make_table(SCHEMA, concepts), CONCEPTS, SCHEMA, content, mark)
+    report(concepts, classes)
+
+
+if __name__ == "__main__":
+    run(main)
