@@ -1,21 +1,9 @@
-"""Embed every image once: the whole picture, the cells of its dense map, coarser grids of them, and crops.
-
-Reads   data/index/images.parquet and the images it names; `encoders.NAME` and `embed` of params.yaml.
-Writes  data/embed/NAME/images/bNNN.parquet (embed.nodes/1). Rows that are there already, made by the same encoder and
-        parameters, are kept: an image more embeds one image and rewrites one bucket. What a run that was killed had
-        finished, bucket by bucket, is kept too.
-Costs   one forward pass an image and view (`crops: [3]` adds 9 a view); 2 bytes a dimension and node on disk; memory
-        does not grow with the images. --dry-run embeds a few batches, writes nothing, and says what is to come.
-        --find-batch-size times the forward pass at growing batches. Large JPEGs are decoded at reduced size (views.py).
+"""The nodes of a picture, in the space of an encoder: the whole, the cells of its dense map, coarser grids, and crops.
 
 Nodes of a view, in this order: `global`; `token`s, row by row, where `embed.tokens`; for each g of `embed.grids` g x g
 `grid` cells, means of the tokens they cover; for each c of `embed.crops` c x c windows with a pass of their own. View 0
 is the picture as it is; views 1 to `embed.views` are random crops, flipped at random, seeded by image_id. A vector has
 unit length; it is 0, as its norm, for a cell in which a tower that ends with a ReLU sees nothing.
-
-    python -m stages.embed_images --encoder reef
-    python -m stages.embed_images --encoder reef --dry-run
-    python -m stages.embed_images --encoder reef --device cuda:0,cuda:1
 """
 
 from functools import partial
@@ -27,23 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from fieldmark import store
-from fieldmark.command import UserError, run
-from fieldmark.encoders.clip import Box, LoadedEncoder, choose_device
-from fieldmark.encoders.passes import (
-    Pass,
-    Product,
-    compile_blocks,
-    find_batch_size,
-    list_devices,
-    passes_parser,
-    preview,
-    run_shards,
-    update,
-)  # fmt: skip
-from fieldmark.encoders.towers import LoadedTower, load_image_encoder
-from fieldmark.memory import keep_memory
-from fieldmark.params import Embed, load_params
-from fieldmark.pictures.views import View, grid_cells, read_sources
+from fieldmark.command import UserError
+from fieldmark.encoders.clip import Box, LoadedEncoder
+from fieldmark.encoders.passes import Pass, Product
+from fieldmark.encoders.towers import LoadedTower
+from fieldmark.params import Embed
+from fieldmark.pictures.views import View, grid_cells
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.nodes/1"
@@ -98,7 +75,7 @@ def make_rows(settings: Embed, views: list[View], passes: list[list[Pass]]) -> p
 
 
 def nodes_of(encoder: LoadedEncoder | LoadedTower, settings: Embed) -> Product:
-    """What this stage makes with an encoder."""
+    """What the stage embed_images makes with an encoder."""
     return Product(
         folder=EMBED / encoder.name / "images",
         schema=SCHEMA,
@@ -112,29 +89,3 @@ def nodes_of(encoder: LoadedEncoder | LoadedTower, settings: Embed) -> Product:
         forward=encoder.embed_images,
         rows=partial(make_rows, settings),
     )  # fmt: skip
-
-
-def main() -> None:
-    arguments = passes_parser(__doc__).parse_args()
-    keep_memory()
-    params = load_params(arguments.params)
-    settings = params.image_encoder(arguments.encoder)
-    sources = read_sources(params.dataset.folder)
-    buckets = params.dataset.buckets
-    if run_shards("stages.embed_images", EMBED / arguments.encoder / "images", buckets, arguments):
-        return
-    devices = list_devices(arguments.device)
-    encoder = load_image_encoder(arguments.encoder, settings, choose_device(devices[0]))
-    if arguments.compile:
-        compile_blocks(encoder.model)
-    product = nodes_of(encoder, params.embed)
-    if arguments.find_batch_size:
-        print(find_batch_size(product))
-    elif arguments.dry_run:
-        print(f"{product.folder}: {preview(product, sources, buckets, len(devices))}")
-    else:
-        update(product, sources, buckets, arguments.shard)
-
-
-if __name__ == "__main__":
-    run(main)

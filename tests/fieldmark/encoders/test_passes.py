@@ -19,6 +19,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders import passes
 from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.nodes import nodes_of
 from fieldmark.encoders.passes import (
     Passes,
     Product,
@@ -31,7 +32,6 @@ from fieldmark.encoders.passes import (
 )
 from fieldmark.params import Params
 from fieldmark.pictures.views import Source
-from stages.embed_images import nodes_of
 from tests.project import ROOT, draw, snapshot
 
 SetParams = Callable[..., Params]
