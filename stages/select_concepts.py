@@ -8,7 +8,8 @@ Costs   two matrix products over the training images and one of candidates with 
 
 How concepts are chosen stands in fieldmark/concepts/selection.py. What is kept is judged on validation images
 (fieldmark/concepts/gate.py). Concepts without signal are told; `select.fallback` auto then puts visual prototypes in
-their place, and prototypes does so whatever the verdict.
+their place, and prototypes does so whatever the verdict. Where no concept is kept and no prototype made, the bank holds
+class names alone: methods that read no concept train as ever, and a warning says where to look.
 
     python -m stages.select_concepts --encoder reef
 """
@@ -55,7 +56,13 @@ def read_candidates(text_path: Path) -> tuple[list[Row], list[Row], dict[str, np
 
 
 def warn(found: Row, fallback: str) -> None:
-    """Say on stderr where concepts carry no signal, and what to do."""
+    """Say on stderr where there is no concept, or concepts carry no signal, and what to do."""
+    if found["concepts"] == 0 and fallback == "none":
+        print(
+            f"warning: {CONCEPTS}: no concept was kept, so that no node gets a label, and methods that tell classes by"
+            " their concepts do not train; see its drop_reason column, or set select.fallback to prototypes",
+            file=sys.stderr,
+        )
     if found["verdict"] in ("none", "weak") and fallback == "none":
         print(
             f"warning: {gate.VERDICTS[found['verdict']]}; set select.fallback to prototypes, or to auto, which acts on"
@@ -75,8 +82,6 @@ def main() -> None:
     if image_header.params["encoder"] != text_header.params["encoder"]:
         raise UserError(f"{text_path}: is of another encoder than {images}; run embed_images and embed_text again")
     names, candidates, vector_of = read_candidates(text_path)
-    if not candidates and settings.fallback == "none":
-        raise UserError(f"{CONCEPTS}: no concept was kept; see its drop_reason column, or set select.fallback")
     train_images = read_split(INDEX, "train")
     if not train_images:
         raise UserError(f"{INDEX}: holds no training image; concepts are selected on them")

@@ -20,6 +20,10 @@ For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md
     ring_gains: the `labels.rings` values of rings.py, dH_2 .. dH_K and JS over the other nodes; all 0 if there are
     none.
 
+Without a kept concept (M = 0, a bank of names alone) there is nothing to compare a node with: P_n is empty, no concept
+is stored, and H_n and the ring gains are 0. So are the densities that ask how sure concepts are: neg_entropy, entropy
+and product. Nodes of one density are selected by how little they are like one another.
+
 The stage label_patches labels what is on disk, the trainer's controls and studies a cache in memory.
 """
 
@@ -93,17 +97,20 @@ def label_nodes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights P (n, M), entropy (n,) and density (n,) of nodes (n, D), of which is_global (n,) are whole images.
 
-    `concepts` (M, D) are the kept ones, `scale` the encoder's, `reference` what read_reference gave for `settings`, and
-    `pixels` (n,) the density where it is of pixels: no vector tells it.
+    `concepts` (M, D) are the kept ones, M may be 0, `scale` the encoder's, `reference` what read_reference gave for
+    `settings`, and `pixels` (n,) the density where it is of pixels: no vector tells it.
     """
-    if settings.mode == "softmax":
+    if len(concepts) == 0:
+        weights, entropy = nodes.new_zeros(len(nodes), 0), nodes.new_zeros(len(nodes))
+    elif settings.mode == "softmax":
         weights, entropy = softmax_weights(nodes, concepts, scale / settings.temperature)
     else:
         assert reference.means is not None
         weights, entropy = splice_weights(nodes, is_global, concepts, reference.means, settings.sparsity)
-    most = math.log(len(concepts)) or 1.0  # one concept explains all: H is 0, density 1
+    most = math.log(max(len(concepts), 1)) or 1.0  # one concept explains all: H is 0, density 1
     unsure = (entropy / most).clamp(0, 1)
-    density = unsure if settings.density == "entropy" else 1 - unsure
+    sure = 1 - unsure if len(concepts) else unsure  # none explains nothing
+    density = unsure if settings.density == "entropy" else sure
     if settings.density in ("gaga", "product"):
         assert reference.centres is not None
         typical = 1 / (1 + (nodes - reference.centres[nearest_centres(nodes, reference.centres)]).norm(dim=1))
@@ -143,7 +150,7 @@ def largest_weights(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Columns are dealt to about sqrt(count M) groups; the largest are in the `count` groups of the largest maxima.
     """
     columns = weights.shape[1]
-    groups = max(count, math.isqrt(count * columns))
+    groups = max(count, math.isqrt(count * columns), 1)
     size = columns // groups
     if size < 2:
         best = weights.topk(count, dim=1)
@@ -204,7 +211,7 @@ def label_images(
     multiplies the density.
     """
     size, count = vectors.shape[1], len(concepts)
-    step = max(1, min(CHUNK, CHUNK_WEIGHTS // count) // size)
+    step = max(1, min(CHUNK, CHUNK_WEIGHTS // max(count, 1)) // size)
     for start in range(0, len(vectors), step):
         rows = slice(start, start + step)
         nodes = vectors[rows].float()
@@ -220,7 +227,7 @@ def label_images(
         selected = select_nodes(nodes, density, settings.select_locals, settings.redundancy)
         shown = score_concepts(weights, density, selected).topk(min(settings.select_concepts, count), dim=1).indices
         gains = torch.zeros(shape[0], settings.rings)
-        if size > 1:
+        if size > 1 and count > 0:
             gains = ring_gains(weights[:, 1:], density[:, 1:], places[rows, 1:], settings)
         weight, idx = largest_weights(flat, min(settings.top, count))
         yield rows, Labelled(

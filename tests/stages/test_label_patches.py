@@ -157,14 +157,14 @@ def tables(set_params: Callable[..., Params]) -> Params:
     return set_params(dataset={"buckets": 16})
 
 
-def write_bank(embed: str) -> None:
+def write_bank(embed: str, kept: bool = True) -> None:
     rows = [
         {
             "concept_idx": n,
             "text": f"{n}",
             "class_ids": ["a"],
             "kind": "visual" if n else "name",
-            "kept": n > 0,
+            "kept": kept and n > 0,
             "vector": vector.astype(np.float16),
         }
         for n, vector in enumerate(unit(np.eye(3)))
@@ -187,6 +187,24 @@ def test_the_stage(tables: Params, run_stage: Callable[..., None]) -> None:
     assert {name: content for name, (content, _) in snapshot(folder).items()} == {
         name: content for name, (content, _) in first.items()
     }
+
+
+@pytest.mark.parametrize("mode", ["softmax", "splice"])
+def test_a_bank_of_names_alone(
+    mode: str, tables: Params, set_params: Callable[..., Params], run_stage: Callable[..., None]
+) -> None:
+    write_bank("embed", kept=False)
+    write_index({image_id(n): ("a", "train") for n in (0, 1, 2)})
+    set_params(dataset={"buckets": 16}, labels={"mode": mode, "select_locals": 2})
+    run_stage("label_patches", "--encoder", "conv")
+    rows = store.read_buckets(Path("data/labels/conv"), "labels/1", 16).to_pylist()
+    assert len(rows) == 12
+    for row in rows:
+        assert (row["concept_idx"], row["concept_weight"], row["entropy"], row["density"]) == ([], [], 0, 0)
+        assert row["ring_gains"] == (None if row["node"] else [0.0] * 4)
+        assert row["selected_concepts"] == (None if row["node"] else [])
+    assert all(row["selected"] for row in rows if row["node"] == 0)
+    assert sum(row["selected"] for row in rows) == 3 * 3
 
 
 def test_a_bank_of_other_embeddings_is_refused(tables: Params, run_stage: Callable[..., None]) -> None:

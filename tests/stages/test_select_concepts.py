@@ -104,8 +104,6 @@ def test_what_cannot_be_is_one_line(tables: Params, run_stage: Callable[..., Non
     refused("is of another encoder than data/embed/conv/images")
     write_texts(text, vectors)
     refused("has no vector of 'of .*'; run embed_text again")
-    write_concepts([("photo of a", "a", "name")])
-    refused("no concept was kept")
     write_concepts([("of a", "a", "visual")])
     write_nodes(images, {image_id(0): unit(np.eye(3))})
     refused(r"has no row of image .* \(and 4 more\); run embed_images")
@@ -113,6 +111,31 @@ def test_what_cannot_be_is_one_line(tables: Params, run_stage: Callable[..., Non
     refused("holds no training image")
     store.bucket_path(images, 2).unlink()
     refused(r"b002\.parquet: is missing")
+
+
+@pytest.mark.parametrize("texts", [[], [("gone", "a", "dropped")]])
+def test_without_a_concept_the_bank_holds_the_names(
+    texts: list[tuple[str, str, str]],
+    tables: Params,
+    run_stage: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_concepts([("photo of a", "a", "name"), ("photo of b", "b", "name"), *texts])
+    run_stage("select_concepts", "--encoder", "conv")
+    message = capsys.readouterr().err
+    assert message.startswith("warning: data/concepts/concepts.parquet: no concept was kept")
+    assert message.count("\n") == 1
+    assert all(word in message for word in ("gets a label", "drop_reason", "select.fallback"))
+    rows, metrics = read_bank()
+    assert [(row["text"], row["kind"], row["kept"]) for row in rows] == [
+        ("photo of a", "name", False),
+        ("photo of b", "name", False),
+    ]
+    np.testing.assert_allclose(rows[0]["vector"], unit([1, 1, 0]), atol=1e-3)
+    assert {name: metrics[name] for name in ("candidates", "kept", "prototypes")} == {
+        "candidates": 0, "kept": 0, "prototypes": 0,
+    }  # fmt: skip
+    assert metrics["judged"] == {"verdict": "unknown", "images": 0, "classes": 0, "concepts": 0}
 
 
 LABELS = [f"c{number}" for number in range(7)]

@@ -13,6 +13,7 @@ from fieldmark import store
 from fieldmark.labels.labelling import (
     Reference,
     entropy_of,
+    label_images,
     label_nodes,
     largest_weights,
     node_means,
@@ -92,6 +93,32 @@ def test_density_by_each_rule() -> None:
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
     turned = density("gaga", nodes @ turn, nodes[:2] @ turn)
     torch.testing.assert_close(turned, density("gaga"), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["softmax", "splice"])
+@pytest.mark.parametrize("rule", ["neg_entropy", "entropy", "product", "gaga", "pixel"])
+def test_without_a_concept_no_density_of_concepts_is_above_zero(mode: str, rule: str) -> None:
+    nodes, none = random_units(8, 4), torch.zeros(0, 4)
+    told = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    settings = Labels.model_validate({"mode": mode, "density": rule, "select_locals": 2, "redundancy": 0.5})
+    reference = Reference(means=torch.zeros(2, 4), centres=nodes[:2])
+    places = torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    [(rows, labelled)] = label_images(
+        nodes.view(2, 4, 4), places, none, 7.0, settings, reference, pixels=told.view(2, 4)
+    )
+    assert rows.start == 0
+    assert labelled.idx.shape == labelled.weight.shape == (2, 4, 0)
+    assert labelled.shown.shape == (2, 0)
+    assert labelled.entropy.abs().max() == labelled.gains.abs().max() == 0
+    assert labelled.gains.shape == (2, settings.rings)
+    # These two ask no concept.
+    expected = {"gaga": 1 / (1 + torch.cdist(nodes, nodes[:2]).amin(dim=1)), "pixel": told}
+    torch.testing.assert_close(
+        labelled.density.flatten(), expected.get(rule, torch.zeros(8)), atol=1e-3, rtol=1e-3
+    )
+    for image, vectors in enumerate(nodes.view(2, 4, 4)):
+        chosen = set(labelled.selected[image].nonzero().flatten().tolist())
+        assert chosen == greedy(vectors, labelled.density[image], 2, 0.5)
 
 
 def test_splice_weights_sum_to_one_or_nothing() -> None:
