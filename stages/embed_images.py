@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from fieldmark import store
 from fieldmark.command import UserError, run
-from fieldmark.encoders.clip import Box, LoadedEncoder, choose_device
+from fieldmark.encoders.clip import LoadedEncoder, choose_device
 from fieldmark.encoders.passes import (
     Pass,
     Product,
@@ -43,7 +43,8 @@ from fieldmark.encoders.passes import (
 from fieldmark.encoders.towers import LoadedTower, load_image_encoder
 from fieldmark.memory import keep_memory
 from fieldmark.params import Embed, load_params
-from fieldmark.pictures.views import View, grid_cells, read_sources
+from fieldmark.pictures.boxes import Box, grid_cells
+from fieldmark.pictures.views import View, read_sources
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.nodes/1"

@@ -60,7 +60,6 @@ from fieldmark.pictures import decode as images
 # Raised when a rule in this module changes what it gives for the same weights and picture.
 RULES = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Box = tuple[float, float, float, float]
 # What open_clip and torch raise for files and configurations that are broken or do not fit.
 LOADING_ERRORS = (
     OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, EOFError,
@@ -388,15 +387,3 @@ def split_transform(
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     return Compose([*cut, PILToTensor()]), normalise
-
-
-def visible_box(width: int, height: int, preprocessing: dict[str, Any]) -> Box:
-    """What part of a picture of this size the encoder sees, (x0, y0, x1, y1), where [0, 1] is the whole of it."""
-    # Where timm's crop takes less than the whole side of the resized picture (towers.py).
-    share = preprocessing.get("crop_share", 1.0)
-    if preprocessing["resize_mode"] == "squash":
-        return (1 - share) / 2, (1 - share) / 2, (1 + share) / 2, (1 + share) / 2
-    # `shortest` crops to the middle square; `longest` pads to a square that reaches out of the picture.
-    side = share * (min(width, height) if preprocessing["resize_mode"] == "shortest" else max(width, height))
-    x, y = (width - side) / 2 / width, (height - side) / 2 / height
-    return x, y, 1 - x, 1 - y

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import Box, visible_box
 from fieldmark.params import Embed
+from fieldmark.pictures.boxes import Box, Region, cut_windows, in_image, middle, scale_region, visible_box
 from fieldmark.pictures.decode import BadImage, open_reduced
 
-Region = tuple[int, int, int, int]
 # A view's crop covers this share of the picture's largest square.
 VIEW_AREA = (0.5, 1.0)
 # A picture is decoded at a reduced size as long as whatever is cut from it keeps this many times the encoder's pixels a
@@ -61,20 +60,13 @@ def read_sources(folder: Path) -> list[Source]:
 
 
 def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Region, bool]:
-    """The pixel box (left, top, right, bottom) of a view and its flip: all for view 0, else drawn by image_id."""
+    """The region of a view and whether it is flipped: the whole picture for view 0, else drawn by image_id."""
     if number == 0:
         return (0, 0, width, height), False
     chance = random.Random(f"{image_id}:{number}")
     side = max(1, round(min(width, height) * math.sqrt(chance.uniform(*VIEW_AREA))))
     left, top = chance.randint(0, width - side), chance.randint(0, height - side)
     return (left, top, left + side, top + side), chance.random() < 0.5
-
-
-def cut_windows(box: Box, count: int) -> list[Box]:
-    """count x count equal windows of a box, row by row."""
-    x0, y0, x1, y1 = box
-    xs, ys = np.linspace(x0, x1, count + 1), np.linspace(y0, y1, count + 1)
-    return [(xs[i], ys[j], xs[i + 1], ys[j + 1]) for j in range(count) for i in range(count)]
 
 
 def needed_side(encoder: Eyes, settings: Embed) -> float:
@@ -121,54 +113,12 @@ def prepare(source: Source, encoder: Eyes, settings: Embed) -> list[View]:
     return views
 
 
-def middle(box: Box, share: float) -> Box:
-    """The middle of a box, `share` of its sides long: what of a window timm's crop leaves (clip.visible_box)."""
-    x, y = (1 - share) / 2 * (box[2] - box[0]), (1 - share) / 2 * (box[3] - box[1])
-    return box[0] + x, box[1] + y, box[2] - x, box[3] - y
-
-
-def scale_region(region: Region, size: tuple[int, int], reduced: tuple[int, int]) -> Region:
-    """A pixel region of a picture of `size` in the same picture of a reduced size, at least one pixel a side."""
-    (left, top, right, bottom), (width, height) = region, size
-    left, top = left * reduced[0] // width, top * reduced[1] // height
-    right = max(left + 1, round(right * reduced[0] / width))
-    return left, top, right, max(top + 1, round(bottom * reduced[1] / height))
-
-
 def crop_fraction(picture: Image.Image, box: Box) -> Image.Image:
     """The window `box`, in [0, 1] of the picture, at least one pixel a side."""
     left, top = math.floor(box[0] * picture.width), math.floor(box[1] * picture.height)
     right = max(left + 1, round(box[2] * picture.width))
     bottom = max(top + 1, round(box[3] * picture.height))
     return picture.crop((left, top, right, bottom))
-
-
-def in_image(box: Box, region: Region, size: tuple[int, int]) -> Box:
-    """A box in [0, 1] of a pixel region as a box in [0, 1] of the whole image."""
-    left, top, right, bottom = region
-    x = [(left + share * (right - left)) / size[0] for share in (box[0], box[2])]
-    y = [(top + share * (bottom - top)) / size[1] for share in (box[1], box[3])]
-    return x[0], y[0], x[1], y[1]
-
-
-def grid_cells(box: Box, height: int, width: int, rows: int, columns: int, *, flip: bool) -> list[Box]:
-    """The boxes of rows x columns cells pooled from height x width tokens that cover `box`, row by row.
-
-    A cell covers the tokens that adaptive average pooling gives it; neighbours overlap where the counts do not divide.
-    """
-    x0, y0, x1, y1 = box
-    cells = []
-    for row in range(rows):
-        top, bottom = row * height // rows, -(-(row + 1) * height // rows)
-        for column in range(columns):
-            left, right = column * width // columns, -(-(column + 1) * width // columns)
-            if flip:
-                left, right = width - right, width - left
-            cells.append((
-                x0 + (x1 - x0) * left / width, y0 + (y1 - y0) * top / height,
-                x0 + (x1 - x0) * right / width, y0 + (y1 - y0) * bottom / height,
-            ))
-    return cells
 
 
 def count_passes(settings: Embed) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import LoadedEncoder, choose_device, image_features, load_encoder, visible_box
+from fieldmark.encoders.clip import LoadedEncoder, choose_device, image_features, load_encoder
 from fieldmark.params import Encoder
 from tests.project import CONV, TEXT_TOWER, VIT, save_model
 
@@ -519,21 +519,6 @@ def test_other_convolutional_towers_follow_the_rule(trunk: str, tmp_path: Path) 
 def test_towers_of_other_kinds_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"encoders\.mine: no rule for the dense tokens of a Linear"):
         image_features(torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8), "mine")
-
-
-@pytest.mark.parametrize(
-    ("mode", "size", "box"),
-    [
-        ("shortest", (80, 80), (0, 0, 1, 1)),
-        ("shortest", (80, 60), (0.125, 0, 0.875, 1)),
-        ("shortest", (10, 40), (0, 0.375, 1, 0.625)),
-        ("squash", (80, 60), (0, 0, 1, 1)),
-        ("longest", (80, 60), (0, -1 / 6, 1, 7 / 6)),
-        ("longest", (40, 40), (0, 0, 1, 1)),
-    ],
-)
-def test_what_an_encoder_sees_of_a_picture(mode: str, size: tuple[int, int], box: tuple[float, ...]) -> None:
-    assert visible_box(*size, {"resize_mode": mode}) == pytest.approx(box)
 
 
 def test_devices() -> None:

@@ -15,8 +15,9 @@ from fieldmark import store
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.params import Embed, Params
 from fieldmark.pictures import views
+from fieldmark.pictures.boxes import scale_region
 from fieldmark.pictures.decode import open_reduced, open_rgb
-from fieldmark.pictures.views import Source, needed_side, prepare, scale_region, view_region
+from fieldmark.pictures.views import Source, needed_side, prepare, view_region
 from tests.fieldmark.pictures.test_decode import STORED
 from tests.project import image_id
 
