@@ -28,7 +28,8 @@ import torch.nn.functional as F
 
 from fieldmark import store
 from fieldmark.command import UserError, run
-from fieldmark.encoders.clip import LoadedEncoder, choose_device
+from fieldmark.encoders.base import ImageEncoder, choose_device
+from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (
     Pass,
     Product,
@@ -40,7 +41,6 @@ from fieldmark.encoders.passes import (
     run_shards,
     update,
 )  # fmt: skip
-from fieldmark.encoders.towers import LoadedTower, load_image_encoder
 from fieldmark.memory import keep_memory
 from fieldmark.params import Embed, load_params
 from fieldmark.pictures.boxes import Box, grid_cells
@@ -98,7 +98,7 @@ def make_rows(settings: Embed, views: list[View], passes: list[list[Pass]]) -> p
     })
 
 
-def nodes_of(encoder: LoadedEncoder | LoadedTower, settings: Embed) -> Product:
+def nodes_of(encoder: ImageEncoder, settings: Embed) -> Product:
     """What this stage makes with an encoder."""
     return Product(
         folder=EMBED / encoder.name / "images",

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from fieldmark import store
 from fieldmark.command import UserError, run
-from fieldmark.encoders.clip import LoadedEncoder, choose_device, pad_rows
+from fieldmark.encoders.base import ImageEncoder, choose_device, make_batch
 from fieldmark.encoders.layers import RULES, Choice, choose_layers, find_tower, hidden_states
+from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (
     Pass,
     Product,
@@ -44,29 +45,25 @@ from fieldmark.encoders.passes import (
     run_shards,
     update,
 )
-from fieldmark.encoders.towers import LoadedTower, load_image_encoder
 from fieldmark.memory import keep_memory
 from fieldmark.params import Embed, load_params
 from fieldmark.pictures.views import View, read_sources
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.tokens/1"
-Loaded = LoadedEncoder | LoadedTower
 
 
 @torch.inference_mode()
-def forward(encoder: Loaded, choice: Choice, pixels: Tensor) -> tuple[Tensor, ...]:
+def forward(encoder: ImageEncoder, choice: Choice, pixels: Tensor) -> tuple[Tensor, ...]:
     """Normalised pixels (n, 3, H, W) to the cells of each layer, CLS of each, and rollout: float16, on the device.
 
-    n is at most batch_size; the batch is padded to it, since another batch shape changes bits.
+    n is at most batch_size.
     """
-    count = len(pixels)
-    pixels = pad_rows(pixels, encoder.batch_size).to(encoder.device, encoder.dtype, memory_format=torch.channels_last)
-    hidden = hidden_states(find_tower(encoder.model), pixels, choice, key_of(encoder))
-    return tuple(each[:count].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
+    hidden = hidden_states(find_tower(encoder.model), make_batch(encoder, pixels), choice, key_of(encoder))
+    return tuple(each[: len(pixels)].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
 
 
-def key_of(encoder: Loaded) -> str:
+def key_of(encoder: ImageEncoder) -> str:
     return f"params.yaml: tokens.{encoder.name}"
 
 
@@ -103,7 +100,7 @@ def list_column(tensors: Sequence[Tensor]) -> pa.Array:
     return pa.array([each.numpy().reshape(-1) if each.numel() else None for each in tensors], store.items(store.HALF))
 
 
-def tokens_of(encoder: Loaded, choice: Choice, embed: Embed) -> Product:
+def tokens_of(encoder: ImageEncoder, choice: Choice, embed: Embed) -> Product:
     """What this stage makes with an encoder."""
     return Product(
         folder=EMBED / encoder.name / "tokens",

@@ -37,21 +37,10 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import (
-    DTYPES,
-    LOADING_ERRORS,
-    RULES,
-    LoadedEncoder,
-    load_encoder,
-    pad_rows,
-    split_transform,
-    timm_features,
-    weights_sha,
-)
-from fieldmark.params import Encoder, Tower
-from fieldmark.pictures import decode as images
+from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, make_batch, split_transform
+from fieldmark.encoders.maps import timm_features
+from fieldmark.params import Tower
 
 # timm's names of how a picture becomes a square, and open_clip's, which visible_box reads.
 RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
@@ -59,7 +48,7 @@ RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 @dataclass
 class LoadedTower:
-    """One loaded image-only encoder on one device."""
+    """One loaded encoder of images alone (base.ImageEncoder), on one device."""
 
     name: str
     model: nn.Module
@@ -78,25 +67,15 @@ class LoadedTower:
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """LoadedEncoder.embed_images: pixels (n, 3, H, W) to global embeddings (n, D) and dense tokens (n, h, w, D)."""
-        count = len(pixels)
-        pixels = pad_rows(pixels, self.batch_size).to(self.device)
-        if pixels.dtype == torch.uint8:
-            pixels = self.normalise(pixels)
-        pixels = pixels.to(self.dtype, memory_format=torch.channels_last)
-        pooled, tokens = tower_features(self.model, pixels, self.name)
-        return pooled[:count].float(), tokens[:count].float()
+        """ImageEncoder.embed_images: pixels (n, 3, H, W) to global embeddings (n, D) and dense tokens (n, h, w, D)."""
+        pooled, tokens = tower_features(self.model, make_batch(self, pixels), self.name)
+        return pooled[: len(pixels)].float(), tokens[: len(pixels)].float()
 
 
 def tower_features(model: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """clip.image_features of a timm model that nothing is projected from."""
+    """maps.image_features of a timm model whose embedding is not projected."""
     visual = nn.ModuleDict({"trunk": model, "head": nn.Identity()})
     return timm_features(visual, pixels, f"params.yaml: towers.{name}: {type(model).__name__}")
-
-
-def load_image_encoder(name: str, settings: Encoder | Tower, device: torch.device) -> LoadedEncoder | LoadedTower:
-    """Load `encoders.NAME` or `towers.NAME`. Raises UserError as load_encoder and load_tower do."""
-    return load_tower(name, settings, device) if isinstance(settings, Tower) else load_encoder(name, settings, device)
 
 
 def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
@@ -131,20 +110,13 @@ def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
         problem = f"it reads {channels} x {height} x {width}, and pictures are shown as squares of 3 channels"
         raise UserError(f"{key}.model: {problem}; use another tower")
     preprocessing = describe(config)
-    identity = {
-        "rules": RULES,
-        "decoding": images.RULES,
-        # What timm's name stands for; the tag names weights, which are hashed, and preprocessing.
-        "architecture": {"timm": settings.model.partition(".")[0], "image_size": height},
-        "weights": weights_sha(model),
-        "preprocessing": preprocessing,
-        "precision": settings.precision,
-    }
+    # timm's name without its tag: the tag stands for weights and preprocessing, which count by themselves.
+    architecture = {"timm": settings.model.partition(".")[0], "image_size": height}
     preprocess, normalise = split_transform(create_transform(**config), device)
     tower = LoadedTower(
         name=name, model=model, preprocess=preprocess, normalise=normalise, preprocessing=preprocessing,
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
-        fingerprint=store.sha256(store.canonical_json(identity)),
+        fingerprint=encoder_fingerprint(model, architecture, preprocessing, settings.precision),
     )  # fmt: skip
     check_forward(tower, settings)
     return tower

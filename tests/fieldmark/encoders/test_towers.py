@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
-from fieldmark.encoders.towers import LoadedTower, describe, load_image_encoder, load_tower, tower_features
+from fieldmark.encoders.loading import load_image_encoder
+from fieldmark.encoders.towers import LoadedTower, describe, load_tower, tower_features
 from fieldmark.params import Encoder, Params, Tower
 from fieldmark.pictures.boxes import visible_box
 from tests.checkout import checkout, command, commit, edit_params
