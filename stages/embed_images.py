@@ -31,7 +31,7 @@ from fieldmark.command import UserError, run
 from fieldmark.encoders.base import ImageEncoder, choose_device
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (
-    Pass,
+    Outputs,
     Product,
     compile_blocks,
     find_batch_size,
@@ -61,7 +61,7 @@ def levels_of(settings: Embed, height: int, width: int) -> list[tuple[str, int, 
     return levels
 
 
-def make_rows(settings: Embed, views: list[View], passes: list[list[Pass]]) -> pa.Table:
+def make_rows(settings: Embed, views: list[View], passes: list[list[Outputs]]) -> pa.Table:
     """The embed.nodes rows of views, from the pooled vector (D) and the tokens (h, w, D) of each one's passes."""
     pooled = torch.stack([torch.stack([each[0] for each in found]) for found in passes])  # (views, 1 + crops, D)
     tokens = torch.stack([found[0][1] for found in passes]).permute(0, 3, 1, 2)
@@ -108,8 +108,8 @@ def nodes_of(encoder: ImageEncoder, settings: Embed) -> Product:
             "encoder": encoder.fingerprint, "views": settings.views, "tokens": settings.tokens,
             "grids": settings.grids, "crops": settings.crops,
         },
-        cuts=settings,
-        model=encoder,
+        embed=settings,
+        encoder=encoder,
         forward=encoder.embed_images,
         rows=partial(make_rows, settings),
     )  # fmt: skip

@@ -93,7 +93,7 @@ class LoadedEncoder:
 
 
 def count_hf_tokens(tokenizer: Any, text: str) -> tuple[int, bool]:
-    """LoadedEncoder.count_tokens for open_clip's HFTokenizer: special tokens count, padding does not."""
+    """LoadedEncoder.count_tokens for open_clip's HFTokenizer. Special tokens are counted, padding is not."""
     length, encode, text = tokenizer.context_length, tokenizer.tokenizer, tokenizer.clean_fn(text)
     if tokenizer.tokenizer_mode == "clips":
         needed = len(encode(text, add_special_tokens=False, verbose=False).input_ids) + 3  # start, end, class
@@ -161,9 +161,10 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
 
 
 def check_activation(model: str, tag: str, architecture: dict[str, Any], key: str) -> None:
-    """Raises UserError for a tag of open_clip's whose weights need QuickGELU, where the model is the one without.
+    """Raises UserError for a tag of open_clip's whose weights need QuickGELU, where the model has none.
 
-    open_clip warns and embeds. The other way round there is one model (roberta-ViT-B-32): its own configuration counts.
+    open_clip itself only warns, and embeds. Of one model (roberta-ViT-B-32) the configuration has QuickGELU and the tag
+    does not say so: there the configuration counts.
     """
     if open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") and not architecture.get("quick_gelu"):
         raise UserError(f"{key}.model: {tag} was trained with QuickGELU, and {model} is without; use {model}-quickgelu")
@@ -171,9 +172,9 @@ def check_activation(model: str, tag: str, architecture: dict[str, Any], key: st
 
 @torch.inference_mode()
 def check_precision(encoder: LoadedEncoder, precision: str) -> None:
-    """Raises UserError where open_clip leaves parts of a model in fp32 that do not fit the rest.
+    """Raises UserError where open_clip leaves parts of a model in fp32, so that they do not fit the rest.
 
-    So it does with layer scale, CoCa's poolings and a Hugging Face text tower beside a ViT of its own.
+    It does so with layer scale, with CoCa's poolings and with a Hugging Face text tower beside a ViT of its own.
     """
     model: Any = encoder.model
     blank = encoder.preprocess(Image.new("RGB", (8, 8)))[None]
@@ -187,14 +188,14 @@ def check_precision(encoder: LoadedEncoder, precision: str) -> None:
 
 
 def hf_content(model: nn.Module, tokenizer: Any, key: str) -> dict[str, Any]:
-    """What the paths in `text_cfg` lead to: the text tower's settings and a sha of the tokenizer. Empty without them.
+    """What stands behind the paths in `text_cfg`: the text tower's settings and a sha of the tokenizer, or nothing.
 
-    Raises UserError for a tokenizer that transformers runs without a tokenizer.json: its rules cannot be read.
+    Raises UserError for a tokenizer that transformers runs without a tokenizer.json: its rules are code, not a file.
     """
     content: dict[str, Any] = {}
     if isinstance(tower := getattr(model, "text", None), HFTextEncoder):
         config = tower.config
-        # Against the class's defaults, so that an option which a new transformers adds changes nothing.
+        # Only what differs from the class's defaults, so that an option that a new transformers adds changes nothing.
         defaults = type(config)().to_dict()
         settings = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
         settings.pop("_name_or_path", None)
@@ -205,7 +206,7 @@ def hf_content(model: nn.Module, tokenizer: Any, key: str) -> dict[str, Any]:
             remedy = "save it as a fast one (tokenizer.json), or use another encoder"
             raise UserError(f"{key}.model: the rules of {type(inner).__name__} are code, not a file; {remedy}")
         rules = json.loads(inner.backend_tokenizer.to_str())
-        # open_clip's calls set both anew.
+        # open_clip sets both in every call.
         del rules["truncation"], rules["padding"]
         sides = [inner.padding_side, inner.truncation_side, inner.split_special_tokens]
         content["hf_tokenizer_name"] = store.sha256(store.canonical_json([rules, inner.special_tokens_map, sides]))

@@ -1,7 +1,7 @@
 """The views of an image, cut from one decode: what an encoder is shown of it, and where in the picture that lies.
 
-View 0 is the picture as it is; views 1, 2, ... are random crops, flipped at random, seeded by image_id: the same image
-always has the same views. A view may be cut further into windows that get a forward pass of their own.
+View 0 is the picture as it is. Views 1, 2, ... are random crops, flipped at random; their seed is the image_id, so that
+the same image always has the same views. A view may be cut further into windows, each with a forward pass of its own.
 """
 
 import hashlib
@@ -22,15 +22,16 @@ from fieldmark.params import Embed
 from fieldmark.pictures.boxes import Box, Region, cut_windows, in_image, middle, scale_region, visible_box
 from fieldmark.pictures.decode import BadImage, open_reduced
 
-# A view's crop covers this share of the picture's largest square.
+# The area of a view's random crop, as a share of the largest square that fits into the picture.
 VIEW_AREA = (0.5, 1.0)
-# A picture is decoded at a reduced size as long as whatever is cut from it keeps this many times the encoder's pixels a
-# side. On sharp mosaics of photographs the global vector keeps a mean cosine of 0.9994 at 2 times and 0.997 at 1.4.
-SPARE = 2
+# A picture may be decoded at a reduced size, as long as the side of whatever is cut from it has this many times as many
+# pixels as the encoder reads. On sharp mosaics of photographs, the global vector then has a mean cosine of 0.9994 with
+# that of a full decode; with 1.4 times as many pixels it is 0.997.
+OVERSAMPLING = 2
 
 
-class Eyes(Protocol):
-    """What of an encoder decides how a picture is prepared for it."""
+class Preprocessor(Protocol):
+    """The part of an encoder that decides how a picture is prepared for it (fieldmark/encoders/base.py)."""
 
     @property
     def preprocess(self) -> Callable[[Image.Image], Tensor]: ...
@@ -39,17 +40,19 @@ class Eyes(Protocol):
 
 
 class Source(NamedTuple):
+    """A usable image of the index, and its file."""
+
     image_id: str
     path: Path
 
 
 class View(NamedTuple):
-    """One view ready for the encoder: bytes (1 + crops, 3, H, W), the box of each pass, and whether it is flipped."""
+    """One view of an image, ready for the encoder."""
 
     image_id: str
     number: int
-    pixels: Tensor
-    boxes: list[Box]
+    pixels: Tensor  # bytes (1 + windows, 3, H, W): the whole view, then its windows
+    boxes: list[Box]  # where in the image each of them lies
     flip: bool
 
 
@@ -69,17 +72,17 @@ def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Re
     return (left, top, left + side, top + side), chance.random() < 0.5
 
 
-def needed_side(encoder: Eyes, settings: Embed) -> float:
-    """The pixels that the shorter side of a picture must keep for its smallest view and window to have enough."""
+def needed_side(encoder: Preprocessor, settings: Embed) -> float:
+    """How many pixels the shorter side of a picture must keep, so that its smallest view and window have enough."""
     share = (math.sqrt(VIEW_AREA[0]) if settings.views else 1) / max([1, *settings.crops])
     shown = encoder.preprocessing.get("crop_share", 1)
-    return float(SPARE * np.max(encoder.preprocessing["size"]) / shown / share)
+    return float(OVERSAMPLING * np.max(encoder.preprocessing["size"]) / shown / share)
 
 
 def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode an image that the index calls usable, at full size or less (images.open_reduced), and its true size.
+    """An image that the index calls usable, decoded at full size or less (decode.open_reduced), and its true size.
 
-    Raises UserError where its bytes are not those that were indexed.
+    Raises UserError where its bytes are not those that were indexed, or can no longer be read.
     """
     remedy = "run index_images again (dvc repro)"
     try:
@@ -93,8 +96,8 @@ def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, i
         raise UserError(f"{source.path}: could be read when it was indexed, not now ({reason}); {remedy}") from None
 
 
-def prepare(source: Source, encoder: Eyes, settings: Embed) -> list[View]:
-    """Decode one image and cut its views and their crops. Raises UserError as open_indexed does."""
+def prepare(source: Source, encoder: Preprocessor, settings: Embed) -> list[View]:
+    """Decode one image and cut its views and their windows. Raises UserError as open_indexed does."""
     image, size = open_indexed(source, needed_side(encoder, settings))
     views = []
     for number in range(settings.views + 1):
@@ -114,7 +117,7 @@ def prepare(source: Source, encoder: Eyes, settings: Embed) -> list[View]:
 
 
 def crop_fraction(picture: Image.Image, box: Box) -> Image.Image:
-    """The window `box`, in [0, 1] of the picture, at least one pixel a side."""
+    """The window `box` of a picture, at least one pixel a side."""
     left, top = math.floor(box[0] * picture.width), math.floor(box[1] * picture.height)
     right = max(left + 1, round(box[2] * picture.width))
     bottom = max(top + 1, round(box[3] * picture.height))
@@ -122,5 +125,5 @@ def crop_fraction(picture: Image.Image, box: Box) -> Image.Image:
 
 
 def count_passes(settings: Embed) -> int:
-    """Forward passes an image."""
+    """How many forward passes an image needs."""
     return (settings.views + 1) * (1 + sum(count**2 for count in settings.crops))

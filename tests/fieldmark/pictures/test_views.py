@@ -98,7 +98,7 @@ def test_a_reduced_decode_shows_the_same(
     source = Source(store.sha256(path.read_bytes()), path)
     assert open_reduced(path, needed_side(encoder, settings))[0].size[0] < 1201
     reduced = prepare(source, encoder, settings)
-    monkeypatch.setattr(views, "SPARE", 1000)
+    monkeypatch.setattr(views, "OVERSAMPLING", 1000)
     full = prepare(source, encoder, settings)
     for one, other in zip(reduced, full, strict=True):
         assert one._replace(pixels=0) == other._replace(pixels=0)  # type: ignore[arg-type]
