@@ -6,7 +6,7 @@ the cell as if the whole map consisted of that cell. So in a map whose cells are
 global embedding. What this means depends on how the tower pools:
 
 - average (ConvNeXt, MobileCLIP-S, ViTamin, Swin, CLIPA): the mean of the tokens is exactly the global embedding if the
-  projection is linear and there is no norm between pooling and projection.
+  projection is linear and no norm follows the pooling.
 - CLS token (ViTs of OpenAI and LAION, EVA, MobileCLIP-B): the cell takes the place of the CLS token. The mean of the
   tokens is not the global embedding, neither here nor with the kinds below.
 - attention (SigLIP, SigLIP 2, PE: `map`; CoCa; `rot_attn`): the cell attends to nothing but itself, so that of the
