@@ -16,7 +16,8 @@ Which nodes a view has, and in which order, stands in fieldmark/encoders/nodes.p
 """
 
 from fieldmark.command import run
-from fieldmark.encoders.clip import choose_device
+from fieldmark.encoders.base import choose_device
+from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import EMBED, nodes_of
 from fieldmark.encoders.passes import (
     compile_blocks,
@@ -27,7 +28,6 @@ from fieldmark.encoders.passes import (
     run_shards,
     update,
 )
-from fieldmark.encoders.towers import load_image_encoder
 from fieldmark.memory import keep_memory
 from fieldmark.params import load_params
 from fieldmark.pictures.views import read_sources

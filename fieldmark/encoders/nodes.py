@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import Box, LoadedEncoder
-from fieldmark.encoders.passes import Pass, Product
-from fieldmark.encoders.towers import LoadedTower
+from fieldmark.encoders.base import ImageEncoder
+from fieldmark.encoders.passes import Outputs, Product
 from fieldmark.params import Embed
-from fieldmark.pictures.views import View, grid_cells
+from fieldmark.pictures.boxes import Box, grid_cells
+from fieldmark.pictures.views import View
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.nodes/1"
@@ -37,7 +37,7 @@ def levels_of(settings: Embed, height: int, width: int) -> list[tuple[str, int, 
     return levels
 
 
-def make_rows(settings: Embed, views: list[View], passes: list[list[Pass]]) -> pa.Table:
+def make_rows(settings: Embed, views: list[View], passes: list[list[Outputs]]) -> pa.Table:
     """The embed.nodes rows of views, from the pooled vector (D) and the tokens (h, w, D) of each one's passes."""
     pooled = torch.stack([torch.stack([each[0] for each in found]) for found in passes])  # (views, 1 + crops, D)
     tokens = torch.stack([found[0][1] for found in passes]).permute(0, 3, 1, 2)
@@ -74,7 +74,7 @@ def make_rows(settings: Embed, views: list[View], passes: list[list[Pass]]) -> p
     })
 
 
-def nodes_of(encoder: LoadedEncoder | LoadedTower, settings: Embed) -> Product:
+def nodes_of(encoder: ImageEncoder, settings: Embed) -> Product:
     """What the stage embed_images makes with an encoder."""
     return Product(
         folder=EMBED / encoder.name / "images",
@@ -84,8 +84,8 @@ def nodes_of(encoder: LoadedEncoder | LoadedTower, settings: Embed) -> Product:
             "encoder": encoder.fingerprint, "views": settings.views, "tokens": settings.tokens,
             "grids": settings.grids, "crops": settings.crops,
         },
-        cuts=settings,
-        model=encoder,
+        embed=settings,
+        encoder=encoder,
         forward=encoder.embed_images,
         rows=partial(make_rows, settings),
     )  # fmt: skip
