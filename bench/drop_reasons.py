@@ -17,9 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 from time import perf_counter
 
+from fieldmark.concepts.cleaning import Row, clean_class
 from fieldmark.llm.imported import row_of
 from fieldmark.params import load_params
-from stages.clean_concepts import Row, clean_class
 
 CUB = Path("../shared/data/cub100")
 

@@ -15,9 +15,10 @@ import pyarrow as pa
 import torch
 
 from fieldmark import store
+from fieldmark.graphs.patches import graph_rows
+from fieldmark.labels.labelling import Reference
 from fieldmark.params import Graphs, Labels
-from stages.build_graphs import graph_rows
-from stages.label_patches import Reference, label
+from stages.label_patches import label
 
 NODES, DIMENSION, CONCEPTS, BUCKETS, SCALE = 33, 512, 1000, 16, 100.0
 

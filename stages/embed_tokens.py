@@ -30,10 +30,11 @@ from torch import Tensor
 
 from fieldmark import store
 from fieldmark.command import UserError, run
-from fieldmark.encoders.clip import LoadedEncoder, choose_device, pad_rows
-from fieldmark.encoders.layers import RULES, Choice, choose_layers, find_tower, hidden_states
+from fieldmark.encoders.base import ImageEncoder, choose_device, make_batch
+from fieldmark.encoders.layers import RULES, LayerChoice, choose_layers, find_tower, hidden_states
+from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (
-    Pass,
+    Outputs,
     Product,
     Work,
     find_batch_size,
@@ -44,38 +45,34 @@ from fieldmark.encoders.passes import (
     run_shards,
     update,
 )
-from fieldmark.encoders.towers import LoadedTower, load_image_encoder
 from fieldmark.memory import keep_memory
 from fieldmark.params import Embed, load_params
 from fieldmark.pictures.views import View, read_sources
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.tokens/1"
-Loaded = LoadedEncoder | LoadedTower
 
 
 @torch.inference_mode()
-def forward(encoder: Loaded, choice: Choice, pixels: Tensor) -> tuple[Tensor, ...]:
+def forward(encoder: ImageEncoder, choice: LayerChoice, pixels: Tensor) -> tuple[Tensor, ...]:
     """Normalised pixels (n, 3, H, W) to the cells of each layer, CLS of each, and rollout: float16, on the device.
 
-    n is at most batch_size; the batch is padded to it, since another batch shape changes bits.
+    n is at most batch_size.
     """
-    count = len(pixels)
-    pixels = pad_rows(pixels, encoder.batch_size).to(encoder.device, encoder.dtype, memory_format=torch.channels_last)
-    hidden = hidden_states(find_tower(encoder.model), pixels, choice, key_of(encoder))
-    return tuple(each[:count].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
+    hidden = hidden_states(find_tower(encoder.model), make_batch(encoder, pixels), choice, key_of(encoder))
+    return tuple(each[: len(pixels)].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
 
 
-def key_of(encoder: Loaded) -> str:
+def key_of(encoder: ImageEncoder) -> str:
     return f"params.yaml: tokens.{encoder.name}"
 
 
-def make_rows(name: str, choice: Choice, views: list[View], passes: list[list[Pass]]) -> pa.Table:
+def make_rows(name: str, choice: LayerChoice, views: list[View], passes: list[list[Outputs]]) -> pa.Table:
     """The embed.tokens rows of views, one a layer, from what `forward` gave for each."""
     return pa.concat_tables(view_rows(name, choice, *each) for each in zip(views, passes, strict=True))
 
 
-def view_rows(name: str, choice: Choice, view: View, passes: list[Pass]) -> pa.Table:
+def view_rows(name: str, choice: LayerChoice, view: View, passes: list[Outputs]) -> pa.Table:
     """The rows of one view."""
     outputs, count = passes[0], len(choice.layers)
     cells, cls, rollout = outputs[:count], outputs[count:-1], outputs[-1]
@@ -103,7 +100,7 @@ def list_column(tensors: Sequence[Tensor]) -> pa.Array:
     return pa.array([each.numpy().reshape(-1) if each.numel() else None for each in tensors], store.items(store.HALF))
 
 
-def tokens_of(encoder: Loaded, choice: Choice, embed: Embed) -> Product:
+def tokens_of(encoder: ImageEncoder, choice: LayerChoice, embed: Embed) -> Product:
     """What this stage makes with an encoder."""
     return Product(
         folder=EMBED / encoder.name / "tokens",
@@ -113,8 +110,8 @@ def tokens_of(encoder: Loaded, choice: Choice, embed: Embed) -> Product:
             "encoder": encoder.fingerprint, "views": embed.views, "layers": choice.layers,
             "rollout": choice.rollout is not None, "rules": RULES,
         },
-        cuts=embed.model_copy(update={"crops": []}),
-        model=encoder,
+        embed=embed.model_copy(update={"crops": []}),
+        encoder=encoder,
         forward=partial(forward, encoder, choice),
         rows=partial(make_rows, encoder.name, choice),
     )  # fmt: skip
@@ -122,10 +119,10 @@ def tokens_of(encoder: Loaded, choice: Choice, embed: Embed) -> Product:
 
 def bytes_an_image(product: Product) -> int:
     """What the numbers of one image take before they are compressed, from a pass of a blank picture."""
-    model = product.model
-    blank = model.preprocess(Image.new("RGB", (8, 8)))[None].to(model.device)
-    outputs = product.forward(model.normalise(blank))
-    return 2 * sum(output[0].numel() for output in outputs) * (product.cuts.views + 1)
+    encoder = product.encoder
+    blank = encoder.preprocess(Image.new("RGB", (8, 8)))[None].to(encoder.device)
+    outputs = product.forward(encoder.normalise(blank))
+    return 2 * sum(output[0].numel() for output in outputs) * (product.embed.views + 1)
 
 
 def space_needed(work: Work, bytes_each: int) -> int:

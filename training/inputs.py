@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fieldmark.params import Block
-from fieldmark.sources import imported_files
+from fieldmark.sources import imports_of
 from fieldmark.store import bucket_path, canonical_json, sha256
 from training.controls import Control
 from training.data import INDEX, files_of, part_kinds
@@ -56,7 +56,7 @@ def code_of(main: Path, method: str, parts: Collection[str], control: Control) -
     files += [Path(str(sys.modules[module.__name__].__file__)) for module in control.modules]  # type: ignore[attr-defined]
     found: dict[str, str] = {}
     for file in files:
-        found |= {str(path): mark for path, mark in imported_files(file, ROOT).items()}
+        found |= {str(path): mark for path, mark in imports_of(file.relative_to(ROOT), ROOT).items()}
     return dict(sorted(found.items()))
 
 

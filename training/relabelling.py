@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fieldmark.command import UserError
+from fieldmark.labels.labelling import Reference, label_images, read_reference
 from fieldmark.params import Labels as Settings
 from fieldmark.store import bucket_path, read_header
-from stages.label_patches import Reference, label_images, read_reference
 from training.controls import Request
 from training.data import Cache
 from training.data.bank import Bank

@@ -1,36 +1,16 @@
-"""Encoders that open_clip loads, and how their image cells and texts reach one space.
+"""Encoders of images and texts that open_clip loads.
 
-An image gives one global embedding and a map of dense tokens from one forward pass. One rule holds for every family:
-what follows the feature map (the tower's own norm, pooling, projection) is applied to each cell as if the whole map
-were that cell. So a map whose cells are all equal has tokens that all equal its global embedding. By kind of pooling:
+The rules of maps.py make a global embedding and dense tokens of an image. A text goes through the encoder's own
+tokenizer: open_clip's, or one of Hugging Face's with its own cleaning. Checkpoints of LongCLIP are read by longclip.py.
 
-- average (ConvNeXt, MobileCLIP-S, ViTamin, Swin, CLIPA): the mean of the cells is the global embedding exactly if the
-  projection is linear and no norm stands between.
-- CLS token (ViTs of OpenAI and LAION, EVA, MobileCLIP-B): a cell takes the place of the CLS token. The mean of the
-  cells is not the global embedding, here and below.
-- attention (SigLIP, SigLIP 2, PE: `map`; CoCa; `rot_attn`): a cell pays all its attention to itself, so that values and
-  output projection alone act on it.
-- attention with positions (ModifiedResNet, CLIP's ResNets): the cell stands at every place at once and attends to
-  itself there. Without the positions this is the rule of MaskCLIP (Zhou et al., ECCV 2022) [mem]: `v_proj`, then
-  `c_proj`. Pooling of timm's that adds positions (`abs_attn`) is refused: no configuration of open_clip has it.
+Weights that were trained with QuickGELU (OpenAI's, DFN's, MetaCLIP's) need open_clip's model NAME-quickgelu: under NAME
+their tag is refused. A checkpoint file does not say which of the two it needs, so there the name of the model decides.
 
-CLS and register tokens are no cells; where pooling reads them too, they give way to copies of the cell. The cells of
-every transformer carry context from the whole picture. A text goes through the encoder's own tokenizer: open_clip's, or
-one of Hugging Face's with its own cleaning. LongCLIP's checkpoints: see longclip.py.
-
-Weights trained with QuickGELU (OpenAI's, DFN's, MetaCLIP's) need open_clip's NAME-quickgelu: under NAME their tag is
-refused. A checkpoint file does not say which it needs, so there the name decides.
-
-Vectors leave here in float32, not normalised. An encoder's fingerprint covers architecture, weights, preprocessing,
-precision, these rules and those of decoding (images.py), a Hugging Face text tower and tokenizer by what is in them and
-not by where they lie; the device and the batch size are not in it.
+Vectors leave this module in float32, not normalised. In the fingerprint of an encoder a Hugging Face text tower and its
+tokenizer count by what is in them, not by where they lie.
 """
 
-import hashlib
 import json
-import math
-import pickle
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,38 +19,29 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import VisionTransformer
 from PIL import Image
-from safetensors import SafetensorError
-from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
-from torch.nn import functional
-from torchvision.transforms import Compose, PILToTensor
 
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders import longclip
+from fieldmark.encoders.base import (
+    DTYPES,
+    LOADING_ERRORS,
+    encoder_fingerprint,
+    make_batch,
+    pad_rows,
+    split_transform,
+)
+from fieldmark.encoders.maps import image_features
 from fieldmark.params import Encoder
-from fieldmark.pictures import decode as images
-
-# Raised when a rule in this module changes what it gives for the same weights and picture.
-RULES = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Box = tuple[float, float, float, float]
-# What open_clip and torch raise for files and configurations that are broken or do not fit.
-LOADING_ERRORS = (
-    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, EOFError,
-    StopIteration, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 @dataclass
 class LoadedEncoder:
-    """One loaded dual encoder on one device."""
+    """One loaded encoder of images (base.ImageEncoder) and of texts, on one device."""
 
     name: str
     model: nn.Module
@@ -97,22 +68,13 @@ class LoadedEncoder:
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (n, 3, H, W) to the global embeddings (n, D) and the dense tokens (n, h, w, D), float32 on the device.
-
-        Pixels are bytes as `preprocess` gives them, or floats that are normalised already. n is at most batch_size; the
-        batch is padded to it, since another batch shape changes bits.
-        """
-        count = len(pixels)
-        pixels = pad_rows(pixels, self.batch_size).to(self.device)
-        if pixels.dtype == torch.uint8:
-            pixels = self.normalise(pixels)
-        pixels = pixels.to(self.dtype, memory_format=torch.channels_last)
-        pooled, tokens = image_features(self.model.visual, pixels, self.name)
-        return pooled[:count].float(), tokens[:count].float()
+        """ImageEncoder.embed_images: pixels (n, 3, H, W) to global embeddings (n, D) and dense tokens (n, h, w, D)."""
+        pooled, tokens = image_features(self.model.visual, make_batch(self, pixels), self.name)
+        return pooled[: len(pixels)].float(), tokens[: len(pixels)].float()
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """Texts (n) to embeddings (n, D), float32 on the CPU, padded as images are."""
+        """Texts (n) to embeddings (n, D), float32 on the CPU. Their batch is padded as that of images (make_batch)."""
         tokens = pad_rows(self.tokenizer(texts), self.batch_size).to(self.device)
         encode = self.model.encode_text
         assert callable(encode)
@@ -131,7 +93,7 @@ class LoadedEncoder:
 
 
 def count_hf_tokens(tokenizer: Any, text: str) -> tuple[int, bool]:
-    """LoadedEncoder.count_tokens for open_clip's HFTokenizer: special tokens count, padding does not."""
+    """LoadedEncoder.count_tokens for open_clip's HFTokenizer. Special tokens are counted, padding is not."""
     length, encode, text = tokenizer.context_length, tokenizer.tokenizer, tokenizer.clean_fn(text)
     if tokenizer.tokenizer_mode == "clips":
         needed = len(encode(text, add_special_tokens=False, verbose=False).input_ids) + 3  # start, end, class
@@ -141,23 +103,6 @@ def count_hf_tokens(tokenizer: Any, text: str) -> tuple[int, bool]:
     # strip_sep_token puts 0 in the place of each separator, and 0 is padding to most vocabularies.
     stripped = read.count(encode.sep_token_id) if tokenizer.strip_sep_token and encode.pad_token_id == 0 else 0
     return len(read) - stripped, needed > length
-
-
-def pad_rows(rows: Tensor, count: int) -> Tensor:
-    """Repeat the last row until there are `count`."""
-    return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU where there is none. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or cuda:N") from None
-    return torch.device(name)
 
 
 def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEncoder:
@@ -200,23 +145,15 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{key}: open_clip cannot load {settings.model!r} ({reason}); correct it") from None
     model.eval().requires_grad_(False)
-    visual = model.visual
-    preprocessing = dict(visual.preprocess_cfg)
-    identity = {
-        "rules": RULES,
-        "decoding": images.RULES,
-        # The configuration, since what PyTorch prints of a model leaves out attention heads and pooling.
-        "architecture": {**architecture, "text_cfg": architecture["text_cfg"] | hf_content(model, tokenizer, key)},
-        "weights": weights_sha(model),
-        "preprocessing": preprocessing,
-        "precision": settings.precision,
-    }
+    preprocessing = dict(model.visual.preprocess_cfg)
+    # The configuration, since what PyTorch prints of a model leaves out attention heads and pooling.
+    architecture = {**architecture, "text_cfg": architecture["text_cfg"] | hf_content(model, tokenizer, key)}
     preprocess, normalise = split_transform(image_transform_v2(PreprocessCfg(**preprocessing), is_train=False), device)
     encoder = LoadedEncoder(
         name=name, model=model, preprocess=preprocess, normalise=normalise,
         preprocessing=preprocessing, tokenizer=tokenizer,
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
-        fingerprint=store.sha256(store.canonical_json(identity)),
+        fingerprint=encoder_fingerprint(model, architecture, preprocessing, settings.precision),
     )
     if settings.precision != "fp32":
         check_precision(encoder, settings.precision)
@@ -224,9 +161,10 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
 
 
 def check_activation(model: str, tag: str, architecture: dict[str, Any], key: str) -> None:
-    """Raises UserError for a tag of open_clip's whose weights need QuickGELU, where the model is the one without.
+    """Raises UserError for a tag of open_clip's whose weights need QuickGELU, where the model has none.
 
-    open_clip warns and embeds. The other way round there is one model (roberta-ViT-B-32): its own configuration counts.
+    open_clip itself only warns, and embeds. Of one model (roberta-ViT-B-32) the configuration has QuickGELU and the tag
+    does not say so: there the configuration counts.
     """
     if open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") and not architecture.get("quick_gelu"):
         raise UserError(f"{key}.model: {tag} was trained with QuickGELU, and {model} is without; use {model}-quickgelu")
@@ -234,9 +172,9 @@ def check_activation(model: str, tag: str, architecture: dict[str, Any], key: st
 
 @torch.inference_mode()
 def check_precision(encoder: LoadedEncoder, precision: str) -> None:
-    """Raises UserError where open_clip leaves parts of a model in fp32 that do not fit the rest.
+    """Raises UserError where open_clip leaves parts of a model in fp32, so that they do not fit the rest.
 
-    So it does with layer scale, CoCa's poolings and a Hugging Face text tower beside a ViT of its own.
+    It does so with layer scale, with CoCa's poolings and with a Hugging Face text tower beside a ViT of its own.
     """
     model: Any = encoder.model
     blank = encoder.preprocess(Image.new("RGB", (8, 8)))[None]
@@ -250,14 +188,14 @@ def check_precision(encoder: LoadedEncoder, precision: str) -> None:
 
 
 def hf_content(model: nn.Module, tokenizer: Any, key: str) -> dict[str, Any]:
-    """What the paths in `text_cfg` lead to: the text tower's settings and a sha of the tokenizer. Empty without them.
+    """What stands behind the paths in `text_cfg`: the text tower's settings and a sha of the tokenizer, or nothing.
 
-    Raises UserError for a tokenizer that transformers runs without a tokenizer.json: its rules cannot be read.
+    Raises UserError for a tokenizer that transformers runs without a tokenizer.json: its rules are code, not a file.
     """
     content: dict[str, Any] = {}
     if isinstance(tower := getattr(model, "text", None), HFTextEncoder):
         config = tower.config
-        # Against the class's defaults, so that an option which a new transformers adds changes nothing.
+        # Only what differs from the class's defaults, so that an option that a new transformers adds changes nothing.
         defaults = type(config)().to_dict()
         settings = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
         settings.pop("_name_or_path", None)
@@ -268,135 +206,8 @@ def hf_content(model: nn.Module, tokenizer: Any, key: str) -> dict[str, Any]:
             remedy = "save it as a fast one (tokenizer.json), or use another encoder"
             raise UserError(f"{key}.model: the rules of {type(inner).__name__} are code, not a file; {remedy}")
         rules = json.loads(inner.backend_tokenizer.to_str())
-        # open_clip's calls set both anew.
+        # open_clip sets both in every call.
         del rules["truncation"], rules["padding"]
         sides = [inner.padding_side, inner.truncation_side, inner.split_special_tokens]
         content["hf_tokenizer_name"] = store.sha256(store.canonical_json([rules, inner.special_tokens_map, sides]))
     return content
-
-
-def weights_sha(model: nn.Module) -> str:
-    """sha256 over every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def image_features(visual: Any, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Global embeddings (n, D) and dense tokens (n, h, w, D) of one forward pass. Raises UserError for other towers."""
-    key = f"params.yaml: encoders.{name}"
-    if isinstance(visual, TimmModel):
-        return timm_features(visual, pixels, f"{key}: {type(visual.trunk).__name__}")
-    if isinstance(visual, VisionTransformer):
-        return vit_features(visual, pixels, f"{key}: {type(visual).__name__}")
-    if isinstance(visual, ModifiedResNet):
-        return resnet_features(visual, pixels)
-    remedy = "use a timm tower, or a ViT or a ResNet of open_clip"
-    raise UserError(f"{key}: no rule for the dense tokens of a {type(visual).__name__}; {remedy}")
-
-
-def vit_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
-    """image_features for a ViT of open_clip's own, which errors call `tower`."""
-    pool = visual.attn_pool
-    output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=pool is None)
-    pooled, cells = output["image_features"], output["image_intermediates"][0].permute(0, 2, 3, 1)
-    if pooled.ndim != 2:
-        problem = f"gives {tuple(pooled.shape)} for a batch of pictures"
-        raise UserError(f"{tower}: {problem}; give it pooling (pool_type tok or avg, attentional_pool true)")
-    if pool is not None:
-        alone = pool.ln_k(cells).reshape(-1, 1, cells.shape[-1])
-        # Over one key, every query gives the same.
-        query = pool.ln_q(pool.query[:1]).expand(len(alone), 1, -1)
-        attended, _ = pool.attn(query, alone, alone, need_weights=False)
-        cells = visual.ln_post(attended).reshape(*cells.shape[:3], -1)
-    # Without the copy the product takes ten times as long.
-    return pooled, cells.contiguous() @ visual.proj
-
-
-def resnet_features(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """image_features for CLIP's ResNet, whose pooling adds positions p: p_0 to the mean, p_1 to p_hw to the cells x.
-
-    Over a map of one cell x everywhere, keys and values are W_k (x + p_i) and W_v (x + p_i): softmax drops q W_k x, and
-    the weights sum to one, so what is pooled is W_v x + sum_i softmax_i(q W_k p_i) W_v p_i with q = W_q (x + p_0).
-    """
-    output = visual.forward_intermediates(pixels, indices=1)
-    pool, cells = visual.attnpool, output["image_intermediates"][0].permute(0, 2, 3, 1)
-    places = pool.positional_embedding.to(cells.dtype)
-
-    def heads(rows: Tensor) -> Tensor:
-        return rows.reshape(-1, pool.num_heads, rows.shape[-1] // pool.num_heads).transpose(0, 1)
-
-    query = heads(pool.q_proj(cells + places[0]))
-    keys, values = (heads(functional.linear(places, linear.weight)) for linear in (pool.k_proj, pool.v_proj))
-    attended = functional.scaled_dot_product_attention(query, keys, values)
-    return output["image_features"], pool.c_proj(pool.v_proj(cells) + attended.transpose(0, 1).reshape(cells.shape))
-
-
-def timm_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
-    """image_features for a timm tower, which errors call `tower`."""
-    trunk = visual.trunk
-    for part in visual.modules():
-        if isinstance(part, AttentionPool2d | AttentionPoolLatent) and part.pos_embed is not None:
-            problem = "its pooling adds a learned position to each cell, and no rule for that is written"
-            raise UserError(f"{tower}: {problem}; use another encoder")
-    features = trunk.forward_features(pixels)
-    maps = cut_cells(trunk, features)
-    if maps is None:
-        raise UserError(f"{tower}: gives no map of cells; use a convolutional timm tower, a ViT or a Swin")
-    cells, (height, width) = maps
-    pooled = visual.head(trunk.forward_head(features))
-    if pooled.ndim != 2:
-        raise UserError(f"{tower}: gives {tuple(pooled.shape)} for a batch of pictures; give it pooling (timm_pool)")
-    tokens = visual.head(trunk.forward_head(cells))
-    return pooled, tokens.reshape(len(pixels), height, width, -1)
-
-
-def cut_cells(trunk: Any, features: Any) -> tuple[Tensor, tuple[int, int]] | None:
-    """Each cell as a feature map (n h w, ...) of its own, row by row, and the grid (h, w). None: there is no map."""
-    channels = trunk.num_features
-    if not isinstance(features, Tensor):
-        return None
-    if features.ndim == 4 and getattr(trunk, "output_fmt", None) == "NHWC":
-        height, width = features.shape[1:3]
-        return features.reshape(-1, 1, 1, channels), (height, width)
-    if features.ndim == 4 and features.shape[1] == channels:
-        height, width = features.shape[2:]
-        return features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1), (height, width)
-    prefix = getattr(trunk, "num_prefix_tokens", None)
-    grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
-    if prefix is None or grid is None or features.shape[1:] != (prefix + math.prod(grid), channels):
-        return None
-    cells = features[:, prefix:].reshape(-1, 1, channels)
-    # A copy for each prefix token: whichever of them the pooling reads or skips, it reads this cell alone.
-    return cells.expand(-1, prefix + 1, -1), grid
-
-
-def split_transform(
-    transform: Compose, device: torch.device
-) -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor]]:
-    """A library's preprocessing in two steps: a picture to bytes (3, H, W), and bytes (n, 3, H, W) to float32.
-
-    Together they give its bits. A thread that decodes moves a quarter of the memory so, and no tensor in it is large
-    enough for PyTorch to start threads of its own.
-    """
-    *cut, _, normalize = transform.transforms
-    mean, std = (torch.as_tensor(each, device=device)[:, None, None] for each in (normalize.mean, normalize.std))
-
-    def normalise(pixels: Tensor) -> Tensor:
-        return pixels.float().div_(255).sub_(mean).div_(std)
-
-    return Compose([*cut, PILToTensor()]), normalise
-
-
-def visible_box(width: int, height: int, preprocessing: dict[str, Any]) -> Box:
-    """What part of a picture of this size the encoder sees, (x0, y0, x1, y1), where [0, 1] is the whole of it."""
-    # Where timm's crop takes less than the whole side of the resized picture (towers.py).
-    share = preprocessing.get("crop_share", 1.0)
-    if preprocessing["resize_mode"] == "squash":
-        return (1 - share) / 2, (1 - share) / 2, (1 + share) / 2, (1 + share) / 2
-    # `shortest` crops to the middle square; `longest` pads to a square that reaches out of the picture.
-    side = share * (min(width, height) if preprocessing["resize_mode"] == "shortest" else max(width, height))
-    x, y = (width - side) / 2 / width, (height - side) / 2 / height
-    return x, y, 1 - x, 1 - y

@@ -1,4 +1,4 @@
-"""Texts through an encoder: what the stages that embed texts share."""
+"""Texts through an encoder, for all stages that embed texts."""
 
 import io
 from datetime import timedelta
@@ -14,12 +14,12 @@ from fieldmark.command import UserError
 from fieldmark.encoders.clip import LoadedEncoder
 
 SCHEMA = "embed.text/1"
-# Batches that --dry-run embeds to tell the rate.
+# How many batches --dry-run embeds to measure the rate.
 SAMPLE_BATCHES = 4
 
 
 def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
-    """The embed.text rows of `kinds`, vectors of unit length."""
+    """The embed.text rows of texts, given with the kind of each. Vectors have unit length."""
     texts = sorted(kinds)
     counts = [encoder.count_tokens(text) for text in texts]
     vectors = [torch.empty(0, encoder.dimension)]
@@ -40,7 +40,7 @@ def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
 
 
 def preview(missing: dict[str, str], kept: int, encoder: LoadedEncoder) -> str:
-    """What a run would do, for --dry-run: the rate and the bytes are those of a few texts embedded now."""
+    """What a run would do, for --dry-run. Rate and bytes are measured on a few texts that are embedded now."""
     lines = [f"{len(missing)} texts to embed, {kept} kept"]
     if missing:
         sample = dict(islice(missing.items(), SAMPLE_BATCHES * encoder.batch_size))

@@ -1,26 +1,25 @@
-"""Image-only encoders that timm loads: DINOv2, ResNet, Swin, ConvNeXt and whatever else gives a map of cells.
+"""Image-only encoders ("towers") that timm loads: DINOv2, ResNet, Swin, ConvNeXt and all others with a map of cells.
 
-A tower embeds images as the encoders of clip.py do, by the same rule for its dense tokens, and has no text side:
-nothing of a text is ever compared with it. It reaches embed_images and build_graphs, and no method.
+A tower embeds images as the encoders of clip.py do, with the same rule for its dense tokens (maps.py). It has no text
+side, so that no text is ever compared with its embeddings: a run may name it under `also`, not as its `encoder`.
 
 Its global embedding is what timm's classifier would read, `model(pixels)` of a model without classes: the CLS token
-after the last norm (DINOv2), the mean of the cells (ResNet, Swin), their mean normed (ConvNeXt), what its attention
-pools (`map`). A dense token is the same of one cell.
+after the last norm (DINOv2), the mean of the cells (ResNet, Swin), their mean after a norm (ConvNeXt), or what its
+attention pools (`map`). A dense token is the same of one cell.
 
 timm decides what a tower sees: size, middle crop, interpolation, mean and deviation come from the model's own
 pretrained_cfg and become timm's own transform. Where crop_pct is under 1 the margin of the picture is not seen, and the
-boxes of the nodes say so. `image_size` builds the model for another size: DINOv2 is 518 by itself, five times the work
-of 224 or more, and its positions are interpolated by timm.
+boxes of the nodes say so. `image_size` builds the model for another size, and timm interpolates its positions. DINOv2's
+own size is 518, which takes five times the work of 224 or more.
 
     towers:
       dinov2: {model: vit_small_patch14_dinov2.lvd142m, image_size: 224}
       resnet50: {model: resnet50.a1_in1k}
       swin: {model: swin_tiny_patch4_window7_224.ms_in1k}
 
-Weights are those of the name's tag, from the model hub, or a checkpoint FILE (`pretrained`) in the layout of timm or in
-one that timm translates itself. A file has to fill the model whole; its classifier alone is left out.
-
-Swin's and ResNet's earlier stages are at hand too: `tower.model.forward_intermediates`.
+Weights are those of the tag in the model's name, from the model hub, or those of a checkpoint FILE (`pretrained`) in
+timm's layout or in one that timm translates itself. A file must hold every weight of the model; only its classifier is
+left out. Earlier stages of Swin and ResNet can be read as well: `tower.model.forward_intermediates` (layers.py).
 """
 
 import difflib
@@ -37,29 +36,18 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import (
-    DTYPES,
-    LOADING_ERRORS,
-    RULES,
-    LoadedEncoder,
-    load_encoder,
-    pad_rows,
-    split_transform,
-    timm_features,
-    weights_sha,
-)
-from fieldmark.params import Encoder, Tower
-from fieldmark.pictures import decode as images
+from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, make_batch, split_transform
+from fieldmark.encoders.maps import timm_features
+from fieldmark.params import Tower
 
-# timm's names of how a picture becomes a square, and open_clip's, which visible_box reads.
+# timm's names of how a picture becomes a square, and open_clip's names of the same, which visible_box reads.
 RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 
 @dataclass
 class LoadedTower:
-    """One loaded image-only encoder on one device."""
+    """One loaded encoder of images alone (base.ImageEncoder), on one device."""
 
     name: str
     model: nn.Module
@@ -78,25 +66,15 @@ class LoadedTower:
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """LoadedEncoder.embed_images: pixels (n, 3, H, W) to global embeddings (n, D) and dense tokens (n, h, w, D)."""
-        count = len(pixels)
-        pixels = pad_rows(pixels, self.batch_size).to(self.device)
-        if pixels.dtype == torch.uint8:
-            pixels = self.normalise(pixels)
-        pixels = pixels.to(self.dtype, memory_format=torch.channels_last)
-        pooled, tokens = tower_features(self.model, pixels, self.name)
-        return pooled[:count].float(), tokens[:count].float()
+        """ImageEncoder.embed_images: pixels (n, 3, H, W) to global embeddings (n, D) and dense tokens (n, h, w, D)."""
+        pooled, tokens = tower_features(self.model, make_batch(self, pixels), self.name)
+        return pooled[: len(pixels)].float(), tokens[: len(pixels)].float()
 
 
 def tower_features(model: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """clip.image_features of a timm model that nothing is projected from."""
+    """maps.image_features of a timm model whose embedding is not projected."""
     visual = nn.ModuleDict({"trunk": model, "head": nn.Identity()})
     return timm_features(visual, pixels, f"params.yaml: towers.{name}: {type(model).__name__}")
-
-
-def load_image_encoder(name: str, settings: Encoder | Tower, device: torch.device) -> LoadedEncoder | LoadedTower:
-    """Load `encoders.NAME` or `towers.NAME`. Raises UserError as load_encoder and load_tower do."""
-    return load_tower(name, settings, device) if isinstance(settings, Tower) else load_encoder(name, settings, device)
 
 
 def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
@@ -105,7 +83,7 @@ def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
     if settings.precision == "fp16" and device.type == "cpu":
         raise UserError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32 on this machine")
     cfg = find_config(settings.model, key)
-    # None is left to timm; models without positions take any size.
+    # None leaves the size to timm. Models without positions take any size as they are.
     size = settings.image_size if cfg.fixed_input_size else None
     if settings.pretrained is None and not cfg.has_weights:
         problem = f"timm has no weights for {settings.model}, and random ones embed nothing"
@@ -122,7 +100,7 @@ def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
         source = "the model hub" if settings.pretrained is None else settings.pretrained
         remedy = "correct it, or name a checkpoint file" if settings.pretrained is None else "correct it"
         raise UserError(f"{key}: timm cannot load {settings.model!r} from {source} ({reason}); {remedy}") from None
-    # The weights themselves, which timm keeps there.
+    # timm keeps the weights of a file there as well.
     model.pretrained_cfg.pop("state_dict", None)
     model.to(device, DTYPES[settings.precision]).eval().requires_grad_(False)
     config = resolve_model_data_config(model, {"img_size": settings.image_size})
@@ -130,21 +108,14 @@ def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
     if channels != 3 or height != width:
         problem = f"it reads {channels} x {height} x {width}, and pictures are shown as squares of 3 channels"
         raise UserError(f"{key}.model: {problem}; use another tower")
-    preprocessing = describe(config)
-    identity = {
-        "rules": RULES,
-        "decoding": images.RULES,
-        # What timm's name stands for; the tag names weights, which are hashed, and preprocessing.
-        "architecture": {"timm": settings.model.partition(".")[0], "image_size": height},
-        "weights": weights_sha(model),
-        "preprocessing": preprocessing,
-        "precision": settings.precision,
-    }
+    preprocessing = translate_config(config)
+    # timm's name without its tag: the tag stands for weights and preprocessing, which count by themselves.
+    architecture = {"timm": settings.model.partition(".")[0], "image_size": height}
     preprocess, normalise = split_transform(create_transform(**config), device)
     tower = LoadedTower(
         name=name, model=model, preprocess=preprocess, normalise=normalise, preprocessing=preprocessing,
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
-        fingerprint=store.sha256(store.canonical_json(identity)),
+        fingerprint=encoder_fingerprint(model, architecture, preprocessing, settings.precision),
     )  # fmt: skip
     check_forward(tower, settings)
     return tower
@@ -161,16 +132,16 @@ def find_config(model: str, key: str) -> Any:
 
 
 def read_checkpoint(path: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
-    """What timm.create_model needs to fill a model without classes from a file, every weight of it, or to fail."""
+    """What timm.create_model needs to load every weight of a model without classes from a file, or to fail."""
     names = (classifier,) if isinstance(classifier, str) else classifier or ()
     dropped = tuple(f"{name}." for name in names)
     state = {name: weight for name, weight in load_state_dict(path).items() if not name.startswith(dropped)}
-    # As many classes as the model has: otherwise timm passes over weights that are missing.
+    # As many classes as the model has, which is none: otherwise timm does not mind that weights are missing.
     return {"state_dict": state, "num_classes": 0, "label_offset": 0}
 
 
-def describe(config: dict[str, Any]) -> dict[str, Any]:
-    """timm's data config in the words of open_clip's preprocessing, and what it adds to them.
+def translate_config(config: dict[str, Any]) -> dict[str, Any]:
+    """timm's data config by open_clip's names of preprocessing, and `crop_share`, which open_clip does not know.
 
     `crop_share` is the side of the middle crop over that of the resized picture, in whole pixels as timm counts them.
     """
@@ -187,7 +158,7 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_forward(tower: LoadedTower, settings: Tower) -> None:
-    """Raises UserError where the tower cannot run in its precision or size, or has no map of cells that fill it."""
+    """Raises UserError where the tower cannot run in its precision or size, or whole cells do not fill its picture."""
     key, size = f"params.yaml: towers.{tower.name}", settings.image_size
     try:
         tower.embed_images(tower.preprocess(Image.new("RGB", (8, 8)))[None])
@@ -195,7 +166,7 @@ def check_forward(tower: LoadedTower, settings: Tower) -> None:
         reason = " ".join(str(error).split())[:300]
         remedy = "use precision fp32, and image_size null or a size it is made for"
         raise UserError(f"{key}: timm cannot run {settings.model} with these settings ({reason}); {remedy}") from None
-    # timm itself leaves out pixels that fill no cell, or pads, and says nothing.
+    # timm itself leaves out pixels that do not fill a cell, or pads them, and does not say so.
     layers = getattr(tower.model, "feature_info", None)
     cell = layers[-1]["reduction"] if layers else 1
     if size is not None and size % cell:

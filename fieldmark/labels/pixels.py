@@ -1,4 +1,4 @@
-"""How much the pixels under each node differ: density rule `pixel` of stages/label_patches.py.
+"""How much the pixels under each node differ: density rule `pixel` of labelling.py.
 
 Hpix_n = -sum_v p_v log2 p_v, in bits, p_v the share of grey value v among the pixels in the box of node n: 256 bins
 (methods.md section 4, stage E [design]). The density is Hpix_n / 8: 0 where all pixels are alike, 1 where all 256
@@ -23,7 +23,7 @@ ON_EDGE = 1e-3
 
 def read_grey(webp: bytes) -> np.ndarray:
     """Grey values (H, W) uint8 of an encoded picture, by Pillow's mode L."""
-    # Studies label nodes too, and training imports no PIL: it comes with the first picture that a rule asks for.
+    # Studies label nodes by this rule too, and evaluation/ imports no PIL: it comes with the first picture asked for.
     from PIL import Image
 
     with Image.open(io.BytesIO(webp)) as image:

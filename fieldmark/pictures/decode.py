@@ -1,9 +1,10 @@
 """Pictures as everything downstream sees them: upright, 8-bit sRGB, one frame, opened within a set memory.
 
-Colours go from the picture's own ICC profile to sRGB; a profile that cannot be read counts as none. Transparency lies
-on BACKGROUND. Integers of 16 bits are divided by 257; of 32 bits too, unless all are under 256; floats are taken as
-[0,1], [0,255] or [0,65535], the smallest of these that holds them all. Of several frames it is the first. Where less
-will do (`open_reduced`), a JPEG is decoded at 1/2, 1/4 or 1/8 of its size.
+Colours are converted from the picture's own ICC profile to sRGB; a profile that cannot be read counts as none. What is
+transparent is laid on BACKGROUND. Integers of 16 bits are divided by 257, and so are those of 32 bits unless all are
+under 256. Floats are taken as values in [0,1], [0,255] or [0,65535], the smallest of these ranges that holds them all.
+Of a picture with several frames the first is taken. Where a smaller picture is enough (`open_reduced`), a JPEG is
+decoded at 1/2, 1/4 or 1/8 of its size.
 """
 
 import io
@@ -21,14 +22,15 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-# A picture of more pixels is refused as a decompression bomb before it is decoded: up to 24 bytes a pixel in memory.
+# A picture of more pixels is refused as a decompression bomb before it is decoded, which takes up to 24 bytes a pixel.
 MAX_PIXELS = 120_000_000
 # What shows through where a picture is transparent: mid-grey, so that neither dark nor light subjects vanish.
 BACKGROUND = (128, 128, 128)
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
 }  # fmt: skip
-# What a file may be, whatever its suffix says. Pillow knows formats that run other programs (EPS starts Ghostscript).
+# The formats that a file may have, whatever its suffix says. Others are not safe: of some that Pillow reads, decoding
+# starts another program (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 pillow_heif.register_heif_opener(thumbnails=False)
 # Values of EXIF's Orientation that turn a picture by a quarter.
@@ -36,7 +38,7 @@ SIDEWAYS = (5, 6, 7, 8)
 # Raised when the pixels that the rules of this module give for the same file change.
 RULES = 3
 
-# Pillow warns of sizes that MAX_PIXELS judges, and of odd metadata that does not touch the pixels.
+# Pillow warns of large sizes, which MAX_PIXELS decides about, and of odd metadata, which does not change the pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
@@ -56,7 +58,7 @@ def open_rgb(path: str | Path | IO[bytes]) -> Image.Image:
 def open_reduced(path: str | Path | IO[bytes], side: float = math.inf) -> tuple[Image.Image, tuple[int, int]]:
     """open_rgb of a picture whose shorter side may shrink to `side` pixels, but no further, and its true upright size.
 
-    A JPEG alone is decoded smaller, by its own transform: a coefficient that is left out costs nothing.
+    Only a JPEG is decoded at a smaller size: its transform allows to leave out coefficients, which saves their time.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -70,7 +72,7 @@ def open_reduced(path: str | Path | IO[bytes], side: float = math.inf) -> tuple[
                 width, height = height, width
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image), (width, height)
-    # Neither message names the path: what is written of a picture is the same on every machine.
+    # No message names the path: the table that they are written to is the same on every machine.
     except UnidentifiedImageError:
         raise BadImage(f"is none of {', '.join(FORMATS)}") from None
     except OSError as error:
@@ -93,7 +95,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey values of more than 8 bits as bytes; the range of `I` and `F` is told from what they hold."""
+    """Grey values of more than 8 bits as bytes. Modes `I` and `F` do not say their range: the largest value decides."""
     most = values.max(initial=0)
     if mode == "F" and most <= 1:
         values = values * 255
@@ -103,7 +105,7 @@ def to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
 
 
 def to_srgb(image: Image.Image, mode: str) -> Image.Image:
-    """A picture in `mode` (RGB or RGBA), its colours converted from its ICC profile where it has one but sRGB."""
+    """A picture in `mode` (RGB or RGBA), its colours converted from its ICC profile if it has one other than sRGB."""
     profile = image.info.get("icc_profile")
     if profile:
         try:
@@ -119,7 +121,7 @@ def to_srgb(image: Image.Image, mode: str) -> Image.Image:
 
 
 def dhash(image: Image.Image) -> int:
-    """The 64-bit difference hash: bit set where a pixel of the 9 x 8 grey thumbnail is brighter than its right one."""
+    """The 64-bit difference hash of a 9 x 8 grey thumbnail: a bit is 1 where a pixel is brighter than its right one."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR), dtype=np.int16)
     bits = (grey[:, :-1] > grey[:, 1:]).reshape(-1)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
@@ -128,7 +130,7 @@ def dhash(image: Image.Image) -> int:
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
 ) -> Iterator[Result]:
-    """`map` in threads, in order, at most `ahead` results waiting: memory stays flat however many items there are."""
+    """`map` in threads, in order. At most `ahead` results wait, so that memory does not grow with the items."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -1,8 +1,9 @@
-"""What is wrong with a data set before anyone trains on it: doubles, leaks between splits, classes without images.
+"""What is wrong with a data set before anyone trains on it: duplicates, leaks between splits, classes without images.
 
-Near duplicates are pairs of pictures whose 64-bit difference hashes (images.dhash) differ in at most NEAR_BITS bits. On
+Near duplicates are pairs of pictures whose 64-bit difference hashes (decode.dhash) differ in at most NEAR_BITS bits. On
 5,902 crops of CUB-200-2011 all 3 pairs within 3 bits were the same photograph, and none of the 6 pairs at 4 and 5 bits
-was; two more doubles were 6 and 7 bits apart. So what is found is there, and more may be.
+was; two more pairs of the same photograph were 6 and 7 bits apart. So a pair that is found can be trusted, and some are
+not found.
 """
 
 from collections import defaultdict
@@ -14,16 +15,18 @@ import numpy as np
 from fieldmark.formats.listing import SPLITS, Listing, Row
 
 NEAR_BITS = 3
-# Of the pictures that share one hash (black frames, say) this many are paired with others; all are counted as leaks.
-PAIRED = 20
+# Of pictures that share one hash (black frames, for example) only so many are paired; all of them are counted as leaks.
+MAX_PAIRED = 20
+# A run is the hashes that share one piece. All runs of up to SHORT_RUN hashes are compared together; each longer one by
+# itself, BLOCK of its hashes at a time.
 SHORT_RUN, BLOCK = 64, 2048
 
 
 def near_pairs(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions (i, j), i < j, of distinct uint64 hashes (n,) that differ in at most NEAR_BITS bits.
 
-    Exact: of NEAR_BITS + 1 = 4 pieces of 16 bits such a pair shares one whole (Manku et al., WWW 2007), so only
-    hashes with a piece in common are compared.
+    It finds every such pair. A hash has NEAR_BITS + 1 = 4 pieces of 16 bits, and two hashes that differ in so few bits
+    have at least one whole piece in common (Manku et al., WWW 2007): only hashes with a common piece are compared.
     """
     found = [np.zeros((0, 2), dtype=np.int64)]
     for shift in range(0, 64, 16):
@@ -64,7 +67,7 @@ def compare_run(hashes: np.ndarray, run: np.ndarray) -> list[np.ndarray]:
 def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
     """Pairs of used images (path, other, bits), and the paths of test images that have a near duplicate elsewhere.
 
-    `rows` are those of index.images that are ok. Of more than PAIRED images with one hash the first are paired.
+    `rows` are those of index.images that are ok. Of images that share one hash the first MAX_PAIRED are paired.
     """
     members: dict[int, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["path"]):
@@ -82,8 +85,8 @@ def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
             for one, other in ((a, b), (b, a)):
                 if any(row["split"] != "test" for row in groups[other]):
                     leaks |= {row["path"] for row in groups[one] if row["split"] == "test"}
-        for first in groups[a][:PAIRED]:
-            for second in groups[b][:PAIRED]:
+        for first in groups[a][:MAX_PAIRED]:
+            for second in groups[b][:MAX_PAIRED]:
                 if a != b or first["path"] < second["path"]:
                     path, other_path = sorted((first["path"], second["path"]))
                     pairs.append({"path": path, "other": other_path, "bits": bits})
@@ -91,15 +94,15 @@ def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
 
 
 def spread(values: Iterable[int]) -> Row:
-    """Smallest, median and largest; null where there is nothing."""
+    """The smallest, median and largest value; null where there is none."""
     numbers = np.array(list(values))
     if not numbers.size:
         return {"min": None, "median": None, "max": None}
     return {"min": int(numbers.min()), "median": float(np.median(numbers)), "max": int(numbers.max())}
 
 
-def count_places(pairs: Iterable[tuple[Row, Row]]) -> dict[str, int]:
-    """Pairs of rows by where they stand: in two classes, in two splits of one class, or together."""
+def count_pairs(pairs: Iterable[tuple[Row, Row]]) -> dict[str, int]:
+    """How many pairs of rows are of two classes, of two splits of one class, or of one class and split."""
     counts = {"within_split": 0, "across_splits": 0, "across_classes": 0}
     for a, b in pairs:
         if a["class_id"] != b["class_id"]:
@@ -114,7 +117,7 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
     by_path = {row["path"]: row for row in rows}
     usable = [row for row in rows if row["status"] == "ok"]
     pairs, leaks = find_near_duplicates(usable)
-    copies = count_places((row, by_path[row["duplicate_of"]]) for row in rows if row["status"] == "duplicate")
+    copies = count_pairs((row, by_path[row["duplicate_of"]]) for row in rows if row["status"] == "duplicate")
     copies["across_classes"] = sum(row["status"] == "conflict" for row in rows)
 
     splits_of: dict[str, set[str]] = defaultdict(set)
@@ -130,7 +133,7 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
     with_images = {row["class_id"] for row in usable}
     health = {
         "byte_duplicates": copies,
-        "near_duplicates": count_places((by_path[pair["path"]], by_path[pair["other"]]) for pair in pairs),
+        "near_duplicates": count_pairs((by_path[pair["path"]], by_path[pair["other"]]) for pair in pairs),
         "groups": {"count": len(splits_of), "across_splits": sum(len(splits) > 1 for splits in splits_of.values())},
         "contaminated_test": {
             "near_duplicates": len(leaks),

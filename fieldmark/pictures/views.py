@@ -1,7 +1,7 @@
 """The views of an image, cut from one decode: what an encoder is shown of it, and where in the picture that lies.
 
-View 0 is the picture as it is; views 1, 2, ... are random crops, flipped at random, seeded by image_id: the same image
-always has the same views. A view may be cut further into windows that get a forward pass of their own.
+View 0 is the picture as it is. Views 1, 2, ... are random crops, flipped at random; their seed is the image_id, so that
+the same image always has the same views. A view may be cut further into windows, each with a forward pass of its own.
 """
 
 import hashlib
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import Box, visible_box
 from fieldmark.params import Embed
+from fieldmark.pictures.boxes import Box, Region, cut_windows, in_image, middle, scale_region, visible_box
 from fieldmark.pictures.decode import BadImage, open_reduced
 
-Region = tuple[int, int, int, int]
-# A view's crop covers this share of the picture's largest square.
+# The area of a view's random crop, as a share of the largest square that fits into the picture.
 VIEW_AREA = (0.5, 1.0)
-# A picture is decoded at a reduced size as long as whatever is cut from it keeps this many times the encoder's pixels a
-# side. On sharp mosaics of photographs the global vector keeps a mean cosine of 0.9994 at 2 times and 0.997 at 1.4.
-SPARE = 2
+# A picture may be decoded at a reduced size, as long as the side of whatever is cut from it has this many times as many
+# pixels as the encoder reads. On sharp mosaics of photographs, the global vector then has a mean cosine of 0.9994 with
+# that of a full decode; with 1.4 times as many pixels it is 0.997.
+OVERSAMPLING = 2
 
 
-class Eyes(Protocol):
-    """What of an encoder decides how a picture is prepared for it."""
+class Preprocessor(Protocol):
+    """The part of an encoder that decides how a picture is prepared for it (fieldmark/encoders/base.py)."""
 
     @property
     def preprocess(self) -> Callable[[Image.Image], Tensor]: ...
@@ -40,17 +40,19 @@ class Eyes(Protocol):
 
 
 class Source(NamedTuple):
+    """A usable image of the index, and its file."""
+
     image_id: str
     path: Path
 
 
 class View(NamedTuple):
-    """One view ready for the encoder: bytes (1 + crops, 3, H, W), the box of each pass, and whether it is flipped."""
+    """One view of an image, ready for the encoder."""
 
     image_id: str
     number: int
-    pixels: Tensor
-    boxes: list[Box]
+    pixels: Tensor  # bytes (1 + windows, 3, H, W): the whole view, then its windows
+    boxes: list[Box]  # where in the image each of them lies
     flip: bool
 
 
@@ -61,7 +63,7 @@ def read_sources(folder: Path) -> list[Source]:
 
 
 def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Region, bool]:
-    """The pixel box (left, top, right, bottom) of a view and its flip: all for view 0, else drawn by image_id."""
+    """The region of a view and whether it is flipped: the whole picture for view 0, else drawn by image_id."""
     if number == 0:
         return (0, 0, width, height), False
     chance = random.Random(f"{image_id}:{number}")
@@ -70,24 +72,17 @@ def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Re
     return (left, top, left + side, top + side), chance.random() < 0.5
 
 
-def cut_windows(box: Box, count: int) -> list[Box]:
-    """count x count equal windows of a box, row by row."""
-    x0, y0, x1, y1 = box
-    xs, ys = np.linspace(x0, x1, count + 1), np.linspace(y0, y1, count + 1)
-    return [(xs[i], ys[j], xs[i + 1], ys[j + 1]) for j in range(count) for i in range(count)]
-
-
-def needed_side(encoder: Eyes, settings: Embed) -> float:
-    """The pixels that the shorter side of a picture must keep for its smallest view and window to have enough."""
+def needed_side(encoder: Preprocessor, settings: Embed) -> float:
+    """How many pixels the shorter side of a picture must keep, so that its smallest view and window have enough."""
     share = (math.sqrt(VIEW_AREA[0]) if settings.views else 1) / max([1, *settings.crops])
     shown = encoder.preprocessing.get("crop_share", 1)
-    return float(SPARE * np.max(encoder.preprocessing["size"]) / shown / share)
+    return float(OVERSAMPLING * np.max(encoder.preprocessing["size"]) / shown / share)
 
 
 def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode an image that the index calls usable, at full size or less (images.open_reduced), and its true size.
+    """An image that the index calls usable, decoded at full size or less (decode.open_reduced), and its true size.
 
-    Raises UserError where its bytes are not those that were indexed.
+    Raises UserError where its bytes are not those that were indexed, or can no longer be read.
     """
     remedy = "run index_images again (dvc repro)"
     try:
@@ -101,8 +96,8 @@ def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, i
         raise UserError(f"{source.path}: could be read when it was indexed, not now ({reason}); {remedy}") from None
 
 
-def prepare(source: Source, encoder: Eyes, settings: Embed) -> list[View]:
-    """Decode one image and cut its views and their crops. Raises UserError as open_indexed does."""
+def prepare(source: Source, encoder: Preprocessor, settings: Embed) -> list[View]:
+    """Decode one image and cut its views and their windows. Raises UserError as open_indexed does."""
     image, size = open_indexed(source, needed_side(encoder, settings))
     views = []
     for number in range(settings.views + 1):
@@ -121,56 +116,14 @@ def prepare(source: Source, encoder: Eyes, settings: Embed) -> list[View]:
     return views
 
 
-def middle(box: Box, share: float) -> Box:
-    """The middle of a box, `share` of its sides long: what of a window timm's crop leaves (clip.visible_box)."""
-    x, y = (1 - share) / 2 * (box[2] - box[0]), (1 - share) / 2 * (box[3] - box[1])
-    return box[0] + x, box[1] + y, box[2] - x, box[3] - y
-
-
-def scale_region(region: Region, size: tuple[int, int], reduced: tuple[int, int]) -> Region:
-    """A pixel region of a picture of `size` in the same picture of a reduced size, at least one pixel a side."""
-    (left, top, right, bottom), (width, height) = region, size
-    left, top = left * reduced[0] // width, top * reduced[1] // height
-    right = max(left + 1, round(right * reduced[0] / width))
-    return left, top, right, max(top + 1, round(bottom * reduced[1] / height))
-
-
 def crop_fraction(picture: Image.Image, box: Box) -> Image.Image:
-    """The window `box`, in [0, 1] of the picture, at least one pixel a side."""
+    """The window `box` of a picture, at least one pixel a side."""
     left, top = math.floor(box[0] * picture.width), math.floor(box[1] * picture.height)
     right = max(left + 1, round(box[2] * picture.width))
     bottom = max(top + 1, round(box[3] * picture.height))
     return picture.crop((left, top, right, bottom))
 
 
-def in_image(box: Box, region: Region, size: tuple[int, int]) -> Box:
-    """A box in [0, 1] of a pixel region as a box in [0, 1] of the whole image."""
-    left, top, right, bottom = region
-    x = [(left + share * (right - left)) / size[0] for share in (box[0], box[2])]
-    y = [(top + share * (bottom - top)) / size[1] for share in (box[1], box[3])]
-    return x[0], y[0], x[1], y[1]
-
-
-def grid_cells(box: Box, height: int, width: int, rows: int, columns: int, *, flip: bool) -> list[Box]:
-    """The boxes of rows x columns cells pooled from height x width tokens that cover `box`, row by row.
-
-    A cell covers the tokens that adaptive average pooling gives it; neighbours overlap where the counts do not divide.
-    """
-    x0, y0, x1, y1 = box
-    cells = []
-    for row in range(rows):
-        top, bottom = row * height // rows, -(-(row + 1) * height // rows)
-        for column in range(columns):
-            left, right = column * width // columns, -(-(column + 1) * width // columns)
-            if flip:
-                left, right = width - right, width - left
-            cells.append((
-                x0 + (x1 - x0) * left / width, y0 + (y1 - y0) * top / height,
-                x0 + (x1 - x0) * right / width, y0 + (y1 - y0) * bottom / height,
-            ))
-    return cells
-
-
 def count_passes(settings: Embed) -> int:
-    """Forward passes an image."""
+    """How many forward passes an image needs."""
     return (settings.views + 1) * (1 + sum(count**2 for count in settings.crops))

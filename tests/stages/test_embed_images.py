@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.nodes import nodes_of
 from fieldmark.encoders.passes import forward_sources
 from fieldmark.params import Params
-from fieldmark.pictures.views import Source, crop_fraction, cut_windows, grid_cells, in_image, view_region
-from stages.embed_images import nodes_of
+from fieldmark.pictures.boxes import cut_windows, grid_cells, in_image
+from fieldmark.pictures.views import Source, crop_fraction, view_region
 from tests.project import CONV, ROOT, VIT, draw, image_id, save_model, snapshot, unit
 
 SetParams = Callable[..., Params]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
-from fieldmark.encoders.layers import Choice
+from fieldmark.encoders.layers import LayerChoice
 from fieldmark.encoders.passes import Work, forward_sources
 from fieldmark.params import Embed, Params
 from fieldmark.pictures.views import Source, view_region
@@ -239,7 +239,7 @@ def test_what_changes_a_number_embeds_all_anew(
 def test_company_and_order_do_not_change_bits(name: str, set_tokens: SetParams, dataset: list[str]) -> None:
     params = set_tokens(embed={"views": 1})
     encoder = load_encoder(name, params.encoder(name), torch.device("cpu"))
-    product = tokens_of(encoder, Choice([0, 1], 1 if name == "vit" else None), params.embed)
+    product = tokens_of(encoder, LayerChoice([0, 1], 1 if name == "vit" else None), params.embed)
     sources = [Source(store.sha256(path.read_bytes()), path) for path in sorted(Path("images").glob("*/*/*.png"))[:5]]
     together = list(forward_sources(sources, product))
     for order in ([4], [3, 1], [4, 3, 2, 1, 0]):
@@ -337,8 +337,8 @@ def test_half_precision_is_near_full(set_tokens: SetParams) -> None:
     for precision in ("fp32", "bf16"):
         settings = params.encoder("vit").model_copy(update={"precision": precision})
         encoder = load_encoder("vit", settings, torch.device("cpu"))
-        outputs.append(forward(encoder, Choice([1, 2], 1), pixels))
-        assert tokens_of(encoder, Choice([1], None), Embed()).mark
+        outputs.append(forward(encoder, LayerChoice([1, 2], 1), pixels))
+        assert tokens_of(encoder, LayerChoice([1], None), Embed()).fingerprint
     full, half = outputs
     assert [output.dtype for output in half] == [torch.float16] * 5
     assert [tuple(output.shape) for output in half] == [(3, 4, 4, 32)] * 2 + [(3, 32)] * 2 + [(3, 2, 16)]

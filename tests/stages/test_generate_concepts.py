@@ -798,7 +798,7 @@ def test_ctrl_c_exits_with_130(server: OpenAIServer, workspace: Workspace) -> No
 
 
 def test_help_says_what_it_reads_writes_and_costs() -> None:
-    for stage in ("generate_concepts", "describe_images", "clean_concepts", "lock"):
+    for stage in ("generate_concepts", "describe_images", "clean_concepts"):
         command = [sys.executable, "-m", f"stages.{stage}", "--help"]
         said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
         assert all(word in said for word in ("Reads", "Writes", "Costs"))

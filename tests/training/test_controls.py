@@ -18,8 +18,9 @@ from evaluation.plan import Plan as StudyPlan
 from evaluation.study import controlled_cache
 from fieldmark import store
 from fieldmark.command import UserError
+from fieldmark.labels.labelling import Reference
 from fieldmark.params import Labels as LabelSettings
-from stages.label_patches import Reference, label
+from stages.label_patches import label
 from tests.project import write_thumbs
 from tests.training.cache import ALL, ENCODER, Plan, tensors, unit, with_vectors, write_cache
 from training.control_texts import read_control_texts

@@ -25,7 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class ProbeSettings(Block):
-    l2: list[Positive] = Field(default=list(STRENGTHS), min_length=1)  # strengths of regularisation that val chooses from
+    l2: list[Positive] = Field(default=list(STRENGTHS), min_length=1)  # strengths that val chooses from
     max_iterations: Count = MAX_ITERATIONS  # of L-BFGS, for each strength
 
 

@@ -87,12 +87,12 @@ class Settings(Schedule):
     heads: Count = 8  # of graph: gat, and of description: attention
     graph: Kind = "gcn"  # gcn, gat, sage, or mlp: no edges
     layers: Count = 2  # of the graph network
-    description: Literal["none", "gate", "attention"] = "none"  # the second graph, of texts: none, or joined by gate or attention
+    description: Literal["none", "gate", "attention"] = "none"  # the second graph, of texts: none, gate or attention
     neighbours: Count = 5  # nearest texts that each is linked to in the second graph
     streams: list[Stream] = Field(default=["global", "local"], min_length=1)  # logits that are summed
     bottleneck: Whole = 0  # dimensions of the information bottleneck on nodes; 0: none
     interference: Whole = 0  # dimensions of nodes against the concepts of all classes; 0: none
-    rings: Literal["none", "readout", "node"] = "none"  # gains of rings: none, at the readout, or as a node of their own
+    rings: Literal["none", "readout", "node"] = "none"  # gains of rings: none, at the readout, or a node of their own
     recovery_epoch: Count = 1  # the first epoch with loss_weights.recovery
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
 

@@ -46,7 +46,7 @@ class DescriptionZeroShot(nn.Module):
 
 
 def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
-    """(C, D): a mean over cosines is a product with this mean. Raises NotPossible for a class without concepts, or name.
+    """(C, D): a mean over cosines is a product with this mean. Raises NotPossible for a class without concepts.
 
     A text that the bank holds twice counts once.
     """

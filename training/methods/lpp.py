@@ -27,7 +27,7 @@ READS = frozenset({"globals", "names", "owners"})
 
 class Settings(ProbeSettings):
     l2: list[Positive] = Field(default=[1.0, 0.1, 0.0316, 0.01, 0.001], min_length=1)  # strengths that val chooses from
-    text_scale: list[NotNegative] = Field(default=[1.0, 3.0, 10.0], min_length=1)  # more: leaning on the texts is cheaper
+    text_scale: list[NotNegative] = Field(default=[1.0, 3.0, 10.0], min_length=1)  # more: texts are cheaper to lean on
 
 
 class BlendedLinear(nn.Linear):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fieldmark.concepts.cleaning import split_text
 from fieldmark.concepts.visibility import Eye
-from stages.clean_concepts import split_text
 from tests.project import ROOT
 
 CUB = ROOT.parent / "shared/data/cub100"

@@ -17,7 +17,8 @@ from timm.models import SwinTransformer, register_model
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import LoadedEncoder, check_activation, image_features, load_encoder
+from fieldmark.encoders.clip import LoadedEncoder, check_activation, load_encoder
+from fieldmark.encoders.maps import image_features
 from fieldmark.params import Encoder
 from tests.fieldmark.encoders.test_clip import save_tokenizer
 from tests.project import save_model

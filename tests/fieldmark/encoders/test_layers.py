@@ -20,13 +20,13 @@ from torch.nn import functional
 from fieldmark.command import UserError
 from fieldmark.encoders.layers import (
     Attention,
-    Choice,
+    LayerChoice,
+    attention_rollout,
     choose_layers,
     find_tower,
     hidden_states,
-    keep_attention,
-    project,
-    roll_out,
+    queries_and_keys,
+    record_attention,
     run_layers,
 )
 
@@ -126,7 +126,7 @@ def test_layers_of_a_vit_are_what_leaves_its_blocks(name: str, towers: dict[str,
     tower, prefix = towers[name], VITS[name][0]
     expected = outputs_of(blocks_of(tower), tower, pixels)
     choice = choose_layers(tower, [-1, 0], False, KEY)
-    assert choice == Choice([0, 2], None)
+    assert choice == LayerChoice([0, 2], None)
     with torch.inference_mode():
         hidden = hidden_states(tower, pixels, choice, KEY)
     assert hidden.rollout.shape == (2, 0, 0)
@@ -157,7 +157,7 @@ def test_stages_are_what_leaves_them(towers: dict[str, nn.Module], pixels: Tenso
     for tower, stages, first, channels_first in cases:
         chosen = list(range(first, first + len(stages)))
         with torch.inference_mode():
-            hidden = hidden_states(tower, pixels, Choice(chosen, None), KEY)
+            hidden = hidden_states(tower, pixels, LayerChoice(chosen, None), KEY)
         for cells, output in zip(hidden.cells, outputs_of(stages, tower, pixels), strict=True):
             expected = output.permute(0, 2, 3, 1) if channels_first else output
             torch.testing.assert_close(cells, expected, atol=1e-6, rtol=1e-5)
@@ -170,7 +170,8 @@ def test_cells_stand_where_the_picture_is(name: str, towers: dict[str, nn.Module
     after = before.clone()
     after[:, :, 60:, :4] = 5
     with torch.inference_mode():
-        one, other = (hidden_states(towers[name], each, Choice([0], None), KEY).cells[0] for each in (before, after))
+        first = LayerChoice([0], None)
+        one, other = (hidden_states(towers[name], each, first, KEY).cells[0] for each in (before, after))
     moved = (other - one).norm(dim=-1)[0]
     row, column = divmod(int(moved.argmax()), moved.shape[1])
     assert row >= moved.shape[0] / 2
@@ -200,7 +201,7 @@ def test_maps_and_rollout_are_the_librarys_own_maps_and_their_product(
 ) -> None:
     tower, prefix = towers[name], VITS[name][0]
     expected = written_out(tower, pixels)
-    with torch.inference_mode(), keep_attention(tower) as kept:
+    with torch.inference_mode(), record_attention(tower) as kept:
         run_layers(tower, pixels, [2])
     for attention, own in zip(kept, expected, strict=True):
         torch.testing.assert_close(attention.rows(), own, atol=1e-5, rtol=1e-4)
@@ -231,7 +232,7 @@ def test_maps_times_values_are_the_blocks_own_output(
                 given.append((args[2], output))
             return output
 
-    with torch.inference_mode(), keep_attention(tower) as kept, Watch():
+    with torch.inference_mode(), record_attention(tower) as kept, Watch():
         run_layers(tower, pixels, [2])
     blocks = blocks_of(tower)
     if isinstance(blocks[0].attn, nn.MultiheadAttention):
@@ -272,7 +273,7 @@ def test_a_row_at_a_time_is_the_product_of_whole_maps(depth: int, heads: int, co
     product = maps[0]
     for each in maps[1:]:
         product = each @ product
-    row = roll_out([attention_like(each) for each in maps])
+    row = attention_rollout([attention_like(each) for each in maps])
     torch.testing.assert_close(row, product[:, :, 0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(row.sum(-1), torch.ones(2, heads))
 
@@ -287,11 +288,11 @@ def test_cells_that_pass_on_one_cell_each_compose(first: list[int], second: list
     last = torch.eye(6)
     last[0] = torch.eye(6)[looked_at]
     maps = [passing_on(first), passing_on(second), last.expand(1, 3, 6, 6)]
-    row = roll_out([attention_like(each) for each in maps])
+    row = attention_rollout([attention_like(each) for each in maps])
     assert row.argmax(-1).tolist() == [[first[second[looked_at - 1] - 1]] * 3]
     assert row.max() == 1
     same = list(range(1, 6))
-    row = roll_out([attention_like(each) for each in (passing_on(same), passing_on(same), maps[-1])])
+    row = attention_rollout([attention_like(each) for each in (passing_on(same), passing_on(same), maps[-1])])
     assert row.argmax(-1).tolist() == [[looked_at] * 3]
 
 
@@ -299,7 +300,7 @@ def test_queries_and_keys_of_a_multihead_attention_without_bias() -> None:
     torch.manual_seed(0)
     attention, tokens = nn.MultiheadAttention(8, 2, bias=False, batch_first=True), torch.randn(3, 5, 8)
     expected = attention(tokens, tokens, tokens, average_attn_weights=False)[1]
-    torch.testing.assert_close(project(attention, tokens).rows(), expected)
+    torch.testing.assert_close(queries_and_keys(attention, tokens).rows(), expected)
     query = tokens[:, None] / math.sqrt(2)
     row = Attention(query, query).rows(2)
     torch.testing.assert_close(row, (query @ query.mT / math.sqrt(8)).softmax(-1)[:, :, :2])
@@ -309,8 +310,8 @@ def test_a_half_precision_tower_gives_maps_in_float32(towers: dict[str, nn.Modul
     for name in ("open_clip", "timm", "EVA-02"):
         tower = build(VITS[name][1])
         with torch.inference_mode():
-            full = hidden_states(tower, pixels, Choice([1], 1), KEY)
-            half = hidden_states(tower.bfloat16(), pixels.bfloat16(), Choice([1], 1), KEY)
+            full = hidden_states(tower, pixels, LayerChoice([1], 1), KEY)
+            half = hidden_states(tower.bfloat16(), pixels.bfloat16(), LayerChoice([1], 1), KEY)
         assert half.cells[0].dtype == torch.bfloat16
         assert half.rollout.dtype == torch.float32
         assert half.rollout.sum(-1).max() < 1 + 1e-5

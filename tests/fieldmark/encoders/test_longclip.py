@@ -8,8 +8,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
@@ -17,9 +15,9 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders import longclip
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
-from fieldmark.encoders.longclip import stretch_positions
 from fieldmark.params import Encoder, Params
 from tests.project import VIT, save_model, write_concepts
+from tools.longclip import stretch_positions
 
 CPU = torch.device("cpu")
 CONFIG = {**VIT, "text_cfg": {**VIT["text_cfg"], "context_length": 77}}
@@ -28,12 +26,10 @@ SHORT = "fin " * 75
 LONG = "fin " * 100
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder: the configurations `tiny` and `tiny-quickgelu`, known to open_clip by name; `clip`, a random CLIP of 77
-    positions with QuickGELU; its `long.pt`, whose two tables differ as after training.
+def save_checkpoints(base: Path) -> Path:
+    """A folder with: the configurations `tiny` and `tiny-quickgelu`, known to open_clip by name; `clip`, a random CLIP
+    of 77 positions with QuickGELU; its `long.pt`, whose two tables differ as after training.
     """
-    base = tmp_path_factory.mktemp("longclip")
     for name, settings in {"tiny": CONFIG, "tiny-quickgelu": {**CONFIG, "quick_gelu": True}}.items():
         (base / f"{name}.json").write_text(json.dumps(settings))
     open_clip.add_model_config(base)
@@ -44,6 +40,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state["positional_embedding_res"] = torch.randn(248, 16, generator=generator)
     torch.save(dict(state), base / "long.pt")
     return base
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoints(tmp_path_factory.mktemp("longclip"))
 
 
 def load(pretrained: Path, model: str = "tiny", **settings: Any) -> LoadedEncoder:
@@ -64,30 +65,6 @@ def rows_of(encoder: LoadedEncoder) -> Tensor:
     rows = encoder.model.positional_embedding
     assert isinstance(rows, Tensor)
     return rows
-
-
-def test_the_first_twenty_rows_stay_and_the_rest_become_four_times_as_many() -> None:
-    before = torch.randn(77, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    after = stretch_positions(before)
-    assert after.shape == (248, 8)
-    assert torch.equal(after[:20], before[:20])
-    for i in range(57):
-        assert torch.equal(after[20 + 4 * i], before[20 + i])
-    for i in range(56):
-        for quarter in (1, 2, 3):
-            expected = ((4 - quarter) * before[20 + i] + quarter * before[21 + i]) / 4
-            torch.testing.assert_close(after[20 + 4 * i + quarter], expected)
-    for quarter in (1, 2, 3):
-        torch.testing.assert_close(after[244 + quarter], before[76] + quarter * (before[76] - before[75]) / 4)
-
-
-@given(rows=st.integers(22, 90), start=st.floats(-9, 9), slope=st.floats(-9, 9))
-def test_a_straight_line_stays_straight(rows: int, start: float, slope: float) -> None:
-    places = torch.arange(rows, dtype=torch.float64)[:, None]
-    after = stretch_positions(start + slope * places)
-    assert len(after) == 4 * rows - 60
-    expected = start + slope * (20 + torch.arange(len(after) - 20, dtype=torch.float64)[:, None] / 4)
-    torch.testing.assert_close(after[20:], expected)
 
 
 def test_each_table_counts_where_it_was_trained(checkpoints: Path, encoder: LoadedEncoder) -> None:
@@ -168,33 +145,15 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(checkpoints: Path, tmp_path:
     tables = r"broken\.pt: positional_embedding and positional_embedding_res are not two tables of one shape"
     refuse(lambda state: state.update(positional_embedding=torch.zeros(77, 16)), tables)
     refuse(lambda state: state.pop("positional_embedding"), tables)
-    refuse(lambda state: state.update({name: torch.zeros(20, 16) for name in (longclip.FIRST, longclip.REST)}), tables)
-    refuse(lambda state: state.update({name: torch.zeros(248) for name in (longclip.FIRST, longclip.REST)}), tables)
+    names = (longclip.FIRST_TABLE, longclip.SECOND_TABLE)
+    refuse(lambda state: state.update({name: torch.zeros(20, 16) for name in names}), tables)
+    refuse(lambda state: state.update({name: torch.zeros(248) for name in names}), tables)
     refuse(lambda state: state.pop("visual.proj"), r"Missing key\(s\) in state_dict: .visual\.proj")
     refuse(lambda state: state.update(more=torch.zeros(1)), r"Unexpected key\(s\) in state_dict: .more")
     refuse(lambda state: None, "cannot load .ViT-S-32-alt. .*Missing key", model="ViT-S-32-alt")
     refuse(lambda state: None, "cannot load 'coca_ViT-B-32'", model="coca_ViT-B-32")
     refuse(lambda state: state.update(more=Hostile(tmp_path / "taken")), "Weights only load failed")
     assert not (tmp_path / "taken").exists()
-
-
-def test_the_untrained_start_is_written_in_the_published_layout(
-    checkpoints: Path, clip: LoadedEncoder, set_params: Callable[..., Params], run_stage: Callable[..., None]
-) -> None:
-    base = {"model": f"local-dir:{checkpoints / 'clip'}", "precision": "bf16"}
-    set_params(encoders={"base": base})
-    run_stage("tools.longclip", "--encoder", "base", "--out", "new/long.pt")
-    state = torch.load("new/long.pt", weights_only=True)
-    assert torch.equal(state["positional_embedding"], state["positional_embedding_res"])
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    encoder = load(Path("new/long.pt"))
-    assert torch.equal(rows_of(encoder), stretch_positions(rows_of(clip)))
-    assert encoder.count_tokens(LONG) == (102, False)
-    assert torch.equal(encoder.embed_texts(["a fish"]), clip.embed_texts(["a fish"]))
-    assert not list(Path("new").glob("*.part"))
-    with pytest.raises(UserError, match=r"params\.yaml: encoders\.vit: is no CLIP with QuickGELU; "):
-        run_stage("tools.longclip", "--encoder", "vit", "--out", "new/vit.pt")
-    assert not Path("new/vit.pt").exists()
 
 
 def test_its_texts_do_not_mix_with_another_towers_images(

@@ -19,10 +19,11 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders import passes
 from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.nodes import nodes_of
 from fieldmark.encoders.passes import (
-    Passes,
+    BatchRunner,
+    CpuSlots,
     Product,
-    Turns,
     find_batch_size,
     forward_sources,
     list_devices,
@@ -31,7 +32,6 @@ from fieldmark.encoders.passes import (
 )
 from fieldmark.params import Params
 from fieldmark.pictures.views import Source
-from stages.embed_images import nodes_of
 from tests.project import ROOT, draw, snapshot
 
 SetParams = Callable[..., Params]
@@ -65,8 +65,8 @@ def limit(product: Product, most: int) -> tuple[Product, list[int]]:
     sizes: list[int] = []
 
     def forward(pixels: Tensor) -> tuple[Tensor, ...]:
-        sizes.append(product.model.batch_size)
-        if product.model.batch_size > most:
+        sizes.append(product.encoder.batch_size)
+        if product.encoder.batch_size > most:
             raise torch.OutOfMemoryError("out of memory")
         return product.forward(pixels)
 
@@ -155,7 +155,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_nothing_is_lost(
     images = list(forward_sources(sources(), limited))
     # 4 where 5 fit: half of 8.
     fits = {5: 4, 2: 2, 1: 1}[most]
-    assert limited.model.batch_size == fits
+    assert limited.encoder.batch_size == fits
     expected = list(forward_sources(sources(), make_product(fits)))
     assert all(one.equals(other) for one, other in zip(images, expected, strict=True))
     # Each size that was too large was tried once.
@@ -177,8 +177,9 @@ def test_other_errors_are_no_lack_of_memory(make_product: Callable[[int], Produc
         torch.empty(2**52, dtype=torch.float64)
     assert out_of_memory(error.value)
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    runner = BatchRunner(make_product(2), CpuSlots(torch.device("cpu"), 1))
     with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
-        Passes(make_product(2), Turns(torch.device("cpu"), 1)).start(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
+        runner.start(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
 
 
 def test_a_batch_size_is_found_and_nothing_written(
@@ -188,9 +189,9 @@ def test_a_batch_size_is_found_and_nothing_written(
     project: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(passes, "TIMED", 0)
+    monkeypatch.setattr(passes, "TIMED_SECONDS", 0)
     # Every batch counts as a gain.
-    monkeypatch.setattr(passes, "GAIN", 0)
+    monkeypatch.setattr(passes, "MIN_SPEEDUP", 0)
     limited, _ = limit(make_product(4), 16)
     lines = find_batch_size(limited).splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["batch_size", "4", "8", "16", "32"]
@@ -199,7 +200,7 @@ def test_a_batch_size_is_found_and_nothing_written(
     with pytest.raises(UserError, match="out of memory at batch_size 8"):
         find_batch_size(limit(make_product(8), 4)[0])
     # And stops at the first that gains nothing.
-    monkeypatch.setattr(passes, "GAIN", 1e9)
+    monkeypatch.setattr(passes, "MIN_SPEEDUP", 1e9)
     run_stage("index_images")
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in project.rglob("*")}
@@ -227,8 +228,8 @@ def test_a_writer_is_ahead_of_by_a_few_batches_only(make_product: Callable[[int]
     limited, sizes = limit(make_product(4), 4)
     rows = forward_sources(sources(), limited)
     assert isinstance(next(rows), pa.Table)
-    # Two batches for the five passes of the first image, and at most AHEAD more.
-    assert 2 <= len(sizes) <= 3 + passes.AHEAD
+    # Two batches for the five passes of the first image, and at most QUEUED_BATCHES more.
+    assert 2 <= len(sizes) <= 3 + passes.QUEUED_BATCHES
     rows.close()  # type: ignore[attr-defined]
 
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.encoders.clip import load_encoder, visible_box
-from fieldmark.encoders.towers import LoadedTower, describe, load_image_encoder, load_tower, tower_features
+from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.loading import load_image_encoder
+from fieldmark.encoders.towers import LoadedTower, load_tower, tower_features, translate_config
 from fieldmark.params import Encoder, Params, Tower
+from fieldmark.pictures.boxes import visible_box
 from tests.checkout import checkout, command, commit, edit_params
 from tests.project import draw
 from tools.preflight import named_paths
@@ -262,7 +264,7 @@ def test_the_visible_box_is_what_timm_shows(width: int, height: int, mode: str, 
         "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0),
     }  # fmt: skip
     preprocess = create_transform(**config)
-    x0, y0, x1, y1 = visible_box(width, height, describe(config))
+    x0, y0, x1, y1 = visible_box(width, height, translate_config(config))
     # Each pixel of the picture holds where it lies.
     across, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     for places, low, high, axis in ((across, x0, x1, 0), (down, y0, y1, 1)):

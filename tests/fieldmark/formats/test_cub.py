@@ -8,7 +8,6 @@ from fieldmark.command import UserError
 from fieldmark.formats import read_listing
 from fieldmark.formats.listing import Listing
 from fieldmark.params import Dataset, Params
-from stages.index_images import index
 from tests.project import ROOT, draw
 
 FILES = {
@@ -84,7 +83,9 @@ def test_a_class_table_adds_to_the_classes(root: Path) -> None:
     ]
 
 
-def test_pixels_become_shares_of_the_image(root: Path, set_params: Callable[..., Params]) -> None:
+def test_pixels_become_shares_of_the_image(
+    root: Path, set_params: Callable[..., Params], run_stage: Callable[..., None]
+) -> None:
     for seed, row in enumerate(read(root).images):
         draw(root / row["path"], seed)  # 80 x 60
     for number in range(8, 16):
@@ -98,7 +99,8 @@ def test_pixels_become_shares_of_the_image(root: Path, set_params: Callable[...,
     with open(root / "parts/part_locs.txt", "a") as file:
         file.write("2 1 1 1 1\n")
     (root / "images/001.Black_footed_Albatross/b 2.png").write_bytes(b"broken")
-    index(set_params(dataset={"format": "cub", "val_list": "val.txt"}))
+    set_params(dataset={"format": "cub", "val_list": "val.txt"})
+    run_stage("index_images")
     rows = {row["path"]: row for row in store.read_table("data/index/images.parquet", "index.images/1").to_pylist()}
     assert rows["images/001.Black_footed_Albatross/a.png"]["box"] == [0.25, 0.25, 1, 0.75]
     assert rows["images/001.Black_footed_Albatross/b 2.png"]["box"] is None

@@ -67,7 +67,7 @@ def test_many_images_of_one_hash_are_all_leaks_but_not_all_paired() -> None:
     rows = [image(f"test/a/{n:03d}", 0) for n in range(300)] + [image("train/a/0", 0)]
     pairs, leaks = find_near_duplicates(rows)
     assert len(leaks) == 300
-    assert len(pairs) == health.PAIRED * (health.PAIRED - 1) // 2
+    assert len(pairs) == health.MAX_PAIRED * (health.MAX_PAIRED - 1) // 2
 
 
 def test_numbers() -> None:

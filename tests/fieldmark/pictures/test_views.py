@@ -15,8 +15,9 @@ from fieldmark import store
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.params import Embed, Params
 from fieldmark.pictures import views
+from fieldmark.pictures.boxes import scale_region
 from fieldmark.pictures.decode import open_reduced, open_rgb
-from fieldmark.pictures.views import Source, needed_side, prepare, scale_region, view_region
+from fieldmark.pictures.views import Source, needed_side, prepare, view_region
 from tests.fieldmark.pictures.test_decode import STORED
 from tests.project import image_id
 
@@ -97,7 +98,7 @@ def test_a_reduced_decode_shows_the_same(
     source = Source(store.sha256(path.read_bytes()), path)
     assert open_reduced(path, needed_side(encoder, settings))[0].size[0] < 1201
     reduced = prepare(source, encoder, settings)
-    monkeypatch.setattr(views, "SPARE", 1000)
+    monkeypatch.setattr(views, "OVERSAMPLING", 1000)
     full = prepare(source, encoder, settings)
     for one, other in zip(reduced, full, strict=True):
         assert one._replace(pixels=0) == other._replace(pixels=0)  # type: ignore[arg-type]

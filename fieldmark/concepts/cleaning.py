@@ -1,0 +1,159 @@
+"""Which texts of an answer can be concepts: one text a row, and for each text that is dropped the reason.
+
+Of a text that ends in a remark on the class by its name ("a long stiff tail, typical of the Brown Creeper") the remark
+is cut off. A text is dropped, for the first of these reasons that holds:
+
+    empty, fragment    holds no words, or is no whole phrase
+    too_long           has more than clean.max_words
+    class_name         gives the class away; a generic one, any class
+    habitat            is about the surroundings: the model says so, or the words do
+    sound, smell, diet, range, habitat, size, population, breeding, mechanics, lore, behaviour, comparison,
+    nothing_visible    claims what one photo cannot show, or nothing that it can: see visibility.py
+    duplicate          says in the same words what another text of the class says
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from fieldmark import store
+from fieldmark.concepts.names import ClassName, domain_words, words
+from fieldmark.concepts.visibility import Eye
+from fieldmark.params import Clean, Domain
+
+Row = dict[str, Any]
+
+# A list's bullet or number, and what ends one of several sentences in a text.
+BULLET = re.compile(r"^\s*(?:[-*\u2022\u2013]|\(?\d{1,2}[.)])\s+")
+SENTENCE_END = re.compile(r"[\n;]+|(?<=[a-z)\"'])[.!]\s+(?=[A-Z])")
+CLAUSE_END = re.compile(r",|\band\b|\bwith\b|\bhas\b|\bhaving\b")
+FILLER = frozenset(words("a an the of that which is are it its this these in on at to has have with and"))
+DANGLING = frozenset(words("a an the of with and or in on at to by for from its that which has is are"))
+
+
+def candidates_of(answer: Row) -> list[Row]:
+    """The texts of one ok answer, split and normalised; each with the answer's kind and part."""
+    found = []
+    for concept in json.loads(answer["response_json"])["concepts"]:
+        for text in split_text(concept["text"]):
+            part = normalise(concept["part"] or "") or None
+            found.append({"text": text, "kind": concept["kind"], "part": part, "item_key": answer["item_key"]})
+    return found
+
+
+def split_text(text: str) -> list[str]:
+    """The texts that one text holds, normalised. One that is empty stays one, so that it is seen to be dropped."""
+    pieces = [normalise(piece) for piece in SENTENCE_END.split(unicodedata.normalize("NFC", text))]
+    return [piece for piece in pieces if piece] or [""]
+
+
+def normalise(text: str) -> str:
+    """One line without bullet, quotes or full stop; its first letter small, but for an acronym."""
+    text = BULLET.sub("", " ".join(text.split())).strip(" \"'\u201c\u201d").rstrip(" .;,:!")
+    first = text.split(" ", 1)[0]
+    return text[:1].lower() + text[1:] if first in {"A", "An", "The"} or first[1:].islower() else text
+
+
+def cut_remark(text: str, name: ClassName) -> str:
+    """The clauses before the first comma after which the class is named; the text itself where nothing is left."""
+    before = ""
+    for clause in text.split(","):
+        if name.is_in(clause):
+            return normalise(before) if before else text
+        before = f"{before},{clause}" if before else clause
+    return text
+
+
+def wording(text: str, noun: frozenset[str]) -> frozenset[frozenset[str]]:
+    """What two texts share that differ only in wording: of each clause the set of its words, without filler and plural.
+
+    By clause, so that "a red tail and a white head" is not "a white tail and a red head".
+    """
+    clauses = CLAUSE_END.split(text.casefold())
+    sets = (frozenset(singular(word) for word in words(clause) if word not in FILLER) - noun for clause in clauses)
+    return frozenset(clause for clause in sets if clause)
+
+
+def singular(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: Clean) -> str | None:
+    """Why a text cannot be a concept, whatever the others are; or None. `names` are those it must not give away."""
+    text = candidate["text"]
+    tokens = words(text)
+    if not tokens:
+        return "empty"
+    if len(tokens) < 2 or tokens[-1] in DANGLING:
+        return "fragment"
+    if len(text.split()) > clean.max_words:
+        return "too_long"
+    if any(name.is_in(text) for name in names):
+        return "class_name"
+    if candidate["kind"] == "habitat":
+        return "habitat"
+    return eye.why_invisible(text)
+
+
+def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean) -> list[Row]:
+    """Rows of concepts/1 for one class: its names, then every candidate of its answers (in order of sample)."""
+    name = class_name(row, domain)
+    texts = [template.format(name=row["name"], noun=domain.noun) for template in clean.name_templates]
+    concepts = [concept_row(row["class_id"], text, "name", rank) for rank, text in enumerate(texts)]
+    candidates = [
+        found | {"text": cut_remark(found["text"], name)} for answer in answers for found in candidates_of(answer)
+    ]
+    return concepts + judge(candidates, row["class_id"], [name], domain, clean)
+
+
+def clean_generic(answers: list[Row], classes: list[Row], domain: Domain, clean: Clean) -> list[Row]:
+    """Rows of concepts/1 for what is said of no class: none names any of `classes`."""
+    candidates = [
+        found | {"kind": "generic" if found["kind"] == "visual" else found["kind"]}
+        for answer in answers
+        for found in candidates_of(answer)
+    ]
+    return judge(candidates, None, [class_name(row, domain) for row in classes], domain, clean)
+
+
+def class_name(row: Row, domain: Domain) -> ClassName:
+    card = domain_words(domain.noun, domain.group, *domain.attributes)
+    return ClassName(row["name"], row["scientific_name"], card)
+
+
+def judge(
+    candidates: list[Row], class_id: str | None, names: list[ClassName], domain: Domain, clean: Clean
+) -> list[Row]:
+    """Rows of concepts/1, one a candidate: kept, or dropped with the reason."""
+    eye = Eye(domain.noun, domain.group, domain.attributes)
+    noun = domain_words(domain.noun)
+    seen: set[frozenset[frozenset[str]]] = set()
+    concepts = []
+    for rank, candidate in enumerate(candidates):
+        reason = reason_to_drop(candidate, names, eye, clean)
+        if reason is None:
+            key = wording(candidate["text"], noun)
+            if key in seen:
+                reason = "duplicate"
+            seen.add(key)
+        concept = concept_row(class_id, candidate["text"], candidate["kind"], rank)
+        concept |= {"part": candidate["part"], "item_key": candidate["item_key"]}
+        concepts.append(concept | {"kept": reason is None, "drop_reason": reason})
+    return concepts
+
+
+def concept_row(class_id: str | None, text: str, kind: str, rank: int) -> Row:
+    """A kept row of concepts/1 that comes from no answer."""
+    return {
+        "concept_id": store.sha256(text),
+        "text": text,
+        "class_id": class_id,
+        "kind": kind,
+        "part": None,
+        "rank": rank,
+        "kept": True,
+        "drop_reason": None,
+        "item_key": None,
+    }

@@ -1,0 +1,154 @@
+"""What all families of encoders share: their contract, numeric types, devices, preprocessing and fingerprint.
+
+A family is a module of this package that loads the encoders of one library (clip.py those of open_clip, towers.py those
+of timm). Each gives what `ImageEncoder` names; loading.py chooses between them.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchvision.transforms import Compose, PILToTensor
+
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.pictures import decode
+
+# Raised when the embeddings that the rules of maps.py, or those below, give for the same weights and picture change.
+RULES = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What open_clip, timm and torch raise for files and configurations that are broken or do not fit together.
+LOADING_ERRORS = (
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, EOFError,
+    StopIteration, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+class ImageEncoder(Protocol):
+    """A loaded encoder of images on one device, of whichever family: all that the stages need of it."""
+
+    # Halved while a run goes on where the device has not enough memory (passes.py).
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        """Its key in params.yaml."""
+        ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def preprocess(self) -> Callable[[Image.Image], Tensor]:
+        """A picture to bytes (3, H, W)."""
+        ...
+
+    @property
+    def normalise(self) -> Callable[[Tensor], Tensor]:
+        """Bytes (n, 3, H, W) to float32."""
+        ...
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The settings of `preprocess` and `normalise`, by open_clip's names of them."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dimension(self) -> int:
+        """D, the length of a vector."""
+        ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (n, 3, H, W) to the global embeddings (n, D) and the dense tokens (n, h, w, D), float32 on the device.
+
+        Pixels are bytes as `preprocess` gives them, or floats that are normalised already. n is at most `batch_size`.
+        Vectors are not of unit length.
+        """
+        ...
+
+
+def make_batch(encoder: ImageEncoder, pixels: Tensor) -> Tensor:
+    """Pixels (n, 3, H, W), bytes or normalised floats, as a batch (batch_size, 3, H, W) for the encoder's model.
+
+    The batch is padded to `batch_size`, since a batch of another shape changes the last bits of every vector in it.
+    """
+    pixels = pad_rows(pixels, encoder.batch_size).to(encoder.device)
+    if pixels.dtype == torch.uint8:
+        pixels = encoder.normalise(pixels)
+    return pixels.to(encoder.dtype, memory_format=torch.channels_last)
+
+
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """Repeat the last row until there are `count`."""
+    return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or cuda:N") from None
+    return torch.device(name)
+
+
+def split_transform(
+    transform: Compose, device: torch.device
+) -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor]]:
+    """A library's preprocessing in two steps: a picture to bytes (3, H, W), and bytes (n, 3, H, W) to float32.
+
+    Both together give the same bits as the library's own. The threads that decode then hand over bytes, a quarter of
+    the memory of floats, and no tensor of theirs is large enough for PyTorch to start threads of its own.
+    """
+    *cut, _, normalize = transform.transforms
+    mean, std = (torch.as_tensor(each, device=device)[:, None, None] for each in (normalize.mean, normalize.std))
+
+    def normalise(pixels: Tensor) -> Tensor:
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    return Compose([*cut, PILToTensor()]), normalise
+
+
+def encoder_fingerprint(
+    model: nn.Module, architecture: dict[str, Any], preprocessing: dict[str, Any], precision: str
+) -> str:
+    """The fingerprint of all that changes a vector: these four, the rules of our own code and those of decoding.
+
+    The device and the batch size are not in it.
+    """
+    identity = {
+        "rules": RULES,
+        "decoding": decode.RULES,
+        "architecture": architecture,
+        "weights": weights_sha(model),
+        "preprocessing": preprocessing,
+        "precision": precision,
+    }
+    return store.sha256(store.canonical_json(identity))
+
+
+def weights_sha(model: nn.Module) -> str:
+    """sha256 over every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

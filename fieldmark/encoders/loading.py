@@ -1,0 +1,18 @@
+"""Which family loads an encoder of images: the one module that knows them all.
+
+A new family is a module of this package with a function that gives a base.ImageEncoder, and a line here.
+"""
+
+import torch
+
+from fieldmark.encoders.base import ImageEncoder
+from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.towers import load_tower
+from fieldmark.params import Encoder, Tower
+
+
+def load_image_encoder(name: str, settings: Encoder | Tower, device: torch.device) -> ImageEncoder:
+    """Load `encoders.NAME` or `towers.NAME`. Raises UserError as load_encoder and load_tower do."""
+    if isinstance(settings, Tower):
+        return load_tower(name, settings, device)
+    return load_encoder(name, settings, device)

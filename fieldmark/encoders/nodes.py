@@ -1,0 +1,91 @@
+"""The nodes of a picture, in the space of an encoder: the whole, the cells of its dense map, coarser grids, and crops.
+
+Nodes of a view, in this order: `global`; `token`s, row by row, where `embed.tokens`; for each g of `embed.grids` g x g
+`grid` cells, means of the tokens they cover; for each c of `embed.crops` c x c windows with a pass of their own. View 0
+is the picture as it is; views 1 to `embed.views` are random crops, flipped at random, seeded by image_id. A vector has
+unit length; it is 0, as its norm, for a cell in which a tower that ends with a ReLU sees nothing.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.encoders.base import ImageEncoder
+from fieldmark.encoders.passes import Outputs, Product
+from fieldmark.params import Embed
+from fieldmark.pictures.boxes import Box, grid_cells
+from fieldmark.pictures.views import View
+
+EMBED = Path("data/embed")
+SCHEMA = "embed.nodes/1"
+
+
+def levels_of(settings: Embed, height: int, width: int) -> list[tuple[str, int, int]]:
+    """Kind, rows and columns of every grid of nodes that a map of height x width tokens gives."""
+    levels = [("token", height, width)] if settings.tokens else []
+    levels += [("grid", count, count) for count in settings.grids]
+    for _, rows, columns in levels:
+        if rows > height or columns > width:
+            finer = f"{rows} x {columns} is finer than the {height} x {width} tokens of this encoder"
+            raise UserError(f"params.yaml: embed.grids: {finer}; take {rows} out")
+    return levels
+
+
+def make_rows(settings: Embed, views: list[View], passes: list[list[Outputs]]) -> pa.Table:
+    """The embed.nodes rows of views, from the pooled vector (D) and the tokens (h, w, D) of each one's passes."""
+    pooled = torch.stack([torch.stack([each[0] for each in found]) for found in passes])  # (views, 1 + crops, D)
+    tokens = torch.stack([found[0][1] for found in passes]).permute(0, 3, 1, 2)
+    height, width = tokens.shape[2:]
+    levels = levels_of(settings, height, width)
+    # A mean of each view's own, in any company: a product with a matrix of shares may differ in its last bits.
+    cells = [F.adaptive_avg_pool2d(tokens, (h, w)).flatten(2).transpose(1, 2) for _, h, w in levels]
+    raw = torch.cat([pooled[:, :1], *cells, pooled[:, 1:]], dim=1)
+    norms = raw.norm(dim=2)
+    usable = torch.isfinite(norms).all(dim=1) & (norms[:, 0] > 0)
+    if not bool(usable.all()):
+        image_id = views[int(usable.int().argmin())].image_id
+        raise UserError(f"image {image_id}: its embedding is 0 or not finite; try encoders.NAME.precision: fp32")
+
+    kinds = ["global", *(kind for kind, rows, columns in levels for _ in range(rows * columns))]
+    kinds += ["crop"] * (pooled.shape[1] - 1)
+    boxes: list[Box] = []
+    for view in views:
+        boxes.append(view.boxes[0])
+        for _, rows, columns in levels:
+            boxes += grid_cells(view.boxes[0], height, width, rows, columns, flip=view.flip)
+        boxes += view.boxes[1:]
+    corners = np.clip(np.asarray(boxes, dtype=np.float32), 0, 1)
+    count = len(kinds)
+    return pa.table({
+        "image_id": [view.image_id for view in views for _ in kinds],
+        "view": pa.array(np.repeat([view.number for view in views], count), pa.int16()),
+        "node": pa.array(np.tile(np.arange(count), len(views)), pa.int16()),
+        "kind": kinds * len(views),
+        **{name: pa.array(corners[:, i]) for i, name in enumerate(("x0", "y0", "x1", "y1"))},
+        "flip": np.repeat([view.flip for view in views], count),
+        "norm": pa.array(norms.flatten().numpy()),
+        "vector": store.vector_column((raw / norms.where(norms > 0, 1)[..., None]).flatten(0, 1).numpy()),
+    })
+
+
+def nodes_of(encoder: ImageEncoder, settings: Embed) -> Product:
+    """What the stage embed_images makes with an encoder."""
+    return Product(
+        folder=EMBED / encoder.name / "images",
+        schema=SCHEMA,
+        columns=store.arrow_schema(SCHEMA, encoder.dimension),
+        made_by={
+            "encoder": encoder.fingerprint, "views": settings.views, "tokens": settings.tokens,
+            "grids": settings.grids, "crops": settings.crops,
+        },
+        embed=settings,
+        encoder=encoder,
+        forward=encoder.embed_images,
+        rows=partial(make_rows, settings),
+    )  # fmt: skip

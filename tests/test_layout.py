@@ -1,0 +1,139 @@
+"""The map of DESIGN.md, held against what the code imports; and dvc.yaml, against what each stage's module runs."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from fieldmark.sources import PACKAGES, imported_names, imports_of, modules_named
+from tests.project import ROOT
+
+# The folders of this repository that a package may import; a stage imports no other stage.
+MAY_IMPORT = {
+    "fieldmark": {"fieldmark"},
+    "stages": {"fieldmark"},
+    "training": {"fieldmark", "training"},
+    "evaluation": {"fieldmark", "training", "evaluation"},
+    "tools": {*PACKAGES},
+}
+OURS = {*PACKAGES, "bench", "tests"}
+MODULES = sorted(file.relative_to(ROOT) for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+
+# What training/ and evaluation/ do without, so that a machine trains from Parquet alone.
+NOT_TO_TRAIN = {"openai", "open_clip", "PIL"}
+# A study may label nodes by the pixels under them: the picture in data/thumbs is then opened, and only then.
+OPENS_THUMBS = Path("fieldmark/labels/pixels.py")
+
+# Every knob stands under `params:` of the stage that reads it, and command.py says errors and help: neither decides
+# what a stage writes. Listed, an edit of them would run every stage again.
+NOT_LISTED = {Path("fieldmark/params.py"), Path("fieldmark/command.py")}
+STAGES: dict[str, dict[str, Any]] = {
+    name: stage.get("do", stage)
+    for name, stage in YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"].items()
+}
+# What these run depends on the methods of params.yaml; plan_runs finds it, run by run.
+BY_METHOD = [name for name in STAGES if name.startswith("train") or name == "plan_runs"]
+
+
+def refuse(wrong: Iterable[str]) -> None:
+    """Fail with all that is wrong, a line each."""
+    lines = sorted(wrong)
+    assert not lines, "\n".join(lines)
+
+
+def tops(file: Path) -> set[str]:
+    """The packages that a file imports, ours and others, by their first names."""
+    return {name.split(".")[0] for name in imported_names(file, ROOT)}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_package_imports_of_the_others(package: str) -> None:
+    found = {file: tops(file) & OURS - MAY_IMPORT[package] for file in MODULES if file.parts[0] == package}
+    assert found
+    refuse(f"{file} imports {name}" for file, names in found.items() for name in names)
+
+
+@pytest.mark.parametrize("package", ["training", "evaluation"])
+def test_training_and_judging_reach_no_picture_and_no_model(package: str) -> None:
+    refuse(
+        f"{module} reaches {name} by way of {file}"
+        for module in MODULES
+        if module.parts[0] == package
+        for file in imports_of(module, ROOT)
+        for name in tops(file) & NOT_TO_TRAIN
+        if (package, file, name) != ("evaluation", OPENS_THUMBS, "PIL")
+    )
+
+
+def test_pixels_open_a_picture_only_when_asked() -> None:
+    """PIL is imported inside the function that opens it: no module of evaluation/ loads it on import."""
+    body = ast.parse((ROOT / OPENS_THUMBS).read_text()).body
+    at_once = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("PIL" in line for line in at_once)
+
+
+def test_no_module_imports_dvc() -> None:
+    refuse(f"{file} imports dvc" for file in MODULES if "dvc" in tops(file))
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    circle: list[Path] = []
+    try:
+        TopologicalSorter({file: modules_named(file, ROOT) for file in MODULES}).prepare()
+    except CycleError as error:
+        circle = error.args[1]
+    refuse([" is imported by ".join(map(str, circle))] if circle else [])
+
+
+def test_nouns_have_no_command() -> None:
+    refuse(f"{file} has a main()" for file in MODULES if file.parts[0] == "fieldmark" and has_main(file))
+
+
+def has_main(file: Path) -> bool:
+    body = ast.parse((ROOT / file).read_text()).body
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in body)
+
+
+def code_of(stage: dict[str, Any]) -> list[Path]:
+    """The files and folders of code that a stage of dvc.yaml depends on, as they stand there."""
+    paths = [Path(dep) for dep in stage["deps"] if "$" not in dep]
+    return [path for path in paths if path.parts[0] in PACKAGES]
+
+
+def python_files(path: Path) -> set[Path]:
+    """A Python file, or all of a folder; what is neither is a text that code reads beside itself."""
+    if (ROOT / path).is_dir():
+        return {file.relative_to(ROOT) for file in (ROOT / path).rglob("*.py")}
+    return {path} if path.suffix == ".py" else set()
+
+
+def says_nothing(file: Path) -> bool:
+    """Whether a file holds a docstring at most, as most `__init__.py` do: it decides nothing and need not be listed."""
+    return all(isinstance(node, ast.Expr) for node in ast.parse((ROOT / file).read_text()).body)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_dvc_yaml_lists_code_that_is_there(name: str) -> None:
+    code = code_of(STAGES[name])
+    assert code
+    refuse(f"{path} is not there" for path in code if not (ROOT / path).exists())
+    refuse(f"{path} is listed twice" for path, count in Counter(code).items() if count > 1)
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in BY_METHOD])
+def test_dvc_yaml_lists_the_code_that_a_stage_runs(name: str) -> None:
+    [module] = re.findall(r"python -m ([\w.]+)", STAGES[name]["cmd"])
+    run = set(imports_of(Path(*module.split(".")).with_suffix(".py"), ROOT))
+    listed = set().union(*map(python_files, code_of(STAGES[name])))
+    needless = {file for file in run if says_nothing(file)} | NOT_LISTED
+    refuse(
+        [f"{file} is imported, and not listed" for file in run - listed - needless]
+        + [f"{file} is listed, and not imported" for file in listed - run]
+        + [f"{file} is listed, and need not be" for file in listed & NOT_LISTED]
+    )

@@ -1,0 +1,111 @@
+"""What a stage reads, by dvc.lock."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fieldmark.command import UserError
+from tools.inputs import data_of, main
+
+LOCK = """\
+schema: '2.0'
+stages:
+  draw_reef:
+    cmd: python -m fieldmark.reef.draw
+    deps: [{path: data/demo/species.yaml, md5: a, size: 1}]
+    outs: [{path: data/reef, md5: b.dir, size: 1, nfiles: 2}]
+  generate_concepts:
+    cmd: python -m stages.generate_concepts
+    deps:
+    - {path: prompts/concepts.md, md5: c, size: 1}
+    - {path: data/index/classes.parquet, md5: d, size: 1}
+    params: {params.yaml: {llm.mode: live}}
+    outs: [{path: data/concepts/answers.parquet, md5: e, size: 1}]
+  embed_images@toy:
+    cmd: x
+    outs: [{path: data/embed/toy/images, md5: f.dir, size: 1}, {path: data/embed/toy/tokens, md5: f.dir, size: 1}]
+  train@probe:
+    cmd: python -m training.train --method probe
+    deps:
+    - {path: training/train.py, md5: g, size: 1}
+    - {path: data/embed, md5: h.dir, size: 1}
+    - {path: data/reef/train, md5: i.dir, size: 1}
+    - {path: data/concepts/answers.parquet, md5: e, size: 1}
+    - {path: data/demo/species.yaml, md5: a, size: 1}
+    - {path: data/mine, md5: j, size: 1}
+    - {path: data/runs/probe/old, md5: j, size: 1}
+    - {path: database/x, md5: j, size: 1}
+    outs: [{path: data/runs/probe, md5: k.dir, size: 1}]
+"""
+PIPELINE = """\
+stages:
+  draw_reef: {cmd: python -m fieldmark.reef.draw}
+  generate_concepts: {cmd: python -m stages.generate_concepts}
+  embed_images: {foreach: "${encoders}", do: {cmd: x}}
+  train: {foreach: "${train.methods}", do: {cmd: "python -m training.train --method ${key}"}}
+"""
+PARAMS = "{encoders: {toy: {}}, train: {methods: {probe: {}}}}"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text(LOCK)
+    Path("dvc.yaml").write_text(PIPELINE)
+    Path("params.yaml").write_text(PARAMS)
+    Path("data").mkdir()
+    Path("data/mine.dvc").touch()
+
+
+def test_what_a_stage_reads() -> None:
+    assert data_of("train@probe") == [
+        "data/concepts/answers.parquet",
+        "data/embed/toy/images",
+        "data/embed/toy/tokens",
+        "data/mine",
+        "data/reef/train",
+    ]
+    assert data_of("generate_concepts") == []
+    assert data_of("embed_images@toy") == []
+
+
+def test_what_params_yaml_no_longer_names_is_passed_over() -> None:
+    """DVC leaves the stages of an encoder that is gone in dvc.lock, and knows their outputs no more."""
+    gone = "  embed_images@gone:\n    cmd: x\n    outs: [{path: data/embed/gone/images, md5: f.dir, size: 1}]\n"
+    Path("dvc.lock").write_text(LOCK + gone)
+    assert "data/embed/gone/images" not in data_of("train@probe")
+    with pytest.raises(UserError, match="has no stage 'embed_images@gone'; did you mean embed_images@toy"):
+        data_of("embed_images@gone")
+    Path("params.yaml").write_text(PARAMS.replace("toy", "gone"))
+    assert "data/embed/gone/images" in data_of("train@probe")
+
+
+def test_the_command_prints_one_path_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["inputs", "train@probe"])
+    main()
+    assert capsys.readouterr().out.splitlines() == data_of("train@probe")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LOCK, "has no stage 'train@prob'; did you mean train@probe?"),
+        ("x: [", "not a lock file"),
+        ("3", "not a lock file"),
+        ("schema: '2.0'", "not a lock file"),
+        ("stages:", "not a lock file"),
+        ("stages: {}", "it knows none"),
+        (None, "dvc.lock: is missing"),
+    ],
+)
+def test_what_cannot_be_looked_up_is_one_line(text: str | None, said: str) -> None:
+    Path("dvc.lock").unlink()
+    if text is not None:
+        Path("dvc.lock").write_text(text)
+    with pytest.raises(UserError) as caught:
+        data_of("train@prob")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
