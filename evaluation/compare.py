@@ -36,6 +36,7 @@ import pyarrow.compute as pc
 from evaluation.report import contamination, read_health
 from evaluation.statistics import Paired, holm, paired_differences
 from evaluation.study import FEWER_CONCEPTS, Cell, Plan, Question, cells, is_made, make_plan
+from evaluation.words import lay_out, on_these_classes, percent_of_runs, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import load_params
 from fieldmark.store import read_table, vectors_of, write_text
@@ -226,16 +227,12 @@ def probe_verdict(paired: Paired, p: float) -> str:
     """In plain words; a gain that may be due to the choice of classes is said to be of these."""
     if p >= LEVEL:
         return "no difference shown"
-    return ("beats the probe" if paired.difference > 0 else "worse than the probe") + on_these_classes(paired)
-
-
-def on_these_classes(paired: Paired) -> str:
-    return " on these classes" if paired.classes[0] <= 0 <= paired.classes[1] else ""
+    return ("beats the probe" if paired.difference > 0 else "worse than the probe") + on_these_classes(paired.classes)
 
 
 def control_verdict(gain: Paired, p: float) -> str:
     """What the method itself, without the control, is ahead by."""
-    words = f"control: the method is {points(gain.difference)} {points_range(gain.images)} ahead, p {written(p)}"
+    words = f"control: the method is {points(gain.difference)} {points_range(gain.images)} ahead, p {written_p(p)}"
     return words if is_ahead(gain, p) else f"{words}: not shown to be"
 
 
@@ -251,7 +248,7 @@ class Answer(NamedTuple):
         if self.p >= LEVEL:
             return f"no difference shown: the interval holds {points_range(self.paired.images)}"
         found = "yes" if self.paired.difference > 0 else "no: the other way round"
-        return found + on_these_classes(self.paired)
+        return found + on_these_classes(self.paired.classes)
 
 
 def answer(table: Table, questions: Sequence[Question], groups: Ints | None) -> list[Answer]:
@@ -267,29 +264,6 @@ def answer(table: Table, questions: Sequence[Question], groups: Ints | None) -> 
 
 
 # Words and files.
-
-
-def points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def points_range(ends: tuple[float, float]) -> str:
-    return f"[{points(ends[0])}, {points(ends[1])}]"
-
-
-def written(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "<0.001"
-
-
-def lay_out(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of fields as aligned columns."""
-    widths = [max(map(len, fields)) for fields in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def percent(values: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(values)
-    return f"{100 * mean:.1f}" + (f" +- {100 * deviation:.1f}" if len(values) > 1 else "")
 
 
 def shown_figures(regime: Regime) -> list[str]:
@@ -318,9 +292,9 @@ def fields_of(row: Row, regime: Regime, groups: Ints | None) -> list[str]:
     figures = []
     for name in shown_figures(regime):
         values = [found[name] for found in row.line.figures if name in found]
-        figures.append(percent(values) if values else "")
+        figures.append(percent_of_runs(values) if values else "")
     intervals = [""] * (3 if groups is None else 4) if row.paired is None else paired_fields(row.paired)
-    p = "" if row.p is None else written(row.p)
+    p = "" if row.p is None else written_p(row.p)
     return [row.line.method, row.line.control.label, *figures, *intervals, p, row.verdict]
 
 
@@ -384,7 +358,7 @@ def as_markdown(tables: Sequence[Table], plan: Plan, split: str, groups: Mapping
         for found in answer(table, plan.study.questions, own):
             asked, paired = found.question, found.paired
             compared = f"{asked.of} - {asked.against}"
-            rows.append([asked.ask, compared, *paired_fields(paired), written(found.p), found.words])
+            rows.append([asked.ask, compared, *paired_fields(paired), written_p(found.p), found.words])
         blocks += [f"## {title_of(table, split)}", pipe_table(rows)]
     if plan.study.open:
         rows = [["question", "why not"], *([one.ask, one.because] for one in plan.study.open)]

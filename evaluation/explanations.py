@@ -46,8 +46,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evaluation.compare import lay_out, points, points_range, written
 from evaluation.statistics import bootstrap, holm, interval, p_value
+from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Block, Params, load_params
 from fieldmark.store import read_buckets, read_table, write_text
@@ -386,8 +386,7 @@ def with_verdicts(rows: Sequence[Row]) -> list[Row]:
     for row, p in zip(rows, holm([row.p for row in rows]), strict=True):
         verdict = "no difference shown"
         if p < LEVEL:
-            verdict = "won" if row.difference > 0 else "lost"
-            verdict += " on these classes" if row.over_classes[0] <= 0 <= row.over_classes[1] else ""
+            verdict = ("won" if row.difference > 0 else "lost") + on_these_classes(row.over_classes)
         judged.append(replace(row, p_holm=p, verdict=verdict))
     return judged
 
@@ -419,10 +418,6 @@ def decision_rows(decisions: Decisions, y: Ints) -> list[Row]:
 # Words.
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
 def table_of(rows: Sequence[Row], title: str, random: Mapping[str, float] | None = None) -> str:
     """`random`, by what is judged, is a column of its own."""
     head = [title, "images", *([] if random is None else ["random"]), "own", "rival", "its"]
@@ -431,7 +426,7 @@ def table_of(rows: Sequence[Row], title: str, random: Mapping[str, float] | None
         beside = [] if random is None else [percent(random[row.what])]
         figures = [f"{row.images}", *beside, percent(row.own), row.rival, percent(row.theirs), points(row.difference)]
         over = map(points_range, (row.over_images, row.over_classes))
-        lines.append([row.what, *figures, *over, written(row.p_holm), row.verdict])
+        lines.append([row.what, *figures, *over, written_p(row.p_holm), row.verdict])
     return lay_out(lines)
 
 

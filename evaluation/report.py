@@ -31,10 +31,11 @@ import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluation.statistics import Paired, paired_difference
+from evaluation.words import lay_out, percent, percent_and_deviation, points, points_range
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Params, load_params
-from training.metrics import Bools, Ints
+from training.metrics import Bools, Ints, mean_and_deviation
 
 PREDICTIONS = "run.predictions/1"
 SPLITS = ("train", "val", "test")
@@ -136,8 +137,7 @@ class Run(NamedTuple):
 
     def accuracy(self, split: str) -> tuple[float, float]:
         """Mean and standard deviation over seeds; the latter is 0 for one seed."""
-        accuracies = self.on(split).mean(axis=1)
-        return float(accuracies.mean()), float(accuracies.std(ddof=1)) if len(accuracies) > 1 else 0.0
+        return mean_and_deviation(self.on(split).mean(axis=1).tolist())
 
 
 def read_run(data: Path, method: str, encoder: str) -> Run:
@@ -503,19 +503,6 @@ def accuracy_rows(runs: Sequence[Run], reference: Run) -> list[Row]:
     return rows
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def signed(value: float) -> str:
-    """A difference of accuracies in points; never a negative zero."""
-    return f"{100 * value:+.1f}".replace("-0.0", "+0.0")
-
-
-def interval(bounds: tuple[float, float]) -> str:
-    return f"[{signed(bounds[0])}, {signed(bounds[1])}]"
-
-
 def number(value: float | None) -> str:
     """A count or a median as it is: no decimals where it has none, a dash where there is nothing."""
     return "–" if value is None else f"{value:.1f}".removesuffix(".0")
@@ -525,12 +512,10 @@ def summarise(rows: Sequence[Row], reference: str, warning: Row | None, page: Pa
     """The plain-text table, in % and points, and what it must not be read without."""
     lines = [["method", *SPLITS, f"test - {reference} [95 %]"]]
     for row in rows:
-        splits = [f"{percent(row[split][0])} +- {percent(row[split][1])}" for split in SPLITS]
+        splits = [percent_and_deviation(*row[split]) for split in SPLITS]
         paired = row["paired"]
-        compared = "reference" if paired is None else f"{signed(paired.difference)} {interval(paired.images)}"
+        compared = "reference" if paired is None else f"{points(paired.difference)} {points_range(paired.images)}"
         lines.append([row["method"], *splits, compared])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     counts = sorted({row["seeds"] for row in rows})
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"accuracy in %, mean +- standard deviation over seeds ({seeds}); paired difference in points"
@@ -539,7 +524,7 @@ def summarise(rows: Sequence[Row], reference: str, warning: Row | None, page: Pa
         reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
         counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
         lasts.insert(1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
-    return "\n".join([*text, "", *lasts]) + "\n"
+    return "\n".join([lay_out(lines), "", *lasts]) + "\n"
 
 
 def render(content: Row) -> str:
@@ -551,7 +536,7 @@ def render(content: Row) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, signed=signed, interval=interval, number=number)
+    environment.filters.update(percent=percent, points=points, points_range=points_range, number=number)
     return environment.get_template("report.html.jinja").render(content)
 
 

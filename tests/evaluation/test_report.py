@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from evaluation.report import choose_examples, confused_pairs, report, signed
+from evaluation.report import choose_examples, confused_pairs, report
 from fieldmark.command import UserError
 from fieldmark.params import Params, Train
 from fieldmark.store import (
@@ -607,7 +607,3 @@ def test_confused_pairs_count_both_ways() -> None:
     matrix = np.array([[9, 1, 0], [2, 8, 4], [0, 0, 5]])
     assert confused_pairs(matrix) == [(1, 2, 4, 0), (0, 1, 1, 2)]
     assert confused_pairs(np.eye(3, dtype=int)) == []
-
-
-def test_no_negative_zero() -> None:
-    assert [signed(value) for value in (-0.0001, 0.0, -0.1, 0.123)] == ["+0.0", "+0.0", "-10.0", "+12.3"]
