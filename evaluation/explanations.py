@@ -46,7 +46,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evaluation.statistics import bootstrap, holm, interval, p_value
+from evaluation.statistics import LEVEL, bootstrap, holm, interval, p_value
 from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Block, Params, load_params
@@ -63,7 +63,6 @@ SPLIT = "val"
 TOP = 3  # patches removed or kept
 OTHERS = 10  # other images that stand against each
 DRAWS = 10_000  # of the bootstrap
-LEVEL = 0.05  # of corrected p
 
 
 class Part(NamedTuple):
