@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from evaluation.report import contamination, read_health
+from evaluation.health import contamination, read_health
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import Cell, Plan, cells, is_made, make_plan
 from evaluation.verdicts import REFERENCE, Table, Verdict, again, answer, judge, read_results
