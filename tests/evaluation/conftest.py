@@ -1,12 +1,14 @@
 """What judges is tested on the trainer's planted caches, and on one thread as the trainer is."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.evaluation.reported import PLAN, write_health, write_rest, write_run
-from tests.training.cache import write_cache
+from tests.training.cache import Plan, write_cache
 from tests.training.conftest import _deterministic_on_one_thread, planted
+from training.data import Cache
 
 __all__ = ["_deterministic_on_one_thread", "planted"]
 
@@ -24,3 +26,9 @@ def data(tmp_path: Path) -> Path:
     write_run(tmp_path, "zero_shot", [seed_0, seed_1])
     write_run(tmp_path, "linear_probe", [{first[0]: b}, {first[0]: c}], model_seed=1)
     return tmp_path
+
+
+@pytest.fixture
+def cue(planted: Callable[[Plan], Cache]) -> Cache:
+    """A class shows in one patch, and in nothing else."""
+    return planted(Plan(cue="local", noise=0.3, val=40))
