@@ -1,4 +1,4 @@
-"""Judge explanations: do concepts that name a part point at it, and do the top patches carry the decision.
+"""Judge explanations: do concepts that name a part point at it, and do the top patches carry the decision?
 
 Reads   what training.train reads for the method's encoder E, data/index/parts.parquet, the norms in
         data/embed/E/images/; data/runs/METHOD/ where that run is of these settings and this cache: its model is judged,
@@ -7,35 +7,24 @@ Writes  data/explanations/METHOD.E/: tables.txt and tables.json. All figures are
 Costs   a fit where there is no run; then a pass over val for each patch of an image. Memory for the cache and, beside
         it, the patches of val in float32.
 
-One scale for all images: the score of concept k is s_k = sum over an image's patches n of u_n . (K_k - K), u_n being
-the patch's vector at its norm before it was made of unit length, and K the mean of the bank's kept concepts. An encoder
-that pools its map by the mean has the sum of u_n along its global vector, and s_k is then that vector's score, term by
-term. Patches are an image's finest local nodes (see `finest`): never the whole picture, and no hit is bought by a
-larger box. The patch that most raises the score is the one with the largest term.
+Parts: the module pointing says what a part is, which patch stands for it, what a hit is, and against which rivals.
 
-A part is named by the kept concepts whose text has a word of it and no word of another (PARTS, PLACES). An image is
-asked with those that its predicted class owns, since they would be shown to explain that decision; where that class
-owns none, with all that name the part. A true label is read for one thing only: to resample classes for an interval.
+Decisions: the TOP patches of highest rank are removed, or they are the only local nodes that are left, and the
+probability of the predicted class is read again. A removed node is masked and loses its edges; coarser nodes and the
+global one stay. Patches are ranked by the model's own node scores, or by how much that probability falls where a patch
+alone is removed. The second ranking reads the model that it then explains, one patch at a time. Three rivals stand
+against the top patches: the TOP nearest the centre, the TOP of highest norm, and those at the places that another image
+would choose. A model with a global stream sees the whole picture all the while: so it is stated what all patches
+together do, and where that is nothing, there is nothing to explain. What labels say of an image as a whole (its
+concepts, its rings) stays as it was.
 
-A hit: the patch's box holds the part's point (the centre of its box; either wing is a wing). Judged on the images that
-show the part and another, against: the patch that the same concepts choose on another image that shows the part, at its
-place in this one; the place that hits the part most often on training images; and the patches that concepts naming the
-other parts choose on the same image. A random patch is there for orientation.
-
-The decision: the TOP patches of highest rank are removed (masked, with their edges; coarser nodes and the global one
-stay), or they are the only local nodes left, and the probability of the predicted class is read again. Patches are
-ranked by the model's own node scores, or by how much that probability falls where the patch alone is removed (which
-reads the model that it then explains, one patch at a time); against the TOP nearest the centre, of the highest norm, or
-at the places of another image's. A global stream sees the whole picture all the while: what all patches together do is
-stated, and where that is nothing, there is nothing to explain. What labels say of an image as a whole (its concepts,
-its rings) stays as it was.
+A true label is read for one thing only: to draw whole classes anew for an interval.
 
     python -m evaluation.explanations --method concept_graph
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +35,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evaluation.compare import lay_out, points, points_range, written
-from evaluation.statistics import bootstrap, holm, interval, p_value
+from evaluation.pointing import PARTS, RIVALS, Hits, Part, judge_parts, judged_patches, others, part_concepts
+from evaluation.statistics import LEVEL, bootstrap, holm, interval, p_value
+from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Block, Params, load_params
 from fieldmark.store import read_buckets, read_table, write_text
@@ -55,204 +45,20 @@ from training.controls import Control
 from training.data import Batch, Cache, Rows, column, read_cache
 from training.loop import EVALUATION_BATCH, Schedule, predict, set_up_torch
 from training.methods import load_method, read_settings
-from training.metrics import Bools, Floats, Ints
+from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
 from training.train import write_json
 
 SPLIT = "val"
 TOP = 3  # patches removed or kept
-OTHERS = 10  # other images that stand against each
 DRAWS = 10_000  # of the bootstrap
-LEVEL = 0.05  # of corrected p
-
-
-class Part(NamedTuple):
-    words: frozenset[str]  # what names it in a text
-    points: frozenset[str]  # what data sets call it: cub, reef
-
-
-def part(words: str, *points: str) -> Part:
-    return Part(frozenset(words.split()), frozenset(points))
-
-
-PARTS = {
-    "bill": part("bill bills beak beaks mandible mandibles", "beak"),
-    "crown": part("crown crowns cap caps", "crown"),
-    "belly": part("belly bellies underbelly abdomen", "belly"),
-    "wing": part("wing wings wingbar wingbars", "left wing", "right wing"),
-    "tail": part("tail tails", "tail"),
-    "forehead": part("forehead foreheads", "forehead"),
-    "eye": part("eye eyes mask", "left eye", "right eye", "eye"),
-    "throat": part("throat throats chin", "throat"),
-    "nape": part("nape napes", "nape"),
-    "breast": part("breast breasts chest chests", "breast"),
-    "back": part("back backs mantle", "back"),
-    "leg": part("leg legs foot feet", "left leg", "right leg"),
-    "head": part("head heads", "head"),
-    "cheek": part("cheek cheeks", "cheek"),
-    "body": part("body bodies", "body"),
-    "dorsal fin": part("dorsal", "dorsal_fin"),
-    "bars": part("bar bars", "bars"),
-    "stripes": part("stripe stripes", "stripes"),
-    "spots": part("spots", "spots"),
-}
-# Words that name a place, whether or not the data set marks it: a text with one more than its part's own names no part.
-PLACES = part(
-    "back base bib body breast cheek cheeks chest collar coverts crest eyebrow face flank flanks head lores neck rump"
-    " shoulder shoulders side sides supercilium underparts underside undertail upperparts"
-).words
-
-
-def named_part(text: str, parts: Mapping[str, Part]) -> str | None:
-    """The part of `parts` that a text names; None where it names none, several, or another place beside it."""
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    named = [name for name, part in parts.items() if words & part.words]
-    return named[0] if len(named) == 1 and not words & PLACES - parts[named[0]].words else None
-
-
-def part_concepts(texts: Sequence[str | None], kept: Tensor, parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """By part, the rows of the bank (M,) that are kept and name it; a part that none names is left out."""
-    found = [named_part(text, parts) if text else None for text in texts]
-    rows = {name: torch.tensor([one == name for one in found]) & kept for name in parts}
-    return {name: chosen for name, chosen in rows.items() if chosen.any()}
-
-
-def directions(concepts: Tensor, kept: Tensor, chosen: Tensor, own: Tensor, predicted: Tensor) -> Tensor:
-    """(n, D): what each image is asked with, the mean over concepts of K_k - K.
-
-    `concepts` (M, D), `kept` and `chosen` (M,), `own` (M, C), `predicted` (n,): of the chosen ones those that the
-    predicted class owns, all of them where it owns none.
-    """
-    rows = chosen[:, None] & own
-    rows = torch.where(rows.any(0), rows, chosen[:, None]).float()  # (M, C)
-    by_class = rows.T @ concepts / rows.sum(0)[:, None]
-    return (by_class - concepts[kept].mean(0))[predicted]
-
-
-def finest(boxes: Tensor, mask: Tensor) -> Bools:
-    """(n, N): the local nodes that are patches, those whose boxes (n, N, 4) are at most twice as large as the least."""
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1).masked_fill(~mask, torch.inf)
-    return (mask & (area <= 2 * area.min(1, keepdim=True).values)).numpy()
-
-
-def covers(boxes: Floats, points: Floats) -> Bools:
-    """(n, N): whether a box of (n, N, 4) holds one of the image's points (n, P, 2); nan is held by none."""
-    x, y = points[:, None, :, 0], points[:, None, :, 1]
-    x0, y0, x1, y1 = (boxes[:, :, None, side] for side in range(4))
-    return np.asarray(((x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)).any(2))
-
-
-def best_patch(direction: Tensor, vectors: Tensor, patches: Bools) -> Ints:
-    """(n,): the patch with the largest term. direction (n, D), vectors (n, N, D), patches (n, N)."""
-    terms = torch.einsum("nd,nkd->nk", direction, vectors).masked_fill(~torch.from_numpy(patches), -torch.inf)
-    return terms.argmax(1).numpy()
-
-
-def others(count: int, seed: int) -> Iterator[Ints]:
-    """OTHERS permutations of `count` images, or count - 1, none of which leaves an image where it is."""
-    order = np.random.default_rng(seed).permutation(count)
-    for step in range(1, min(OTHERS, count - 1) + 1):
-        other = np.empty(count, dtype=np.int64)
-        other[order] = np.roll(order, step)
-        yield other
-
-
-class Marked(NamedTuple):
-    """Where n images show a part."""
-
-    seen: Bools  # (n,) whether it is visible
-    covered: Bools  # (n, N) whether a local node's box holds it
-
-
-def best_cell(marked: Marked, patches: Bools) -> int:
-    """The local node that holds a part on most images; patches (n, N)."""
-    return int((marked.covered & patches).sum(0).argmax())
-
-
-class Hits(NamedTuple):
-    """How often patches hit a part, on the m images that show it and another one."""
-
-    images: Ints  # (m,) positions among those judged
-    own: Floats  # (m,) 0 or 1
-    rivals: Floats  # (RIVALS, m) in [0,1]: of another image and another part, means
-    random: Floats  # (m,) the mean over patches
-
-
-RIVALS = ("another image", "best fixed place", "another part")
-
-
-def judge_part(
-    name: str,
-    asked: Mapping[str, Tensor],
-    vectors: Tensor,
-    patches: Bools,
-    marked: Mapping[str, Marked],
-    cell: int,
-    seed: int,
-) -> Hits | None:
-    """Hits of a part and of its rivals; None where fewer than two images show it and another.
-
-    By part, on n images: `asked` (n, D) is what they are asked with, `marked` where they show it. `vectors` (n, N, D)
-    are at their norms, `cell` is the best fixed place.
-    """
-    rest = [part for part in asked if part != name]
-    if not rest:
-        return None
-    images = np.flatnonzero(marked[name].seen & np.any([marked[part].seen for part in rest], axis=0))
-    if len(images) < 2:
-        return None
-    direction, u, mine = asked[name][images], vectors[images], patches[images]
-    hit, row = marked[name].covered[images].astype(np.float64), np.arange(len(images))
-    other_image = [hit[row, best_patch(direction, u[other], mine)] for other in others(len(images), seed)]
-    other_part = np.stack([hit[row, best_patch(asked[part][images], u, mine)] for part in rest])
-    shown = np.stack([marked[part].seen[images] for part in rest])
-    return Hits(
-        images,
-        hit[row, best_patch(direction, u, mine)],
-        np.stack([np.mean(other_image, axis=0), hit[:, cell], (other_part * shown).sum(0) / shown.sum(0)]),
-        (hit * mine).sum(1) / mine.sum(1),
-    )
-
-
-def judged_patches(cache: Cache, images: Tensor) -> Bools:
-    """(n, N): which local nodes of view 0 are patches."""
-    rows = images * cache.views
-    return finest(cache.boxes[rows, 1:], cache.mask[rows, 1:])
-
-
-def judge_parts(
-    cache: Cache,
-    images: Tensor,
-    norms: Tensor,
-    concepts: Mapping[str, Tensor],
-    points: Mapping[str, Floats],
-    predicted: Tensor,
-    seed: int,
-) -> dict[str, Hits]:
-    """Hits by part on `images` (n,), without parts that no text names or that fewer than two show beside another.
-
-    norms (all images, N) are of local nodes, `concepts` part_concepts', `points` read_points', predicted (n,) classes.
-    """
-    bank, train = cache.bank, cache.images("train")
-    train_patches, patches = judged_patches(cache, train), judged_patches(cache, images)
-
-    def mark(part: str, of: Tensor) -> Marked:
-        at, boxes = points[part][of.numpy()], cache.boxes[of * cache.views, 1:].numpy()
-        return Marked(~np.isnan(at[..., 0]).all(1), covers(boxes, at))
-
-    marked = {part: mark(part, images) for part in concepts}
-    cells = {part: best_cell(mark(part, train), train_patches) for part in concepts}
-    asked = {part: directions(bank.K, bank.kept, rows, bank.own, predicted) for part, rows in concepts.items()}
-    vectors = cache.vectors[images * cache.views, 1:].float() * norms[images][..., None]
-    hits = {part: judge_part(part, asked, vectors, patches, marked, cells[part], seed) for part in concepts}
-    return {part: found for part, found in hits.items() if found is not None}
 
 
 # The decision.
 
 
 def keep_nodes(batch: Batch, keep: Tensor) -> Batch:
-    """The batch as if its images had only these local nodes (B, N), and the global one."""
+    """The batch as if its images had no local nodes but those in `keep` (B, N); the global node stays."""
     mask = batch.mask & torch.cat([torch.ones_like(keep[:, :1]), keep], dim=1)
     return replace(
         batch,
@@ -267,7 +73,10 @@ def keep_nodes(batch: Batch, keep: Tensor) -> Batch:
 
 @torch.no_grad()
 def read_out(model: nn.Module, cache: Cache, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits (n, C) and node scores (n, N) of images that have only the local nodes `keep` (n, N), in view 0."""
+    """Logits (n, C) and node scores (n, N) of images in view 0, as if they had no local nodes but `keep` (n, N).
+
+    The scores are None where the model gives none.
+    """
     model.eval()
     found = [
         model(keep_nodes(cache.batch(some), kept))
@@ -278,28 +87,33 @@ def read_out(model: nn.Module, cache: Cache, images: Tensor, keep: Tensor) -> tu
 
 
 def top(rank: Tensor, patches: Tensor) -> Tensor:
-    """(n, N) bool: the TOP patches of highest rank (n, N), all of them where there are no more."""
+    """(n, N) bool: the TOP patches of highest rank (n, N); all patches of an image that has fewer."""
     best = rank.masked_fill(~patches, -torch.inf).topk(min(TOP, rank.shape[1]), dim=1).indices
     return torch.zeros_like(patches).scatter_(1, best, True) & patches
 
 
 class Effect(NamedTuple):
-    """What a choice of patches does to the decisions of n images, (2, n): when it is removed, when it alone is kept."""
+    """What a choice of patches does to the decisions of n images, (2, n): first removed, then kept alone."""
 
     fall: Floats  # of the predicted class's probability
     flip: Floats  # 1 where another class is predicted
 
 
 class Decisions(NamedTuple):
+    """What the top patches of each ranking do to decisions, and what their rivals do."""
+
     own: dict[str, Effect]  # by ranking
     rivals: dict[str, dict[str, Effect]]  # by ranking, by rival
-    alone: Effect  # of the global node, no local one left; (1, n)
+    alone: Effect  # (1, n): of the global node alone, where no local node is left
 
 
 def judge_decisions(
     model: nn.Module, cache: Cache, images: Tensor, patches: Tensor, norms: Tensor, seed: int
 ) -> Decisions | None:
-    """What the top patches do to decisions; patches and norms are (n, N). None where the model gives no node scores."""
+    """What the top patches of `images` (n,) do to decisions. None where the model gives no node scores.
+
+    `patches` and `norms` (n, N) are those of the images' local nodes in view 0.
+    """
     local = cache.mask[images * cache.views, 1:]
     logits, scores = read_out(model, cache, images, local)
     if scores is None:
@@ -342,8 +156,8 @@ def judge_decisions(
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is judged beside one rival, as means over images, and how far it is ahead."""
+class Comparison:
+    """What is judged against one rival: the means of both over images, and how far it is ahead."""
 
     what: str
     rival: str
@@ -354,18 +168,22 @@ class Row:
     over_images: tuple[float, float]
     over_classes: tuple[float, float]
     p: float  # two-sided, over images
-    p_holm: float = 1.0  # corrected for all rows of the table
+    p_holm: float = 1.0  # corrected for the comparisons of the table
     verdict: str = ""
 
 
-def compare_rows(
+def against_rivals(
     what: str, names: Sequence[str], own: Floats, theirs: Floats, images: Ints, y: Ints, sign: int = 1
-) -> list[Row]:
-    """A row a rival: own (m,) and theirs (R, m), of `images` (m,) that may repeat; more is better where sign is 1."""
+) -> list[Comparison]:
+    """What is judged (`own`, (m,)) against each of R rivals (`theirs`, (R, m)).
+
+    `images` (m,) says which image each value is of; an image may have several. `y` holds the images' classes. With sign
+    1 more is better, with -1 less.
+    """
     gain = (sign * (own - theirs))[:, None].astype(np.float32)
     over_images, over_classes = (bootstrap(gain, units, DRAWS, 0) for units in (images, y[images]))
     return [
-        Row(
+        Comparison(
             what,
             name,
             len(np.unique(images)),
@@ -380,73 +198,73 @@ def compare_rows(
     ]
 
 
-def with_verdicts(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one table with p corrected for their number, and the verdict in words."""
+def with_verdicts(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons of one table, their p corrected for their number, each with its verdict in words."""
     judged = []
-    for row, p in zip(rows, holm([row.p for row in rows]), strict=True):
+    for one, p in zip(comparisons, holm([one.p for one in comparisons]), strict=True):
         verdict = "no difference shown"
         if p < LEVEL:
-            verdict = "won" if row.difference > 0 else "lost"
-            verdict += " on these classes" if row.over_classes[0] <= 0 <= row.over_classes[1] else ""
-        judged.append(replace(row, p_holm=p, verdict=verdict))
+            verdict = ("won" if one.difference > 0 else "lost") + on_these_classes(one.over_classes)
+        judged.append(replace(one, p_holm=p, verdict=verdict))
     return judged
 
 
-def part_rows(hits: Mapping[str, Hits], y: Ints) -> list[Row]:
-    """A row a part and rival, and those of all parts together; y (n,) are the classes of the images judged."""
-    rows = [row for name, one in hits.items() for row in compare_rows(name, RIVALS, one.own, one.rivals, one.images, y)]
+def compare_parts(hits: Mapping[str, Hits], y: Ints) -> list[Comparison]:
+    """Each part against each rival, then all parts together; y (n,) holds the classes of the images judged."""
+    found = []
+    for name, one in hits.items():
+        found += against_rivals(name, RIVALS, one.own, one.rivals, one.images, y)
     if not hits:
-        return rows
+        return found
     own, rivals, images = (
         np.concatenate([getattr(one, field) for one in hits.values()], axis=-1) for field in ("own", "rivals", "images")
     )
-    return rows + compare_rows("all parts", RIVALS, own, rivals, images, y)
+    return found + against_rivals("all parts", RIVALS, own, rivals, images, y)
 
 
-def decision_rows(decisions: Decisions, y: Ints) -> list[Row]:
-    """Removed patches should change more than a rival's, kept ones less."""
-    images, rows = np.arange(len(y)), []
+def compare_decisions(decisions: Decisions, y: Ints) -> list[Comparison]:
+    """Each ranking against each rival: its patches should change more when removed, and less when kept alone.
+
+    y (n,) holds the classes of the images judged.
+    """
+    images, found = np.arange(len(y)), []
     for ranking, own in decisions.own.items():
         rivals = decisions.rivals[ranking]
         for side, (done, sign) in enumerate((("removed", 1), ("kept alone", -1))):
-            for field, measure in (("fall", "probability falls"), ("flip", "decision flips")):
+            for field, effect in (("fall", "probability falls"), ("flip", "decision flips")):
                 theirs = np.stack([getattr(rival, field)[side] for rival in rivals.values()])
-                what = f"{ranking}, {done}: {measure}"
-                rows += compare_rows(what, list(rivals), getattr(own, field)[side], theirs, images, y, sign)
-    return rows
+                what = f"{ranking}, {done}: {effect}"
+                found += against_rivals(what, list(rivals), getattr(own, field)[side], theirs, images, y, sign)
+    return found
 
 
 # Words.
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def table_of(rows: Sequence[Row], title: str, random: Mapping[str, float] | None = None) -> str:
-    """`random`, by what is judged, is a column of its own."""
+def table_of(comparisons: Sequence[Comparison], title: str, random: Mapping[str, float] | None = None) -> str:
+    """A table as text. `random`, a figure by what is judged, becomes a column of its own."""
     head = [title, "images", *([] if random is None else ["random"]), "own", "rival", "its"]
     lines = [[*head, "ahead by", "over images", "over classes", "p (Holm)", "verdict"]]
-    for row in rows:
-        beside = [] if random is None else [percent(random[row.what])]
-        figures = [f"{row.images}", *beside, percent(row.own), row.rival, percent(row.theirs), points(row.difference)]
-        over = map(points_range, (row.over_images, row.over_classes))
-        lines.append([row.what, *figures, *over, written(row.p_holm), row.verdict])
+    for one in comparisons:
+        beside = [] if random is None else [percent(random[one.what])]
+        figures = [f"{one.images}", *beside, percent(one.own), one.rival, percent(one.theirs), points(one.difference)]
+        over = map(points_range, (one.over_images, one.over_classes))
+        lines.append([one.what, *figures, *over, written_p(one.p_holm), one.verdict])
     return lay_out(lines)
 
 
-def as_text(content: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> str:
-    """The tables, and what they must not be read without."""
+def as_text(content: Mapping[str, Any], tables: Mapping[str, Sequence[Comparison]]) -> str:
+    """tables.txt: the tables, and the notes that they must not be read without."""
     head = f"{content['method']} on {content['encoder']}: {SPLIT}, {content['images']} images"
     counts = ", ".join(f"{name} {count}" for name, count in content["concepts"].items()) or "none"
     fall, flip = (percent(content["global alone"][name]) for name in ("probability falls", "decision flips"))
     blocks = [f"{head}, {content['patches']:g} patches each, model {content['model']}"]
-    if rows["parts"]:
-        blocks.append(table_of(rows["parts"], "part", content["random"]))
+    if tables["parts"]:
+        blocks.append(table_of(tables["parts"], "part", content["random"]))
     else:
         blocks.append("parts: no two parts are both marked and named by concepts: there is nothing to judge")
-    if any(row.own or row.theirs for row in rows["decisions"]):
-        blocks.append(table_of(rows["decisions"], f"top {TOP} patches by"))
+    if any(one.own or one.theirs for one in tables["decisions"]):
+        blocks.append(table_of(tables["decisions"], f"top {TOP} patches by"))
     else:
         blocks.append("decisions: no choice of patches changes any: this model does not use them, nothing to judge")
     foot = [
@@ -481,12 +299,12 @@ def read_parts(data: Path) -> dict[str, Part]:
     marked = set(read_table(path, "index.parts/1", ["part"])["part"].to_pylist())
     found = {name: part for name, part in PARTS.items() if part.points & marked}
     if not found:
-        raise UserError(f"{path}: marks no part that evaluation/explanations.py knows (PARTS): nothing to judge")
+        raise UserError(f"{path}: marks no part that evaluation/pointing.py knows (PARTS): nothing to judge")
     return found
 
 
 def read_norms(data: Path, encoder: str, cache: Cache, buckets: int) -> Tensor:
-    """(n, N+1) float32: the length of every node's vector before it was made 1, in view 0."""
+    """(n, N+1) float32: the length that each node's vector had before it was made of unit length, in view 0."""
     columns = ["path", "image_id", "status"]
     index = read_table(data / "index/images.parquet", "index.images/1", columns)
     image_ids = index.filter(pc.field("status") == "ok").sort_by("path")["image_id"].combine_chunks()
@@ -503,9 +321,10 @@ def read_norms(data: Path, encoder: str, cache: Cache, buckets: int) -> Tensor:
 def read_model(
     folder: Path, method: str, encoder: str, settings: Block, cache: Cache, seed: int
 ) -> tuple[nn.Module, str]:
-    """The model of a run (data/runs/METHOD) that is of these settings and this cache, else one fitted here; and which.
+    """The model to judge, and in words which it is.
 
-    Raises UserError where a run's weights do not fit the method as it is now.
+    It is that of the run in `folder` (data/runs/METHOD) where the run has these settings and was trained on this cache;
+    else the method is fitted here. Raises UserError where the run's weights do not fit the method as it is now.
     """
     module, hidden = load_method(method), hide_test(cache)
     wanted = {
@@ -532,8 +351,11 @@ def read_model(
     return model, f"of {folder}, seed {run['model_seed']}"
 
 
-def explain(params: Params, path: str, method: str, encoder: str | None, data: Path) -> str:
-    """Write the tables of a method; returns them as text. `path` is the parameters' file, for messages."""
+def judge_explanations(params: Params, path: str, method: str, encoder: str | None, data: Path) -> str:
+    """Write the tables of a method and return them as text. `path` is the parameters' file, for messages.
+
+    Raises UserError where the method is unknown, gives no node scores, or the data set marks no part of PARTS.
+    """
     if method not in params.train.methods:
         known = ", ".join(params.train.methods)
         raise UserError(f"{path}: train.methods: has no {method}; choose one of: {known}, or add it")
@@ -559,7 +381,10 @@ def explain(params: Params, path: str, method: str, encoder: str | None, data: P
     hits = judge_parts(cache, images, norms, concepts, read_points(data, cache, parts), predicted, seed)
 
     y = cache.y[images].numpy()
-    rows = {"parts": with_verdicts(part_rows(hits, y)), "decisions": with_verdicts(decision_rows(decisions, y))}
+    tables = {
+        "parts": with_verdicts(compare_parts(hits, y)),
+        "decisions": with_verdicts(compare_decisions(decisions, y)),
+    }
     random = {part: found.random for part, found in hits.items()}
     everything = {"all parts": np.concatenate(list(random.values()))} if random else {}
     content = {
@@ -576,10 +401,10 @@ def explain(params: Params, path: str, method: str, encoder: str | None, data: P
             "probability falls": float(decisions.alone.fall.mean()),
             "decision flips": float(decisions.alone.flip.mean()),
         },
-        "rows": {name: [asdict(row) for row in table] for name, table in rows.items()},
+        "rows": {name: [asdict(one) for one in table] for name, table in tables.items()},
         "fingerprints": cache.fingerprints,
     }
-    text = as_text(content, rows)
+    text = as_text(content, tables)
     folder = data / "explanations" / f"{method}.{encoder}"
     write_json(folder / "tables.json", content)
     write_text(folder / "tables.txt", text)
@@ -593,7 +418,8 @@ def main() -> None:
     parser.add_argument("--encoder", metavar="NAME", help="instead of the one that train.methods.NAME.encoder names")
     arguments = parser.parse_args()
     params = load_params(arguments.params)
-    print(explain(params, arguments.params, arguments.method, arguments.encoder, Path(arguments.data)), end="")
+    data = Path(arguments.data)
+    print(judge_explanations(params, arguments.params, arguments.method, arguments.encoder, data), end="")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import numpy as np
 
 from training.metrics import Bools, Floats, Ints
 
+LEVEL = 0.05  # a difference is shown where its corrected p is under this
+
 
 class Paired(NamedTuple):
     """The accuracy of a minus that of b, bootstrap intervals of it, and whether it may be 0.

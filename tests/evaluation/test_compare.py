@@ -1,4 +1,4 @@
-"""The tables of a study: verdicts in words, files in three formats, and test that is read for one list only."""
+"""The tables of a study: files in three formats, answers on a page, and test that is read for one list only."""
 
 import csv
 import json
@@ -13,170 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation import compare as module
-from evaluation.compare import MARKER, Answer, Line, Row, Table, answer, compare, judge, measure, measure_unseen
+from evaluation.compare import MARKER, compare
 from evaluation.report import HEALTH
-from evaluation.study import Cell, Plan, Question, run_study
+from evaluation.study import Cell, Plan, run_study
 from fieldmark.command import UserError
 from fieldmark.store import make_table, read_header, read_table, write_table
 from tests.evaluation.test_study import planned
 from tests.training.cache import Plan as Planted
 from tests.training.cache import write_cache
-from training.controls import Control
 from training.data import SPLITS
-from training.regimes import Full
-
-N, CLASSES = 400, 40
-Y = np.repeat(np.arange(CLASSES), N // CLASSES)
-
-
-def line(
-    method: str, right: np.ndarray, control: str = "none", concepts: int | None = None, reads: bool = True
-) -> Line:
-    """Of a method that reads concepts, or does not."""
-    applied = Control.model_validate({"name": control, "concepts": concepts})
-    return Line(method, applied, Control(concepts=concepts if reads else None), np.atleast_2d(right), [{}])
-
-
-def verdicts(*lines: Line) -> dict[str, Row]:
-    rows = judge(Table("tiny", Full(), [f"{n}" for n in range(N)], Y, list(lines)), None)
-    return {f"{row.line.method} {row.line.control.label}": row for row in rows}
-
-
-def rate(share: float, seed: int = 0, like: np.ndarray | None = None) -> np.ndarray:
-    """(n,): right on about `share` of the images; of those that `like` has wrong, where it is given."""
-    drawn = np.random.default_rng(seed).random(N) < share
-    return drawn if like is None else like | drawn
-
-
-def swapped(right: np.ndarray, images: int) -> np.ndarray:
-    """As many right, but so many of them others."""
-    swapped = right.copy()
-    swapped[np.flatnonzero(right)[::9][:images]] = False
-    swapped[np.flatnonzero(~right)[::9][:images]] = True
-    return swapped
-
-
-PROBE = rate(0.6)
-BETTER, SAME, WORSE = rate(0.3, 1, PROBE), swapped(PROBE, 10), PROBE & rate(0.8, 3)
-
-
-def test_verdicts_against_the_probe() -> None:
-    rows = verdicts(line("linear_probe", PROBE), line("a", BETTER), line("b", SAME), line("c", WORSE))
-    assert [row.verdict for row in rows.values()] == [
-        "the probe",
-        "beats the probe",
-        "no difference shown",
-        "worse than the probe",
-    ]
-    assert [row.paired is None for row in rows.values()] == [True, False, False, False]
-    assert [row.p is None for row in rows.values()] == [True, False, False, False]
-
-
-def test_a_gain_that_hangs_on_a_few_classes_is_said_to_be_of_these() -> None:
-    few = PROBE | (Y == 3) | (Y == 8)
-    assert verdicts(line("linear_probe", PROBE), line("a", few))["a none"].verdict == "beats the probe on these classes"
-
-
-def test_a_method_that_does_not_beat_its_control_is_said_so() -> None:
-    rows = verdicts(
-        line("linear_probe", PROBE),
-        line("a", BETTER),
-        line("a", swapped(BETTER, 5), "random_vectors"),
-        line("a", PROBE, "edges_removed"),
-    )
-    assert rows["a none"].verdict == (
-        "beats the probe; does not beat its control random_vectors: the texts do nothing here"
-    )
-    assert rows["linear_probe none"].verdict == "the probe"
-    shown, not_shown = rows["a edges_removed"].verdict, rows["a random_vectors"].verdict
-    assert re.fullmatch(r"control: the method is \+\d+\.\d \[\+.*\] ahead, p <?0\.\d+", shown)
-    assert not_shown.endswith(": not shown to be")
-
-
-def test_a_control_stands_against_as_many_concepts() -> None:
-    rows = verdicts(
-        line("linear_probe", PROBE),
-        line("a", PROBE),
-        line("a", BETTER, concepts=5),
-        line("a", PROBE, "random_vectors", 5),
-        line("a", PROBE, "random_vectors", 9),
-        line("b", BETTER),
-        line("b", PROBE, "random_vectors", 5, reads=False),
-    )
-    assert "ahead" in rows["a random_vectors-5"].verdict
-    assert "not shown" not in rows["a random_vectors-5"].verdict
-    assert rows["a none"].verdict == "no difference shown"
-    assert rows["a random_vectors-9"].verdict == "control of none-9, which the study does not have"
-    # What reads no concepts needs no run with fewer: its plain one is that.
-    assert "ahead" in rows["b random_vectors-5"].verdict
-
-
-def test_many_methods_need_a_smaller_p() -> None:
-    a = PROBE.copy()
-    a[np.flatnonzero(~PROBE)[:7]] = True
-    a[np.flatnonzero(PROBE)[:1]] = False
-    alone = verdicts(line("linear_probe", PROBE), line("a", a))
-    among = verdicts(line("linear_probe", PROBE), line("a", a), *(line(f"b{n}", SAME) for n in range(8)))
-    assert alone["a none"].verdict.startswith("beats the probe")
-    assert among["a none"].verdict == "no difference shown"
-    assert alone["a none"].paired == among["a none"].paired or alone["a none"].paired is not None
-
-
-def test_draws_are_paired_and_one_run_stands_for_all() -> None:
-    draws = np.stack([rate(0.5, seed) for seed in range(20)])
-    found = verdicts(line("linear_probe", draws), line("a", draws | (np.arange(N) % 20 == 0)))["a none"]
-    assert found.verdict == "beats the probe"
-    assert found.paired is not None
-    assert found.paired.images[1] - found.paired.images[0] < 0.04  # draws differ by far more
-    assert verdicts(line("linear_probe", draws), line("a", BETTER))["a none"].verdict == "beats the probe"
-
-
-def answers(*lines: Line, pairs: list[tuple[str, str]]) -> list[Answer]:
-    table = Table("tiny", Full(), [f"{n}" for n in range(N)], Y, list(lines))
-    return answer(table, [Question(ask=f"{of}?", of=of, against=against) for of, against in pairs], None)
-
-
-def test_questions_are_answered_in_plain_words() -> None:
-    lines = [line("p", PROBE), line("a", BETTER), line("b", SAME), line("c", PROBE | (Y == 3) | (Y == 8))]
-    lines.append(line("a", WORSE, "random_vectors"))  # no part of an answer
-    better, worse, same, few = answers(*lines, pairs=[("a", "p"), ("p", "a"), ("b", "p"), ("c", "p")])
-    assert better.words == "yes"
-    assert worse.words == "no: the other way round"
-    assert re.fullmatch(r"no difference shown: the interval holds \[-\d\.\d, \+\d\.\d\]", same.words)
-    assert few.words == "yes on these classes"
-    assert better.paired.difference == pytest.approx(BETTER.mean() - PROBE.mean())
-    assert better.paired.difference == -worse.paired.difference
-
-
-def test_many_questions_need_a_smaller_p() -> None:
-    a = PROBE.copy()
-    a[np.flatnonzero(~PROBE)[:7]] = True
-    a[np.flatnonzero(PROBE)[:1]] = False
-    lines = [line("p", PROBE), line("a", a), line("b", SAME)]
-    (alone,) = answers(*lines, pairs=[("a", "p")])
-    among = answers(*lines, pairs=[("a", "p"), *[("b", "p")] * 8])[0]
-    assert alone.words.startswith("yes")
-    assert among.words.startswith("no difference shown")
-    assert among.p == pytest.approx(9 * alone.p)
-    assert among.paired == alone.paired
-
-
-def test_a_question_pairs_draws_and_one_run_stands_for_all() -> None:
-    draws = np.stack([rate(0.5, seed) for seed in range(20)])
-    lines = [line("p", draws), line("a", draws | (np.arange(N) % 20 == 0)), line("b", BETTER)]
-    gain, once = answers(*lines, pairs=[("a", "p"), ("b", "p")])
-    assert gain.words == once.words == "yes"
-    assert gain.paired.images[1] - gain.paired.images[0] < 0.04  # draws differ by far more
-
-
-def test_seen_and_unseen_label_spaces_by_hand() -> None:
-    # Class 0 was trained on, 1 is unseen, 2 is in neither.
-    logits = np.array([[3, 2, 9], [1, 2, 9], [2, 1, 9], [0, 5, 9], [0, 0, 0]], dtype=np.float32)
-    y, splits = np.array([0, 0, 1, 1, 0]), np.array(["test", "test", "test", "test", "train"])
-    joint, found = measure_unseen(logits, y, splits, "test")
-    assert found == {"seen": 1.0, "unseen": 1.0, "harmonic": 0.5}
-    assert np.isneginf(joint[:, 2]).all()
-    assert measure(joint, y, splits, "test")["accuracy"] == 0.5
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,158 @@
+"""The health of a data set as the report and the tables of a study tell it: counts, contamination of test, near pairs.
+
+The numbers come from data/index/metrics.json and data/index/near_duplicates.parquet, which index_images writes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from evaluation.examples import read_thumbs
+from evaluation.runs import SPLITS, Row, query, read_json
+from fieldmark import store
+from fieldmark.command import UserError
+
+NEAR_PAIRS = 6  # near duplicates shown
+INDEX_AGAIN = "run `python -m stages.index_images` again (dvc repro index_images)"
+
+
+class Finding(NamedTuple):
+    """A number of data/index/metrics.json, or a spread (min, median and max), and how the page words it."""
+
+    label: str
+    key: str  # its place in the file, names joined by dots
+    meaning: str
+    alarm: bool = False  # whether anything but 0 is a fault of the data set
+    spread: bool = False
+
+
+# What the page's table of health shows, by subject.
+HEALTH = {
+    "Contaminated test images": [
+        Finding("near duplicate", "health.contaminated_test.near_duplicates", "with one in train or val", alarm=True),
+        Finding("group", "health.contaminated_test.groups", "of one that train or val has too", alarm=True),
+        Finding("in all", "health.contaminated_test.images", "for one reason or both", alarm=True),
+    ],
+    "Near-duplicate pairs": [
+        Finding("within a split", "health.near_duplicates.within_split", "of one class; one picture counts twice"),
+        Finding(
+            "across splits",
+            "health.near_duplicates.across_splits",
+            "of one class; one gives away the other",
+            alarm=True,
+        ),
+        Finding(
+            "across classes",
+            "health.near_duplicates.across_classes",
+            "in any split; one label may be wrong",
+            alarm=True,
+        ),
+    ],
+    "Files with equal bytes": [
+        Finding("within a split", "health.byte_duplicates.within_split", "left out; an equal file is used"),
+        Finding(
+            "across splits", "health.byte_duplicates.across_splits", "left out; test has the one used, or else val"
+        ),
+        Finding(
+            "across classes", "health.byte_duplicates.across_classes", "none is used; one label is wrong", alarm=True
+        ),
+    ],
+    "Other files": [
+        Finding("broken", "unused.broken", "cannot be read as an image; left out"),
+        Finding("passed over", "health.passed_over", "no images by their name, or too deep in the folder"),
+    ],
+    "Groups": [
+        Finding("in all", "health.groups.count", "tracks, cameras or sites that the data set names"),
+        Finding("across splits", "health.groups.across_splits", "one split gives away another", alarm=True),
+    ],
+    "Classes": [
+        Finding("without images", "health.classes_without.images", "no usable one in any split"),
+        Finding("missing in train", "health.classes_without.train", "images, but none to learn from", alarm=True),
+        Finding("missing in val", "health.classes_without.val", "no say in what is chosen on val"),
+        Finding("missing in test", "health.classes_without.test", "no part in test accuracy"),
+    ],
+    "Images a class": [
+        Finding(split, f"health.images_a_class.{split}", "median (fewest to most)", spread=True) for split in SPLITS
+    ],
+    "Pixels": [
+        Finding(f"{side} side", f"health.pixels.{side}_side", "median (least to most)", spread=True)
+        for side in ("shorter", "longer")
+    ],
+}
+
+
+def read_health(path: Path, images: Mapping[str, int]) -> dict[str, float | None]:
+    """By key, the numbers that HEALTH asks for, from data/index/metrics.json (`path`).
+
+    A spread has three keys: KEY.min, KEY.median and KEY.max, each None where there was nothing to measure. `images` is
+    how many usable images each split has. Raises UserError where a number is missing, or where the file counts other
+    images than these.
+    """
+    metrics = read_json(path, INDEX_AGAIN)
+
+    def find(key: str, kinds: tuple[type, ...] = (int,)) -> Any:
+        value = metrics
+        for part in key.split("."):
+            value = value.get(part, "missing") if isinstance(value, dict) else "missing"
+        if not isinstance(value, kinds):
+            raise UserError(f"{path}: has no number {key}; {INDEX_AGAIN}")
+        return value
+
+    if any(find(f"images.{split}") != count for split, count in images.items()):
+        raise UserError(f"{path}: counts other images than images.parquet beside it holds; {INDEX_AGAIN}")
+    health = {}
+    for finding in (finding for findings in HEALTH.values() for finding in findings):
+        if finding.spread:
+            keys = [f"{finding.key}.{end}" for end in ("min", "median", "max")]
+            health.update({key: find(key, (int, float, NoneType)) for key in keys})
+        else:
+            health[finding.key] = find(finding.key)
+    return health
+
+
+def contamination(health: Mapping[str, float | None], test_images: int) -> Row | None:
+    """How many test images train or val give away, and for which reasons; None where they give away none."""
+    found = {name: health[f"health.contaminated_test.{name}"] for name in ("images", "near_duplicates", "groups")}
+    if not found["images"]:
+        return None
+    reasons = [
+        (found["near_duplicates"], "with a near duplicate in train or val"),
+        (found["groups"], "of a group that train or val has too"),
+    ]
+    return {"images": found["images"], "of": test_images, "reasons": [reason for reason in reasons if reason[0]]}
+
+
+def near_pairs(data: Path, index: pa.Table, buckets: int) -> Row:
+    """How many pairs of near duplicates there are, and the NEAR_PAIRS that most need a look, with their thumbnails.
+
+    Pairs of a test image and one of train or val come first, then those that differ in the fewest bits, then those of
+    the lowest paths. Raises UserError where a pair names an image that is not usable, or a thumbnail is missing.
+    """
+    path = data / "index/near_duplicates.parquet"
+    pairs = store.read_table(path, "index.near_duplicates/1")
+    usable = index.filter(pc.field("status") == "ok").select(["path", "image_id", "class_id", "split"])
+    [(stray,)] = query(
+        """SELECT min(path) FROM (SELECT path FROM pairs UNION SELECT other FROM pairs)
+           WHERE path NOT IN (SELECT path FROM usable)""",
+        pairs=pairs,
+        usable=usable,
+    )
+    if stray is not None:
+        raise UserError(f"{path}: names {stray!r}, no usable image of images.parquet beside it; {INDEX_AGAIN}")
+    chosen = query(
+        f"""SELECT bits, (a.split = 'test') <> (b.split = 'test') AS leak, a, b
+            FROM pairs JOIN usable a ON pairs.path = a.path JOIN usable b ON pairs.other = b.path
+            ORDER BY leak DESC, bits, a.path, b.path LIMIT {NEAR_PAIRS}""",
+        pairs=pairs,
+        usable=usable,
+    )
+    thumbs = read_thumbs(data, buckets, [image["image_id"] for _, _, *both in chosen for image in both])
+    shown = [
+        {"bits": bits, "leak": leak, "images": [{**image, "webp": thumbs[image["image_id"]]} for image in both]}
+        for bits, leak, *both in chosen
+    ]
+    return {"count": len(pairs), "shown": shown}

@@ -1,0 +1,137 @@
+"""What the report reads of runs: what each method predicted, checked against what else the run and the cache say."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fieldmark import store
+from fieldmark.command import UserError
+from training.metrics import Bools, Ints, mean_and_deviation
+
+PREDICTIONS = "run.predictions/1"
+SPLITS = ("train", "val", "test")
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """What one method predicted: S seeds, n images in the order of their paths."""
+
+    method: str
+    encoder: str
+    seeds: list[int]
+    model_seed: int  # the one that is best on val, whose model is kept
+    classes: list[str]
+    paths: list[str]
+    split: np.ndarray  # (n,) str
+    y: Ints  # (n,) positions in classes
+    predicted: Ints  # (S, n)
+    fingerprints: dict[str, str]  # of what it was trained on, by file or folder under data/
+    mark: str  # its own fingerprint
+
+    @property
+    def right(self) -> Bools:
+        """(S, n): whether each image is classified rightly."""
+        return self.predicted == self.y
+
+    def on(self, split: str) -> Bools:
+        """(S, images of the split): whether each is classified rightly."""
+        return self.right[:, self.split == split]
+
+    def accuracy(self, split: str) -> tuple[float, float]:
+        """Mean and standard deviation over seeds; for one seed the deviation is 0."""
+        return mean_and_deviation(self.on(split).mean(axis=1).tolist())
+
+
+def read_run(data: Path, method: str, encoder: str) -> Run:
+    """Read one method's run. Raises UserError where a file is missing, broken, or disagrees with another."""
+    folder = data / "runs" / method
+    again = f"run `python -m training.train --method {method}` (dvc repro train@{method})"
+    config, metrics = (read_json(folder / name, again) for name in ("config.json", "metrics.json"))
+    path = folder / "predictions.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; {again}")
+    if config["encoder"] != encoder:
+        raise UserError(f"{folder}/config.json: is of encoder {config['encoder']}, not {encoder}; {again}")
+    header = store.read_header(path, PREDICTIONS)
+    classes = header.params["classes"]
+    table = store.read_table(path, PREDICTIONS).sort_by([("seed", "ascending"), ("path", "ascending")])
+    seeds = table["seed"].unique().to_pylist()
+    paths = table["path"].to_pylist()
+    y = pc.index_in(table["class_id"], value_set=pa.array(classes))
+    images = len(paths) // max(len(seeds), 1)
+    if not images or paths != paths[:images] * len(seeds):
+        raise UserError(f"{path}: its seeds predict different images; {again}")
+    if y.null_count or config["model_seed"] not in seeds:
+        raise UserError(f"{path}: holds a class or lacks a seed that config.json does not expect; {again}")
+    found = Run(
+        method=method,
+        encoder=encoder,
+        seeds=seeds,
+        model_seed=config["model_seed"],
+        classes=classes,
+        paths=paths[:images],
+        split=np.array(table["split"].to_pylist()[:images], dtype=str),
+        y=y.to_numpy().astype(np.int64)[:images],
+        predicted=store.vectors_of(table, "logits").argmax(axis=1).reshape(len(seeds), images),
+        fingerprints=config["fingerprints"],
+        mark=header.fingerprint,
+    )
+    for split in SPLITS:
+        if not found.on(split).size or abs(metrics[split]["accuracy"] - found.accuracy(split)[0]) > 1e-6:
+            raise UserError(f"{folder}/metrics.json: disagrees with predictions.parquet on {split}; {again}")
+    return found
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The content of a JSON file. Raises UserError, which ends with `remedy`, where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not readable JSON ({error}); {remedy}") from None
+
+
+def check_same_images(data: Path, runs: Sequence[Run], index: pa.Table) -> None:
+    """Raise UserError for the first run that was not made from the images of the index."""
+    usable = index.filter(pc.field("status") == "ok").sort_by("path")
+    expected = [usable[name].to_pylist() for name in ("path", "split", "class_id")]
+    for found in runs:
+        own = [found.paths, found.split.tolist(), [found.classes[label] for label in found.y]]
+        if own != expected:
+            raise UserError(
+                f"{data}/runs/{found.method}: was made from other images than {data}/index holds;"
+                f" run train@{found.method} again (dvc repro)"
+            )
+
+
+def read_marks(data: Path, encoder: str, buckets: int) -> dict[str, str]:
+    """By file or folder under data/, the fingerprints of the tables of an encoder that the page explains with."""
+    folders = {f"embed/{encoder}/images": "embed.nodes/1", f"labels/{encoder}": "labels/1"}
+    marks = {name: store.read_folder_header(data / name, schema, buckets) for name, schema in folders.items()}
+    marks[f"bank/{encoder}.parquet"] = store.read_header(data / f"bank/{encoder}.parquet", "bank/1")
+    return {name: header.fingerprint for name, header in sorted(marks.items())}
+
+
+def check_marks(data: Path, found: Run, marks: Mapping[str, str]) -> None:
+    """Raise UserError where a run was trained on other tables than the page would explain it with."""
+    for name, mark in marks.items():
+        if found.fingerprints.get(name) != mark:
+            raise UserError(
+                f"{data}/runs/{found.method}: was trained on another {data / name} than is there now;"
+                f" run train@{found.method} again (dvc repro)"
+            )
+
+
+def query(sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
+    """The rows of a DuckDB query over Arrow tables."""
+    with duckdb.connect() as connection:
+        for name, table in tables.items():
+            connection.register(name, table)
+        return connection.execute(sql).fetchall()

@@ -1,0 +1,209 @@
+"""A tiny data folder to report on, written as the stages and the trainer would write it, and the page taken apart."""
+
+import io
+import json
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from fieldmark.params import Params
+from fieldmark.store import (
+    bucket_path,
+    canonical_json,
+    fingerprint,
+    make_table,
+    read_folder_header,
+    read_header,
+    read_table,
+    split_buckets,
+    write_table,
+)
+from tests.training.cache import ENCODER, Plan, with_vectors
+
+PLAN = Plan(classes=3, train=4, val=4, test=4, nodes=6, dimension=8, buckets=2)
+METHODS = ("zero_shot", "linear_probe")
+NASTY = """<script src="https://evil.example/x.js">'&"</script>"""
+Row = dict[str, Any]
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and raises where tags do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def of_class(self, name: str) -> list[dict[str, str | None]]:
+        return [attrs for _, attrs in self.tags if name in (attrs.get("class") or "").split()]
+
+
+def make_params(reference: str = "linear_probe", examples: int = 6, methods: Sequence[str] = METHODS) -> Params:
+    return Params.model_validate(
+        {
+            "domain": {"noun": "fish", "group": "reef fish"},
+            "dataset": {"root": "nowhere", "buckets": PLAN.buckets},
+            "llm": {"model": "none"},
+            "encoders": {ENCODER: {"model": "none"}},
+            "train": {"seeds": 2, "methods": {method: {"encoder": ENCODER} for method in methods}},
+            "report": {"reference": reference, "examples": examples},
+        }
+    )
+
+
+def rewrite(path: Path, schema: str, change: dict[int, Row]) -> None:
+    """Change values of some rows of a table, whose header stays."""
+    header, table = read_header(path, schema), read_table(path, schema)
+    rows = table.to_pylist()
+    for position, values in change.items():
+        rows[position].update(values)
+    if "vector" in table.schema.names:
+        rows = [{**row, "vector": np.array(row["vector"])} for row in rows]
+        table = with_vectors(schema, rows)
+    else:
+        table = make_table(schema, rows)
+    write_table(table, path, schema, header.params, header.fingerprint)
+
+
+def write_rest(data: Path) -> None:
+    """Thumbnails and concepts, which the cache writer has no use for."""
+    index = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
+    ids = [row["image_id"] for row in index if row["status"] == "ok"]
+    for bucket, members in enumerate(split_buckets(ids, PLAN.buckets)):
+        rows = []
+        for image_id in members:
+            buffer = io.BytesIO()
+            Image.new("RGB", (12, 8), f"#{image_id[:6]}").save(buffer, "WEBP", lossless=True)
+            rows.append({"image_id": image_id, "webp": buffer.getvalue()})
+        write_table(make_table("thumbs/1", rows), bucket_path(data / "thumbs", bucket), "thumbs/1", {}, "thumbs")
+    # Four concepts that were written, one of which cleaning dropped; names do not count.
+    concepts = [
+        {
+            "concept_id": f"{number}",
+            "text": f"concept {number}",
+            "kind": kind,
+            "rank": number,
+            "kept": reason is None,
+            "class_id": "class-00",
+            "drop_reason": reason,
+        }
+        for number, (kind, reason) in enumerate(
+            [
+                ("name", None),
+                ("visual", None),
+                ("visual", None),
+                ("habitat", "names the class: Class-00"),
+                ("visual", None),
+            ]
+        )
+    ]
+    write_table(make_table("concepts/1", concepts), data / "concepts/concepts.parquet", "concepts/1", {}, "concepts")
+
+
+def write_health(data: Path, pairs: Sequence[tuple[str, str, int]] = (), **changes: Row) -> None:
+    """What index_images finds in the data set: nothing wrong but the broken file, near duplicates, and `changes`."""
+    places = {"within_split": 0, "across_splits": 0, "across_classes": 0}
+    health = {
+        "byte_duplicates": places,
+        "near_duplicates": places,
+        "groups": {"count": 0, "across_splits": 0},
+        "contaminated_test": {"near_duplicates": 0, "groups": 0, "images": 0},
+        "images_a_class": {split: {"min": 4, "median": 4.0, "max": 4} for split in ("train", "val", "test")},
+        "classes_without": {"train": 0, "val": 0, "test": 0, "images": 0},
+        "pixels": {side: {"min": None, "median": None, "max": None} for side in ("shorter_side", "longer_side")},
+        "passed_over": 0,
+    }
+    metrics = {
+        "classes": PLAN.classes,
+        "images": {"train": 12, "val": 12, "test": 12},
+        "unused": {"broken": 1, "duplicate": 0, "conflict": 0},
+        "health": {**health, **changes},
+    }
+    (data / "index/metrics.json").write_text(json.dumps(metrics))
+    schema = "index.near_duplicates/1"
+    rows = [{"path": path, "other": other, "bits": bits} for path, other, bits in pairs]
+    write_table(make_table(schema, rows), data / "index/near_duplicates.parquet", schema, {}, "index")
+
+
+def write_run(data: Path, method: str, wrong: Sequence[dict[str, str]], model_seed: int = 0) -> None:
+    """A run whose seed s gets everything right but `wrong[s]`, from path to the class it predicts."""
+    index = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
+    images = [row for row in index if row["status"] == "ok"]
+    classes = [f"class-{number:02d}" for number in range(PLAN.classes)]
+    rows, accuracies = [], []
+    for seed, mistakes in enumerate(wrong):
+        for row in images:
+            logits = np.zeros(PLAN.classes, dtype=np.float32)
+            logits[classes.index(mistakes.get(row["path"], row["class_id"]))] = 1
+            rows.append(
+                {
+                    **{name: row[name] for name in ("path", "split", "class_id")},
+                    "seed": seed,
+                    "logits": logits,
+                }
+            )
+        accuracies.append(
+            {
+                split: np.mean([row["path"] not in mistakes for row in images if row["split"] == split])
+                for split in ("train", "val", "test")
+            }
+        )
+    schema = pa.schema(
+        [
+            ("path", pa.string()),
+            ("split", pa.string()),
+            ("seed", pa.int32()),
+            ("class_id", pa.string()),
+            ("logits", pa.list_(pa.float32(), PLAN.classes)),
+        ]
+    )
+    mark = {"schema": "run.predictions/1", "fingerprint": fingerprint("run", {"m": method})}
+    folder = data / "runs" / method
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(
+        table.replace_schema_metadata({**mark, "params": canonical_json({"classes": classes})}),
+        folder / "predictions.parquet",
+    )
+    metrics = {split: {"accuracy": np.mean([run[split] for run in accuracies])} for split in ("train", "val", "test")}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    names = {f"embed/{ENCODER}/images": "embed.nodes/1", f"labels/{ENCODER}": "labels/1"}
+    marks = {name: read_folder_header(data / name, schema, PLAN.buckets).fingerprint for name, schema in names.items()}
+    marks[f"bank/{ENCODER}.parquet"] = read_header(data / f"bank/{ENCODER}.parquet", "bank/1").fingerprint
+    config = {
+        "encoder": ENCODER,
+        "model_seed": model_seed,
+        "seeds": list(range(len(wrong))),
+        "fingerprints": marks,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
