@@ -1,6 +1,6 @@
 """Put a study's runs into tables: what each method reaches, and whether it beats the tuned probe and its own controls.
 
-Reads   studies.NAME of params.yaml; data/studies/NAME/RUN/ of every run; data/index/images.parquet; where test is
+Reads   studies/NAME.yaml; data/studies/NAME/RUN/ of every run; data/index/images.parquet; where test is
         declared, data/index/metrics.json.
 Writes  data/studies/NAME/tables.txt, tables.csv and tables.tex: a table for each encoder and regime, a row for each
         method and control; where the study asks questions, answers.md; where test is declared, test_was_read.json.
@@ -17,7 +17,7 @@ table. Where a study has controls, each method is also compared with itself unde
 it reads; these p are corrected for the number of such comparisons in the table, and the p of its questions for the
 number of questions.
 
-    python -m evaluation.compare --study baselines
+    python -m evaluation.compare --name baselines
 """
 
 import csv
@@ -33,8 +33,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from evaluation.health import contamination, read_health
+from evaluation.plan import Cell, Plan, cells, make_plan
 from evaluation.statistics import LEVEL, Paired
-from evaluation.study import Cell, Plan, cells, is_made, make_plan
+from evaluation.study import is_made
 from evaluation.verdicts import REFERENCE, Table, Verdict, again, answer, judge, read_results
 from evaluation.words import lay_out, percent_of_runs, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
@@ -44,7 +45,7 @@ from training.controls import Control
 from training.data import SPLITS
 from training.metrics import Ints, mean_and_deviation
 from training.regimes import LongTail, Regime, Shots, Unseen
-from training.train import write_json
+from training.runs import write_json
 
 MARKER = "test_was_read.json"
 Judged = Sequence[tuple[Table, list[Verdict]]]
@@ -135,7 +136,7 @@ def as_markdown(tables: Sequence[Table], plan: Plan, split: str, groups: Mapping
     """answers.md: a table of answers for each encoder and regime, and what the study leaves open."""
     blocks = [
         f"# What study {plan.name} answers",
-        f"Read on {split}" + (f", code {commit}" if commit else "") + f"; made by `make compare STUDY={plan.name}`.",
+        f"Read on {split}" + (f", code {commit}" if commit else "") + f"; made by `make compare NAME={plan.name}`.",
         "\n".join(f"- {note}" for note in answer_notes(plan, split, groups is not None)),
     ]
     for table in tables:
@@ -219,7 +220,7 @@ def declare_test(plan: Plan) -> None:
     """Write down what test is read for, once. Raises UserError where it was read for another list."""
     path = plan.folder / MARKER
     declared = {
-        "encoders": plan.study.encoders,
+        "encoders": list(plan.encoders),
         "methods": plan.study.methods,
         "variants": list(plan.study.variants),
         "controls": [control.label for control in plan.study.controls],
@@ -235,7 +236,7 @@ def declare_test(plan: Plan) -> None:
         then = before.get(key, [])  # there were studies before there were variants and questions
         if then != value:
             raise UserError(
-                f"studies.{plan.name}.{key}: test was read for {then} already ({path}), and now it is {value};"
+                f"studies/{plan.name}.yaml: {key}: test was read for {then} already ({path}), and now it is {value};"
                 " go back to that list, or choose on val (declared_test: false)"
             )
 
@@ -304,10 +305,32 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     return notes + (contamination_note(plan) if split == "test" else [])
 
 
+def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[str, str]:
+    """By run, why it could not be made: its method cannot work on this data. Raises UserError for the probe."""
+    found = {}
+    for cell in grid:
+        config = json.loads((plan.folder / cell.run / "config.json").read_text(encoding="utf-8"))
+        if "not_possible" in config:
+            if cell.method == REFERENCE:
+                raise UserError(f"{plan.folder}: {REFERENCE} cannot work on this data: {config['not_possible']}")
+            found[cell.run] = config["not_possible"]
+    return found
+
+
+def not_possible_notes(grid: Sequence[Cell], left_out: Mapping[str, str]) -> list[str]:
+    """A line for each method that a table had to do without."""
+    notes = [
+        f"left out: {cell.method} on {cell.encoder}, {cell.control.label}, {cell.regime.label}: {left_out[cell.run]}"
+        for cell in grid
+        if cell.run in left_out
+    ]
+    return list(dict.fromkeys(notes))
+
+
 def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     """Write the tables of a study; returns them as text. Raises UserError where a run is missing or stale."""
     if REFERENCE not in plan.study.methods or Control() not in plan.study.controls:
-        raise UserError(f"studies.{plan.name}: lacks {REFERENCE} or control none, to compare with; add it")
+        raise UserError(f"studies/{plan.name}.yaml: lacks {REFERENCE} or control none, to compare with; add it")
     stale = [cell.run for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]
     if stale:
         raise UserError(f"{plan.folder}: lacks {len(stale)} of {len(grid)} runs (first {stale[0]}); {again(plan)}")
@@ -315,15 +338,17 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     if plan.study.declared_test:
         declare_test(plan)
     groups = read_groups(plan.data)
+    left_out = read_not_possible(plan, grid)
     judged = []
-    for encoder in plan.study.encoders:
+    for encoder in plan.encoders:
         for regime in plan.study.regimes:
             of_table = [cell for cell in grid if (cell.encoder, cell.regime) == (encoder, regime)]
+            of_table = [cell for cell in of_table if cell.run not in left_out]
             table = read_results(plan, of_table, split)
             judged.append((table, judge(table, group_numbers(table, groups))))
     commit = describe_commit()
     heading = f"study {plan.name}, read on {split}" + (f", code {commit}" if commit else "")
-    foot = footnotes(plan, split, groups is not None)
+    foot = [*footnotes(plan, split, groups is not None), *not_possible_notes(grid, left_out)]
     text = as_text(judged, split, groups, heading, foot)
     if plan.study.questions:
         tables = [table for table, _ in judged]
@@ -337,10 +362,10 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="where the stages wrote (default: data)")
-    parser.add_argument("--study", required=True, help="a name under `studies` in params.yaml")
+    parser.add_argument("--name", required=True, help="a file of studies/, without .yaml")
     arguments = parser.parse_args()
     params = load_params(arguments.params)
-    plan = make_plan(arguments.params, params, arguments.study, Path(arguments.data))
+    plan = make_plan(arguments.params, params, arguments.name, Path(arguments.data))
     print(compare(plan, cells(plan, params.train.seed)), end="")
 
 

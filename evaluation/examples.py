@@ -105,7 +105,7 @@ def make_examples(
     data: Path,
     shown: Run,
     index: pa.Table,
-    bank: pa.Table,
+    bank: pa.Table | None,
     names: Mapping[str, str],
     *,
     buckets: int,
@@ -113,7 +113,8 @@ def make_examples(
 ) -> list[Row]:
     """`count` test images as the page shows them, chosen by choose_examples from what the kept model predicts.
 
-    Raises UserError where an image has no thumbnail, no nodes or no labels.
+    Without a `bank` (the encoder is a tower) they have no patches and no concepts. Raises UserError where an image has
+    no thumbnail, no nodes or no labels.
     """
     image_id = dict(zip(index["path"].to_pylist(), index["image_id"].to_pylist(), strict=True))
     test = np.flatnonzero(shown.split == "test")
@@ -123,12 +124,7 @@ def make_examples(
 
     wanted = {ids[position] for position in chosen}
     thumbs = read_thumbs(data, buckets, wanted)
-    boxes = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1"]
-    nodes = rows_of(data / f"embed/{shown.encoder}/images", "embed.nodes/1", buckets, wanted, boxes)
-    columns = ["concept_idx", "concept_weight", "density", "selected", "selected_concepts"]
-    columns = ["image_id", "view", "node", *columns]
-    labels = rows_of(data / f"labels/{shown.encoder}", "labels/1", buckets, wanted, columns)
-    by_idx = {row["concept_idx"]: row for row in bank.to_pylist()}
+    said = {} if bank is None else explain_images(data, shown.encoder, bank, names, buckets, wanted)
     examples = []
     for position in chosen:
         own = ids[position]
@@ -138,7 +134,21 @@ def make_examples(
                 "webp": thumbs[own],
                 "true": shown.classes[shown.y[test[position]]],
                 "predicted": shown.classes[predicted[position]],
-                **patches_and_concepts(nodes[own], labels[own], by_idx, names),
+                **said.get(own, {"patches": [], "selected": []}),
             }
         )
     return examples
+
+
+def explain_images(
+    data: Path, encoder: str, bank: pa.Table, names: Mapping[str, str], buckets: int, image_ids: Iterable[str]
+) -> dict[str, Row]:
+    """By image_id, patches_and_concepts of a few images."""
+    image_ids = list(image_ids)
+    boxes = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1"]
+    nodes = rows_of(data / f"embed/{encoder}/images", "embed.nodes/1", buckets, image_ids, boxes)
+    columns = ["concept_idx", "concept_weight", "density", "selected", "selected_concepts"]
+    columns = ["image_id", "view", "node", *columns]
+    labels = rows_of(data / f"labels/{encoder}", "labels/1", buckets, image_ids, columns)
+    by_idx = {row["concept_idx"]: row for row in bank.to_pylist()}
+    return {one: patches_and_concepts(nodes[one], labels[one], by_idx, names) for one in image_ids}

@@ -1,9 +1,9 @@
 """Judge explanations: do concepts that name a part point at it, and do the top patches carry the decision?
 
 Reads   what training.train reads for the method's encoder E, data/index/parts.parquet, the norms in
-        data/embed/E/images/; data/runs/METHOD/ where that run is of these settings and this cache: its model is judged,
+        data/embed/E/images/; data/runs/RUN/ where that run is of these settings and this cache: its model is judged,
         else the method is fitted here.
-Writes  data/explanations/METHOD.E/: tables.txt and tables.json. All figures are of val.
+Writes  data/explanations/RUN.E/: tables.txt and tables.json. All figures are of val.
 Costs   a fit where there is no run; then a pass over val for each patch of an image. Memory for the cache and, beside
         it, the patches of val in float32.
 
@@ -20,7 +20,7 @@ concepts, its rings) stays as it was.
 
 A true label is read for one thing only: to draw whole classes anew for an interval.
 
-    python -m evaluation.explanations --method concept_graph
+    python -m evaluation.explanations --run concept_graph
 """
 
 import json
@@ -35,21 +35,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evaluation.pointing import PARTS, RIVALS, Hits, Part, judge_parts, judged_patches, others, part_concepts
+from evaluation.pointing import PARTS, RIVALS, Hits, PartWords, judge_parts, judged_patches, others, part_concepts
 from evaluation.statistics import LEVEL, bootstrap, holm, interval, p_value
 from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Block, Params, load_params
 from fieldmark.store import read_buckets, read_table, write_text
 from training.controls import Control
-from training.data import Batch, Cache, Rows, column, read_cache
+from training.data import Batch, Cache, check_origins, read_cache
+from training.data.bank import Bank
+from training.data.boxes import Boxes
+from training.data.nodes import Nodes
+from training.data.rows import Rows, column
 from training.loop import EVALUATION_BATCH, Schedule, predict, set_up_torch
-from training.methods import load_method, read_settings
+from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
-from training.train import write_json
+from training.runs import write_json
+from training.train import read_run
 
 SPLIT = "val"
+NEEDED = frozenset({"nodes", "boxes", "concepts", "owners"})  # to say what points where, beside what the method reads
 TOP = 3  # patches removed or kept
 DRAWS = 10_000  # of the bootstrap
 
@@ -60,15 +66,10 @@ DRAWS = 10_000  # of the bootstrap
 def keep_nodes(batch: Batch, keep: Tensor) -> Batch:
     """The batch as if its images had no local nodes but those in `keep` (B, N); the global node stays."""
     mask = batch.mask & torch.cat([torch.ones_like(keep[:, :1]), keep], dim=1)
-    return replace(
-        batch,
-        mask=mask,
-        nodes=batch.nodes * mask[..., None],
-        concept_weight=batch.concept_weight * mask[..., None],
-        selected=batch.selected & mask,
-        density=batch.density * mask,
-        adjacency=batch.adjacency * (mask[:, :, None] & mask[:, None, :])[..., None],
-    )
+    by_node = dict.fromkeys(("selected", "density"), mask) | {"nodes": mask[..., None]}
+    by_node |= {"concept_weight": mask[..., None], "adjacency": (mask[:, :, None] & mask[:, None, :])[..., None]}
+    kept = {name: batch.values[name] * shown for name, shown in by_node.items() if batch.has(name)}
+    return batch.changed(mask=mask, **kept)
 
 
 @torch.no_grad()
@@ -108,13 +109,13 @@ class Decisions(NamedTuple):
 
 
 def judge_decisions(
-    model: nn.Module, cache: Cache, images: Tensor, patches: Tensor, norms: Tensor, seed: int
+    model: nn.Module, cache: Cache, images: Tensor, box: Tensor, patches: Tensor, norms: Tensor, seed: int
 ) -> Decisions | None:
     """What the top patches of `images` (n,) do to decisions. None where the model gives no node scores.
 
-    `patches` and `norms` (n, N) are those of the images' local nodes in view 0.
+    `box` (n, N, 4), `patches` and `norms` (n, N) are those of the images' local nodes in view 0.
     """
-    local = cache.mask[images * cache.views, 1:]
+    local = cache.part(Nodes).mask[images * cache.views, 1:]
     logits, scores = read_out(model, cache, images, local)
     if scores is None:
         return None
@@ -139,8 +140,7 @@ def judge_decisions(
     for node in patches.any(0).nonzero()[:, 0].tolist():
         alone = torch.arange(patches.shape[1]) == node
         drop[:, node] = whole - probability(read_out(model, cache, images, local & ~alone)[0])
-    boxes = cache.boxes[images * cache.views, 1:]
-    centrality = -((boxes[..., :2] + boxes[..., 2:]) / 2 - 0.5).square().sum(-1)
+    centrality = -((box[..., :2] + box[..., 2:]) / 2 - 0.5).square().sum(-1)
 
     fixed = {"centre": of(top(centrality, patches)), "highest norm": of(top(norms, patches))}
     own, rivals = {}, {}
@@ -280,7 +280,7 @@ def as_text(content: Mapping[str, Any], tables: Mapping[str, Sequence[Comparison
 # What is read.
 
 
-def read_points(data: Path, cache: Cache, parts: Mapping[str, Part]) -> dict[str, Floats]:
+def read_points(data: Path, cache: Cache, parts: Mapping[str, PartWords]) -> dict[str, Floats]:
     """By part, its points (n, P, 2) on every image of the cache; nan where it is not visible."""
     path = data / "index/parts.parquet"
     position = {path: number for number, path in enumerate(cache.paths)}
@@ -293,7 +293,7 @@ def read_points(data: Path, cache: Cache, parts: Mapping[str, Part]) -> dict[str
     return found
 
 
-def read_parts(data: Path) -> dict[str, Part]:
+def read_parts(data: Path) -> dict[str, PartWords]:
     """Those of PARTS that the data set marks. Raises UserError where it marks none."""
     path = data / "index/parts.parquet"
     marked = set(read_table(path, "index.parts/1", ["part"])["part"].to_pylist())
@@ -311,7 +311,7 @@ def read_norms(data: Path, encoder: str, cache: Cache, buckets: int) -> Tensor:
     columns = ["image_id", "view", "node", "norm"]
     nodes = read_buckets(data / f"embed/{encoder}/images", "embed.nodes/1", buckets, columns)
     table, row = Rows(image_ids, cache.views, buckets).place(nodes.filter(pc.field("view") == 0))
-    norms = torch.zeros(len(image_ids), cache.mask.shape[1])
+    norms = torch.zeros(len(image_ids), cache.part(Nodes).mask.shape[1])
     norms[torch.from_numpy(row // cache.views), torch.from_numpy(column(table, "node").astype(np.int64))] = (
         torch.from_numpy(column(table, "norm").copy())
     )
@@ -323,7 +323,7 @@ def read_model(
 ) -> tuple[nn.Module, str]:
     """The model to judge, and in words which it is.
 
-    It is that of the run in `folder` (data/runs/METHOD) where the run has these settings and was trained on this cache;
+    It is that of the run in `folder` (data/runs/RUN) where the run has these settings and was trained on this cache;
     else the method is fitted here. Raises UserError where the run's weights do not fit the method as it is now.
     """
     module, hidden = load_method(method), hide_test(cache)
@@ -351,33 +351,32 @@ def read_model(
     return model, f"of {folder}, seed {run['model_seed']}"
 
 
-def judge_explanations(params: Params, path: str, method: str, encoder: str | None, data: Path) -> str:
-    """Write the tables of a method and return them as text. `path` is the parameters' file, for messages.
+def judge_explanations(params: Params, path: str, name: str, encoder: str | None, data: Path) -> str:
+    """Write the tables of a run of train.runs and return them as text. `path` is the parameters' file, for messages.
 
-    Raises UserError where the method is unknown, gives no node scores, or the data set marks no part of PARTS.
+    Raises UserError where the run is unknown, its method gives no node scores, or the data set marks no part of PARTS.
     """
-    if method not in params.train.methods:
-        known = ", ".join(params.train.methods)
-        raise UserError(f"{path}: train.methods: has no {method}; choose one of: {known}, or add it")
-    encoder = encoder or params.train.methods[method].encoder
+    planned = read_run(path, params, name)
+    method, settings, encoder = planned.method, planned.settings, encoder or planned.reading.encoder
     params.encoder(encoder)
     buckets, seed = params.dataset.buckets, params.train.seed
     parts = read_parts(data)
-    settings = read_settings(path, params, method)
     set_up_torch()
-    cache = read_cache(data, encoder, buckets)
+    reads = planned.reading.reads
+    cache = read_cache(data, encoder, buckets, reads | NEEDED)
+    told = replace(cache.only(reads), fingerprints=check_origins(data, encoder, buckets, reads))
     norms = read_norms(data, encoder, cache, buckets)[:, 1:]
-    bank = cache.bank
+    bank = cache.part(Bank)
     texts = read_table(bank.path, "bank/1", ["concept_idx", "text"]).sort_by("concept_idx")["text"].to_pylist()
     concepts = part_concepts(texts, bank.kept, parts)
-    model, which = read_model(data / "runs" / method, method, encoder, settings, cache, seed)
+    model, which = read_model(data / "runs" / name, method, encoder, settings, told, seed)
 
     images = cache.images(SPLIT)
-    patches = torch.from_numpy(judged_patches(cache, images))
-    decisions = judge_decisions(model, cache, images, patches, norms[images], seed)
+    patches, box = torch.from_numpy(judged_patches(cache, images)), cache.part(Boxes).box[images * cache.views, 1:]
+    decisions = judge_decisions(model, told, images, box, patches, norms[images], seed)
     if decisions is None:
         raise UserError(f"{method}: gives no node scores to judge; choose a method that does, such as concept_graph")
-    predicted = predict(model, cache, images).argmax(1)
+    predicted = predict(model, told, images).argmax(1)
     hits = judge_parts(cache, images, norms, concepts, read_points(data, cache, parts), predicted, seed)
 
     y = cache.y[images].numpy()
@@ -405,7 +404,7 @@ def judge_explanations(params: Params, path: str, method: str, encoder: str | No
         "fingerprints": cache.fingerprints,
     }
     text = as_text(content, tables)
-    folder = data / "explanations" / f"{method}.{encoder}"
+    folder = data / "explanations" / f"{name}.{encoder}"
     write_json(folder / "tables.json", content)
     write_text(folder / "tables.txt", text)
     return text
@@ -414,12 +413,12 @@ def judge_explanations(params: Params, path: str, method: str, encoder: str | No
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="where the stages wrote (default: data)")
-    parser.add_argument("--method", required=True, metavar="NAME", help="a method of train.methods with node scores")
-    parser.add_argument("--encoder", metavar="NAME", help="instead of the one that train.methods.NAME.encoder names")
+    parser.add_argument("--run", required=True, metavar="NAME", help="a run of train.runs with node scores")
+    parser.add_argument("--encoder", metavar="NAME", help="instead of the one that train.runs.NAME.encoder names")
     arguments = parser.parse_args()
     params = load_params(arguments.params)
     data = Path(arguments.data)
-    print(judge_explanations(params, arguments.params, arguments.method, arguments.encoder, data), end="")
+    print(judge_explanations(params, arguments.params, arguments.run, arguments.encoder, data), end="")
 
 
 if __name__ == "__main__":

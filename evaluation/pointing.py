@@ -29,12 +29,15 @@ import torch
 from torch import Tensor
 
 from training.data import Cache
+from training.data.bank import Bank
+from training.data.boxes import Boxes
+from training.data.nodes import Nodes
 from training.metrics import Bools, Floats, Ints
 
 OTHERS = 10  # other images that each image is compared with
 
 
-class Part(NamedTuple):
+class PartWords(NamedTuple):
     """A part of a body, or a mark on it."""
 
     words: frozenset[str]  # that name it in a text
@@ -45,8 +48,8 @@ def words_of(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", text.lower()))
 
 
-def make_part(words: str, *points: str) -> Part:
-    return Part(words_of(words), frozenset(points))
+def make_part(words: str, *points: str) -> PartWords:
+    return PartWords(words_of(words), frozenset(points))
 
 
 PARTS = {
@@ -78,14 +81,14 @@ PLACES = words_of(
 )
 
 
-def named_part(text: str, parts: Mapping[str, Part]) -> str | None:
+def named_part(text: str, parts: Mapping[str, PartWords]) -> str | None:
     """The part of `parts` that a text names; None where it names none, several, or another place beside it."""
     words = words_of(text)
     named = [name for name, part in parts.items() if words & part.words]
     return named[0] if len(named) == 1 and not words & PLACES - parts[named[0]].words else None
 
 
-def part_concepts(texts: Sequence[str | None], kept: Tensor, parts: Mapping[str, Part]) -> dict[str, Tensor]:
+def part_concepts(texts: Sequence[str | None], kept: Tensor, parts: Mapping[str, PartWords]) -> dict[str, Tensor]:
     """By part, which of the bank's M concepts are kept and name it, (M,) bool. A part that none names is left out."""
     found = [named_part(text, parts) if text else None for text in texts]
     rows = {name: torch.tensor([one == name for one in found]) & kept for name in parts}
@@ -200,7 +203,7 @@ def judge_part(
 def judged_patches(cache: Cache, images: Tensor) -> Bools:
     """(n, N): which local nodes of the images (n,), in view 0, are patches."""
     rows = images * cache.views
-    return finest(cache.boxes[rows, 1:], cache.mask[rows, 1:])
+    return finest(cache.part(Boxes).box[rows, 1:], cache.part(Nodes).mask[rows, 1:])
 
 
 def judge_parts(
@@ -218,16 +221,16 @@ def judge_parts(
     (`part_concepts`), and `points` (all images, P, 2) holds its points, nan where it is not visible. `predicted` (n,)
     holds the classes that the judged model predicts.
     """
-    bank, train = cache.bank, cache.images("train")
+    bank, train = cache.part(Bank), cache.images("train")
     train_patches, patches = judged_patches(cache, train), judged_patches(cache, images)
 
     def mark(part: str, of: Tensor) -> Marked:
-        at, boxes = points[part][of.numpy()], cache.boxes[of * cache.views, 1:].numpy()
+        at, boxes = points[part][of.numpy()], cache.part(Boxes).box[of * cache.views, 1:].numpy()
         return Marked(~np.isnan(at[..., 0]).all(1), covers(boxes, at))
 
     marked = {part: mark(part, images) for part in concepts}
     cells = {part: best_cell(mark(part, train), train_patches) for part in concepts}
     asked = {part: directions(bank.K, bank.kept, rows, bank.own, predicted) for part, rows in concepts.items()}
-    vectors = cache.vectors[images * cache.views, 1:].float() * norms[images][..., None]
+    vectors = cache.part(Nodes).nodes[images * cache.views, 1:].float() * norms[images][..., None]
     hits = {part: judge_part(part, asked, vectors, patches, marked, cells[part], seed) for part in concepts}
     return {part: found for part, found in hits.items() if found is not None}

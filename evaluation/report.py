@@ -1,17 +1,18 @@
 """Put accuracy, confusion, explained test images and the health of the data set on one page.
 
-Reads   data/runs/METHOD/{config.json,metrics.json,predictions.parquet} of every method in train.methods;
+Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet} of every run in train.runs;
         data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/,
-        data/concepts/concepts.parquet; for the encoder of the method that is best on val also
-        data/bank/E.parquet, data/labels/E/ and the boxes in data/embed/E/images/.
+        data/concepts/concepts.parquet; for the encoder of the run that is best on val also data/bank/E.parquet,
+        data/labels/E/ and the boxes in data/embed/E/images/ (a tower has no texts, and so no bank and no labels).
 Writes  data/report/index.html (one page that loads nothing else) and data/report/summary.txt (its table as text).
-Costs   seconds; memory for the logits of one method at a time.
+Costs   seconds; memory for the logits of one run at a time.
 
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are paired, image
-by image, with the intervals of evaluation.statistics.paired_difference. The method shown in detail, and its seed, are
+by image, with the intervals of evaluation.statistics.paired_difference. The run shown in detail, and its seed, are
 those that are best on val. What the page calls a patch or a concept comes from label_patches: it says what the encoder
-sees in the picture, not why a method decided as it did. Where test images have a near duplicate, or other images of
-their group, in train or val, the page and its summary warn.
+sees in the picture, not why a method decided as it did. A run whose method cannot work on this data is a row that says
+why. Where test images have a near duplicate, or other images of their group, in train or val, the page and its summary
+warn.
 
     python -m evaluation.report
 """
@@ -25,11 +26,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluation.examples import make_examples, name_concept
 from evaluation.health import HEALTH, contamination, near_pairs, read_health
-from evaluation.runs import SPLITS, Row, Run, check_marks, check_same_images, query, read_marks, read_run
+from evaluation.runs import SPLITS, NotMade, Row, Run, check_marks, check_same_images, query, read_marks, read_run
 from evaluation.statistics import Paired, paired_difference
 from evaluation.words import lay_out, percent, percent_and_deviation, points, points_range
 from fieldmark import store
-from fieldmark.command import run, stage_parser
+from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Params, load_params
 from training.metrics import Ints
 
@@ -120,7 +121,7 @@ def count_concepts(concepts: pa.Table, bank: pa.Table, names: Mapping[str, str])
 
 
 def accuracy_rows(runs: Sequence[Run], reference: Run) -> list[Row]:
-    """A row for each method: its accuracies by split and, on test, its difference to the reference.
+    """A row for each run: its accuracies by split and, on test, its difference to the reference.
 
     The reference itself has None for a difference.
     """
@@ -130,7 +131,7 @@ def accuracy_rows(runs: Sequence[Run], reference: Run) -> list[Row]:
         if found is not reference:
             paired = paired_difference(found.on("test"), reference.on("test"), found.y[found.split == "test"])
         splits = {split: found.accuracy(split) for split in SPLITS}
-        row = {"method": found.method, "encoder": found.encoder, "seeds": len(found.seeds), "paired": paired}
+        row = {"name": found.name, "encoder": found.encoder, "seeds": len(found.seeds), "paired": paired}
         rows.append({**row, **splits})
     return rows
 
@@ -140,18 +141,21 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}".removesuffix(".0")
 
 
-def summarise(rows: Sequence[Row], reference: str, warning: Row | None, page: Path) -> str:
+def summarise(
+    rows: Sequence[Row], not_made: Sequence[NotMade], reference: str, warning: Row | None, page: Path
+) -> str:
     """summary.txt: the table in % and points, and the notes that it must not be read without."""
-    lines = [["method", *SPLITS, f"test - {reference} [95 %]"]]
+    lines = [["run", *SPLITS, f"test - {reference} [95 %]"]]
     for row in rows:
         splits = [percent_and_deviation(*row[split]) for split in SPLITS]
         paired = row["paired"]
         compared = "reference" if paired is None else f"{points(paired.difference)} {points_range(paired.images)}"
-        lines.append([row["method"], *splits, compared])
+        lines.append([row["name"], *splits, compared])
     counts = sorted({row["seeds"] for row in rows})
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"accuracy in %, mean +- standard deviation over seeds ({seeds}); paired difference in points"
-    lasts = [note, f"report: {page.as_posix()}"]
+    missing = [f"{one.name}: cannot work on this data: {one.reason}" for one in not_made]
+    lasts = [note, *missing, f"report: {page.as_posix()}"]
     if warning is not None:
         reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
         counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
@@ -172,30 +176,41 @@ def render(content: Row) -> str:
     return environment.get_template("report.html.jinja").render(content)
 
 
+def find_reference(data: Path, found: Sequence[Run | NotMade], name: str) -> Run:
+    """The run that the others are compared with. Raises UserError where its method cannot work on this data."""
+    reference = next(one for one in found if one.name == name)
+    if isinstance(reference, NotMade):
+        raise UserError(
+            f"{data}/runs/{name}: cannot work on this data ({reference.reason}), and the others would be compared with"
+            " it; name another run in report.reference"
+        )
+    return reference
+
+
 def report(params: Params, data: Path) -> str:
     """Write data/report/ and return the summary."""
     buckets = params.dataset.buckets
     index = store.read_table(data / "index/images.parquet", "index.images/1")
     classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
     names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
-    runs = [read_run(data, name, method.encoder) for name, method in params.train.runs.items()]
+    found = [read_run(data, name, planned.encoder) for name, planned in params.train.runs.items()]
+    runs, not_made = [one for one in found if isinstance(one, Run)], [one for one in found if isinstance(one, NotMade)]
+    reference = find_reference(data, found, params.report.reference)
     check_same_images(data, runs, index)
     dataset = count_dataset(index, classes)
     health = read_health(data / "index/metrics.json", dataset["images"])
     warning = contamination(health, dataset["images"]["test"])
 
     # Of equals, the first in params.yaml.
-    shown = max(runs, key=lambda found: found.accuracy("val")[0])
-    marks = read_marks(data, shown.encoder, buckets)
+    shown = max(runs, key=lambda one: one.accuracy("val")[0])
+    has_texts = shown.encoder in params.encoders
+    marks = read_marks(data, shown.encoder, buckets, has_texts)
     check_marks(data, shown, marks)
-    bank = store.read_table(
-        data / f"bank/{shown.encoder}.parquet",
-        "bank/1",
-        ["concept_idx", "text", "class_ids", "kind", "discriminability", "kept", "drop_reason"],
-    )
-    columns = ["kind", "kept", "drop_reason"]
-    concepts = store.read_table(data / "concepts/concepts.parquet", "concepts/1", columns)
-    reference = next(found for found in runs if found.method == params.report.reference)
+    bank: pa.Table | None = None
+    if has_texts:
+        columns = ["concept_idx", "text", "class_ids", "kind", "discriminability", "kept", "drop_reason"]
+        bank = store.read_table(data / f"bank/{shown.encoder}.parquet", "bank/1", columns)
+    concepts = store.read_table(data / "concepts/concepts.parquet", "concepts/1", ["kind", "kept", "drop_reason"])
     rows = accuracy_rows(runs, reference)
 
     test = shown.split == "test"
@@ -211,7 +226,8 @@ def report(params: Params, data: Path) -> str:
         "warning": warning,
         "near": near_pairs(data, index, buckets),
         "rows": rows,
-        "reference": reference.method,
+        "not_made": not_made,
+        "reference": reference.name,
         "reach": max([0.01, *(abs(end) for row in rows if row["paired"] for end in row["paired"].images)]),
         "shown": shown,
         "names": names,
@@ -222,11 +238,11 @@ def report(params: Params, data: Path) -> str:
         "order": order if len(order) <= MATRIX_CLASSES else [],
         "matrix": matrix.tolist(),
         "examples": make_examples(data, shown, index, bank, names, buckets=buckets, count=params.report.examples),
-        "concepts": count_concepts(concepts, bank, names),
-        "marks": {**marks, **{f"runs/{found.method}/predictions.parquet": found.mark for found in runs}},
+        "concepts": None if bank is None else count_concepts(concepts, bank, names),
+        "marks": {**marks, **{f"runs/{one.name}/predictions.parquet": one.mark for one in runs}},
     }
     page = data / "report/index.html"
-    html, summary = render(content), summarise(rows, reference.method, warning, page)
+    html, summary = render(content), summarise(rows, not_made, reference.name, warning, page)
     store.write_text(page, html)
     store.write_text(page.with_name("summary.txt"), summary)
     return summary

@@ -1,4 +1,4 @@
-"""What the report reads of runs: what each method predicted, checked against what else the run and the cache say."""
+"""What the report reads of runs: what each predicted, checked against what else the run and the cache say."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """What one method predicted: S seeds, n images in the order of their paths."""
+    """What one run predicted: S seeds, n images in the order of their paths."""
 
-    method: str
+    name: str
     encoder: str
     seeds: list[int]
     model_seed: int  # the one that is best on val, whose model is kept
@@ -48,16 +48,26 @@ class Run(NamedTuple):
         return mean_and_deviation(self.on(split).mean(axis=1).tolist())
 
 
-def read_run(data: Path, method: str, encoder: str) -> Run:
-    """Read one method's run. Raises UserError where a file is missing, broken, or disagrees with another."""
-    folder = data / "runs" / method
-    again = f"run `python -m training.train --method {method}` (dvc repro train@{method})"
-    config, metrics = (read_json(folder / name, again) for name in ("config.json", "metrics.json"))
+class NotMade(NamedTuple):
+    """A run whose method cannot work on this data, and why."""
+
+    name: str
+    encoder: str
+    reason: str
+
+
+def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
+    """Read one run. Raises UserError where a file is missing, broken, or disagrees with another."""
+    folder = data / "runs" / name
+    again = f"run `python -m training.train --run {name}` (dvc repro train@{name})"
+    config, metrics = (read_json(folder / file, again) for file in ("config.json", "metrics.json"))
     path = folder / "predictions.parquet"
     if not path.is_file():
         raise UserError(f"{path}: is missing; {again}")
     if config["encoder"] != encoder:
         raise UserError(f"{folder}/config.json: is of encoder {config['encoder']}, not {encoder}; {again}")
+    if "not_possible" in config:
+        return NotMade(name, encoder, config["not_possible"])
     header = store.read_header(path, PREDICTIONS)
     classes = header.params["classes"]
     table = store.read_table(path, PREDICTIONS).sort_by([("seed", "ascending"), ("path", "ascending")])
@@ -70,7 +80,7 @@ def read_run(data: Path, method: str, encoder: str) -> Run:
     if y.null_count or config["model_seed"] not in seeds:
         raise UserError(f"{path}: holds a class or lacks a seed that config.json does not expect; {again}")
     found = Run(
-        method=method,
+        name=name,
         encoder=encoder,
         seeds=seeds,
         model_seed=config["model_seed"],
@@ -106,26 +116,34 @@ def check_same_images(data: Path, runs: Sequence[Run], index: pa.Table) -> None:
         own = [found.paths, found.split.tolist(), [found.classes[label] for label in found.y]]
         if own != expected:
             raise UserError(
-                f"{data}/runs/{found.method}: was made from other images than {data}/index holds;"
-                f" run train@{found.method} again (dvc repro)"
+                f"{data}/runs/{found.name}: was made from other images than {data}/index holds;"
+                f" run train@{found.name} again (dvc repro)"
             )
 
 
-def read_marks(data: Path, encoder: str, buckets: int) -> dict[str, str]:
-    """By file or folder under data/, the fingerprints of the tables of an encoder that the page explains with."""
-    folders = {f"embed/{encoder}/images": "embed.nodes/1", f"labels/{encoder}": "labels/1"}
+def read_marks(data: Path, encoder: str, buckets: int, with_texts: bool) -> dict[str, str]:
+    """By file or folder under data/, the fingerprints of the tables of an encoder that the page explains with.
+
+    `with_texts`: labels and bank, which a tower has none of.
+    """
+    folders = {f"embed/{encoder}/images": "embed.nodes/1"}
+    folders |= {f"labels/{encoder}": "labels/1"} if with_texts else {}
     marks = {name: store.read_folder_header(data / name, schema, buckets) for name, schema in folders.items()}
-    marks[f"bank/{encoder}.parquet"] = store.read_header(data / f"bank/{encoder}.parquet", "bank/1")
+    if with_texts:
+        marks[f"bank/{encoder}.parquet"] = store.read_header(data / f"bank/{encoder}.parquet", "bank/1")
     return {name: header.fingerprint for name, header in sorted(marks.items())}
 
 
 def check_marks(data: Path, found: Run, marks: Mapping[str, str]) -> None:
-    """Raise UserError where a run was trained on other tables than the page would explain it with."""
+    """Raise UserError where a run was trained on other tables than the page would explain it with.
+
+    What the run did not read cannot be another.
+    """
     for name, mark in marks.items():
-        if found.fingerprints.get(name) != mark:
+        if found.fingerprints.get(name, mark) != mark:
             raise UserError(
-                f"{data}/runs/{found.method}: was trained on another {data / name} than is there now;"
-                f" run train@{found.method} again (dvc repro)"
+                f"{data}/runs/{found.name}: was trained on another {data / name} than is there now;"
+                f" run train@{found.name} again (dvc repro)"
             )
 
 

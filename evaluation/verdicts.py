@@ -1,6 +1,6 @@
 """What a study's runs reach, and what may be said of it: verdicts on methods, and answers to the study's questions.
 
-Reads the predictions of runs through a plan (evaluation.study); the rest are pure functions. compare.py writes the
+Reads the predictions of runs through a plan (evaluation/plan.py); the rest are pure functions. compare.py writes the
 tables.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from evaluation.plan import FEWER_CONCEPTS, Cell, Plan, Question
 from evaluation.statistics import LEVEL, Paired, holm, paired_differences
-from evaluation.study import FEWER_CONCEPTS, Cell, Plan, Question
 from evaluation.words import on_these_classes, points, points_range, written_p
 from fieldmark.command import UserError
 from fieldmark.store import read_table, vectors_of
@@ -32,18 +32,9 @@ from training.metrics import (
     top_k_accuracy,
 )
 from training.regimes import Regime, Unseen, harmonic_mean
-from training.train import SCHEMA
+from training.runs import SCHEMA
 
 REFERENCE = "linear_probe"
-# What a control takes away, as the verdict words it.
-SUBJECT = {
-    "edges_removed": "the edges do",
-    "edges_rewired": "which nodes an edge links does",
-    "random_vectors": "the texts do",
-    "unrelated_texts": "what the texts say does",
-    "random_descriptors": "what the texts say does",
-    "owners_permuted": "which class owns a text does",
-}
 
 
 class Result(NamedTuple):
@@ -224,7 +215,7 @@ def judge(table: Table, groups: Ints | None) -> list[Verdict]:
         for other, (gain, corrected) in gains.items():
             control = table.results[other].control
             if own[other] == number and not is_ahead(gain, corrected):
-                words.append(f"does not beat its control {control.label}: {SUBJECT[control.name]} nothing here")
+                words.append(f"does not beat its control {control.label}: {control.subject} nothing here")
         difference = None if number == reference else paired[number]
         verdicts.append(Verdict(result, difference, p.get(number), "; ".join(words)))
     return verdicts

@@ -28,9 +28,10 @@ from fieldmark.command import UserError
 from fieldmark.params import load_params
 from fieldmark.store import make_table, read_header, read_table, write_table
 from tests.evaluation.scene import N, judged, scene
-from tests.training.cache import ENCODER, Plan, write_cache
+from tests.training.cache import ALL, ENCODER, Plan, write_cache
 from tests.training.test_train import PARAMS
 from training.data import Batch, Cache, read_cache
+from training.data.nodes import Nodes
 from training.loop import predict
 from training.methods import Output, read_settings
 from training.methods.concept_graph import class_anchors
@@ -181,7 +182,7 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
     assert all(row["images"] == content["images"] == 32 for row in content["rows"]["parts"])
     assert all(row["what"] in text for row in content["rows"]["parts"])
 
-    cache, params = read_cache(data, ENCODER, 3), load_params(path)
+    cache, params = read_cache(data, ENCODER, 3, ALL), load_params(path)
     settings = read_settings(str(path), params, "concept_graph")
     model, which = read_model(data / "runs/concept_graph", "concept_graph", ENCODER, settings, cache, 3)
     assert which == content["model"]
@@ -196,9 +197,9 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
 
 
 def test_norms_stand_where_their_nodes_do(project: Path) -> None:
-    cache = read_cache(project / "data", ENCODER, 3)
+    cache = read_cache(project / "data", ENCODER, 3, ALL)
     norms = read_norms(project / "data", ENCODER, cache, 3)
-    assert torch.equal(norms, cache.mask[:: cache.views].float())  # all are 1
+    assert torch.equal(norms, cache.part(Nodes).mask[:: cache.views].float())  # all are 1
 
 
 def test_what_cannot_be_judged_is_said_in_one_line(project: Path) -> None:

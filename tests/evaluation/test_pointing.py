@@ -28,6 +28,8 @@ from evaluation.pointing import (
 )
 from tests.evaluation.scene import N, cells, judged, scene
 from training.data import Cache
+from training.data.bank import Bank
+from training.data.nodes import Nodes
 
 BIRD = {name: PARTS[name] for name in ("bill", "crown", "wing", "tail", "eye")}
 
@@ -134,9 +136,9 @@ def part_points(cache: Cache) -> dict[str, np.ndarray]:
 
 def part_hits(cache: Cache, predicted: Tensor, norms: Tensor | None = None) -> dict[str, Hits]:
     """Hits with the concepts of even and odd rows for those of two parts."""
-    even = torch.arange(len(cache.bank.kind)) % 2 == 0
-    concepts = {"bill": even & cache.bank.kept, "tail": ~even & cache.bank.kept}
-    norms = torch.ones(len(cache.paths), cache.mask.shape[1] - 1) if norms is None else norms
+    even = torch.arange(len(cache.part(Bank).kind)) % 2 == 0
+    concepts = {"bill": even & cache.part(Bank).kept, "tail": ~even & cache.part(Bank).kept}
+    norms = torch.ones(len(cache.paths), cache.part(Nodes).mask.shape[1] - 1) if norms is None else norms
     return judge_parts(cache, cache.images("val"), norms, concepts, part_points(cache), predicted, seed=0)
 
 
