@@ -52,7 +52,7 @@ from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
 from training.runs import write_json
-from training.train import read_run
+from training.train import plan_run
 
 SPLIT = "val"
 NEEDED = frozenset({"nodes", "boxes", "concepts", "owners"})  # to say what points where, beside what the method reads
@@ -356,7 +356,7 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
 
     Raises UserError where the run is unknown, its method gives no node scores, or the data set marks no part of PARTS.
     """
-    planned = read_run(path, params, name)
+    planned = plan_run(path, params, name)
     method, settings, encoder = planned.method, planned.settings, encoder or planned.reading.encoder
     params.encoder(encoder)
     buckets, seed = params.dataset.buckets, params.train.seed
