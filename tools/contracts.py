@@ -42,7 +42,7 @@ reader refuses a file of another version, with one line that says which stage to
 from run to run: no time, no host, no absolute path. The fingerprint hashes the schema, the parameters that change
 content and the fingerprints of what was read. So equal inputs give equal bytes.
 
-**Rows** are sorted by the key. Pages carry checksums, which readers verify.
+**Rows** are sorted by the key. Pages carry checksums, which readers verify: a flipped bit is an error.
 
 **Buckets.** Where a file is named `bNNN.parquet`, the images are spread over `dataset.buckets` files: an image is in
 bucket `int(image_id[:8], 16) % buckets`. All buckets exist, empty ones too. One image more changes one bucket.
@@ -65,7 +65,7 @@ ABOUT = {
             "split": "train, val or test",
             "width": "pixels, after the picture's own orientation",
             "height": "pixels, likewise",
-            "status": "ok; duplicate (equal bytes are used elsewhere); conflict (equal bytes under two classes); broken",
+            "status": "ok, duplicate (an equal file is used), conflict (equal files of two classes) or broken",
             "error": "why it is not used",
             "dhash": "64-bit difference hash, for near duplicates",
             "duplicate_of": "the path of the equal file that is used",
@@ -85,7 +85,7 @@ ABOUT = {
             "class_id": "a name that can be a folder's",
             "name": "as people write it",
             "superclass": "the group in which it has siblings",
-            "scientific_name": "",
+            "scientific_name": "of the species, where the data set gives it",
             "lineage": "ranks from the highest down",
             "note": "a remark that prompts may use",
             "from_images": "whether the data set has images of it",
@@ -106,7 +106,7 @@ ABOUT = {
     "index.attributes/1": About(
         "data/index/attributes.parquet",
         "What the data set says of a class; else the table is empty.",
-        {"class_id": "of index.classes", "attribute": "", "value": ""},
+        {"class_id": "of index.classes", "attribute": "its name", "value": "what the class has of it"},
     ),
     "index.near_duplicates/1": About(
         "data/index/near_duplicates.parquet",
@@ -128,7 +128,7 @@ ABOUT = {
             "prompt_sha": "sha256 of the prompt's file",
             "status": "ok, refused, invalid, truncated or error",
             "response_json": "the answer, or what there is to know of the failure",
-            "model_requested": "",
+            "model_requested": "`llm.model`",
             "model_reported": "what the server says that it ran",
             "response_id": "the server's",
             "finish_reason": "the server's",
@@ -143,14 +143,14 @@ ABOUT = {
     "descriptions/1": About(
         "data/descriptions/descriptions.parquet",
         "A sentence of an image's description, class names masked.",
-        {"image_id": IMAGE, "rank": "its place in the description", "text": ""},
+        {"image_id": IMAGE, "rank": "its place in the description", "text": "the sentence"},
     ),
     "concepts/1": About(
         "data/concepts/concepts.parquet",
         "A text of an answer, or a class name in one of `clean.name_templates`; kept or not.",
         {
             "concept_id": "sha256 of the text",
-            "text": "",
+            "text": "the text itself",
             "class_id": "null for a text of no class",
             "kind": "name, visual, habitat or generic",
             "part": "the part of the object that it speaks of, where the answer says so",
@@ -197,7 +197,7 @@ ABOUT = {
         "A text in the space of the images.",
         {
             "text_id": "sha256 of the text",
-            "text": "",
+            "text": "the text itself",
             "kind": "name, concept or description",
             "n_tokens": "that the text has",
             "truncated": "whether it has more than the encoder reads",
@@ -211,7 +211,7 @@ ABOUT = {
             "kind": "unrelated or random",
             "class_id": "of a random one",
             "rank": "its place among those of its kind and class",
-            "text": "",
+            "text": "the text itself",
             "vector": "of unit length",
         },
     ),
@@ -221,7 +221,7 @@ ABOUT = {
         {
             "concept_idx": "counts from 0 without a gap: what labels refer to",
             "concept_id": "of concepts; null for a prototype",
-            "text": "null for a prototype",
+            "text": "the text itself; null for a prototype",
             "class_ids": "its owners: the classes that it was written for",
             "kind": "name, visual, habitat, generic or proto",
             "discriminability": "how well it tells classes apart, in nats; null for a name",
@@ -260,7 +260,8 @@ ABOUT = {
     ),
     PREDICTIONS: About(
         "data/runs/RUN/predictions.parquet, data/studies/NAME/RUN/predictions.parquet",
-        "What a run says of an image, for one seed. `params.classes` of the header names the classes in their order.",
+        "What a run says of an image, for one seed. `params.classes` of the header names the classes in their order.\n"
+        "Pages of this file carry no checksums.",
         {
             "path": "of index.images",
             "split": "of index.images, or as a study's regime has it",
@@ -313,7 +314,7 @@ def section(name: str, schema: pa.Schema) -> str:
         # What the trainer writes has no null, though its schema does not say so.
         nullable = field.nullable and name != PREDICTIONS
         kind = type_in_words(field.type, nullable, length)
-        lines.append(f"| `{field.name}` | {kind} | {about.columns[field.name]} |".replace("|  |", "| |"))
+        lines.append(f"| `{field.name}` | {kind} | {about.columns[field.name]} |")
     return "\n".join(lines)
 
 
