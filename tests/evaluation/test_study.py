@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -705,31 +704,3 @@ def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
     (project / "seen.txt").write_text("".join(f"class-0{number}\n" for number in range(7)))
     with pytest.raises(UserError, match=r"seen\.txt: leaves 3 classes, few-shot runs take 4"):
         planned(project, left_out=str(project / "seen.txt"))
-
-
-def readme(section: str, language: str) -> list[str]:
-    found = re.search(rf"^## {section}\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return re.findall(rf"```{language}\n(.*?)```", found[1], re.DOTALL)
-
-
-def test_the_readmes_method_gets_its_paired_table(project: Path) -> None:
-    for name in ("stages", "training"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (method,) = readme("A method in one file", "python")
-    (block,) = readme("A method in one file", "yaml")
-    (project / "training/methods/nearest_mean.py").write_text(method)
-    studies = YAML(typ="safe").load(block)["studies"]
-    studies["mine"]["encoders"] = ["tiny"]
-    write_params(project, **studies)
-    commands = re.findall(r"make (\w+) (NAME|STUDY)=(\w+)", "".join(readme("A method in one file", "sh")))
-    assert commands == [("study", "NAME", "mine"), ("compare", "STUDY", "mine")]
-    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
-    arguments = {"study": ["--name", "mine", "--jobs", "1"], "compare": ["--study", "mine"]}
-    for made_of, _, _ in commands:
-        words = command(project, *arguments[made_of], module=f"training.{made_of}")
-        done = run(words, cwd=project, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("nearest_mean")]
-    assert len(rows) == len(studies["mine"]["regimes"])
-    assert all(re.search(r"\[[-+]\d", row) for row in rows)
