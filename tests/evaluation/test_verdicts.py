@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from evaluation.study import Question
+from evaluation.plan import Question
 from evaluation.verdicts import Answer, Result, Table, Verdict, answer, figures_of, figures_of_unseen, judge
 from training.controls import Control
 from training.regimes import Full
