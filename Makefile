@@ -91,6 +91,7 @@ bench: setup
 
 # Outputs that can be made again for nothing. Answers, their journal (.cache) and DVC's cache stay.
 clean:
-	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/runs data/report data/reef
+	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/inputs data/runs
+	rm -rf data/report data/reef
 	rm -f data/concepts/concepts.parquet data/descriptions/descriptions.parquet
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

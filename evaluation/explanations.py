@@ -52,7 +52,7 @@ from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
 from training.runs import write_json
-from training.train import Planned, read_run
+from training.train import PlannedRun, plan_run
 
 SPLIT = "val"
 NEEDED = frozenset({"nodes", "boxes", "concepts", "owners"})  # to say what points where, beside what the method reads
@@ -327,7 +327,7 @@ def read_norms(data: Path, encoder: str, cache: Cache, buckets: int) -> Tensor:
     return norms
 
 
-def read_model(folder: Path, planned: Planned, encoder: str, cache: Cache, seed: int) -> tuple[nn.Module, str]:
+def read_model(folder: Path, planned: PlannedRun, encoder: str, cache: Cache, seed: int) -> tuple[nn.Module, str]:
     """The model to judge, and in words which it is.
 
     It is that of the run in `folder` (data/runs/RUN) where the run has the planned settings and was trained on this
@@ -365,7 +365,7 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
 
     Raises UserError where the run is unknown, its method gives no node scores, or the data set marks no part of PARTS.
     """
-    planned = read_run(path, params, name)
+    planned = plan_run(path, params, name)
     method, reading = planned.method, planned.reading
     encoder = encoder or reading.encoder
     params.encoder(encoder)

@@ -23,6 +23,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 # An empty file that stands where no file is wanted: a dependency of a DVC stage cannot be left out.
 NONE = "data/none"
+FORMATS = Path(__file__).parent / "formats"
 
 
 class Block(BaseModel):
@@ -42,7 +43,7 @@ class Domain(Block):
 
 
 class Dataset(Block):
-    format: Literal["imagefolder", "cub", "manifest"] = "imagefolder"
+    format: str = "imagefolder"
     root: str
     images: str | None = None
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -291,12 +292,14 @@ def check_params(path: str | Path, content: dict[str, Any]) -> Params:
     try:
         params = Params.model_validate(content)
     except ValidationError as error:
-        raise UserError(explain(str(path), error, content)) from None
+        raise UserError(explain_error(str(path), error, content)) from None
     check_contradictions(str(path), params)
     return params
 
 
-def explain(path: str, error: ValidationError, content: Any, prefix: str = "", model: type[BaseModel] = Params) -> str:
+def explain_error(
+    path: str, error: ValidationError, content: Any, prefix: str = "", model: type[BaseModel] = Params
+) -> str:
     """One line for one of a ValidationError's complaints: file, key, what is wrong, what to do.
 
     A missing key goes last: an unknown one may be that one misspelt.
@@ -324,7 +327,7 @@ def read_block(path: str, key: str, given: Any, model: type[Found]) -> Found:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise UserError(explain(path, error, given, f"{key}." if key else "", model)) from None
+        raise UserError(explain_error(path, error, given, f"{key}." if key else "", model)) from None
 
 
 def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
@@ -344,6 +347,10 @@ def check_contradictions(path: str, params: Params) -> None:
     def refuse(key: str, what: str, remedy: str) -> None:
         raise UserError(f"{path}: {key}: {what}; {remedy}")
 
+    formats = sorted(file.stem for file in FORMATS.glob("[a-z]*.py"))
+    if params.dataset.format not in formats:
+        what = f"there is no fieldmark/formats/{params.dataset.format}.py"
+        refuse("dataset.format", what, f"choose one of: {', '.join(formats)}")
     blocks: list[tuple[str, Iterable[str]]] = [
         ("encoders", params.encoders), ("towers", params.towers), ("train.runs", params.train.runs)
     ]  # fmt: skip

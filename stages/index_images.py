@@ -32,7 +32,7 @@ from tqdm import tqdm
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.formats import read_listing
-from fieldmark.formats.listing import SPLITS, Listing, Row, read_lines, readable
+from fieldmark.listing import SPLITS, Listing, Row, read_lines, readable
 from fieldmark.params import Dataset, Params, load_params
 from fieldmark.pictures import health
 from fieldmark.pictures.decode import BadImage, dhash, map_ahead, open_rgb

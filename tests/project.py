@@ -39,7 +39,7 @@ PARAMS: dict[str, Any] = {
     "llm": {"model": "none"},
     "encoders": {},
     "embed": {"tokens": True, "grids": [2]},
-    "train": {"methods": {"zero_shot": {"encoder": "conv"}}},
+    "train": {"runs": {"zero_shot": {"method": "zero_shot", "encoder": "conv"}}},
     "report": {"reference": "zero_shot"},
 }
 

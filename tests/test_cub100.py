@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         del params["encoders"]["birds-lit0"]
         params["controls"] = {}
         for method in ("attention_pool", "concept_graph"):
-            params["train"]["methods"][method].update(epochs=2, weight_decay=[0.01])
+            params["train"]["runs"][method]["settings"] = {"epochs": 2, "weight_decay": [0.01]}
 
     edit_params(folder, make_small, "profiles/cub100.yaml")
     command(sys.executable, "-m", "tools.profiles", "cub100", cwd=folder)

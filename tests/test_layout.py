@@ -37,8 +37,10 @@ STAGES: dict[str, dict[str, Any]] = {
     name: stage.get("do", stage)
     for name, stage in YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"].items()
 }
-# What these run depends on the methods of params.yaml; plan_runs finds it, run by run.
-BY_METHOD = [name for name in STAGES if name.startswith("train") or name == "plan_runs"]
+# Folders whose modules are loaded by a name in params.yaml: a stage that imports the folder may run any of them.
+BY_NAME = [Path("fieldmark/formats")]
+# What train runs depends on the methods of params.yaml: plan_runs, which reads all of that code, finds it run by run.
+PLANNED = ["train", "plan_runs"]
 
 
 def refuse(wrong: Iterable[str]) -> None:
@@ -121,15 +123,18 @@ def says_nothing(file: Path) -> bool:
 @pytest.mark.parametrize("name", STAGES)
 def test_dvc_yaml_lists_code_that_is_there(name: str) -> None:
     code = code_of(STAGES[name])
-    assert code
+    assert code or name == "train"
     refuse(f"{path} is not there" for path in code if not (ROOT / path).exists())
     refuse(f"{path} is listed twice" for path, count in Counter(code).items() if count > 1)
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if name not in BY_METHOD])
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in PLANNED])
 def test_dvc_yaml_lists_the_code_that_a_stage_runs(name: str) -> None:
     [module] = re.findall(r"python -m ([\w.]+)", STAGES[name]["cmd"])
     run = set(imports_of(Path(*module.split(".")).with_suffix(".py"), ROOT))
+    for folder in BY_NAME:
+        if folder / "__init__.py" in run:
+            run |= {each for file in python_files(folder) for each in imports_of(file, ROOT)}
     listed = set().union(*map(python_files, code_of(STAGES[name])))
     needless = {file for file in run if says_nothing(file)} | NOT_LISTED
     refuse(

@@ -1,16 +1,22 @@
 """The real stage graph, run by DVC in a temporary checkout on a small reef: promises 1, 2, 3 and 5 of the design."""
 
+import json
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 from tests.checkout import checkout, command, commit, edit_params
 from tests.openai_server import OpenAIServer
 
-METHODS = ["zero_shot", "description_zero_shot", "linear_probe", "attention_pool", "concept_graph"]
+RUNS = ["zero_shot", "description_zero_shot", "linear_probe", "attention_pool", "concept_graph"]
+OF_TEXT = {"zero_shot", "description_zero_shot", "concept_graph"}  # those that read the bank or the labels
 
 
 def make_small(params: Any) -> None:
@@ -18,7 +24,7 @@ def make_small(params: Any) -> None:
     params["dataset"]["buckets"] = 4
     params["train"]["seeds"] = 1
     for method in ("attention_pool", "concept_graph"):
-        params["train"]["methods"][method].update(epochs=3)
+        params["train"]["runs"][method]["settings"] = {"epochs": 3}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +37,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def refitted(folder: Path, **environment: str) -> set[str]:
+    """The runs that `dvc repro` makes anew."""
+    said = command("dvc", "repro", cwd=folder, **environment).stdout
+    return set(re.findall(r"Running stage 'train@([\w-]+)'", said))
+
+
 def test_repro_goes_from_nothing_to_a_report(made: Path) -> None:
     summary = (made / "data/report/summary.txt").read_text()
-    assert all(method in summary for method in METHODS)
+    assert all(run in summary for run in RUNS)
     assert (made / "data/report/index.html").stat().st_size > 10_000
 
 
@@ -76,7 +88,7 @@ def test_a_corrupt_bucket_is_one_line_that_names_it(made: Path) -> None:
     try:
         bucket.chmod(0o644)
         bucket.write_bytes(content[: len(content) // 2])
-        for words in (["stages.label_patches", "--encoder", "reef"], ["training.train", "--method", "linear_probe"]):
+        for words in (["stages.label_patches", "--encoder", "reef"], ["training.train", "--run", "linear_probe"]):
             failed = command(sys.executable, "-m", *words, cwd=made, check=False)
             assert failed.returncode == 1
             assert len(failed.stderr.strip().splitlines()) == 1
@@ -97,34 +109,38 @@ def test_unknown_key_stops_every_stage_with_one_line(made: Path, tmp_path: Path)
 
 
 def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path, tmp_path: Path) -> None:
-    """Promise 2: live against a local server; undoing the edit calls nobody and restores the bytes."""
+    """Promise 2: live against a local server; undoing the edit calls nobody and restores the bytes.
+
+    Runs that read no text are left alone too.
+    """
     folder = tmp_path / "live"
     shutil.copytree(made, folder, symlinks=True)
     prompt = folder / "prompts/concepts.md"
     text, classes = prompt.read_text(), 24
 
-    def run() -> tuple[int, dict[str, bytes], dict[str, tuple[int, bytes]]]:
+    def run() -> tuple[int, set[str], dict[str, bytes], dict[str, tuple[int, bytes]]]:
         before = len(server.calls)
-        command("dvc", "repro", "label_patches@reef", "build_graphs@reef", cwd=folder, OPENAI_API_KEY="sk-test-key-123")
+        made_anew = refitted(folder, OPENAI_API_KEY="sk-test-key-123")
         files = [*folder.glob("data/embed/*/images/*"), *folder.glob("data/graphs/*/*")]
+        files += [file for name in set(RUNS) - OF_TEXT for file in (folder / "data/runs" / name).iterdir()]
         untouched = {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
         made_of_text = {path: (folder / path).read_bytes() for path in (
             "data/concepts/answers.parquet", "data/bank/reef.parquet", "data/labels/reef/b000.parquet",
         )}
-        return len(server.calls) - before, made_of_text, untouched
+        return len(server.calls) - before, made_anew, made_of_text, untouched
 
     with OpenAIServer() as server:
         edit_params(folder, lambda params: params["llm"].update(mode="live", base_url=server.base_url))
-        calls, first, images = run()
-        assert calls == classes
+        calls, made_anew, first, images = run()
+        assert (calls, made_anew) == (classes, OF_TEXT)
         prompt.write_text(text.replace("based on just a photo", "seen in just one photo"))
-        calls, edited, after = run()
-        assert calls == classes
+        calls, made_anew, edited, after = run()
+        assert (calls, made_anew) == (classes, OF_TEXT)
         assert after == images
         assert edited["data/concepts/answers.parquet"] != first["data/concepts/answers.parquet"]
         prompt.write_text(text)
-        calls, undone, after = run()
-        assert calls == 0
+        calls, made_anew, undone, after = run()
+        assert (calls, made_anew) == (0, set())  # DVC remembers what these inputs gave
         assert undone == first
         assert after == images
 
@@ -154,3 +170,45 @@ def test_one_image_more_is_one_image_embedded_and_one_bucket_changed(made: Path,
     extra.unlink()
     said, restored = run()
     assert restored == before
+
+
+def add_line(folder: Path, name: str) -> None:
+    file = folder / f"training/{name}.py"
+    file.write_text((file.read_text() if file.is_file() else '"""Nothing."""\n') + "\n# One line more.\n")
+
+
+def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(made, folder, symlinks=True)
+    # A layer, a method, a control and a part of the cache that no run imports.
+    for name in ("layers/unused", "methods/unused", "controls/unused", "data/unused"):
+        add_line(folder, name)
+    assert refitted(folder) == set()
+    add_line(folder, "methods/linear_probe")
+    edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
+    assert refitted(folder) == {"linear_probe", "attention_pool"}
+    add_line(folder, "layers/losses")
+    assert refitted(folder) == {"concept_graph"}
+    add_line(folder, "data/bank")
+    assert refitted(folder) == OF_TEXT
+
+
+def test_a_probe_on_a_tower_alone_is_in_the_report(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tower"
+    shutil.copytree(made, folder, symlinks=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("resnet10t", pretrained=False, num_classes=0)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "tower.safetensors")
+
+    def add_tower(params: Any) -> None:
+        params["towers"] = {"cnn": {"model": "resnet10t", "pretrained": "tower.safetensors", "image_size": 64}}
+        params["train"]["runs"]["on_a_tower"] = {"method": "linear_probe", "encoder": "cnn"}
+
+    edit_params(folder, add_tower)
+    assert refitted(folder) == {"on_a_tower"}
+    assert "on_a_tower" in (folder / "data/report/summary.txt").read_text()
+    assert "on_a_tower" in (folder / "data/report/index.html").read_text()
+    plan = json.loads((folder / "data/inputs/on_a_tower.json").read_text())
+    assert set(plan["files"]) == {"embed/cnn/images", "index/images.parquet", "index/classes.parquet"}
+    assert refitted(folder) == set()

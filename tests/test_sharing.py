@@ -20,9 +20,8 @@ from tests.checkout import BIN, ROOT, checkout, command, commit, edit_params, gi
 pytestmark = pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="clones borrow the virtual environment")
 
 # What concept_graph reads of its encoder, and all that a second machine needs to train it.
-READS = ["data/bank/reef.parquet", "data/descriptions/descriptions.parquet", "data/embed/reef/images",
-         "data/embed/reef/text.parquet", "data/graphs/reef", "data/index/classes.parquet", "data/index/images.parquet",
-         "data/labels/reef"]  # fmt: skip
+READS = ["data/bank/reef.parquet", "data/embed/reef/images", "data/graphs/reef", "data/index/classes.parquet",
+         "data/index/images.parquet", "data/inputs", "data/labels/reef"]  # fmt: skip
 AUTHOR = {"GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
           "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org"}  # fmt: skip
 BUCKETS = 4
@@ -57,9 +56,9 @@ def lend_environment(folder: Path) -> None:
 def make_small(params: Any) -> None:
     params["demo"]["reef"].update(train_per_class=6, test_per_class=2)
     params["dataset"]["buckets"] = BUCKETS
-    methods = {name: params["train"]["methods"][name] for name in ("zero_shot", "concept_graph")}
-    methods["concept_graph"].update(epochs=3, weight_decay=[0.01])
-    params["train"].update(seeds=1, methods=methods)
+    runs = {name: params["train"]["runs"][name] for name in ("zero_shot", "concept_graph")}
+    runs["concept_graph"]["settings"] = {"epochs": 3, "weight_decay": [0.01]}
+    params["train"].update(seeds=1, runs=runs)
     params["report"].update(reference="zero_shot", examples=3)
 
 

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from fieldmark import store
 from fieldmark.command import UserError, encoder_parser, run
-from fieldmark.formats.listing import SPLITS
+from fieldmark.listing import SPLITS
 from fieldmark.params import NodeKind, load_params
 
 INDEX = Path("data/index")
@@ -55,7 +55,7 @@ KINDS = get_args(NodeKind)
 BOX = ("x0", "y0", "x1", "y1")
 
 
-class Source(NamedTuple):
+class Exported(NamedTuple):
     """What is exported: the embeddings of one encoder in one view."""
 
     folder: Path
@@ -76,7 +76,7 @@ class Nodes(NamedTuple):
     kinds: list[str]
 
 
-def find_source(encoder: str, view: int, buckets: int) -> Source:
+def find_source(encoder: str, view: int, buckets: int) -> Exported:
     """Look up what there is of an encoder. Raises UserError where a file is missing or the view does not exist."""
     folder = EMBED / encoder / "images"
     header = store.read_folder_header(folder, NODES, buckets)
@@ -106,7 +106,7 @@ def find_source(encoder: str, view: int, buckets: int) -> Source:
         },
         "params": header.params,
     }
-    return Source(
+    return Exported(
         folder, buckets, view,
         nodes=nodes,
         dimension=pq.read_schema(store.bucket_path(folder, 0)).field("vector").type.list_size,
@@ -128,7 +128,7 @@ def count_nodes(folder: Path, buckets: int) -> tuple[int, int]:
     return views, nodes
 
 
-def read_nodes(source: Source, bucket: int, image_ids: list[str]) -> dict[str, Nodes]:
+def read_nodes(source: Exported, bucket: int, image_ids: list[str]) -> dict[str, Nodes]:
     """The nodes of images that belong to a bucket. Raises UserError where it lacks one."""
     path = store.bucket_path(source.folder, bucket)
     table = store.read_images(path, NODES, image_ids)
@@ -149,11 +149,11 @@ def read_nodes(source: Source, bucket: int, image_ids: list[str]) -> dict[str, N
     return found
 
 
-def by_bucket(source: Source) -> list[list[str]]:
+def by_bucket(source: Exported) -> list[list[str]]:
     return store.split_buckets([row["image_id"] for row in source.images], source.buckets)
 
 
-def make_tensors(source: Source) -> dict[str, np.ndarray]:
+def make_tensors(source: Exported) -> dict[str, np.ndarray]:
     """The arrays of the safetensors file, filled bucket by bucket."""
     count, nodes = len(source.images), source.nodes
     place = {row["image_id"]: number for number, row in enumerate(source.images)}
@@ -179,7 +179,7 @@ def make_tensors(source: Source) -> dict[str, np.ndarray]:
     }
 
 
-def write_safetensors(source: Source, out: Path) -> None:
+def write_safetensors(source: Exported, out: Path) -> None:
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file, {out / source.about['encoder']}.safetensors for one")
     # One key: safetensors writes several in an order of its own, another one each time.
@@ -195,7 +195,7 @@ def shard_name(split: str, bucket: int) -> str:
     return f"{split}-{bucket:03d}.tar"
 
 
-def write_shards(source: Source, out: Path, *, thumbs: bool) -> None:
+def write_shards(source: Exported, out: Path, *, thumbs: bool) -> None:
     """Write a tar file for each split and bucket: a bucket without images of a split is a shard without samples."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder")

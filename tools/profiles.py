@@ -7,9 +7,10 @@ Writes  params.yaml, at once and whole: the repository's with what the profile c
 Costs   nothing.
 
 A block of knobs is merged, key by key; what holds things by names of your own (encoders, towers, tokens, controls,
-demo, llm.prices, llm.headers, train.runs) is taken whole from the profile. It never overwrites an edit: params.yaml has
-to be as the last commit has it, or as it was written last (so that a profile can be edited and taken again), or not
-there. The way back to the demo is `git checkout params.yaml`.
+demo, llm.prices, llm.headers, train.runs) is taken whole from the profile. It never loses an edit: params.yaml has to
+be as the last commit has it, or as it was written last (so that a profile can be edited and taken again), or not there.
+Where no git can tell, .cache/profile/base.yaml keeps what was there. The way back to the demo is
+`git checkout params.yaml`, or that copy.
 
     python -m tools.profiles cub100
 """
@@ -63,15 +64,18 @@ def committed(path: Path, commit: str = "HEAD") -> bytes:
 
 
 def refuse_edits(path: Path, profile: Path) -> None:
-    """Raises UserError unless `path` is as it was written last or as the last commit has it: nothing can be lost."""
+    """Raises UserError where `path` has edits that nothing else holds.
+
+    It has none as it was written last and as the last commit has it. Where no git can tell, a file that was not made
+    of a profile is kept as the base, so that nothing is lost.
+    """
     content, written = path.read_bytes(), KEPT / "written"
     if written.is_file() and written.read_text(encoding="utf-8") == store.sha256(content):
         return
     try:
         edited = content != committed(path)
-    except LookupError as error:
-        remedy = f"if it was not, move it away, put the repository's {path} back and run this again"
-        raise UserError(f"{path}: nobody can tell whether it was edited ({error}); {remedy}") from None
+    except LookupError:
+        edited = content.decode(errors="replace").startswith(MARK)
     if edited:
         raise UserError(
             f"{path}: has edits that are not committed, and {profile} would replace them; commit them, write them into"

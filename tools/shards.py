@@ -33,7 +33,7 @@ RUNS = DATA / "runs"
 MB = 1_000_000
 
 
-class Part(NamedTuple):
+class Stored(NamedTuple):
     """One line of the list: a folder of buckets, or a file."""
 
     path: Path
@@ -76,7 +76,7 @@ def usable_images() -> set[str] | None:
     return set(index.filter(pc.equal(index.column("status"), "ok")).column("image_id").to_pylist())
 
 
-def inspect(path: Path, *, named: bool, buckets: int, usable: set[str] | None) -> Part:
+def inspect(path: Path, *, named: bool, buckets: int, usable: set[str] | None) -> Stored:
     """Look at a folder of buckets or a file; what is wrong is a state, never an error."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     marks, images, rows, faults = set(), set(), 0, []
@@ -95,7 +95,7 @@ def inspect(path: Path, *, named: bool, buckets: int, usable: set[str] | None) -
         faults += compare(path, {file.name for file in files}, buckets, images, usable)
     if len(marks) > 1:
         faults.append(f"of {len(marks)} fingerprints")
-    return Part(
+    return Stored(
         path, named, min(marks, default="-"), len(images) if has_images else None, rows, size_of(path),
         ", ".join(faults) or "complete",
     )  # fmt: skip
@@ -114,7 +114,7 @@ def compare(path: Path, names: set[str], buckets: int, images: set[str], usable:
     return faults
 
 
-def list_parts(params: Params) -> Iterator[Part]:
+def list_parts(params: Params) -> Iterator[Stored]:
     """Every part of every encoder, then the runs of methods that params.yaml no longer names."""
     buckets, usable = params.dataset.buckets, usable_images()
     for encoder in find_encoders():
@@ -126,7 +126,7 @@ def list_parts(params: Params) -> Iterator[Part]:
             yield predictions._replace(path=folder, size=size_of(folder))
 
 
-def table(parts: Iterable[Part]) -> str:
+def table(parts: Iterable[Stored]) -> str:
     """The list as aligned text."""
     head = ("path", "in params.yaml", "made by", "images", "rows", "MB", "state")
     lines = [head]

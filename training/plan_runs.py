@@ -17,13 +17,13 @@ from fieldmark.command import run, stage_parser
 from fieldmark.params import Params, load_params
 from training.inputs import ROOT, code_of, hash_data
 from training.runs import write_json
-from training.train import read_run
+from training.train import plan_run
 
 
 def plan(params: Params, path: str, data: Path) -> None:
     """Write data/inputs/; `path` is the parameters' file, for messages."""
     folder, buckets = data / "inputs", params.dataset.buckets
-    planned = [read_run(path, params, name) for name in params.train.runs]
+    planned = [plan_run(path, params, name) for name in params.train.runs]
     for one in planned:
         reading = one.reading
         code = code_of(ROOT / "training/train.py", one.method, reading.needs | reading.also_reads, one.control)

@@ -48,7 +48,7 @@ Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run of train.runs, checked."""
 
     name: str
@@ -70,7 +70,7 @@ class Planned:
         }
 
 
-def read_run(path: str, params: Params, name: str) -> Planned:
+def plan_run(path: str, params: Params, name: str) -> PlannedRun:
     """A run of train.runs, checked as far as no file has to be read. Raises UserError naming file and key."""
     if name not in params.train.runs:
         known = ", ".join(params.train.runs)
@@ -82,7 +82,7 @@ def read_run(path: str, params: Params, name: str) -> Planned:
     regime = read_regime(path, "train.regime", params.train.regime)
     control = read_control(path, "train.control", params.train.control)
     reading = reading_of(given.method, settings, given.encoder, given.also, control, regime)
-    return Planned(name, given.method, settings, regime, control, reading)
+    return PlannedRun(name, given.method, settings, regime, control, reading)
 
 
 def read_controlled(data: Path, reading: Reading, buckets: int, control: Control, seed: int) -> Cache:
@@ -100,7 +100,7 @@ def fit_seeds(method: str, cache: Cache, settings: Block, seeds: list[int]) -> d
     return {seed: module.fit(cache, settings, seed) for seed in seeds}
 
 
-def measure(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
+def figures_by_split(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
     """By split: how good logits (n, C) of all images are."""
     numbers = {}
     y = cache.y.numpy()
@@ -132,7 +132,7 @@ def summarise(measured: Mapping[int, dict[str, Numbers]], fits: Mapping[int, Fit
 def train(params: Params, path: str, name: str, data: Path) -> None:
     """Fit the method of run `name` for every seed and write the run. `path` is the parameters' file, for messages."""
     started = perf_counter()
-    planned, buckets, folder = read_run(path, params, name), params.dataset.buckets, data / "runs" / name
+    planned, buckets, folder = plan_run(path, params, name), params.dataset.buckets, data / "runs" / name
     seeds = list(range(params.train.seed, params.train.seed + params.train.seeds))
     reading = planned.reading
     set_up_torch()
@@ -152,7 +152,7 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         write_run(folder, {}, fits, cache, config | metrics, metrics, {}, mark)
     else:
         logits = {seed: predict(fit.model, cache, torch.arange(len(cache.paths))).numpy() for seed, fit in fits.items()}
-        measured = {seed: measure(values, cache) for seed, values in logits.items()}
+        measured = {seed: figures_by_split(values, cache) for seed, values in logits.items()}
         for seed, numbers in measured.items():
             print(f"{name} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
         best = max(seeds, key=lambda seed: (measured[seed]["val"]["accuracy"], -measured[seed]["val"]["log_loss"]))
@@ -199,7 +199,7 @@ def main() -> None:
     params = load_params(arguments.params)
     if arguments.check:
         for name in params.train.runs:
-            read_run(arguments.params, params, name)
+            plan_run(arguments.params, params, name)
     else:
         train(params, arguments.params, arguments.run, Path(arguments.data))
 

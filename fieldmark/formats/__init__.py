@@ -1,12 +1,15 @@
-"""The layouts of data sets, one module a layout. Each lists images and classes by name; none opens an image."""
+"""The layouts of data sets, one module a layout, found by its name: `dataset.format` is a file of this folder.
 
-from fieldmark.formats import cub, imagefolder, manifest
-from fieldmark.formats.listing import Listing
+A layout's `read(dataset)` lists images and classes by name, as a fieldmark.listing.Listing; none opens an image.
+"""
+
+import importlib
+
+from fieldmark.listing import Listing
 from fieldmark.params import Dataset
-
-READERS = {"imagefolder": imagefolder.read, "cub": cub.read, "manifest": manifest.read}
 
 
 def read_listing(dataset: Dataset) -> Listing:
     """What the data set says of itself. Raises UserError where it is not laid out as `dataset.format` says."""
-    return READERS[dataset.format](dataset)
+    found: Listing = importlib.import_module(f"fieldmark.formats.{dataset.format}").read(dataset)
+    return found

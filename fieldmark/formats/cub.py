@@ -12,7 +12,7 @@ in the same folder, in root or beside root [mem: the official archive has it bes
 from pathlib import Path
 
 from fieldmark.command import UserError
-from fieldmark.formats.listing import Listing, Row, read_class_table, read_lines, readable
+from fieldmark.listing import Listing, Row, read_class_table, read_lines, readable
 from fieldmark.params import Dataset
 
 

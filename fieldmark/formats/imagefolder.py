@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fieldmark.command import UserError
-from fieldmark.formats.listing import SPLITS, Listing, Row, read_class_table, read_csv
+from fieldmark.listing import SPLITS, Listing, Row, read_class_table, read_csv
 from fieldmark.params import Dataset
 from fieldmark.pictures.decode import IMAGE_SUFFIXES
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fieldmark.command import UserError
-from fieldmark.formats.listing import SPLITS, Listing, Row, check_columns, read_class_table, read_csv
+from fieldmark.listing import SPLITS, Listing, Row, check_columns, read_class_table, read_csv
 from fieldmark.params import Dataset
 
 TEXTS = ("group", "captured_at", "licence")

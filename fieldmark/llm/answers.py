@@ -55,7 +55,7 @@ class Unaskable(Exception):
     """An item whose request cannot be made; it becomes a row with status error."""
 
 
-class Plan(NamedTuple):
+class PlannedCalls(NamedTuple):
     """What a run has to do: the key of each item, the answers held, the items to ask (one a key).
 
     `base_urls` are the servers that the held answers came from, `under_way` the keys of the items to ask that are in
@@ -85,7 +85,7 @@ def earned(row: Row) -> bool:
     return row["status"] == "ok" and row["source"] in EARNED
 
 
-def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path) -> Plan:
+def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path) -> PlannedCalls:
     """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing."""
     keys = [item_key(item, prompt, llm) for item in items]
     wanted = set(keys)
@@ -98,7 +98,7 @@ def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: 
     base_urls = {entry.base_url for key, entry in journal.items() if key in held and entry.base_url}
     here = public_url(server_of(llm))
     uploads = [upload for upload in read_uploads(stage, new) if upload.base_url == here]
-    return Plan(keys, held, new, base_urls, keys_in(uploads, new))
+    return PlannedCalls(keys, held, new, base_urls, keys_in(uploads, new))
 
 
 def read_rows(output: Path) -> list[Row]:
@@ -146,7 +146,7 @@ def live_answers(
     ]
 
 
-def warn_of_other_servers(plan: Plan, base_url: str) -> None:
+def warn_of_other_servers(plan: PlannedCalls, base_url: str) -> None:
     others = sorted(plan.base_urls - {base_url})
     if others:
         print(
@@ -156,7 +156,7 @@ def warn_of_other_servers(plan: Plan, base_url: str) -> None:
         )
 
 
-def warn_of_batches(plan: Plan) -> None:
+def warn_of_batches(plan: PlannedCalls) -> None:
     if plan.under_way:
         print(
             f"warning: {len(plan.under_way)} of the {len(plan.new)} questions are in batches that are not read yet, and"
@@ -231,7 +231,7 @@ def ask_one(
 
 
 def ask_in_batches(
-    stage: str, plan: Plan, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
+    stage: str, plan: PlannedCalls, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
 ) -> dict[str, Row]:
     """Ask in batches, those of an earlier run first; what failed goes into a further one, llm.max_attempts at most.
 
@@ -301,7 +301,7 @@ def request_of(asked: Asked, messages: list[Message], client: Client) -> dict[st
     return {"model": client.llm.model, "messages": messages, **options}
 
 
-def check_spending(answers: dict[str, Row], todo: list[Asked], plan: Plan, llm: Llm) -> None:
+def check_spending(answers: dict[str, Row], todo: list[Asked], plan: PlannedCalls, llm: Llm) -> None:
     """Raises UserError where a further batch may pass llm.max_usd."""
     usd = estimate(plan._replace(new={asked.item_key: plan.new[asked.item_key] for asked in todo}), llm).usd
     spent = math.fsum(row["cost_usd"] or 0.0 for row in answers.values())
@@ -372,7 +372,7 @@ class Estimate(NamedTuple):
     usd: float | None
 
 
-def estimate(plan: Plan, llm: Llm) -> Estimate:
+def estimate(plan: PlannedCalls, llm: Llm) -> Estimate:
     inputs = sum(tokens_of(item.messages) for item in plan.new.values())
     outputs = len(plan.new) * llm.max_output_tokens
     return Estimate(len(plan.new), inputs, outputs, cost(inputs, outputs, price_of(llm)))
@@ -392,7 +392,7 @@ def tokens_of(messages: Iterable[Message]) -> int:
     return total
 
 
-def check_limits(plan: Plan, llm: Llm) -> None:
+def check_limits(plan: PlannedCalls, llm: Llm) -> None:
     """Raises UserError where the calls, or the most that they can cost, pass llm.max_calls or llm.max_usd."""
     calls, _, _, usd = estimate(plan, llm)
     if llm.max_calls is not None and calls > llm.max_calls:
@@ -410,7 +410,7 @@ def check_limits(plan: Plan, llm: Llm) -> None:
             )
 
 
-def preview(stage: str, plan: Plan, llm: Llm) -> str:
+def preview(stage: str, plan: PlannedCalls, llm: Llm) -> str:
     """What a run would do, for --dry-run."""
     calls, inputs, outputs, usd = estimate(plan, llm)
     price = f"unknown price (llm.prices has no {llm.model!r})" if usd is None else f"at most ${usd:.4f}"

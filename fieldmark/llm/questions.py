@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fieldmark.llm.answers import (
     Item,
-    Plan,
+    PlannedCalls,
     Row,
     check_limits,
     keep_answers,
@@ -37,12 +37,12 @@ class Question(NamedTuple):
 Questions = dict[str, Question]
 
 
-def plan_each(stage: str, questions: Questions, llm: Llm, output: Path) -> list[Plan]:
+def plan_each(stage: str, questions: Questions, llm: Llm, output: Path) -> list[PlannedCalls]:
     return [plan_calls(stage, question.items, question.prompt, llm, output) for question in questions.values()]
 
 
-def in_sum(plans: Sequence[Plan]) -> Plan:
-    total = Plan([], {}, {}, set())
+def in_sum(plans: Sequence[PlannedCalls]) -> PlannedCalls:
+    total = PlannedCalls([], {}, {}, set())
     for plan in plans:
         total.keys.extend(plan.keys)
         total.held.update(plan.held)
@@ -85,13 +85,13 @@ def ask(
     return rows
 
 
-def asked_now(plan: Plan, rows: dict[str, list[Row]]) -> list[Row]:
+def asked_now(plan: PlannedCalls, rows: dict[str, list[Row]]) -> list[Row]:
     """One row for each call of the run that the plan was made for."""
     asked = {row["item_key"]: row for each in rows.values() for row in each if row["item_key"] in plan.new}
     return [row for row in asked.values() if row["attempts"]]
 
 
-def report(stage: str, plan: Plan, rows: dict[str, list[Row]], llm: Llm) -> str:
+def report(stage: str, plan: PlannedCalls, rows: dict[str, list[Row]], llm: Llm) -> str:
     """One line: calls, answers that were held, dollars, and how many rows are no answer."""
     asked = asked_now(plan, rows)
     sums = summarise(asked)

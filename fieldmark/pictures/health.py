@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fieldmark.formats.listing import SPLITS, Listing, Row
+from fieldmark.listing import SPLITS, Listing, Row
 
 NEAR_BITS = 3
 # Of pictures that share one hash (black frames, for example) only so many are paired; all of them are counted as leaks.

@@ -37,7 +37,7 @@ from training.data.nodes import Nodes
 from training.loop import predict
 from training.methods import Output
 from training.methods.concept_graph import class_anchors
-from training.train import read_run, train
+from training.train import plan_run, train
 
 
 def test_a_planted_part_wins_against_every_rival() -> None:
@@ -181,7 +181,7 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
     assert all(row["images"] == content["images"] == 32 for row in content["rows"]["parts"])
     assert all(row["what"] in text for row in content["rows"]["parts"])
 
-    planned = read_run(str(path), load_params(path), "concept_graph")
+    planned = plan_run(str(path), load_params(path), "concept_graph")
     cache = read_cache(data, ENCODER, 3, planned.reading.reads)
     model, which = read_model(data / "runs/concept_graph", planned, ENCODER, cache, 3)
     assert which == content["model"]

@@ -1,5 +1,6 @@
-"""What a stage reads, by dvc.lock."""
+"""What a stage reads, by dvc.lock; a run, by its plan."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,26 +27,35 @@ stages:
     cmd: x
     outs: [{path: data/embed/toy/images, md5: f.dir, size: 1}, {path: data/embed/toy/tokens, md5: f.dir, size: 1}]
   train@probe:
-    cmd: python -m training.train --method probe
+    cmd: python -m training.train --run probe
     deps:
-    - {path: training/train.py, md5: g, size: 1}
+    - {path: data/inputs/probe.json, md5: g, size: 1}
+    outs: [{path: data/runs/probe, md5: k.dir, size: 1}]
+  plan_runs:
+    cmd: python -m training.plan_runs
+    deps: [{path: training, md5: g.dir, size: 1}]
+    outs: [{path: data/inputs, md5: l.dir, size: 1}]
+  report:
+    cmd: python -m evaluation.report
+    deps:
     - {path: data/embed, md5: h.dir, size: 1}
     - {path: data/reef/train, md5: i.dir, size: 1}
     - {path: data/concepts/answers.parquet, md5: e, size: 1}
     - {path: data/demo/species.yaml, md5: a, size: 1}
     - {path: data/mine, md5: j, size: 1}
-    - {path: data/runs/probe/old, md5: j, size: 1}
     - {path: database/x, md5: j, size: 1}
-    outs: [{path: data/runs/probe, md5: k.dir, size: 1}]
+    outs: [{path: data/report, md5: k.dir, size: 1}]
 """
 PIPELINE = """\
 stages:
   draw_reef: {cmd: python -m fieldmark.reef.draw}
   generate_concepts: {cmd: python -m stages.generate_concepts}
   embed_images: {foreach: "${encoders}", do: {cmd: x}}
-  train: {foreach: "${train.methods}", do: {cmd: "python -m training.train --method ${key}"}}
+  train: {foreach: "${train.runs}", do: {cmd: "python -m training.train --run ${key}"}}
+  plan_runs: {cmd: python -m training.plan_runs}
+  report: {cmd: python -m evaluation.report}
 """
-PARAMS = "{encoders: {toy: {}}, train: {methods: {probe: {}}}}"
+PARAMS = "{encoders: {toy: {}}, train: {runs: {probe: {}}}}"
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_stage_reads() -> None:
-    assert data_of("train@probe") == [
+    assert data_of("report") == [
         "data/concepts/answers.parquet",
         "data/embed/toy/images",
         "data/embed/toy/tokens",
@@ -70,23 +80,36 @@ def test_what_a_stage_reads() -> None:
     assert data_of("embed_images@toy") == []
 
 
+def test_what_a_run_reads_is_what_its_plan_says() -> None:
+    with pytest.raises(UserError, match=r"data/inputs/probe\.json: cannot be read .*`dvc pull data/inputs`"):
+        data_of("train@probe")
+    Path("data/inputs").mkdir()
+    files = {"embed/toy/images": "a", "concepts/answers.parquet": "b", "demo/species.yaml": "c"}
+    Path("data/inputs/probe.json").write_text(json.dumps({"files": files, "code": {"training/train.py": "d"}}))
+    assert data_of("train@probe") == [
+        "data/concepts/answers.parquet",
+        "data/embed/toy/images",
+        "data/inputs/probe.json",
+    ]
+
+
 def test_what_params_yaml_no_longer_names_is_passed_over() -> None:
     """DVC leaves the stages of an encoder that is gone in dvc.lock, and knows their outputs no more."""
     gone = "  embed_images@gone:\n    cmd: x\n    outs: [{path: data/embed/gone/images, md5: f.dir, size: 1}]\n"
     Path("dvc.lock").write_text(LOCK + gone)
-    assert "data/embed/gone/images" not in data_of("train@probe")
+    assert "data/embed/gone/images" not in data_of("report")
     with pytest.raises(UserError, match="has no stage 'embed_images@gone'; did you mean embed_images@toy"):
         data_of("embed_images@gone")
     Path("params.yaml").write_text(PARAMS.replace("toy", "gone"))
-    assert "data/embed/gone/images" in data_of("train@probe")
+    assert "data/embed/gone/images" in data_of("report")
 
 
 def test_the_command_prints_one_path_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["inputs", "train@probe"])
+    monkeypatch.setattr(sys, "argv", ["inputs", "report"])
     main()
-    assert capsys.readouterr().out.splitlines() == data_of("train@probe")
+    assert capsys.readouterr().out.splitlines() == data_of("report")
 
 
 @pytest.mark.parametrize(

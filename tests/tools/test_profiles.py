@@ -1,4 +1,4 @@
-"""Profiles copied to params.yaml, in real git repositories: no edit is ever lost."""
+"""Profiles laid over params.yaml, in real git repositories: no edit is ever lost."""
 
 import json
 import re
@@ -12,9 +12,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from fieldmark.command import UserError
-from fieldmark.params import load_params
+from fieldmark.params import check_params, load_params
 from tests.project import PARAMS, ROOT
-from tools.profiles import take
+from tools.profiles import lay_over, take
 
 RunStage = Callable[..., None]
 PATH = Path("params.yaml")
@@ -24,9 +24,11 @@ PATH = Path("params.yaml")
 def test_what_the_repository_brings_has_all_that_its_stages_ask_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """DVC stops at a stage whose parameter is left out of params.yaml, whatever its default."""
     monkeypatch.chdir(ROOT)
-    load_params(path)
     yaml = YAML(typ="safe", pure=True)
-    content, stages = yaml.load(Path(path)), yaml.load(Path("dvc.yaml"))["stages"]
+    base = Path("params.yaml").read_text()
+    content = yaml.load(base if path == "params.yaml" else lay_over(base, Path(path)))
+    check_params(path, content)
+    stages = yaml.load(Path("dvc.yaml"))["stages"]
     wanted = set()
     for stage in stages.values():
         looped = re.fullmatch(r"\$\{(.+)\}", stage.get("foreach", ""))
@@ -54,6 +56,11 @@ def params(seed: int) -> str:
     return json.dumps(content)
 
 
+def laid(seed: int) -> str:
+    """A profile that says what differs."""
+    return f"dataset: {{seed: {seed}}}  # drawn anew\n"
+
+
 def git(*words: str) -> None:
     author = ("-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")
     subprocess.run(["git", *author, *words], check=True, capture_output=True)
@@ -66,12 +73,14 @@ def commit() -> None:
 
 @pytest.fixture
 def profiles(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three parameter files that differ: params.yaml and two profiles. A repository above the project is not seen."""
+    """params.yaml and two profiles that change it. A repository above the project is not seen."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent))
     monkeypatch.setenv("LC_ALL", "C")
     (project / "profiles").mkdir()
-    for seed, path in enumerate(["params.yaml", "profiles/cub100.yaml", "profiles/cub200.yaml"]):
-        (project / path).write_text(params(seed))
+    (project / "params.yaml").write_text(params(0))
+    for seed, name in enumerate(["cub100", "cub200"], start=1):
+        (project / f"profiles/{name}.yaml").write_text(laid(seed))
+    (project / ".gitignore").write_text(".cache/\n")
 
 
 @pytest.fixture
@@ -93,7 +102,10 @@ def refused(name: str, *words: str) -> None:
 
 
 def is_profile(name: str) -> bool:
-    return PATH.read_bytes() == Path("profiles", f"{name}.yaml").read_bytes()
+    """Whether params.yaml is the base with what a profile changes, and says so."""
+    text, seed = PATH.read_text(), re.findall(r"\d+", Path("profiles", f"{name}.yaml").read_text())[0]
+    assert load_params(PATH).dataset.seed == int(seed)
+    return f"profiles/{name}.yaml" in text.splitlines()[0] and load_params(PATH).domain.noun == "fish"
 
 
 @pytest.mark.usefixtures("repository")
@@ -101,7 +113,7 @@ def test_a_profile_takes_the_place_of_what_is_committed(
     run_stage: RunStage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_stage("tools.profiles", "cub100")
-    assert capsys.readouterr() == ("params.yaml is now a copy of profiles/cub100.yaml\n", "")
+    assert capsys.readouterr() == ("params.yaml has profiles/cub100.yaml laid over it now\n", "")
     assert is_profile("cub100")
     assert not list(Path().glob("*.partial"))
     changed = PATH.stat().st_mtime_ns
@@ -130,33 +142,41 @@ def test_an_edit_is_not_lost() -> None:
     refused("cub100", *remedies)
     git("add", "params.yaml")
     refused("cub100", *remedies)
-    shutil.copy(PATH, "profiles/mine.yaml")
-    assert take("cub100", PATH)
-    assert take("mine", PATH)
-    Path("profiles/mine.yaml").unlink()
-    refused("cub100", *remedies)
     git("checkout", "HEAD", "params.yaml")
     assert take("cub100", PATH)
+    PATH.write_text(PATH.read_text() + "# mine\n")
+    refused("cub200", *remedies)
 
 
 @pytest.mark.usefixtures("repository")
 def test_a_profile_may_be_edited_and_taken_again() -> None:
     profile = Path("profiles/cub100.yaml")
     take("cub100", PATH)
-    profile.write_text(params(seed=7))
+    profile.write_text(laid(7))
     assert take("cub100", PATH)
-    assert PATH.read_bytes() == profile.read_bytes()
+    assert load_params(PATH).dataset.seed == 7
     PATH.write_text(params(seed=8))
     refused("cub100", "not committed")
 
 
 @pytest.mark.usefixtures("repository")
-def test_an_edit_that_is_committed_is_not_lost_either() -> None:
-    PATH.write_text(params(9))
+def test_an_edit_that_is_committed_is_what_profiles_are_laid_over() -> None:
+    PATH.write_text(params(9).replace('"reef fish"', '"coral fish"'))
     commit()
     assert take("cub100", PATH)
+    assert load_params(PATH).domain.group == "coral fish"
     PATH.write_text(PATH.read_text() + "\n")
     refused("cub200", "not committed")
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_committed_profile_gives_way_to_another_one() -> None:
+    take("cub100", PATH)
+    commit()
+    shutil.rmtree(".cache")  # as in a clone: what profiles are laid over comes from the history
+    assert take("cub200", PATH)
+    assert is_profile("cub200")
+    assert load_params(PATH).dataset.seed == 2
 
 
 @pytest.mark.usefixtures("repository")
@@ -167,32 +187,52 @@ def test_an_edit_that_git_was_told_to_overlook_is_not_lost() -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_file_that_is_not_committed_is_not_lost() -> None:
+def test_a_file_that_is_not_committed_is_kept() -> None:
+    PATH.write_text(params(9))
     git("rm", "-q", "--cached", "params.yaml")
     git("commit", "-q", "-m", "untracked")
-    refused("cub100", "nobody can tell", "not in 'HEAD'", "`cp profiles/cub100.yaml params.yaml`")
-    git("add", "params.yaml")
-    refused("cub100", "nobody can tell")
+    assert take("cub100", PATH)
+    assert Path(".cache/profile/base.yaml").read_text() == params(9)
 
 
 @pytest.mark.usefixtures("profiles")
-def test_without_a_repository_nobody_can_tell() -> None:
-    refused("cub100", "nobody can tell", "not a git repository", "`cp profiles/cub100.yaml params.yaml`")
-    shutil.copy("profiles/cub100.yaml", PATH)
+def test_without_a_repository_the_base_is_kept_and_edits_of_what_was_made_are_refused() -> None:
+    PATH.write_text(params(9))
+    assert take("cub100", PATH)
+    assert Path(".cache/profile/base.yaml").read_text() == params(9)
     assert not take("cub100", PATH)
     assert take("cub200", PATH)
-    git("init", "-q")
-    assert take("cub100", PATH)
-    PATH.write_text(params(9))
-    refused("cub100", "nobody can tell", "HEAD")
+    PATH.write_text(PATH.read_text() + "# mine\n")
+    refused("cub100", "not committed")
 
 
 @pytest.mark.usefixtures("repository")
-def test_without_git_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path("profiles").absolute()))
-    refused("cub100", "git is not installed", "`cp profiles/cub100.yaml params.yaml`")
-    PATH.unlink()
     assert take("cub100", PATH)
+    PATH.unlink()
+    assert take("cub200", PATH)
+    shutil.rmtree(".cache")
+    refused("cub100", "what it was made over is not known here; put the repository's params.yaml there")
+
+
+def test_comments_stay_and_named_things_are_taken_whole(project: Path) -> None:
+    Path("profiles").mkdir()
+    PATH.write_text((ROOT / "params.yaml").read_text())
+    profile = Path("profiles/x.yaml")
+    prices = "llm: {prices: {one: {input: 1.0, output: 2.0}}}"
+    profile.write_text(f"encoders:\n  b: {{model: local-dir:m}}\nembed: {{views: 3}}\n{prices}\n")
+    text = lay_over(PATH.read_text(), profile)
+    assert "views: 3                       # augmented views" in text
+    content = YAML(typ="safe", pure=True).load(text)
+    assert list(content["encoders"]) == ["b"]
+    assert list(content["llm"]["prices"]) == ["one"]
+    base = YAML(typ="safe", pure=True).load(PATH.read_text())
+    assert content["embed"] == base["embed"] | {"views": 3}
+    assert content["llm"] | {"prices": 0} == base["llm"] | {"prices": 0}
+    assert {key: value for key, value in content.items() if key not in ("encoders", "embed", "llm")} == {
+        key: value for key, value in base.items() if key not in ("encoders", "embed", "llm")
+    }
 
 
 def test_a_project_inside_another_repository(project: Path, profiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +246,6 @@ def test_a_project_inside_another_repository(project: Path, profiles: None, monk
     git("add", "params.yaml")
     git("commit", "-q", "-m", "outer")
     monkeypatch.chdir(inner)
-    refused("cub100", "nobody can tell")
     commit()
     PATH.write_text(params(9))
     refused("cub100", "not committed")
@@ -242,8 +281,10 @@ def test_an_unknown_profile(name: str, words: list[str]) -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_a_broken_profile_changes_nothing() -> None:
-    Path("profiles/cub100.yaml").write_text(params(1).replace('"seed"', '"sed"'))
-    refused("cub100", "profiles/cub100.yaml: dataset.sed: unknown key")
+    Path("profiles/cub100.yaml").write_text(laid(1).replace("seed", "sed"))
+    refused("cub100", "profiles/cub100.yaml: dataset.sed: unknown key; did you mean `seed`?")
+    Path("profiles/cub100.yaml").write_text("dataset: {buckets: 0}")
+    refused("cub100", "profiles/cub100.yaml: dataset.buckets: input should be greater")
     shutil.rmtree("profiles")
     refused("cub100", "it has none")
 

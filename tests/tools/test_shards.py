@@ -11,7 +11,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.params import Params, load_params
 from tests.project import image_id, unit, write_index, write_nodes, write_texts
-from tools.shards import Part, list_parts
+from tools.shards import Stored, list_parts
 
 VECTORS = {image_id(n): unit(np.random.default_rng(n).standard_normal((3, 8))) for n in range(12)}
 # What the tests' `old` and `conv` have, in the order of the list.
@@ -45,7 +45,7 @@ def made(set_params: Callable[..., Params]) -> None:
             write_graphs(Path(f"data/{folder}/{name}"), f"{name}-{folder}")
 
 
-def parts() -> dict[str, Part]:
+def parts() -> dict[str, Stored]:
     return {str(part.path): part for part in list_parts(load_params("params.yaml"))}
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fieldmark.params import load_params
-from training.train import read_run
+from training.train import plan_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,7 +13,7 @@ def test_the_demo_s_runs_take_every_method_as_it_is(monkeypatch: pytest.MonkeyPa
     params = load_params()
     assert {"zero_shot", "linear_probe", "attention_pool", "concept_graph"} <= params.train.runs.keys()
     for name, run in params.train.runs.items():
-        planned = read_run("params.yaml", params, name)
+        planned = plan_run("params.yaml", params, name)
         assert planned.settings == type(planned.settings)()
         assert name == run.method
 

@@ -17,7 +17,7 @@ from fieldmark.command import UserError
 from fieldmark.params import load_params
 from tests.training.cache import Plan, write_cache, write_other
 from training.methods import concept_graph
-from training.train import read_run, train
+from training.train import plan_run, train
 
 PARAMS = """
 domain: {noun: fish, group: fish}
@@ -127,7 +127,7 @@ def test_check_names_the_key(params: Path, old: str, new: str, message: str) -> 
     params.write_text(PARAMS.replace(old, new))
     loaded = load_params(params)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        read_run(str(params), loaded, message.split(".")[0])
+        plan_run(str(params), loaded, message.split(".")[0])
     assert "\n" not in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fieldmark.command import UserError
 from fieldmark.store import read_table, vectors_of
 from training.data.part import Origin, Part, Parts
-from training.data.rows import Source, column
+from training.data.rows import EncoderFiles, column
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Bank(Part):
         ]
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         path = source.folder / f"bank/{source.encoder}.parquet"
         table = read_table(path, "bank/1").sort_by("concept_idx")
         if (column(table, "concept_idx") != np.arange(table.num_rows)).any():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from training.data.nodes import Nodes, read_boxes
 from training.data.part import Part
-from training.data.rows import Source
+from training.data.rows import EncoderFiles
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Boxes(Part):
         return Nodes.files(encoder)
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         return cls(torch.from_numpy(read_boxes(source)))
 
     def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fieldmark.command import UserError
 from fieldmark.store import Header, read_folder_header, read_header, read_table
 from training.data.nodes import Globals, Nodes
 from training.data.part import P, Part, Parts, part_kinds
-from training.data.rows import Source
+from training.data.rows import EncoderFiles
 
 SPLITS = ("train", "val", "test")
 INDEX = {"index/images.parquet": "index.images/1", "index/classes.parquet": "index.classes/1"}
@@ -200,11 +200,11 @@ def read_cache(
         raise UserError(f"{folder / 'index/classes.parquet'}: lacks a class of images.parquet; run index_images again")
     labels = torch.from_numpy(y.to_numpy().astype(np.int64))
     image_ids = index["image_id"].combine_chunks()
-    source = Source(folder, encoder, buckets, classes, image_ids)
+    source = EncoderFiles(folder, encoder, buckets, classes, image_ids)
     parts = Parts([kind.read(source) for kind in kinds_of(reads)])
     for part in parts.by_kind.values():
         part.check(parts)
-    others = [Source(folder, other, buckets, classes, image_ids) for other in also]
+    others = [EncoderFiles(folder, other, buckets, classes, image_ids) for other in also]
     for other in others:
         for kind in kinds_of(also_reads):
             kind.check_beside(source, other)

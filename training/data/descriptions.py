@@ -12,7 +12,7 @@ from torch import Tensor
 from fieldmark.command import UserError
 from fieldmark.store import read_table, sha256, vectors_of
 from training.data.part import Part
-from training.data.rows import Source, column, slots
+from training.data.rows import EncoderFiles, column, slots
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Descriptions(Part):
         return {"descriptions/descriptions.parquet": "descriptions/1", f"embed/{encoder}/text.parquet": "embed.text/1"}
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         path, text = (source.folder / name for name in cls.files(source.encoder))
         texts = read_table(text, "embed.text/1", ["text_id", "vector"])
         table = read_table(path, "descriptions/1")

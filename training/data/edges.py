@@ -10,7 +10,7 @@ from torch import Tensor
 from fieldmark.command import UserError
 from fieldmark.store import read_buckets
 from training.data.part import Origin, Part
-from training.data.rows import Source, flat
+from training.data.rows import EncoderFiles, flat
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Edges(Part):
         return [Origin(f"graphs/{encoder}", "embed", f"embed/{encoder}/images", "build_graphs")]
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         folder, rows, nodes = source.folder / f"graphs/{source.encoder}", source.rows, source.shape[1]
         table, row = rows.place(read_buckets(folder, "graphs/1", source.buckets))
         first, lengths = flat(table["src"])

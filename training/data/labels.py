@@ -13,7 +13,7 @@ from fieldmark.command import UserError
 from fieldmark.store import read_buckets
 from training.data.bank import Bank
 from training.data.part import Origin, Part, Parts
-from training.data.rows import Rows, Source, column, flat, slots
+from training.data.rows import EncoderFiles, Rows, column, flat, slots
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Labels(Part):
         ]
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         folder = source.folder / f"labels/{source.encoder}"
         of_nodes = read_node_labels(folder, source.rows, source.mask)
         of_images = read_image_labels(folder, source.rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fieldmark.command import UserError
 from fieldmark.store import bucket_path, read_table, vectors_of
 from training.data.part import Part
-from training.data.rows import Source, column, make_room
+from training.data.rows import EncoderFiles, column, make_room
 
 NEAR = 0.01  # of the image's side: the boxes that two encoders have of one node differ by no more
 
@@ -32,12 +32,12 @@ class Nodes(Part):
         return {f"embed/{encoder}/images": "embed.nodes/1"}
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         nodes = read_vectors(source, global_only=False)
         return cls(torch.from_numpy(nodes), torch.from_numpy(source.mask))
 
     @classmethod
-    def check_beside(cls, source: Source, other: Source) -> None:
+    def check_beside(cls, source: EncoderFiles, other: EncoderFiles) -> None:
         check_places(source, other)
 
 
@@ -55,11 +55,11 @@ class Globals(Part):
         return Nodes.files(encoder)
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         return cls(torch.from_numpy(read_vectors(source, global_only=True)[:, 0]))
 
 
-def read_vectors(source: Source, global_only: bool) -> np.ndarray:
+def read_vectors(source: EncoderFiles, global_only: bool) -> np.ndarray:
     """(n V, N+1, D) float16, or (n V, 1, D) of node 0: one bucket at a time beside it in memory."""
     rows, nodes = source.rows, 1 if global_only else source.shape[1]
     vectors: np.ndarray | None = None
@@ -87,7 +87,7 @@ def require_global_first(path: Path, kinds: np.ndarray) -> None:
         raise UserError(f"{path}: node 0 is not the global one; run embed_images again")
 
 
-def read_boxes(source: Source) -> np.ndarray:
+def read_boxes(source: EncoderFiles) -> np.ndarray:
     """(n V, N+1, 4) float32."""
     rows, sides = source.rows, ("x0", "y0", "x1", "y1")
     boxes = np.zeros((rows.count, source.shape[1], 4), dtype=np.float32)
@@ -98,7 +98,7 @@ def read_boxes(source: Source) -> np.ndarray:
     return boxes
 
 
-def check_places(source: Source, other: Source) -> None:
+def check_places(source: EncoderFiles, other: EncoderFiles) -> None:
     """Raises UserError where two encoders' nodes are not at the same places: they could not stand side by side."""
     same = source.mask.shape == other.mask.shape and (source.mask == other.mask).all()
     if not same or not np.allclose(read_boxes(source), read_boxes(other), atol=NEAR):

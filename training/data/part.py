@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fieldmark.command import UserError
-from training.data.rows import Source
+from training.data.rows import EncoderFiles
 
 
 class Origin(NamedTuple):
@@ -48,12 +48,12 @@ class Part:
         return []
 
     @classmethod
-    def read(cls, source: Source) -> Self:
+    def read(cls, source: EncoderFiles) -> Self:
         """Read it. Raises UserError naming the file and the stage to run where something is missing or broken."""
         raise NotImplementedError
 
     @classmethod
-    def check_beside(cls, source: Source, other: Source) -> None:
+    def check_beside(cls, source: EncoderFiles, other: EncoderFiles) -> None:
         """Raise UserError where this part of another encoder cannot be read beside the run's own."""
 
     def check(self, parts: "Parts") -> None:

@@ -42,7 +42,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Source:
+class EncoderFiles:
     """What parts are read from: the files of one encoder under `folder` (data/), for the images of the index."""
 
     folder: Path

@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
-from fieldmark.params import Block, Params, explain
+from fieldmark.params import Block, Params, read_block
 from training.data import Cache, part_kinds
 from training.layers.logistic import assess, require_val
 
@@ -105,11 +104,7 @@ def read_settings(path: str, key: str, method: str, given: dict[str, Any]) -> Bl
         close = difflib.get_close_matches(method, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(known)}"
         raise UserError(f"{path}: {key}.method: there is no training/methods/{method}.py; {hint}")
-    model = load_method(method).Settings
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        raise UserError(explain(path, error, given, f"{key}.settings.", model)) from None
+    return read_block(path, f"{key}.settings", given, load_method(method).Settings)
 
 
 def check_texts(path: str, key: str, params: Params, method: str, settings: Block, encoder: str) -> None:

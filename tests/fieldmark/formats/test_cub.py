@@ -6,7 +6,7 @@ import pytest
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.formats import read_listing
-from fieldmark.formats.listing import Listing
+from fieldmark.listing import Listing
 from fieldmark.params import Dataset, Params
 from tests.project import ROOT, draw
 

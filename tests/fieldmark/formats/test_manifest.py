@@ -8,8 +8,8 @@ import pytest
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.formats import read_listing
-from fieldmark.formats.listing import Listing
 from fieldmark.formats.manifest import inside
+from fieldmark.listing import Listing
 from fieldmark.params import Dataset
 
 

@@ -59,7 +59,7 @@ class Workspace:
             "dataset": {"root": "data/photos"},
             "llm": self.llm,
             "encoders": {"toy": {"model": "toy"}},
-            "train": {"methods": {"zero_shot": {"encoder": "toy"}}},
+            "train": {"runs": {"zero_shot": {"method": "zero_shot", "encoder": "toy"}}},
             "report": {"reference": "zero_shot"},
             **self.blocks,
         }

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.formats.listing import Listing
+from fieldmark.listing import Listing
 from fieldmark.pictures import health
 from fieldmark.pictures.health import NEAR_BITS, examine, find_near_duplicates, near_pairs
 
