@@ -37,9 +37,8 @@ from tests.project import write_thumbs
 from tests.training.cache import ALL, unit, with_vectors, write_cache
 from tests.training.cache import Plan as Planted
 from training.controls import Control, Request, apply_control, control_names
-from training.data import Batch, Cache, read_cache
+from training.data import Batch, Cache, part_kinds, read_cache
 from training.data.bank import Bank
-from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.inputs import hash_path
@@ -419,8 +418,11 @@ def parts_of(cache: Cache) -> dict[str, list[Tensor]]:
         "names": [bank.K[names], bank.kept[names]],
         "concepts": [bank.K[~names], bank.kept[~names]],
         "owners": [bank.own[names], bank.own[~names]],
-        "labels": list(cache.part(Labels).tensors().values()),
-        "edges": list(cache.part(Edges).tensors().values()),
+        **{
+            name: list(cache.part(kind).tensors().values())
+            for name, kind in part_kinds().items()
+            if kind is not Bank and cache.has(kind)
+        },
     }
 
 
