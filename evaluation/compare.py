@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from evaluation.health import contamination, read_health
-from evaluation.plan import Cell, Plan, Question, Row, cells, make_plan
+from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
 from evaluation.verdicts import REFERENCE, Table, Verdict, again, answer, judge, read_results
@@ -314,12 +314,12 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     return notes + (contamination_note(plan) if split == "test" else [])
 
 
-def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[Row, str]:
+def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[RowKey, str]:
     """The rows that the tables do without, a run of which could not be made: why its method cannot work on this data.
 
     Raises UserError for the probe.
     """
-    found: dict[Row, str] = {}
+    found: dict[RowKey, str] = {}
     for cell in grid:
         config = json.loads((plan.folder / cell.run / "config.json").read_text(encoding="utf-8"))
         if "not_possible" in config:
@@ -329,7 +329,7 @@ def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[Row, str]:
     return found
 
 
-def not_possible_notes(left_out: Mapping[Row, str]) -> list[str]:
+def not_possible_notes(left_out: Mapping[RowKey, str]) -> list[str]:
     """A line for each row that the tables do without."""
     return [
         f"left out: {method} on {encoder}, {control.label}, {regime.label}: {reason}"

@@ -42,7 +42,7 @@ SEARCH_DRAWS = 5
 @lru_cache(maxsize=1)
 def base_cache(plan: Plan, encoder: str, also: tuple[str, ...]) -> Cache:
     """All that the runs of an encoder, and of these beside it, read."""
-    needs, also_reads = plan.reads_of(encoder, also)
+    needs, also_reads = plan.shared_parts(encoder, also)
     return read_cache(plan.data, encoder, plan.buckets, needs, also, also_reads)
 
 

@@ -6,11 +6,10 @@ reads and of every module that it executes: a run under the same identity is not
 """
 
 import difflib
-import functools
 import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -82,7 +81,7 @@ class Study(Block):
     left_out: str | None = None
 
 
-Row = tuple[str, Control, Regime, str]  # of a table: encoder, control, regime, method
+RowKey = tuple[str, Control, Regime, str]  # of a table: encoder, control, regime, method
 
 
 class Cell(NamedTuple):
@@ -96,7 +95,7 @@ class Cell(NamedTuple):
     seed: int
 
     @property
-    def row(self) -> Row:
+    def row(self) -> RowKey:
         """What it shares with the runs that differ from it in draw and seed alone."""
         return self.encoder, self.control, self.regime, self.method
 
@@ -147,7 +146,7 @@ class Plan:
     left_out: tuple[str, ...]  # class_ids that few-shot runs do without
     # What was found when the study was planned: the sha256 of every file that its runs read, and of their code.
     files: dict[str, str | None] = field(default_factory=dict)
-    code: dict[Row, str] = field(default_factory=dict)
+    code: dict[RowKey, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -179,7 +178,7 @@ class Plan:
         """One cell for all that differ in draw and seed alone."""
         return list({cell.row: cell for cell in cells(self, 0)}.values())
 
-    def reads_of(self, encoder: str, also: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
+    def shared_parts(self, encoder: str, also: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
         """The parts that all runs of the same encoders read together: of `encoder`, and of each other one."""
         readings = [
             self.reading(cell)
@@ -297,7 +296,7 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     left_out, development = few_shot_classes(study, data, params.train.seed) if few_shot else ((), ())
     plan = Plan(name, study, encoders, data, params.dataset.buckets, entries, development, left_out)
     paths, code = set[str](), {}
-    mark_code = functools.cache(code_mark)  # many rows run the same code
+    mark_code = cache(code_mark)  # many rows run the same code
     for cell in plan.different_cells():
         entry, reading = entries[cell.method], plan.reading(cell)
         paths |= reading.files.keys()

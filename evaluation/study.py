@@ -71,7 +71,7 @@ def check_inputs(plan: Plan) -> None:
     """Look at what the runs read, before the first one. Raises UserError as reading it would."""
     for encoder in plan.encoders:
         for also in dict.fromkeys(entry.variation.also for entry in plan.entries.values()):
-            needs, also_reads = plan.reads_of(encoder, also)
+            needs, also_reads = plan.shared_parts(encoder, also)
             check_origins(plan.data, encoder, plan.buckets, needs, also, also_reads)
     texts, labellings, thumbs = set[str](), set[tuple[str, Overrides]](), False
     for cell in plan.different_cells():

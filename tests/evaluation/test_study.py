@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from evaluation import fitting, study
 from evaluation.compare import compare
 from evaluation.fitting import controlled_cache
-from evaluation.plan import PLAIN, STUDIES, Cell, Entry, Plan, cells, make_plan, read_study
+from evaluation.plan import PLAIN, STUDIES, Cell, Entry, Plan, Variant, cells, make_plan, read_entry, read_study
 from evaluation.study import run_study
 from fieldmark import sources
 from fieldmark.command import UserError
-from fieldmark.params import Block, load_params
+from fieldmark.params import Block, check_params, load_params
 from fieldmark.store import read_header, read_table, write_table
 from tests.checkout import ROOT
 from tests.project import write_thumbs
 from tests.training.cache import ALL, unit, with_vectors, write_cache
 from tests.training.cache import Plan as Planted
+from tools.profiles import lay_over
 from training.controls import Control, Request, apply_control, control_names
 from training.data import Batch, Cache, part_kinds, read_cache
 from training.data.bank import Bank
@@ -765,6 +766,19 @@ def test_a_wrong_study_is_refused_before_anything_runs(project: Path, changes: d
         planned(project, **changes)
     assert "\n" not in str(caught.value)
     assert not (project / "data/studies").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / STUDIES).glob("*.yaml")))
+def test_a_study_of_the_repository_can_stand(name: str, tmp_path: Path) -> None:
+    """Under params.yaml, or with the profile laid over it that its name begins with."""
+    with chdir(ROOT):
+        text, profile = Path("params.yaml").read_text(), Path("profiles", f"{name.split('-')[0]}.yaml")
+        content = YAML(typ="safe", pure=True).load(lay_over(text, profile) if profile.is_file() else text)
+        params = check_params("params.yaml", content)
+        found = read_study(params, name)
+        variants = {f"methods.{method}": Variant(method=method) for method in found.methods} | found.variants
+        for key, variant in variants.items():
+            read_entry("params.yaml", name, params, key, variant, found.encoders or params.encoders)
 
 
 @pytest.mark.parametrize(
