@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluation.fitting import controlled_cache
 from evaluation.plan import Entry, Study, Variation
 from evaluation.plan import Plan as StudyPlan
-from evaluation.study import controlled_cache
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.labels.labelling import Reference
@@ -396,7 +396,9 @@ def test_every_concept_becomes_another_unrelated_text(
     mean = np.mean([accuracy(description_zero_shot, control("unrelated_texts", seed)) for seed in range(20)])
     assert mean == pytest.approx(1 / 5, abs=0.06)
     assert int((~kept & ~made.part(Bank).of_kind("name")).sum()) == 0  # the dropped text is not left to be read
-    assert f"embed/{ENCODER}/controls.parquet" in Control(name="unrelated_texts").files(ENCODER, {"concepts"})
+    read = {f"embed/{ENCODER}/controls.parquet", f"embed/{ENCODER}/text.parquet"}
+    for name in ("unrelated_texts", "random_descriptors"):
+        assert Control(name=name).files(ENCODER, {"concepts"}).keys() == read
 
 
 def test_every_class_owns_as_many_random_descriptors_as_texts(cache: Cache, control: Callable[..., Cache]) -> None:
