@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fieldmark.params import Params, load_params
-from tests.project import CONV, PARAMS, ROOT, VIT, draw, save_model
+from tests.project import CONV, PARAMS, VIT, draw, save_model
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,8 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project, the working directory of the test; its methods are the repository's."""
-    (tmp_path / "training").symlink_to(ROOT / "training")
+    """An empty project, the working directory of the test."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/none").touch()
     monkeypatch.chdir(tmp_path)

@@ -239,7 +239,7 @@ def test_a_project_inside_another_repository(project: Path, profiles: None, monk
     """The outer repository has a params.yaml of its own at its root, and at first does not hold the inner one."""
     inner = project / "inner"
     inner.mkdir()
-    for name in ("params.yaml", "profiles", "training"):
+    for name in ("params.yaml", "profiles"):
         (project / name).rename(inner / name)
     (project / "params.yaml").write_text(params(0))
     git("init", "-q")

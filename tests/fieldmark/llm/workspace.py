@@ -44,8 +44,6 @@ class Workspace:
         for variable in ("FIELDMARK_CACHE", "FIELDMARK_COLD", "OPENAI_BASE_URL"):
             monkeypatch.delenv(variable, raising=False)
         shutil.copytree(REPOSITORY / "prompts", "prompts")
-        Path("training/methods").mkdir(parents=True)
-        Path("training/methods/zero_shot.py").touch()
 
     def write(self, **llm: Any) -> None:
         self.llm |= llm
