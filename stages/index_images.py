@@ -16,7 +16,6 @@ the fractions as it can, and a class keeps one image to train on at least.
     python -m stages.index_images
 """
 
-import hashlib
 import io
 import json
 import os
@@ -35,7 +34,7 @@ from fieldmark.formats import read_listing
 from fieldmark.listing import SPLITS, Listing, Row, read_lines, readable
 from fieldmark.params import Dataset, Params, load_params
 from fieldmark.pictures import health
-from fieldmark.pictures.decode import BadImage, dhash, map_ahead, open_rgb
+from fieldmark.pictures.decode import BadImage, dhash, hash_file, map_ahead, open_file, open_rgb
 
 INDEX = Path("data/index")
 THUMBS = Path("data/thumbs")
@@ -58,10 +57,10 @@ def hash_files(root: Path, rows: list[Row]) -> None:
 
     def digest(row: Row) -> None:
         try:
-            with open(root / row["path"], "rb") as file:
-                row["image_id"] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            row.update(image_id=None, status="broken", error=f"cannot be read: {error.strerror}")
+            with open_file(root / row["path"]) as file:
+                row["image_id"] = hash_file(file)
+        except BadImage as error:
+            row.update(image_id=None, status="broken", error=str(error))
 
     for _ in map_ahead(digest, rows, workers=os.cpu_count() or 1, ahead=256):
         pass

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,30 @@ def test_every_file_is_a_row(set_params: SetParams, dataset: list[str], project:
     assert [row["split"] for row in rows.values() if row["class_id"] == "a" and row["status"] == "ok"].count(
         "val"
     ) == 1
+
+
+def test_what_is_no_file_is_a_row(set_params: SetParams, dataset: list[str], project: Path) -> None:
+    """A manifest may name what waits for ever, never ends, or is no path; the picture that is thin is good."""
+    os.mkfifo(project / "images/pipe.png")
+    (project / "images/endless.png").symlink_to("/dev/zero")
+    with open(project / "images/sparse.png", "wb") as file:
+        file.truncate(20 * 2**30)
+    Image.new("RGB", (60_000, 1)).save(project / "images/thin.jfif", "PNG")
+    odd = ["pipe.png", "endless.png", "sparse.png", "nul\0.png", "train", "gone.png", "thin.jfif"]
+    lines = [f"{path},{path.split('/')[1]},{path.split('/')[0]}\n" for path in dataset]
+    lines += [f"{path},a,train\n" for path in odd]
+    (project / "manifest.csv").write_text("path,class,split\n" + "".join(lines))
+    index(set_params(dataset={"format": "manifest", "root": "manifest.csv", "images": "images"}))
+    rows = by_path()
+    assert {path: (rows[path]["status"], rows[path]["error"], rows[path]["image_id"]) for path in odd[:-1]} == {
+        "pipe.png": ("broken", "is a named pipe, not a file", None),
+        "endless.png": ("broken", "is a device, not a file", None),
+        "sparse.png": ("broken", f"{20 * 2**30} bytes, more than {2**30}", None),
+        "nul\0.png": ("broken", "cannot be read: there is a NUL in its name", None),
+        "train": ("broken", "cannot be read: Is a directory", None),
+        "gone.png": ("broken", "cannot be read: No such file or directory", None),
+    }
+    assert (rows["thin.jfif"]["status"], rows["thin.jfif"]["width"]) == ("ok", 60_000)
 
 
 def test_thumbnails_of_usable_images_only(

@@ -1,5 +1,7 @@
 import contextlib
+import hashlib
 import io
+import os
 import random
 import struct
 import threading
@@ -12,7 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from fieldmark.pictures.decode import BACKGROUND, MAX_PIXELS, BadImage, dhash, map_ahead, open_rgb
+from fieldmark.pictures.decode import (
+    BACKGROUND,
+    MAX_BYTES,
+    MAX_PIXELS,
+    BadImage,
+    dhash,
+    hash_file,
+    map_ahead,
+    open_file,
+    open_rgb,
+)
 
 UPRIGHT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
 # How a camera that is held so stores the upright picture: the inverse of what EXIF asks for.
@@ -195,6 +207,31 @@ def test_broken_files_say_why_and_not_where(tmp_path: Path) -> None:
             open_rgb(tmp_path / name)
         assert str(tmp_path) not in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file_is_a_reason_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(20 * 2**30)
+    for name, reason in {
+        "pipe.jpg": "is a named pipe, not a file",
+        "endless.jpg": "is a device, not a file",
+        "sparse.jpg": f"{20 * 2**30} bytes, more than {MAX_BYTES}",
+        "a\0b.jpg": "NUL in its name",
+        "x" * 300: "File name too long",
+    }.items():
+        for look in (open_file, open_rgb):
+            with pytest.raises(BadImage, match=reason) as error:
+                look(tmp_path / name)
+            assert str(tmp_path) not in str(error.value)
+
+
+def test_a_hash_is_of_the_whole_file(tmp_path: Path) -> None:
+    for content in (b"", b"x", bytes(range(256)) * 10_000):
+        (tmp_path / "a").write_bytes(content)
+        with open_file(tmp_path / "a") as file:
+            assert hash_file(file) == hashlib.sha256(content).hexdigest()
 
 
 def test_hostile_bytes_are_a_picture_or_a_reason() -> None:
