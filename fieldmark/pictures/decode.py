@@ -31,6 +31,10 @@ MAX_PIXELS = 120_000_000
 MAX_BYTES = 2**30
 # How much of a file is read at a time to hash it.
 BLOCK_BYTES = 2**20
+# How many pixels all scans of a progressive JPEG may have together, which takes about ten seconds. Cameras and programs
+# write ten scans or so.
+MAX_SCANNED = 60 * MAX_PIXELS
+SCAN = b"\xff\xda"
 # What shows through where a picture is transparent: mid-grey, so that neither dark nor light subjects vanish.
 BACKGROUND = (128, 128, 128)
 IMAGE_SUFFIXES = {
@@ -165,6 +169,8 @@ def decode(file: IO[bytes], side: float, exif: bytes = b"") -> tuple[Image.Image
     with Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         check_size(image)
+        if "progressive" in image.info:
+            check_scans(image, file)
         if side < min(width, height):
             image.draft(None, (math.ceil(side), math.ceil(side)))
         image.load()
@@ -183,6 +189,17 @@ def check_size(image: Image.Image) -> None:
     for width, height in (image.size, (tags.get(TILE_WIDTH), tags.get(TILE_HEIGHT))):
         if isinstance(width, int) and isinstance(height, int) and width * height > MAX_PIXELS:
             raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+
+
+def check_scans(image: Image.Image, file: IO[bytes]) -> None:
+    """Raises BadImage for a progressive JPEG of so many scans, a few bytes each, that decoding it takes minutes."""
+    place = file.tell()
+    file.seek(0)
+    scans = file.read().count(SCAN)
+    file.seek(place)
+    width, height = image.size
+    if width * height * scans > MAX_SCANNED:
+        raise BadImage(f"{scans} scans of {width} x {height} pixels, more than {MAX_SCANNED} in all")
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

@@ -188,6 +188,17 @@ def test_a_bomb_is_refused_by_its_header(height: int, tmp_path: Path) -> None:
     assert open_rgb(tmp_path / "b.png").size == (10, 10)
 
 
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
+    """100 kB that take minutes: each scan refines all pixels by nothing."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (3000, 3000), (200, 30, 40)).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content.rindex(b"\xff\xda")
+    assert open_rgb(io.BytesIO(content)).size == (3000, 3000)
+    with pytest.raises(BadImage, match=r"3009 scans of 3000 x 3000 pixels, more than"):
+        open_rgb(io.BytesIO(content[:last] + 3000 * content[last:-2] + content[-2:]))
+
+
 def test_broken_files_say_why_and_not_where(tmp_path: Path) -> None:
     UPRIGHT.resize((200, 200)).save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
