@@ -46,7 +46,7 @@ class Listing:
 
 
 class Same(NamedTuple):
-    """Two names that differ only in case or in how their accents are stored."""
+    """Two names that differ only in case, in spaces at their ends or in how their accents are stored."""
 
     first: str
     second: str
@@ -55,14 +55,15 @@ class Same(NamedTuple):
         if nfc(self.first) == nfc(self.second):
             # They look the same, so they are written by their code points.
             return f"{self.first!a} and {self.second!a} differ only in how accents are stored (Unicode)"
-        return f"{self.first!r} and {self.second!r} differ only in upper and lower case"
+        what = "spaces" if self.first.strip() == self.second.strip() else "upper and lower case"
+        return f"{self.first!r} and {self.second!r} differ only in {what}"
 
 
 def find_same(names: Iterable[str]) -> Iterator[Same]:
-    """Each name with the first one that differs from it only in case or in how accents are stored, sorted."""
+    """Each name with the first one that differs from it only as Same says, sorted."""
     first: dict[str, str] = {}
     for name in sorted(set(names)):
-        other = first.setdefault(nfc(name).casefold(), name)
+        other = first.setdefault(nfc(name).casefold().strip(), name)
         if other != name:
             yield Same(other, name)
 

@@ -84,6 +84,7 @@ def test_a_path_finds_the_file_whose_accents_are_stored_otherwise(tmp_path: Path
             r"the images 'a/Macareux moine\\u0301\.jpg' and 'a/Macareux moin\\xe9\.jpg' differ only in how accents",
         ),
         (["Auk/1.jpg"], {"classes": "class_id,name\nauk,Great auk\n"}, "classes 'Auk' and 'auk' differ only"),
+        (["Auk/1.jpg"], {"classes": "class_id\nAuk \n"}, "classes 'Auk' and 'Auk ' differ only in spaces"),
         (["a/1.jpg"], {"classes": "class_id\nDodo\ndodo\n"}, r"classes\.csv: the classes 'Dodo' and 'dodo' differ"),
         (["a/1.jpg"], {"classes": f"class_id\n{APART}\n{TOGETHER}\n"}, r"classes\.csv: names the class .* twice"),
         (["a/1.jpg"], {"classes": "class_id,Name\na,Auk\n"}, r"has a column 'Name'; did you mean 'name'\? Rename it"),
