@@ -180,8 +180,8 @@ def match_parts(listing: Listing, path: Path) -> None:
         said = f"{path}: {len(unknown)} of {len(listing.parts)} parts are of no image, the first of {name!r}"
         remedy = hint(name, paths, "paths start from the folder of the images", cutoff=0.8)
         if 2 * len(unknown) > len(listing.parts):
-            raise UserError(f"{said}; {remedy} Correct them, or remove the file")
-        listing.warnings.append(f"{said}; they are left out; {remedy}")
+            raise UserError(f"{said}; correct them, or remove the file ({remedy})")
+        listing.warnings.append(f"{said}; they are left out ({remedy})")
         listing.parts = [part for part in listing.parts if nfc(part["path"]) in paths]
     for part in listing.parts:
         part["path"] = paths[nfc(part["path"])]

@@ -23,7 +23,7 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from fieldmark.pictures.metadata import STEPS, hide_metadata
+from fieldmark.pictures.metadata import HEAD_BYTES, STEPS, format_of, hide_metadata
 
 # A picture of more pixels is refused as a decompression bomb before it is decoded, which takes up to 24 bytes a pixel.
 MAX_PIXELS = 120_000_000
@@ -125,6 +125,9 @@ def open_reduced(path: str | Path | IO[bytes], side: float = math.inf) -> tuple[
     """
     if isinstance(path, str | Path):
         with open_file(path) as file:
+            # Some files of /proc state no size, and a read from them waits.
+            if os.fstat(file.fileno()).st_size == 0:
+                raise bad_image(UnidentifiedImageError())
             return open_reduced(file, side)
     try:
         return decode(path, side)
@@ -137,7 +140,8 @@ def open_reduced(path: str | Path | IO[bytes], side: float = math.inf) -> tuple[
         reason = error
     try:
         path.seek(0)
-        content = bytearray(path.read())
+        head = path.read(HEAD_BYTES)
+        content = bytearray(head + path.read() if format_of(head) else b"")
     except OSError as error:
         raise bad_image(error) from None
     exif = b""

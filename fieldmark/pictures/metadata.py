@@ -13,6 +13,8 @@ import struct
 import zlib
 from typing import Literal
 
+# How much of a file shows its format.
+HEAD_BYTES = 12
 # The steps of hiding: what no pixel depends on; then also what says how colours and transparency are meant.
 Step = Literal["metadata", "colours"]
 STEPS: tuple[Step, ...] = ("metadata", "colours")
@@ -40,19 +42,33 @@ def hide_metadata(content: bytearray, step: Step) -> bytes | None:
     before = hashlib.sha256(content).digest()
     exif = b""
     try:
-        if content.startswith(b"\xff\xd8"):
-            exif = hide_in_jpeg(content, step)
-        elif content.startswith(b"\x89PNG\r\n\x1a\n"):
-            exif = hide_in_png(content, step)
-        elif content.startswith((b"II", b"MM")):
-            hide_in_tiff(content, step)
-        elif content[8:12] == b"WEBP":
-            hide_in_webp(content)
-        elif content[4:8] == b"ftyp":
-            hide_in_heif(content)
+        match format_of(bytes(content[:HEAD_BYTES])):
+            case "JPEG":
+                exif = hide_in_jpeg(content, step)
+            case "PNG":
+                exif = hide_in_png(content, step)
+            case "TIFF":
+                hide_in_tiff(content, step)
+            case "WEBP":
+                hide_in_webp(content)
+            case "HEIF":
+                hide_in_heif(content)
     except (struct.error, IndexError):
         pass
     return None if hashlib.sha256(content).digest() == before else exif
+
+
+def format_of(head: bytes) -> str | None:
+    """The format of a file that starts so, if its metadata can be hidden; AVIF counts as HEIF."""
+    if head.startswith(b"\xff\xd8"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if head[8:12] == b"WEBP":
+        return "WEBP"
+    return "HEIF" if head[4:8] == b"ftyp" else None
 
 
 def hide_in_jpeg(content: bytearray, step: Step) -> bytes:

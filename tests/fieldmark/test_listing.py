@@ -124,7 +124,7 @@ HEAD = "path,part,x0,y0,x1,y1,visible\n"
         ("a/1.jpg,eye,0,0,nan,1,1\n", "x1, y1 are 0, 0, nan, 1"),
         ("a/1.jpg,eye,0,0,1,1,maybe\n", r"visible is 'maybe'; write 1 or 0"),
         ("a/1.jpg,eye,0,0,1,1,\n", r"visible is ''; write 1 or 0"),
-        ("a/2.jpg,eye,0,0,1,1,1\n", r"1 of 1 parts are of no image, .* 'a/2\.jpg'; did you mean 'a/1\.jpg'\?"),
+        ("a/2.jpg,eye,0,0,1,1,1\n", r"1 of 1 parts are of no image, .* 'a/2\.jpg'; .*did you mean 'a/1\.jpg'\?"),
         ("./x.jpg,eye,0,0,1,1,1\n" * 3, r"3 of 3 parts are of no image.*paths start from the folder"),
     ],
 )  # fmt: skip

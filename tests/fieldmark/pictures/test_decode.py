@@ -238,6 +238,15 @@ def test_what_is_no_file_is_a_reason_at_once(tmp_path: Path) -> None:
             assert str(tmp_path) not in str(error.value)
 
 
+def test_a_file_that_states_no_size_is_not_read(tmp_path: Path) -> None:
+    """As /proc/kmsg, a read from which waits for ever; this one is of this process, and text."""
+    (tmp_path / "a.jpg").symlink_to("/proc/self/status")
+    with open_file(tmp_path / "a.jpg") as file:
+        assert hash_file(file) == hashlib.sha256(b"").hexdigest()
+    with pytest.raises(BadImage, match="none of JPEG"):
+        open_rgb(tmp_path / "a.jpg")
+
+
 def test_a_hash_is_of_the_whole_file(tmp_path: Path) -> None:
     for content in (b"", b"x", bytes(range(256)) * 10_000):
         (tmp_path / "a").write_bytes(content)
