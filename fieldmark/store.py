@@ -144,8 +144,14 @@ class Header(NamedTuple):
     params: dict[str, Any]
 
 
+def nfc(name: str) -> str:
+    """A name with each accent on its letter (Unicode's NFC): the form in which names are compared."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
 def class_id_of(name: str) -> str:
-    """A folder-safe id that never collides: the name itself where it is one, else its slug and a hash of it."""
+    """A folder-safe id that never collides: the name itself where it is one, else its slug and a hash of its NFC."""
+    name = nfc(name)
     if re.fullmatch(r"[a-z0-9_-]+", name):
         return name
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()

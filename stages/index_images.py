@@ -16,7 +16,6 @@ the fractions as it can, and a class keeps one image to train on at least.
     python -m stages.index_images
 """
 
-import hashlib
 import io
 import json
 import os
@@ -32,25 +31,15 @@ from tqdm import tqdm
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.formats import read_listing
-from fieldmark.listing import SPLITS, Listing, Row, read_lines, readable
+from fieldmark.listing import SPLITS, Listing, Row, hint, list_classes, read_lines
 from fieldmark.params import Dataset, Params, load_params
 from fieldmark.pictures import health
-from fieldmark.pictures.decode import BadImage, dhash, map_ahead, open_rgb
+from fieldmark.pictures.decode import BadImage, dhash, hash_file, map_ahead, open_file, open_rgb
 
 INDEX = Path("data/index")
 THUMBS = Path("data/thumbs")
 THUMB_PX = 192
-
-
-def name_classes(folders: set[str]) -> dict[str, str]:
-    """The class_id of each folder. Raises UserError where a folder is named as another one's id."""
-    ids: dict[str, str] = {}
-    for folder in sorted(folders):
-        other = ids.setdefault(store.class_id_of(folder), folder)
-        if other != folder:
-            both = f"the classes {other!r} and {folder!r}"
-            raise UserError(f"dataset.root: {both} have one class_id, {store.class_id_of(folder)}; rename one")
-    return {folder: class_id for class_id, folder in ids.items()}
+OUTSIDE_PX = 1
 
 
 def hash_files(root: Path, rows: list[Row]) -> None:
@@ -58,10 +47,10 @@ def hash_files(root: Path, rows: list[Row]) -> None:
 
     def digest(row: Row) -> None:
         try:
-            with open(root / row["path"], "rb") as file:
-                row["image_id"] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            row.update(image_id=None, status="broken", error=f"cannot be read: {error.strerror}")
+            with open_file(root / row["path"]) as file:
+                row["image_id"] = hash_file(file)
+        except BadImage as error:
+            row.update(image_id=None, status="broken", error=str(error))
 
     for _ in map_ahead(digest, rows, workers=os.cpu_count() or 1, ahead=256):
         pass
@@ -128,11 +117,12 @@ def hold_out(rows: list[Row], split: str, fraction: float, hash_of: Callable[[Ro
 
 def name_validation(rows: list[Row], path: Path) -> None:
     """Put the images that a list names into val. Raises UserError for a line that names none, or a test image."""
-    by_name = {row["path"]: row for row in rows} | {row["number"]: row for row in rows if "number" in row}
+    by_name = {store.nfc(row["path"]): row for row in rows} | {row["number"]: row for row in rows if "number" in row}
     for line in read_lines(path):
-        row = by_name.get(line.strip())
+        row = by_name.get(store.nfc(line.strip()))
         if row is None:
-            raise UserError(f"{path}: {line.strip()!r} is no image of the data set; correct it")
+            remedy = hint(line, by_name, "correct it")
+            raise UserError(f"{path}: {line.strip()!r} is no image of the data set; {remedy}")
         if row["split"] == "test":
             raise UserError(f"{path}: {line.strip()!r} is a test image; val is taken from train")
         row["split"] = "val"
@@ -162,37 +152,66 @@ def split_rows(rows: list[Row], dataset: Dataset) -> None:
         ("test", "raise dataset.test_fraction, or add some"),
     ):
         if not any(row["split"] == split and row["status"] == "ok" for row in rows):
-            raise UserError(f"{dataset.root}: no usable image is left for {split}; {remedy}")
+            reason = why_unused([row for row in rows if row["split"] == split], dataset.folder)
+            raise UserError(f"{dataset.root}: {reason}no usable image is left for {split}; {remedy}")
 
 
-def list_classes(listing: Listing) -> list[Row]:
-    """One row a class: those with images, and those that only the data set's own list of classes names."""
-    folders = {row["name"] for row in listing.images}
-    described = {row["class_id"]: row for row in listing.classes}
-    classes = []
-    for folder, class_id in name_classes(folders | set(described)).items():
-        row = described.get(folder, {})
-        classes.append({
-            "class_id": class_id,
-            "name": row.get("name") or readable(folder),
-            **{column: row.get(column) or None for column in ("superclass", "scientific_name", "note", "lineage")},
-            "from_images": folder in folders,
-        })
-    return classes
+def why_unused(rows: list[Row], folder: Path) -> str:
+    """The commonest reason why images are not used, with the first of them, to stand before what follows from it."""
+    broken = [row for row in rows if row["status"] == "broken"]
+    if not broken:
+        return ""
+    [(error, count)] = Counter(row["error"] for row in broken).most_common(1)
+    path = next(row["path"] for row in broken if row["error"] == error)
+    backslash = ", with / for \\" if "\\" in path else ""
+    return f"{count} of {len(rows)} images, {path!r} among them: {error} (paths start from {folder}{backslash}); "
 
 
-def scale_to_image(listing: Listing) -> None:
-    """Boxes and part points in [0,1] of the image, where the data set has them in pixels; none where it is not used."""
+def scale_to_image(listing: Listing, root: str) -> None:
+    """Boxes and part points in [0,1] of the image, where the data set has them in pixels; none where it is not used.
+
+    What reaches out of its picture by over OUTSIDE_PX pixels is warned of: a box is cut at the border, a point is not
+    visible. Raises UserError where that is so of most, and not of one alone: they belong to pictures of another size.
+    """
     by_path = {row["path"]: row for row in listing.images}
-    listing.parts = [part for part in listing.parts if by_path.get(part["path"], {}).get("status") == "ok"]
+    listing.parts = [part for part in listing.parts if by_path[part["path"]]["status"] == "ok"]
     if not listing.in_pixels:
         return
+    boxed = [row for row in listing.images if row.get("box") and row["status"] == "ok"]
+    placed = [part for part in listing.parts if "x" in part]
+    out = {
+        "boxes": [(row["box"], row) for row in boxed if reaches_out(row["box"], row)],
+        "part points": [
+            ([part["x"], part["y"]], by_path[part["path"]])
+            for part in placed
+            if reaches_out([part["x"], part["y"]], by_path[part["path"]])
+        ],
+    }
+    for (kind, found), count in zip(out.items(), (len(boxed), len(placed)), strict=True):
+        if found:
+            numbers, row = found[0]
+            where = f"{' '.join(f'{number:g}' for number in numbers)} in {row['path']}"
+            said = f"{len(found)} of {count} {kind} reach out of their picture, the first is {where}"
+            said += f" ({row['width']} x {row['height']} pixels)"
+            if 2 * len(found) > count > 1:
+                remedy = "they are of pictures of another size: scale them, or use those pictures"
+                raise UserError(f"{root}: {said}; {remedy}")
+            listing.warnings.append(f"{said}; a box is cut at the border, a point counts as not visible")
+    for part in placed:
+        row = by_path[part["path"]]
+        if reaches_out([part["x"], part["y"]], row):
+            part.update(x=None, y=None, visible=False)
+        else:
+            part["x"], part["y"] = shares([part["x"], part["y"]], row)
     for row in listing.images:
-        if row.get("box"):
-            row["box"] = shares(row["box"], row) if row["status"] == "ok" else None
-    for part in listing.parts:
-        if "x" in part:
-            part["x"], part["y"] = shares([part["x"], part["y"]], by_path[part["path"]])
+        box = shares(row["box"], row) if row.get("box") and row["status"] == "ok" else None
+        row["box"] = box if box is not None and box[0] < box[2] and box[1] < box[3] else None
+
+
+def reaches_out(pixels: list[float], row: Row) -> bool:
+    """Whether x, y, x, y, ... in pixels lie outside of an image. Some data sets count pixels from 1, some round up."""
+    sides = (row["width"], row["height"])
+    return any(not -OUTSIDE_PX <= value <= sides[place % 2] + OUTSIDE_PX for place, value in enumerate(pixels))
 
 
 def shares(pixels: list[float], row: Row) -> list[float]:
@@ -251,7 +270,7 @@ def index(params: Params) -> dict[str, Any]:
     mark_duplicates(rows)
     write_thumbs(dataset.folder, rows, dataset.buckets)
     split_rows(rows, dataset)
-    scale_to_image(listing)
+    scale_to_image(listing, dataset.root)
     found, near_duplicates = health.examine(rows, classes, listing)
 
     tables = {
@@ -267,7 +286,7 @@ def index(params: Params) -> dict[str, Any]:
         mark = store.fingerprint(schema, made_by)
         store.write_table(store.make_table(schema, content), INDEX / f"{name}.parquet", schema, made_by, mark)
     counts = {**count_rows(rows, classes), "health": found}
-    for warning in health.warnings(found, counts, listing):
+    for warning in [*health.warnings(found, counts, listing), *listing.warnings]:
         print(f"warning: {warning}", file=sys.stderr)
     return counts
 

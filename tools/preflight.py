@@ -1,9 +1,11 @@
 """Look at what params.yaml names before DVC does: it hashes whole folders, and some names stop it, or hide from it.
 
 Reads   params.yaml, which it checks as every command does; whether each path in it is there; and the names
-        under dataset.root, concepts.import and llm.recordings. It opens no file.
+        under dataset.root, concepts.import and llm.recordings. Where concepts.import or concepts.edits names texts, it
+        reads them and the tables of the data set: whether they name its classes shows before anything is indexed.
+        It opens no image.
 Writes  nothing: where all is right, it says nothing.
-Costs   one look a name: about a second for 200,000 files on a local disk.
+Costs   one look a name: about a second for 200,000 files on a local disk, two with texts.
 
 What it refuses in a folder [T: DVC 3.67]: names that are not UTF-8, links that lead nowhere, a .dvcignore and files
 that may not be read, at all of which DVC stops with an error; pipes and devices, on which it may wait for ever; and, as
@@ -14,6 +16,8 @@ In this project's folder DVC skips .git, .hg and __pycache__; elsewhere it reads
     python -m tools.preflight
 """
 
+import contextlib
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -168,9 +172,25 @@ def check(file: str, params: Params) -> None:
         raise UserError("\n".join([heading, *lines, *more]))
 
 
+def check_texts(params: Params) -> None:
+    """Raises UserError where concepts.import or concepts.edits names what is no class of the data set, as stages do."""
+    if params.concepts.imported == params.concepts.edits == NONE or not os.path.lexists(params.dataset.root):
+        return
+    # Reading tables takes a second to import, which few data sets need here.
+    from fieldmark.formats import read_listing
+    from fieldmark.listing import list_classes
+    from fieldmark.llm.imported import read_own
+
+    # What the stages will say again.
+    with contextlib.redirect_stderr(io.StringIO()):
+        read_own(params.concepts, list_classes(read_listing(params.dataset)))
+
+
 def main() -> None:
     file = stage_parser(__doc__).parse_args().params
-    check(file, load_params(file))
+    params = load_params(file)
+    check(file, params)
+    check_texts(params)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ A layout's `read(dataset)` lists images and classes by name, as a fieldmark.list
 
 import importlib
 
-from fieldmark.listing import Listing
+from fieldmark.listing import Listing, check_listing
 from fieldmark.params import Dataset
 
 
 def read_listing(dataset: Dataset) -> Listing:
-    """What the data set says of itself. Raises UserError where it is not laid out as `dataset.format` says."""
+    """What the data set says of itself, checked (listing.check_listing).
+
+    Raises UserError where it is not laid out as `dataset.format` says, or where its tables do not fit its images.
+    """
     found: Listing = importlib.import_module(f"fieldmark.formats.{dataset.format}").read(dataset)
+    check_listing(found, dataset.root)
     return found

@@ -7,13 +7,22 @@ pixels), attributes/class_attribute_labels_continuous.txt (a row a class, per ce
 in the same folder, in root or beside root [mem: the official archive has it beside root], and classes.csv
 (see listing.read_class_table). A class is called by its folder without the number: 001.Black_footed_Albatross is
 "Black footed Albatross". A validation list may name images by number.
+
+hierarchy.txt (number of a class, number of the group it lies in), which NABirds has, tells classes from groups: what
+classes.txt names and some class lies in is a superclass and no class, unless an image is labelled with it. NABirds has
+its parts in parts/ too, and its numbers of images are texts with dashes.
 """
 
+import math
 from pathlib import Path
 
 from fieldmark.command import UserError
-from fieldmark.listing import Listing, Row, read_class_table, read_lines, readable
+from fieldmark.listing import Listing, Row, Spelling, read_class_table, read_lines, readable
 from fieldmark.params import Dataset
+from fieldmark.store import nfc
+
+# What train_test_split.txt says of an image.
+SPLIT = {"1": "train", "0": "test"}
 
 
 def read(dataset: Dataset) -> Listing:
@@ -24,25 +33,78 @@ def read(dataset: Dataset) -> Listing:
     names = dict(fields(root / "classes.txt", 2))
     label = dict(fields(root / "image_class_labels.txt", 2))
     split = dict(fields(root / "train_test_split.txt", 2))
+    spelling = Spelling(root)
     images = []
     for number, path in fields(root / "images.txt", 2):
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(f"{root / 'images.txt'}: image {number}: {path} leads out of images/; correct it")
-        row: Row = {"path": f"images/{path}", "number": number}
+        row: Row = {"path": spelling.on_disk(f"images/{path}"), "number": number}
         row["name"] = look_up(names, look_up(label, number, root / "image_class_labels.txt"), root / "classes.txt")
-        row["split"] = "train" if look_up(split, number, root / "train_test_split.txt") == "1" else "test"
+        training = look_up(split, number, root / "train_test_split.txt")
+        if training not in SPLIT:
+            where = f"{root / 'train_test_split.txt'}: image {number}"
+            raise UserError(f"{where}: {training!r} is neither 1 nor 0; correct it")
+        row["split"] = SPLIT[training]
         images.append(row)
     if not images:
         raise UserError(f"{root / 'images.txt'}: names no image")
     listing = Listing(sorted(images, key=lambda row: row["path"]), in_pixels=True)
-    listing.classes = merge_classes(list(names.values()), read_class_table(root))
+    above = read_hierarchy(root / "hierarchy.txt", names)
+    used = {number for number in names if number not in set(above.values())} | set(label.values())
+    listing.classes = merge_classes(describe(names, above, used, root / "classes.txt"), read_class_table(root))
     by_number = {row["number"]: row for row in images}
     if len(by_number) < len(images) or len({row["path"] for row in images}) < len(images):
         raise UserError(f"{root / 'images.txt'}: names an image twice; correct it")
     add_boxes(root / "bounding_boxes.txt", by_number)
     listing.parts = read_parts(root / "parts", by_number)
-    listing.attributes = read_attributes(root, list(names.values()))
+    kept = {row["class_id"] for row in listing.classes}
+    attributes = read_attributes(root, list(names.values()))
+    listing.attributes = [row for row in attributes if row["class_id"] in kept]
     return listing
+
+
+def read_hierarchy(path: Path, names: dict[str, str]) -> dict[str, str]:
+    """The group that each class or group lies in, by number; nothing where there is no such file.
+
+    Raises UserError for a number that classes.txt does not have, one in two groups, and a group that lies in itself.
+    """
+    above: dict[str, str] = {}
+    if not path.is_file():
+        return above
+    for child, parent in fields(path, 2):
+        for number in (child, parent):
+            look_up(names, number, path.with_name("classes.txt"))
+        if above.setdefault(child, parent) != parent:
+            raise UserError(f"{path}: {child} lies in {above[child]} and in {parent}; correct it")
+    for number in above:
+        seen = set()
+        while number in above:
+            if number in seen:
+                raise UserError(f"{path}: {number} lies in itself; correct it")
+            seen.add(number)
+            number = above[number]
+    return above
+
+
+def describe(names: dict[str, str], above: dict[str, str], used: set[str], path: Path) -> list[Row]:
+    """One row a class of classes.txt, with its groups where there are any. Raises UserError for one name twice."""
+    rows: dict[str, Row] = {}
+    for number, name in names.items():
+        if number not in used:
+            continue
+        if name in rows:
+            raise UserError(f"{path}: names two classes {name!r}; give one of them another name")
+        groups = []
+        group = number
+        while group in above:
+            group = above[group]
+            groups.append(readable(names[group]))
+        rows[name] = {"class_id": name, "name": readable(name)}
+        if groups:
+            # A group may have the name of a class in it.
+            other = [each for each in groups if each != readable(name)]
+            rows[name] |= {"superclass": other[0] if other else None, "lineage": groups[::-1]}
+    return list(rows.values())
 
 
 def fields(path: Path, count: int) -> list[list[str]]:
@@ -58,9 +120,12 @@ def fields(path: Path, count: int) -> list[list[str]]:
 
 def numbers(path: Path, row: list[str]) -> list[float]:
     try:
-        return [float(value) for value in row]
+        found = [float(value) for value in row]
     except ValueError as error:
         raise UserError(f"{path}: {' '.join(row)[:80]!r}: {error}; correct it") from None
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{path}: {' '.join(row)[:80]!r}: is no place in pixels; correct it")
+    return found
 
 
 def look_up(table: dict[str, str], key: str, path: Path) -> str:
@@ -69,21 +134,35 @@ def look_up(table: dict[str, str], key: str, path: Path) -> str:
     return table[key]
 
 
-def merge_classes(folders: list[str], table: list[Row]) -> list[Row]:
-    """One row a class of classes.txt under its readable name; what classes.csv says goes first."""
-    rows = {folder: {"class_id": folder, "name": readable(folder)} for folder in folders}
+def merge_classes(classes: list[Row], table: list[Row]) -> list[Row]:
+    """The rows of both, one a class; what classes.csv says goes first."""
+    rows = {nfc(row["class_id"]): row for row in classes}
     for row in table:
         given = {key: value for key, value in row.items() if value}
-        rows[row["class_id"]] = rows.get(row["class_id"], {}) | given
+        row = rows.get(nfc(row["class_id"]), {})
+        rows[nfc(given["class_id"])] = row | given | ({"class_id": row["class_id"]} if row else {})
     return list(rows.values())
 
 
 def add_boxes(path: Path, by_number: dict[str, Row]) -> None:
-    if path.is_file():
-        for number, *rest in fields(path, 5):
-            x, y, width, height = numbers(path, rest)
-            if number in by_number:
-                by_number[number]["box"] = [x, y, x + width, y + height]
+    """Give each image its box. Raises UserError where they are in [0,1], or of no image; some may be of others."""
+    if not path.is_file():
+        return
+    boxes = [(number, numbers(path, rest)) for number, *rest in fields(path, 5)]
+    for number, (x, y, width, height) in boxes:
+        if width < 0 or height < 0:
+            raise UserError(f"{path}: image {number}: the box is {width:g} wide and {height:g} high; correct it")
+        if number in by_number:
+            by_number[number]["box"] = [x, y, x + width, y + height]
+    if boxes and all(max(box) <= 1 for _, box in boxes):
+        raise UserError(f"{path}: every box lies in [0,1]; multiply by the width and height of the images, in pixels")
+    check_known(path, [number for number, _ in boxes], by_number)
+
+
+def check_known(path: Path, given: list[str], by_number: dict[str, Row]) -> None:
+    """Raises UserError where a table is of other images than images.txt, all of it."""
+    if given and not any(number in by_number for number in given):
+        raise UserError(f"{path}: names no image of images.txt, the first is {given[0]!r}; they do not belong together")
 
 
 def read_parts(folder: Path, by_number: dict[str, Row]) -> list[Row]:
@@ -93,12 +172,16 @@ def read_parts(folder: Path, by_number: dict[str, Row]) -> list[Row]:
         return []
     part_names = dict(fields(folder / "parts.txt", 2))
     rows = []
-    for number, part, *rest in fields(path, 5):
+    lines = fields(path, 5)
+    for number, part, *rest in lines:
         x, y, visible = numbers(path, rest)
+        if visible not in (0, 1):
+            raise UserError(f"{path}: image {number}, part {part}: visible is {rest[2]!r}, neither 0 nor 1; correct it")
         if number in by_number:
             name = look_up(part_names, part, folder / "parts.txt")
             place = {"x": x, "y": y} if visible else {}
             rows.append({"path": by_number[number]["path"], "part": name, "visible": bool(visible), **place})
+    check_known(path, [number for number, *_ in lines], by_number)
     return rows
 
 

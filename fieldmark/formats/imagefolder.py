@@ -1,7 +1,8 @@
 """Format `imagefolder`: root/SPLIT/CLASS/IMAGE, SPLIT one of train, val and test; or root/CLASS/IMAGE without splits.
 
 Beside the folders may stand classes.csv (see listing.read_class_table), parts.csv (path, part, x0, y0, x1, y1, visible
-(1 or 0); in [0,1] of the image) and attributes.csv (class_id, attribute, value). Hidden files and folders do not count.
+(1 or 0); in [0,1] of the image) and attributes.csv (class_id, attribute, value). What they say of classes and images
+must fit the folders (see listing.check_listing). Hidden files and folders do not count.
 A folder without an image is no class; a class without images is one that classes.csv names.
 """
 
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fieldmark.command import UserError
-from fieldmark.listing import SPLITS, Listing, Row, read_class_table, read_csv
+from fieldmark.listing import SPLITS, Listing, Row, read_class_table, read_csv, read_word
 from fieldmark.params import Dataset
 from fieldmark.pictures.decode import IMAGE_SUFFIXES
+
+SIDES = ("x0", "y0", "x1", "y1")
 
 
 def read(dataset: Dataset) -> Listing:
@@ -92,17 +95,26 @@ def visible(folder: str | Path) -> Iterator[os.DirEntry[str]]:
 
 
 def read_parts(root: Path) -> list[Row]:
+    """parts.csv of a folder. Raises UserError for a box that is not in [0,1], and where `visible` is no yes or no."""
     path = root / "parts.csv"
     if not path.is_file():
         return []
     rows = []
-    for row in read_csv(path, ["path", "part", "x0", "y0", "x1", "y1", "visible"]):
+    for row in read_csv(path, ["path", "part", *SIDES, "visible"]):
+        where = f"{path}: part {row['part']!r} of {row['path']}"
         try:
-            box = [float(row[side]) for side in ("x0", "y0", "x1", "y1")]
+            box = [float(row[side]) for side in SIDES]
         except ValueError as error:
-            raise UserError(f"{path}: part {row['part']!r} of {row['path']}: {error}; correct it") from None
+            raise UserError(f"{where}: {error}; correct it") from None
+        if not (0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1):
+            said = ", ".join(row[side] for side in SIDES)
+            raise UserError(
+                f"{where}: x0, y0, x1, y1 are {said}; they are in [0,1] of the image's width and height, x0 <= x1 and"
+                " y0 <= y1 (divide pixels by them)"
+            )
         centre = {"x": (box[0] + box[2]) / 2, "y": (box[1] + box[3]) / 2}
-        rows.append({"path": row["path"], "part": row["part"], "visible": row["visible"] == "1", "box": box, **centre})
+        visible = read_word(row["visible"], f"{where}: visible")
+        rows.append({"path": row["path"], "part": row["part"], "visible": visible, "box": box, **centre})
     return rows
 
 

@@ -10,9 +10,7 @@ classes.csv (see listing.read_class_table). DVC sees a change of what dataset.ro
 manifest points at: after replacing an image under its old name, run `dvc repro --force --single-item index_images`.
 """
 
-import difflib
 import math
-import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -20,13 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fieldmark.command import UserError
-from fieldmark.listing import SPLITS, Listing, Row, check_columns, read_class_table, read_csv
+from fieldmark.listing import SPLITS, Listing, Row, Spelling, check_columns, read_class_table, read_csv
 from fieldmark.params import Dataset
 
 TEXTS = ("group", "captured_at", "licence")
 NUMBERS = ("latitude", "longitude", "depth_m")
 REQUIRED = ["path", "class"]
-COLUMNS = (*REQUIRED, "split", "box", *TEXTS, *NUMBERS)
+OPTIONAL = ["split", "box", *TEXTS, *NUMBERS]
+# Within these the numbers make sense; some count longitudes from 0 to 360.
+RANGES = {"latitude": (-90, 90), "longitude": (-180, 360)}
 
 
 def read(dataset: Dataset) -> Listing:
@@ -35,12 +35,13 @@ def read(dataset: Dataset) -> Listing:
     table = read_rows(path)
     if not table:
         raise UserError(f"{path}: names no image")
-    check_names(path, list(table[0]))
+    spelling = Spelling(dataset.folder)
     images: list[Row] = []
     lines: dict[str, int] = {}
     for line, row in enumerate(table, start=2 if path.suffix == ".csv" else 1):
         where = f"{path}: {'line' if path.suffix == '.csv' else 'row'} {line}"
         image = image_of(row, where)
+        image["path"] = spelling.on_disk(image["path"])
         first = lines.setdefault(image["path"], line)
         if first != line:
             raise UserError(f"{where}: path {image['path']!r} stands in {first} too; remove one")
@@ -64,27 +65,20 @@ def find(root: Path) -> Path:
 
 def read_rows(path: Path) -> list[Row]:
     if path.suffix == ".csv":
-        return read_csv(path, REQUIRED)
+        return read_csv(path, REQUIRED, OPTIONAL)
+    if not path.is_file():
+        raise UserError(f"{path}: is no file; correct dataset.root")
     try:
         table = pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
+        check_columns(path, REQUIRED, OPTIONAL, table.column_names)
+        for column in table.schema:
+            if column.name in (*REQUIRED, "split", *TEXTS) and column.type in (pa.binary(), pa.large_binary()):
+                raise UserError(f"{path}: column {column.name} holds bytes; write it as text")
+        rows: list[Row] = table.to_pylist()
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: is not readable Parquet ({reason}); correct dataset.root or the file") from None
-    check_columns(path, REQUIRED, table.column_names)
-    rows: list[Row] = table.to_pylist()
     return rows
-
-
-def check_names(path: Path, names: list[str]) -> None:
-    """Say which columns are not read. Raises UserError for one that looks like a column misspelt."""
-    unread = [name for name in names if name not in COLUMNS]
-    for name in unread:
-        free = [column for column in COLUMNS if column not in names]
-        close = difflib.get_close_matches(name.strip().lower(), free, n=1, cutoff=0.8)
-        if close:
-            raise UserError(f"{path}: has a column {name!r}; did you mean {close[0]!r}? Rename it, or remove it")
-    if unread:
-        print(f"{path}: columns that are not read: {', '.join(map(str, unread))}", file=sys.stderr)
 
 
 def image_of(row: Row, where: str) -> Row:
@@ -127,6 +121,9 @@ def number(value: Any, column: str, where: str) -> float | None:
         found = math.nan
     if not math.isfinite(found):
         raise UserError(f"{where}: {column} is {value!r}, which is no number; correct it, or leave it empty")
+    low, high = RANGES.get(column, (-math.inf, math.inf))
+    if not low <= found <= high:
+        raise UserError(f"{where}: {column} is {value!r}; it lies between {low} and {high}; correct it")
     return found
 
 

@@ -2,7 +2,8 @@
 
 `concepts.import` and `concepts.edits` are each a JSON object of class -> list of texts, or a folder of CLASS.txt, one
 text a line (blank lines and hidden files are passed over). All is UTF-8, with or without a BOM. A class stands there as
-its folder or given name, its class_id, or else its `name`.
+its folder or given name, its class_id, or else its `name`; names are compared after NFC. A key that is no class is an
+error, unless it is left of a class that was removed: see match_classes.
 
 An edit is a model's answer that someone wrote over. It goes before an import and before every model, whatever becomes
 of the prompt. Like an import's, its row is a function of its texts alone, so it does not name the model that wrote the
@@ -11,13 +12,15 @@ first version, and every text counts as seen on the class itself (kind visual).
 
 import difflib
 import json
+import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fieldmark.command import UserError
 from fieldmark.params import NONE, Concepts
-from fieldmark.store import canonical_json, class_id_of, sha256, write_text
+from fieldmark.store import canonical_json, class_id_of, nfc, sha256, write_text
 
 IMPORT, EDITS = "concepts.import", "concepts.edits"
 FORM = "a JSON object of class -> list of texts, or a folder of CLASS.txt"
@@ -58,7 +61,7 @@ def read_texts(path: str, key: str, classes: list[Row]) -> Texts:
     if not pairs:
         what = "CLASS.txt" if source.is_dir() else "class"
         raise UserError(f"{path}: holds no {what}; {key} takes {FORM}, or {NONE}")
-    return match_classes(source, pairs, classes)
+    return match_classes(source, key, pairs, classes)
 
 
 def read_pairs(path: Path, key: str) -> list[tuple[str, Any]]:
@@ -67,6 +70,8 @@ def read_pairs(path: Path, key: str) -> list[tuple[str, Any]]:
 
 def read_json(path: Path, key: str) -> list[tuple[str, Any]]:
     """The pairs of a JSON object, a class that stands there twice as two."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"params.yaml: {key}: {path} is no file; name {FORM}, or {NONE}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         # Objects become tuples of pairs: a dict would keep one of two equal keys.
@@ -89,6 +94,8 @@ def read_folder(folder: Path, key: str) -> list[tuple[str, list[str]]]:
     for path in sorted(folder.glob("[!.]*")):
         if path.suffix != ".txt":
             raise UserError(f"{path}: is not named CLASS.txt; rename it, or take it out of {folder} ({key})")
+        if not path.is_file():
+            raise UserError(f"{path}: is no file; take it out of {folder} ({key})")
         try:
             path.name.encode()
             lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -98,37 +105,71 @@ def read_folder(folder: Path, key: str) -> list[tuple[str, list[str]]]:
     return pairs
 
 
-def match_classes(path: Path, pairs: list[tuple[str, Any]], classes: list[Row]) -> Texts:
-    """The texts by class_id. A folder or class_id goes before a name: no two classes share those."""
+def match_classes(path: Path, key: str, pairs: list[tuple[str, Any]], classes: list[Row]) -> Texts:
+    """The texts by class_id. A folder or class_id goes before a name: no two classes share those.
+
+    A name that is no class, and is not like one without texts here, may be of a class that was removed: it is passed
+    over with a warning in a file of edits, which few classes have, and where every class has its texts, as long as
+    most names are classes. Elsewhere it may be one that was renamed, and is an error.
+    """
     ids = {row["class_id"] for row in classes}
     named: dict[str, list[str]] = defaultdict(list)
     for row in classes:
-        named[row["name"]].append(row["class_id"])
-    found = [[class_id_of(key)] if class_id_of(key) in ids else named.get(key, []) for key, _ in pairs]
+        named[nfc(row["name"])].append(row["class_id"])
+    found = [[class_id_of(name)] if class_id_of(name) in ids else named.get(nfc(name), []) for name, _ in pairs]
 
-    unknown = [key for (key, _), matches in zip(pairs, found, strict=True) if not matches]
+    covered = {class_id for matches in found for class_id in matches}
+    bare = [row for row in classes if row["class_id"] not in covered]
+    unknown = [name for (name, _), matches in zip(pairs, found, strict=True) if not matches]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], [*named, *ids], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "data/index/classes.parquet lists them"
-        refuse(path, [(key, f"is no folder, class_id or name of a class; {hint}") for key in unknown])
+        removed = key == EDITS or (not bare and 2 * len(unknown) < len(pairs))
+        check_unknown(path, unknown, classes, bare, removed=removed)
+        pairs = [pair for pair, matches in zip(pairs, found, strict=True) if matches]
+        found = [matches for matches in found if matches]
 
     texts: Texts = {}
     keys: dict[str, str] = {}
     wrong = []
-    for (key, value), (class_id, *others) in zip(pairs, found, strict=True):
-        first = keys.setdefault(class_id, key)
+    for (name, value), (class_id, *others) in zip(pairs, found, strict=True):
+        first = keys.setdefault(class_id, name)
         if others:
-            wrong.append((key, f"is the name of {', '.join([class_id, *others])}; put a class_id in its place"))
+            wrong.append((name, f"is the name of {', '.join([class_id, *others])}; put a class_id in its place"))
         elif class_id in texts:
-            wrong.append((key, f"stands for the class of {first!r} too, {class_id}; keep one of them"))
+            wrong.append((name, f"stands for the class of {first!r} too, {class_id}; keep one of them"))
         elif not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
-            wrong.append((key, 'is not a list of texts; write it as ["...", "..."]'))
+            wrong.append((name, 'is not a list of texts; write it as ["...", "..."]'))
         elif not any(text.strip() for text in value):
-            wrong.append((key, "has no text; write some, or take it out"))
+            wrong.append((name, "has no text; write some, or take it out"))
         else:
             texts[class_id] = value
     refuse(path, wrong)
     return texts
+
+
+def check_unknown(path: Path, unknown: list[str], classes: list[Row], bare: list[Row], *, removed: bool) -> None:
+    """Warn of names that are no class, where they may be of classes that were removed. Raises UserError elsewhere."""
+    # Names of alike species are alike: only what differs in a letter or two is taken for a class that was renamed.
+    renamed = [(name, like) for name in unknown if (like := closest(name, bare, 0.85))]
+    if removed and not renamed:
+        listed = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        print(f"warning: {path}: {len(unknown)} names are of no class, and passed over: {listed}", file=sys.stderr)
+        return
+    first, like = renamed[0] if renamed else (unknown[0], closest(unknown[0], classes, 0.6))
+    hint = f"did you mean {like!r}?" if like else "data/index/classes.parquet lists them"
+    others = [name for name in unknown if name != first]
+    refuse(path, [(name, f"is no folder, class_id or name of a class; {hint}") for name in [first, *others]])
+
+
+def closest(name: str, classes: list[Row], cutoff: float) -> str | None:
+    """The name or class_id that is most like a name, from 0 to 1 at least `cutoff`; the hashes of ids do not count."""
+    known = {comparable(each): each for row in classes for each in (row["class_id"], row["name"])}
+    close = difflib.get_close_matches(comparable(name), known, n=1, cutoff=cutoff)
+    return known[close[0]] if close else None
+
+
+def comparable(name: str) -> str:
+    """A name or a class_id in the words that both share."""
+    return re.sub(r"[-_ ]+", " ", re.sub(r"-[0-9a-f]{8}$", "", nfc(name).casefold()))
 
 
 def refuse(path: Path, wrong: list[tuple[str, str]]) -> None:
@@ -145,7 +186,7 @@ def start_edit(path: str, class_id: str, texts: list[str], classes: list[Row]) -
     """
     source = Path(path)
     pairs = read_pairs(source, EDITS) if source.exists() else []
-    if class_id in match_classes(source, pairs, classes):
+    if class_id in match_classes(source, EDITS, pairs, classes):
         raise UserError(f"{path}: holds {class_id} already; edit it there, or take it out to start anew")
     target = source / f"{class_id}.txt" if source.is_dir() else source
     texts = [" ".join(text.split()) for text in texts]

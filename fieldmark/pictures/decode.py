@@ -7,40 +7,69 @@ Of a picture with several frames the first is taken. Where a smaller picture is 
 decoded at 1/2, 1/4 or 1/8 of its size.
 """
 
+import hashlib
 import io
 import math
-import struct
+import os
+import stat
 import warnings
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+
+from fieldmark.pictures.metadata import HEAD_BYTES, STEPS, format_of, hide_metadata
 
 # A picture of more pixels is refused as a decompression bomb before it is decoded, which takes up to 24 bytes a pixel.
 MAX_PIXELS = 120_000_000
+# Of a picture of MAX_PIXELS, no format stores more. A larger file is refused before it is read.
+MAX_BYTES = 2**30
+# How much of a file is read at a time to hash it.
+BLOCK_BYTES = 2**20
+# How many pixels all scans of a progressive JPEG may have together, which takes about ten seconds. Cameras and programs
+# write ten scans or so.
+MAX_SCANNED = 60 * MAX_PIXELS
+SCAN = b"\xff\xda"
 # What shows through where a picture is transparent: mid-grey, so that neither dark nor light subjects vanish.
 BACKGROUND = (128, 128, 128)
 IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
 }  # fmt: skip
 # The formats that a file may have, whatever its suffix says. Others are not safe: of some that Pillow reads, decoding
 # starts another program (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 pillow_heif.register_heif_opener(thumbnails=False)
-# Values of EXIF's Orientation that turn a picture by a quarter.
-SIDEWAYS = (5, 6, 7, 8)
+# What makes a picture upright, by the value of EXIF's Orientation, and which of it exchanges width and height.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = tuple(TURNS[value] for value in (5, 6, 7, 8))
+# What a name may stand for that is not opened.
+KINDS = {
+    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+# Entries of a TIFF's directory.
+TILE_WIDTH, TILE_HEIGHT = 322, 323
 # Raised when the pixels that the rules of this module give for the same file change.
 RULES = 3
 
 # Pillow warns of large sizes, which MAX_PIXELS decides about, and of odd metadata, which does not change the pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# A colour profile or a text of a PNG may be so long when it is unpacked; all texts together keep Pillow's own limit.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,6 +77,39 @@ Result = TypeVar("Result")
 
 class BadImage(Exception):
     """A picture that cannot be used; the message says why."""
+
+
+def open_file(path: str | Path) -> IO[bytes]:
+    """A picture's file, opened to be read. Raises BadImage with the reason where it is no file, or too large to be one.
+
+    A pipe or a device is not opened: a read from it may wait for ever, or never end.
+    """
+    try:
+        found = os.stat(path)
+        kind = KINDS.get(stat.S_IFMT(found.st_mode))
+        if kind is not None:
+            raise BadImage(f"is {kind}, not a file")
+        if found.st_size > MAX_BYTES:
+            raise BadImage(f"{found.st_size} bytes, more than {MAX_BYTES}")
+        return open(path, "rb")
+    # No message names the path: the table that they are written to is the same on every machine.
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise BadImage("cannot be read: there is a NUL in its name") from None
+
+
+def hash_file(file: IO[bytes]) -> str:
+    """sha256 of a file from its start, and of no more than the size that it states. Raises BadImage."""
+    digest = hashlib.sha256()
+    try:
+        left = os.fstat(file.fileno()).st_size
+        while block := file.read(min(left, BLOCK_BYTES)):
+            digest.update(block)
+            left -= len(block)
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def open_rgb(path: str | Path | IO[bytes]) -> Image.Image:
@@ -59,28 +121,99 @@ def open_reduced(path: str | Path | IO[bytes], side: float = math.inf) -> tuple[
     """open_rgb of a picture whose shorter side may shrink to `side` pixels, but no further, and its true upright size.
 
     Only a JPEG is decoded at a smaller size: its transform allows to leave out coefficients, which saves their time.
+    A picture that cannot be decoded as it is is decoded with its metadata hidden (metadata.py), if it has any.
     """
+    if isinstance(path, str | Path):
+        with open_file(path) as file:
+            # Some files of /proc state no size, and a read from them waits.
+            if os.fstat(file.fileno()).st_size == 0:
+                raise bad_image(UnidentifiedImageError())
+            return open_reduced(file, side)
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
-            if side < min(width, height):
-                image.draft(None, (math.ceil(side), math.ceil(side)))
-            image.load()
-            if image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS:
-                width, height = height, width
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image), (width, height)
-    # No message names the path: the table that they are written to is the same on every machine.
-    except UnidentifiedImageError:
-        raise BadImage(f"is none of {', '.join(FORMATS)}") from None
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or ' '.join(str(error).split())[:160]}") from None
+        return decode(path, side)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise bad_image(error) from None
     # Pillow's decoders raise many types on broken bytes; each is a fact about the picture, not about the program.
-    except (ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError,
-            MemoryError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
+    except Exception as error:
+        reason = error
+    try:
+        path.seek(0)
+        head = path.read(HEAD_BYTES)
+        content = bytearray(head + path.read() if format_of(head) else b"")
+    except OSError as error:
+        raise bad_image(error) from None
+    exif = b""
+    for step in STEPS:
+        found = hide_metadata(content, step)
+        if found is not None:
+            exif = exif or found
+            try:
+                return decode(io.BytesIO(content), side, exif)
+            except BadImage:
+                raise
+            except Exception as error:
+                reason = error
+    raise bad_image(reason) from None
+
+
+def bad_image(error: Exception) -> BadImage:
+    """What kept Pillow from decoding a picture, as one line that does not name the path."""
+    said = " ".join(str(error).split())[:160]
+    if isinstance(error, UnidentifiedImageError):
+        return BadImage(f"is none of {', '.join(FORMATS)}")
+    if isinstance(error, OSError):
+        return BadImage(f"cannot be read: {error.strerror or said}")
+    return BadImage(f"{type(error).__name__}: {said}")
+
+
+def decode(file: IO[bytes], side: float, exif: bytes = b"") -> tuple[Image.Image, tuple[int, int]]:
+    """open_reduced of a file as it is; `exif` is its EXIF block where that is hidden. Raises what Pillow raises."""
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        check_size(image)
+        if "progressive" in image.info:
+            check_scans(image, file)
+        if side < min(width, height):
+            image.draft(None, (math.ceil(side), math.ceil(side)))
+        image.load()
+        if exif:
+            image.info["exif"] = exif
+        turn = turn_of(image)
+        if turn in SIDEWAYS:
+            width, height = height, width
+        upright = to_rgb(image)
+        return upright if turn is None else upright.transpose(turn), (width, height)
+
+
+def check_size(image: Image.Image) -> None:
+    """Raises BadImage for a picture that is too large to be decoded, or one of whose tiles is (a TIFF states both)."""
+    tags = getattr(image, "tag_v2", {})
+    for width, height in (image.size, (tags.get(TILE_WIDTH), tags.get(TILE_HEIGHT))):
+        if isinstance(width, int) and isinstance(height, int) and width * height > MAX_PIXELS:
+            raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+
+
+def check_scans(image: Image.Image, file: IO[bytes]) -> None:
+    """Raises BadImage for a progressive JPEG of so many scans, a few bytes each, that decoding it takes minutes."""
+    place = file.tell()
+    file.seek(0)
+    scans = file.read().count(SCAN)
+    file.seek(place)
+    width, height = image.size
+    if width * height * scans > MAX_SCANNED:
+        raise BadImage(f"{scans} scans of {width} x {height} pixels, more than {MAX_SCANNED} in all")
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes a loaded picture upright, as its EXIF or XMP says; None where nothing does, or nothing readable."""
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+        return TURNS.get(orientation)
+    # Pillow's parser of metadata raises as many types as its decoders.
+    except Exception:
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -115,7 +248,8 @@ def to_srgb(image: Image.Image, mode: str) -> Image.Image:
                 converted = ImageCms.profileToProfile(image, source, target, outputMode=mode)
                 assert converted is not None
                 return converted
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        # A profile is metadata: what is wrong with it does not make the picture broken.
+        except Exception:
             pass
     return image if image.mode == mode else image.convert(mode)
 

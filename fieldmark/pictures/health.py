@@ -174,6 +174,8 @@ def warnings(health: dict[str, Any], counts: dict[str, Any], listing: Listing) -
     for split in ("train", "test"):
         if health["classes_without"][split]:
             said.append(f"{health['classes_without'][split]} classes with images have none in {split}")
+    if health["classes_without"]["images"]:
+        said.append(f"{health['classes_without']['images']} classes have no image; only their texts can tell them")
     if listing.empty:
         listed = ", ".join(listing.empty[:5]) + (", ..." if len(listing.empty) > 5 else "")
         said.append(f"{len(listing.empty)} folders hold no image and are no classes: {listed}")

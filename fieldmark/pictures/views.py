@@ -4,7 +4,6 @@ View 0 is the picture as it is. Views 1, 2, ... are random crops, flipped at ran
 the same image always has the same views. A view may be cut further into windows, each with a forward pass of its own.
 """
 
-import hashlib
 import math
 import random
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.params import Embed
 from fieldmark.pictures.boxes import Box, Region, cut_windows, in_image, middle, scale_region, visible_box
-from fieldmark.pictures.decode import BadImage, open_reduced
+from fieldmark.pictures.decode import MAX_PIXELS, BadImage, hash_file, open_file, open_reduced
 
 # The area of a view's random crop, as a share of the largest square that fits into the picture.
 VIEW_AREA = (0.5, 1.0)
@@ -28,7 +27,6 @@ VIEW_AREA = (0.5, 1.0)
 # pixels as the encoder reads. On sharp mosaics of photographs, the global vector then has a mean cosine of 0.9994 with
 # that of a full decode; with 1.4 times as many pixels it is 0.997.
 OVERSAMPLING = 2
-
 
 class Preprocessor(Protocol):
     """The part of an encoder that decides how a picture is prepared for it (fieldmark/encoders/base.py)."""
@@ -86,13 +84,13 @@ def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, i
     """
     remedy = "run index_images again (dvc repro)"
     try:
-        with open(source.path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != source.image_id:
+        with open_file(source.path) as file:
+            if hash_file(file) != source.image_id:
                 raise UserError(f"{source.path}: has changed since it was indexed; {remedy}")
             file.seek(0)
             return open_reduced(file, side)
-    except (OSError, BadImage) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except BadImage as error:
+        reason = str(error).removeprefix("cannot be read: ")
         raise UserError(f"{source.path}: could be read when it was indexed, not now ({reason}); {remedy}") from None
 
 
@@ -111,9 +109,28 @@ def prepare(source: Source, encoder: Preprocessor, settings: Embed) -> list[View
             pictures = [each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in pictures]
         share = encoder.preprocessing.get("crop_share", 1.0)
         boxes = [in_image(box, region, size) for box in (seen, *(middle(window, share) for window in windows))]
-        pixels = torch.stack([encoder.preprocess(each) for each in pictures])
+        pixels = torch.stack([encoder.preprocess(trim(each, encoder.preprocessing)) for each in pictures])
         views.append(View(source.image_id, number, pixels, boxes, flip))
     return views
+
+
+def trim(picture: Image.Image, preprocessing: dict[str, Any]) -> Image.Image:
+    """A picture without what an encoder does not see of it, where it is so thin that resizing it whole takes gigabytes.
+
+    Where the shorter side is resized to the encoder's, and the whole would have over MAX_PIXELS then, the ends go, in
+    equal steps of the shorter side: what is left in the middle falls on the same pixels. Where the longer side is, the
+    shorter one keeps a pixel: it would have none.
+    """
+    side = int(np.max(preprocessing["size"]))
+    short, long = min(picture.size), max(picture.size)
+    if preprocessing["resize_mode"] == "longest" and round(side * short / long) == 0:
+        picture = picture.copy()
+        picture.thumbnail((side, side))
+    elif preprocessing["resize_mode"] == "shortest" and side * side * long / short > MAX_PIXELS:
+        ends = short * int((long / short - max(1, MAX_PIXELS / side**2)) // 2)
+        x, y = (ends, 0) if picture.width == long else (0, ends)
+        picture = picture.crop((x, y, picture.width - x, picture.height - y))
+    return picture
 
 
 def crop_fraction(picture: Image.Image, box: Box) -> Image.Image:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL import Image
 
 from fieldmark import store
 from fieldmark.command import UserError
+from fieldmark.listing import name_classes
 from fieldmark.params import Dataset, Params
-from stages.index_images import hold_out, index, mark_duplicates, name_classes, split_rows
+from stages.index_images import hold_out, index, mark_duplicates, split_rows
 from tests.project import image_id, snapshot
 
 SetParams = Callable[..., Params]
@@ -56,6 +58,30 @@ def test_every_file_is_a_row(set_params: SetParams, dataset: list[str], project:
     assert [row["split"] for row in rows.values() if row["class_id"] == "a" and row["status"] == "ok"].count(
         "val"
     ) == 1
+
+
+def test_what_is_no_file_is_a_row(set_params: SetParams, dataset: list[str], project: Path) -> None:
+    """A manifest may name what waits for ever, never ends, or is no path; the picture that is thin is good."""
+    os.mkfifo(project / "images/pipe.png")
+    (project / "images/endless.png").symlink_to("/dev/zero")
+    with open(project / "images/sparse.png", "wb") as file:
+        file.truncate(20 * 2**30)
+    Image.new("RGB", (60_000, 1)).save(project / "images/thin.jfif", "PNG")
+    odd = ["pipe.png", "endless.png", "sparse.png", "nul\0.png", "train", "gone.png", "thin.jfif"]
+    lines = [f"{path},{path.split('/')[1]},{path.split('/')[0]}\n" for path in dataset]
+    lines += [f"{path},a,train\n" for path in odd]
+    (project / "manifest.csv").write_text("path,class,split\n" + "".join(lines))
+    index(set_params(dataset={"format": "manifest", "root": "manifest.csv", "images": "images"}))
+    rows = by_path()
+    assert {path: (rows[path]["status"], rows[path]["error"], rows[path]["image_id"]) for path in odd[:-1]} == {
+        "pipe.png": ("broken", "is a named pipe, not a file", None),
+        "endless.png": ("broken", "is a device, not a file", None),
+        "sparse.png": ("broken", f"{20 * 2**30} bytes, more than {2**30}", None),
+        "nul\0.png": ("broken", "cannot be read: there is a NUL in its name", None),
+        "train": ("broken", "cannot be read: Is a directory", None),
+        "gone.png": ("broken", "cannot be read: No such file or directory", None),
+    }
+    assert (rows["thin.jfif"]["status"], rows["thin.jfif"]["width"]) == ("ok", 60_000)
 
 
 def test_thumbnails_of_usable_images_only(
@@ -239,6 +265,93 @@ def test_a_split_without_images_is_refused_before_anyone_pays(split: str, key: s
         split_rows(rows, Dataset.model_validate({"root": "x", key: 0.01}))
 
 
+def test_a_list_may_have_accents_stored_otherwise(
+    set_params: SetParams, dataset: list[str], draw_images: DrawImages
+) -> None:
+    draw_images({"train/a/moine\u0301.png": 99})
+    Path("val.txt").write_text("train/a/moin\u00e9.png\n", encoding="utf-8")
+    index(set_params(dataset={"val_list": "val.txt"}))
+    assert [path for path, row in by_path().items() if row["split"] == "val"] == ["train/a/moine\u0301.png"]
+    Path("val.txt").write_text("train/b/O.png\n")
+    with pytest.raises(UserError, match=r"'train/b/O\.png' is no image of the data set; did you mean 'train/b/"):
+        index(set_params(dataset={"val_list": "val.txt"}))
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        (
+            ["train\\a\\0.png", "train\\b\\0.png"],
+            r"^mine\.csv: 2 of 2 images, 'train\\\\a\\\\0\.png' among them: cannot be read: No such file or directory"
+            r" \(paths start from images, with / for \\\); no usable image is left for train; add training images$",
+        ),
+        (["train", "x/0.png", "x/1.png"], r"^mine\.csv: 2 of 3 images, 'x/0\.png' among them: .*; no usable image"),
+    ],
+)
+def test_where_no_image_can_be_used_the_commonest_reason_goes_first(
+    set_params: SetParams, dataset: list[str], paths: list[str], words: str
+) -> None:
+    Path("mine.csv").write_text("path,class\n" + "".join(f"{path},a\n" for path in paths))
+    with pytest.raises(UserError, match=words):
+        index(set_params(dataset={"format": "manifest", "root": "mine.csv", "images": "images"}))
+
+
+def cub_of(boxes: dict[str, str], points: dict[str, str]) -> None:
+    """A data set in the official layout of CUB: 8 pictures of 80 x 60, these boxes and points by number."""
+    numbers = [str(number) for number in range(8)]
+    tables = {
+        "classes": ["1 a"],
+        "images": [f"{number} a/{number}.png" for number in numbers],
+        "image_class_labels": [f"{number} 1" for number in numbers],
+        "train_test_split": [f"{number} {int(number) // 2 % 2}" for number in numbers],
+        "bounding_boxes": [f"{number} {box}" for number, box in boxes.items()],
+        "parts/parts": ["1 eye"],
+        "parts/part_locs": [f"{number} 1 {point}" for number, point in points.items()],
+    }
+    for name, lines in tables.items():
+        path = Path("images") / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_what_reaches_out_of_its_picture_is_counted_and_named(
+    set_params: SetParams, draw_images: DrawImages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_images({f"images/a/{number}.png": number for number in range(8)})
+    inside = {str(number): "0 0 80 60" for number in range(2, 8)}
+    points = {str(number): "81 0 1" for number in range(2, 8)}
+    cub_of({**inside, "0": "40 30 80 60", "1": "200 100 50 50"}, {**points, "0": "90 30 1", "1": "0 0 0"})
+    index(set_params(dataset={"format": "cub", "val_fraction": 0.3}))
+    said = capsys.readouterr().err
+    assert "2 of 8 boxes reach out of their picture, the first is 40 30 120 90 in images/a/0.png (80 x 60" in said
+    assert "1 of 7 part points reach out of their picture, the first is 90 30 in images/a/0.png" in said
+    rows = by_path()
+    assert [rows[f"images/a/{number}.png"]["box"] for number in range(3)] == [[0.5, 0.5, 1, 1], None, [0, 0, 1, 1]]
+    parts = [(part["x"], part["y"], part["visible"]) for part in read("parts")]
+    assert parts[:3] == [(None, None, False), (None, None, False), (1.0, 0.0, True)]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "points", "words"),
+    [
+        (["90 10 20 20"] * 5 + ["0 0 80 60"] * 3, [], r"5 of 8 boxes reach out .* are of pictures of another size"),
+        ([], ["10 10 1"] * 2 + ["10 70 1"] * 5, r"5 of 7 part points reach out .* are of pictures of another size"),
+        (["0 0 1 0.5"] * 8, [], r"bounding_boxes\.txt: every box lies in \[0,1\]; multiply"),
+        (["0 0 -1 0.5"], [], r"bounding_boxes\.txt: image 0: the box is -1 wide"),
+        (["0 0 nan 1"], [], r"bounding_boxes\.txt: '0 0 nan 1': is no place in pixels"),
+        ([], ["10 10 2"], r"part_locs\.txt: image 0, part 1: visible is '2', neither 0 nor 1"),
+    ],
+)
+def test_annotations_that_do_not_fit(
+    set_params: SetParams, draw_images: DrawImages, boxes: list[str], points: list[str], words: str
+) -> None:
+    draw_images({f"images/a/{number}.png": number for number in range(8)})
+    cub_of({str(n): box for n, box in enumerate(boxes)}, {str(n): point for n, point in enumerate(points)})
+    with pytest.raises(UserError, match=words) as error:
+        index(set_params(dataset={"format": "cub", "val_fraction": 0.3}))
+    assert "\n" not in str(error.value)
+
+
 def test_a_validation_folder_is_taken_as_it_is(
     set_params: SetParams, dataset: list[str], draw_images: DrawImages
 ) -> None:
@@ -321,6 +434,7 @@ names = st.text(st.sampled_from("aAbB01 -_.é鱼ß'"), min_size=1, max_size=6) |
 
 @given(st.sets(names, max_size=30))
 def test_class_ids_are_safe_and_never_shared(folders: set[str]) -> None:
+    folders = set({store.nfc(folder): folder for folder in folders}.values())
     ids = name_classes(folders)
     assert set(ids) == folders
     assert len(set(ids.values())) == len(folders)

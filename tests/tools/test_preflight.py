@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from tests.project import PARAMS
-from tools.preflight import bad_entries, check, is_utf8
+from tools.preflight import bad_entries, check, check_texts, is_utf8
 
 RunStage = Callable[..., None]
 NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
@@ -317,3 +317,29 @@ def test_a_manifest_is_a_file_or_a_folder() -> None:
     assert message.startswith("params.yaml: dataset.images: 'no' is not there")
     os.mkfifo("pipe.csv")
     assert "'pipe.csv' is not a file or folder" in complaint(**manifest, dataset__root="pipe.csv")
+
+
+def test_texts_of_a_class_that_was_renamed_are_told_before_anything_is_indexed(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "train/Blue tang").mkdir()
+    (images / "train/Blue tang/0.png").touch()
+    (images / "test/a").mkdir(parents=True)
+    (images / "test/a/0.png").touch()
+    for texts, said in (
+        ({"a": ["x"], "Blue tangs": ["y"]}, "'Blue tangs': is no folder, .*; did you mean 'Blue tang'"),
+        ({"a": ["x"], "Blue tang": []}, "'Blue tang': has no text"),
+    ):
+        Path("own.json").write_text(json.dumps(texts))
+        for key in ("concepts__import", "concepts__edits"):
+            write_params(**{key: "own.json"})
+            check("params.yaml", load_params())
+            with pytest.raises(UserError, match=said):
+                check_texts(load_params())
+    # Of a class that was removed, index and concepts will warn; and the demo's images may yet have to be drawn.
+    Path("own.json").write_text(json.dumps({"a": ["x"], "Blue tang": ["y"], "Great auk": ["z"]}))
+    write_params(concepts__import="own.json")
+    check_texts(load_params())
+    write_params(concepts__import="own.json", dataset__root="gone")
+    check_texts(load_params())
+    assert capsys.readouterr().err == ""

@@ -80,6 +80,17 @@ def test_a_root_that_is_no_folder(tmp_path: Path) -> None:
         read_listing(Dataset(root=str(tmp_path / "gone")))
 
 
+def test_every_suffix_of_a_format_that_is_read_is_a_picture(tmp_path: Path) -> None:
+    suffixes = [
+        "jpg", "jpeg", "jpe", "jfif", "jfi", "jif", "mpo", "png", "apng", "webp", "bmp", "dib", "gif", "tif", "tiff",
+        "avif", "avifs", "heic", "heics", "heif", "heifs", "hif",
+    ]  # fmt: skip
+    dataset = touch(tmp_path, *(f"a/{name.upper()}.{name}" for name in suffixes), "a/B.JPE", "a/notes.txt", "a/c.eps")
+    listing = read_listing(dataset)
+    assert len(listing.images) == len(suffixes) + 1
+    assert listing.passed_over == 2
+
+
 def test_a_linked_class_folder_is_read(tmp_path: Path) -> None:
     dataset = touch(tmp_path / "data", "a/1.png")
     touch(tmp_path / "elsewhere", "2.png")

@@ -92,6 +92,9 @@ def test_a_folder_holds_the_manifest_and_the_class_table(tmp_path: Path) -> None
         ("path,class,box\na.png,a,0 0 1\n", "line 2: box is '0 0 1'"),
         ("path,class,box\na.png,a,0.5 0 0.5 1\n", "line 2: box is"),
         ("path,class,depth_m\na.png,a,deep\n", "line 2: depth_m is 'deep'"),
+        ("path,class,latitude\na.png,a,90.5\n", "line 2: latitude is '90.5'; it lies between -90 and 90"),
+        ("path,class,longitude\na.png,a,-181\n", "line 2: longitude is '-181'; it lies between -180 and 360"),
+        ("path,class\na.png,Auk\nb.png,auk\n", "the classes 'Auk' and 'auk' differ only"),
         ("path,class,latitude\na.png,a,nan\n", "line 2: latitude is 'nan'"),
         (b"path,class\na.png,\xff\n", "is not CSV in UTF-8"),
     ],
@@ -107,6 +110,16 @@ def test_roots_that_are_no_manifest(tmp_path: Path) -> None:
     for name, words in (("m.xlsx", "neither .csv nor .parquet"), ("m.csv", "m.csv: cannot be read"), (".", "neither")):
         with pytest.raises(UserError, match=words):
             read_listing(Dataset(format="manifest", root=str(tmp_path / name)))
+
+
+def test_parquet_holds_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": [b"a.png"], "class": ["a"]}), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"m\.parquet: column path holds bytes; write it as text"):
+        read_listing(Dataset(format="manifest", root=str(tmp_path / "m.parquet")))
+    odd = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"path": odd, "class": ["a"]}), tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"m\.parquet: is not readable Parquet"):
+        read_listing(Dataset(format="manifest", root=str(tmp_path / "m.parquet")))
 
 
 def test_a_path_has_one_form() -> None:

@@ -68,6 +68,62 @@ def test_none_imports_nothing_and_another_empty_file_is_refused(
     assert Path(NONE).read_bytes() == b""
 
 
+ALL = {"Iron ray": ["a"], "Blue tang": ["b"], "twin-a": ["c"], "twin-b": ["d"]}
+
+
+def test_texts_of_a_class_that_was_removed_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every class has its texts, so that no other one can be meant; among edits, no name like it is meant."""
+    texts = read(tmp_path / "own.json", {**ALL, "Great auk": ["x"]})
+    assert list(texts) == [RAY, TANG, "twin-a", "twin-b"]
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/own.json: 1 names are of no class, and passed over: 'Great auk'\n"
+    )
+    (tmp_path / "edits").mkdir()
+    (tmp_path / "edits/great-auk-0123abcd.txt").write_text("x")
+    assert read_texts(str(tmp_path / "edits"), EDITS, CLASSES) == {}
+    assert "edits: 1 names are of no class, and passed over: 'great-auk-0123abcd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "said"),
+    [
+        # Renamed, removed and another added, or of another data set.
+        (IMPORT, {**ALL, "Iron rays": ["x"]} | {"Iron ray": []}, "'Iron ray': has no text"),
+        (IMPORT, {"Iron rays": ["a"], "Blue tang": ["b"], "twin-a": ["c"], "twin-b": ["d"]}, "did you mean 'Iron ray'"),
+        (IMPORT, {"Great auk": ["a"], "Blue tang": ["b"], "twin-a": ["c"], "twin-b": ["d"]}, "'Great auk': is no "),
+        (IMPORT, {**ALL, **{f"x{n}": ["x"] for n in range(4)}}, r"'x0': is no folder, .* \(and 3 more\)"),
+        (EDITS, {"Iron rays": ["a"]}, r"'Iron rays': is no .*; did you mean 'Iron ray'\?"),
+        (EDITS, {"iron-rays-0123abcd": ["a"]}, f"did you mean '(Iron ray|{RAY})'"),
+    ],
+)
+def test_a_name_that_may_be_of_a_class_that_was_renamed_is_refused(
+    tmp_path: Path, key: str, content: dict[str, list[str]], said: str
+) -> None:
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        read_texts(str(tmp_path / "own.json"), key, [{**CLASSES[0], "name": "Iron ray"}, *CLASSES[1:]])
+
+
+def test_accents_may_be_stored_otherwise(tmp_path: Path) -> None:
+    apart, together = "Moine\u0301", "Moin\u00e9"
+    for folder, name, key in ((apart, "x", together), (together, "x", apart), ("y", together, apart)):
+        classes = [{"class_id": class_id_of(folder), "name": name}]
+        (tmp_path / "own.json").write_text(json.dumps({key: ["a"]}))
+        assert read_texts(str(tmp_path / "own.json"), IMPORT, classes) == {classes[0]["class_id"]: ["a"]}
+
+
+def test_what_is_no_file_holds_no_texts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "own.json")
+    with pytest.raises(UserError, match=r"concepts\.import: .*own\.json is no file"):
+        read_texts(str(tmp_path / "own.json"), IMPORT, CLASSES)
+    (tmp_path / "own").mkdir()
+    os.mkfifo(tmp_path / "own/Iron ray.txt")
+    with pytest.raises(UserError, match=r"Iron ray\.txt: is no file"):
+        read_texts(str(tmp_path / "own"), IMPORT, CLASSES)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -1,5 +1,7 @@
 import contextlib
+import hashlib
 import io
+import os
 import random
 import struct
 import threading
@@ -12,7 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from fieldmark.pictures.decode import BACKGROUND, MAX_PIXELS, BadImage, dhash, map_ahead, open_rgb
+from fieldmark.pictures.decode import (
+    BACKGROUND,
+    MAX_BYTES,
+    MAX_PIXELS,
+    BadImage,
+    dhash,
+    hash_file,
+    map_ahead,
+    open_file,
+    open_rgb,
+)
 
 UPRIGHT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
 # How a camera that is held so stores the upright picture: the inverse of what EXIF asks for.
@@ -176,6 +188,17 @@ def test_a_bomb_is_refused_by_its_header(height: int, tmp_path: Path) -> None:
     assert open_rgb(tmp_path / "b.png").size == (10, 10)
 
 
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
+    """100 kB that take minutes: each scan refines all pixels by nothing."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (3000, 3000), (200, 30, 40)).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content.rindex(b"\xff\xda")
+    assert open_rgb(io.BytesIO(content)).size == (3000, 3000)
+    with pytest.raises(BadImage, match=r"3009 scans of 3000 x 3000 pixels, more than"):
+        open_rgb(io.BytesIO(content[:last] + 3000 * content[last:-2] + content[-2:]))
+
+
 def test_broken_files_say_why_and_not_where(tmp_path: Path) -> None:
     UPRIGHT.resize((200, 200)).save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
@@ -195,6 +218,40 @@ def test_broken_files_say_why_and_not_where(tmp_path: Path) -> None:
             open_rgb(tmp_path / name)
         assert str(tmp_path) not in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file_is_a_reason_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(20 * 2**30)
+    for name, reason in {
+        "pipe.jpg": "is a named pipe, not a file",
+        "endless.jpg": "is a device, not a file",
+        "sparse.jpg": f"{20 * 2**30} bytes, more than {MAX_BYTES}",
+        "a\0b.jpg": "NUL in its name",
+        "x" * 300: "File name too long",
+    }.items():
+        for look in (open_file, open_rgb):
+            with pytest.raises(BadImage, match=reason) as error:
+                look(tmp_path / name)
+            assert str(tmp_path) not in str(error.value)
+
+
+def test_a_file_that_states_no_size_is_not_read(tmp_path: Path) -> None:
+    """As /proc/kmsg, a read from which waits for ever; this one is of this process, and text."""
+    (tmp_path / "a.jpg").symlink_to("/proc/self/status")
+    with open_file(tmp_path / "a.jpg") as file:
+        assert hash_file(file) == hashlib.sha256(b"").hexdigest()
+    with pytest.raises(BadImage, match="none of JPEG"):
+        open_rgb(tmp_path / "a.jpg")
+
+
+def test_a_hash_is_of_the_whole_file(tmp_path: Path) -> None:
+    for content in (b"", b"x", bytes(range(256)) * 10_000):
+        (tmp_path / "a").write_bytes(content)
+        with open_file(tmp_path / "a") as file:
+            assert hash_file(file) == hashlib.sha256(content).hexdigest()
 
 
 def test_hostile_bytes_are_a_picture_or_a_reason() -> None:

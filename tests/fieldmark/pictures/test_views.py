@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from fieldmark import store
@@ -16,8 +18,8 @@ from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.params import Embed, Params
 from fieldmark.pictures import views
 from fieldmark.pictures.boxes import scale_region
-from fieldmark.pictures.decode import open_reduced, open_rgb
-from fieldmark.pictures.views import Source, needed_side, prepare, view_region
+from fieldmark.pictures.decode import MAX_PIXELS, open_reduced, open_rgb
+from fieldmark.pictures.views import Source, needed_side, prepare, trim, view_region
 from tests.fieldmark.pictures.test_decode import STORED
 from tests.project import image_id
 
@@ -136,3 +138,44 @@ def test_a_window_of_which_a_middle_is_shown_says_so(
     # The middle square's inner 0.8 is cut in four, and of each the inner 0.8 is shown.
     np.testing.assert_allclose(middle.boxes[0], (0.3, 0.1, 0.7, 0.9))
     np.testing.assert_allclose(middle.boxes[1], (0.32, 0.14, 0.48, 0.46))
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_a_thin_picture_is_resized_in_bounded_memory(size: tuple[int, int], mode: str) -> None:
+    """A picture of 60,000 x 1, resized whole to 224 pixels of height, takes 10 GB."""
+    settings = PreprocessCfg(size=224, resize_mode=mode)
+    trimmed = trim(Image.new("RGB", size, (9, 8, 7)), asdict(settings))
+    assert image_transform_v2(settings, is_train=False)(trimmed).shape == (3, 224, 224)
+    if mode == "shortest":
+        assert 224**2 * max(trimmed.size) / min(trimmed.size) < MAX_PIXELS + 2 * 224**2
+
+
+@pytest.mark.parametrize("size", [(1999, 4), (3, 1501), (700, 2)])
+def test_what_an_encoder_sees_of_a_thin_picture_stays(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "MAX_PIXELS", 10_000_000)
+    settings = PreprocessCfg(size=224)
+    transform = image_transform_v2(settings, is_train=False)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    trimmed = trim(picture, asdict(settings))
+    assert max(trimmed.size) < max(size)
+    # At most one of 255 levels apart, where the resized size is rounded.
+    assert (transform(trimmed) - transform(picture)).abs().max() <= 1 / 255 / 0.26
+
+
+@pytest.mark.parametrize("size", [(40, 30), (1300, 3), (4, 223 * 4), (2390, 1)])
+def test_any_other_picture_is_left_as_it_is(size: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size)
+    for mode in ("shortest", "squash", *(["longest"] if max(size) < 2000 else [])):
+        assert trim(picture, {"size": (224, 224), "resize_mode": mode}) is picture
+
+
+def test_a_thin_picture_has_all_its_views(encoder: LoadedEncoder, tmp_path: Path) -> None:
+    Image.new("RGB", (60_000, 1), (200, 0, 0)).save(tmp_path / "a.png")
+    source = Source(store.sha256((tmp_path / "a.png").read_bytes()), tmp_path / "a.png")
+    made = prepare(source, encoder, Embed(views=1, crops=[2]))
+    assert [view.pixels.shape[0] for view in made] == [5, 5]
+    assert all(torch.equal(view.pixels[:, 0], torch.full_like(view.pixels[:, 0], 200)) for view in made)
+    assert made[0].boxes[0] == pytest.approx((0.5 - 0.5 / 60_000, 0, 0.5 + 0.5 / 60_000, 1))
