@@ -30,6 +30,7 @@ FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 CROWDED = {errno.EMFILE, errno.ENFILE}
 # What libraries that pass no errno on say of the same.
 SAYS_FULL = re.compile(r"no space left on device|disk quota exceeded|disk is full", re.IGNORECASE)
+SAYS_FORBIDDEN = re.compile(r"read-only file system|permission denied|operation not permitted", re.IGNORECASE)
 SAYS_NO_MEMORY = re.compile(r"out of memory|not enough memory|(?:can't|cannot|failed to) allocate|bad_alloc", re.I)
 # The packages whose errors are those of a connection, a proxy or a certificate.
 NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub", "ssl", "socket"}
@@ -115,7 +116,8 @@ def explain(error: BaseException) -> str:
     """What went wrong and what to do: a UserError's own line, or one made for a failure of the surroundings."""
     if isinstance(error, UserError):
         return str(error)
-    said = " ".join(str(error).split())[:300]
+    own = error.strerror if isinstance(error, OSError) else None
+    said = " ".join(str(own or error).split())[:300]
     path = getattr(error, "filename2", None) or getattr(error, "filename", None)
     where = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
     code = error.errno if isinstance(error, OSError) else None
@@ -129,14 +131,13 @@ def explain(error: BaseException) -> str:
         return f"the network cannot be used ({type(error).__name__}: {said}); {remedy}"
     if isinstance(error, RecursionError):
         return f"something in the input is nested too deeply ({said}); make it flatter"
-    if code in FORBIDDEN:
+    if code in FORBIDDEN or SAYS_FORBIDDEN.search(said):
         remedy = "change its permissions or its owner, or work in a folder of your own"
         return f"{where}may not be read or written by you ({said}); {remedy}"
     if code in CROWDED:
         return f"{where}too many files are open ({said}); raise the limit (`ulimit -n 4096`) and run again"
     if isinstance(error, OSError):
-        what = error.strerror or said or type(error).__name__
-        return f"{where}{what}; mend that and run again: what is finished is kept"
+        return f"{where}{said or type(error).__name__}; mend that and run again: what is finished is kept"
     return f"{type(error).__name__} in {place_of(error)} ({said}); this is a fault of fieldmark: {HOW_TO_TELL}"
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,47 @@ def test_a_reader_that_goes_away_is_one_line(tmp_path: Path) -> None:
 def test_of_two_paths_the_one_that_was_written_is_named() -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "from", None, "to")
     assert explain(error).startswith("to: the disk is full")
+
+
+WRITERS = {
+    "text": "from fieldmark import store\nstore.write_text('out', 'x' * 10**6)",
+    "table": (
+        "from fieldmark import store\nnew = lambda: os.urandom(400).hex()\n"
+        "rows = [{'image_id': new(), 'rank': 0, 'text': new()} for _ in range(4000)]\n"
+        "store.write_table(store.make_table('descriptions/1', rows), 'out', 'descriptions/1', {}, 'mark')"
+    ),
+    "weights": (
+        "import torch\nfrom safetensors.torch import save_file\nfrom fieldmark import store\n"
+        "store.write_atomic('out', lambda partial: save_file({'a': torch.randn(200_000)}, partial))"
+    ),
+    "query": "import duckdb\nduckdb.sql(\"copy (select random() a from range(1_000_000)) to 'out'\")",
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_that_is_full_or_may_not_be_written_is_said_as_such(writer: str, small_disk: Path) -> None:
+    script = small_disk.parent
+    done = end_of(script, WRITERS[writer], cwd=small_disk)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the disk is full" in done.stderr
+    if writer != "query":
+        assert list(small_disk.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = end_of(script, WRITERS[writer], cwd=small_disk)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "may not be read or written by you" in done.stderr
