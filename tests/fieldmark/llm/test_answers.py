@@ -32,7 +32,7 @@ from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
 from fieldmark.llm.prompts import Message, Prompt
 from fieldmark.params import Llm, Price
 from tests.fieldmark.llm import workspace
-from tests.fieldmark.llm.workspace import PRICES, PROMPT, items_of, plain
+from tests.fieldmark.llm.workspace import PRICES, PROMPT, items_of, plain, row_with
 from tests.openai_server import OpenAIServer, content, drop, failure, refusal
 
 OUTPUT = Path("data/answers.parquet")
@@ -260,7 +260,7 @@ class KeysAll:
 
 def test_an_entry_is_written_before_it_is_returned(server: OpenAIServer) -> None:
     with Journal(journal_path(STAGE)) as journal:
-        journal.append(Entry({"item_key": "k", "status": "ok"}, None))
+        journal.append(Entry(row_with(item_key="k"), None))
         assert "k" in read_journal(journal_path(STAGE), ["k"])
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
+from tests.fieldmark.llm.workspace import row_with
 
 KEYS = [f"key{number}" for number in range(40)]
 
 
-def row(key: str, status: str = "ok", response: str = "é \u2028") -> dict[str, Any]:
-    return {"item_key": key, "status": status, "response_json": response}
+def row(key: str, status: str = "ok", response: str = '"é \u2028"') -> dict[str, Any]:
+    return row_with(item_key=key, status=status, response_json=response)
 
 
 def test_every_cut_keeps_the_lines_before_it_and_the_next_append(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "deep/journal.jsonl"
     with Journal(path) as journal:
         threads = [
-            threading.Thread(target=journal.append, args=(Entry(row(key, response="x" * 5000), None),)) for key in KEYS
+            threading.Thread(target=journal.append, args=(Entry(row(key, response=json.dumps("x" * 5000)), None),)) for key in KEYS
         ]
         for thread in threads:
             thread.start()
@@ -59,7 +60,8 @@ def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FIELDMARK_CACHE", raising=False)
     assert journal_path("stage") == Path(".cache/stage.jsonl")
     monkeypatch.setenv("FIELDMARK_CACHE", "/elsewhere")
