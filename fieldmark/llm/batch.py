@@ -9,6 +9,7 @@ batches-STAGE.jsonl, beside the stage's journal and kept the same way.
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,10 @@ from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after
 from tqdm import tqdm
 
 from fieldmark.command import UserError
+from fieldmark.llm.bounds import LARGEST_BODY
 from fieldmark.llm.client import HOPELESS, NO_MONEY, Client, Reply, pause, worth_another
 from fieldmark.llm.journal import (
+    LONGEST_LINE,
     BadLine,
     Journal,
     Row,
@@ -39,6 +42,8 @@ from fieldmark.store import canonical_json
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 # OpenAI takes files of at most 200 MB and 50,000 requests (llm.batch_requests) [mem].
 LARGEST_FILE = 200_000_000
+# Bytes a second, on average, under which a download is none.
+SLOWEST_DOWNLOAD = 1_000
 ENDED = {"completed", "failed", "expired", "cancelled"}
 # The account has as many tokens in its batches as it may: nothing is wrong with this one.
 QUEUE_FULL = "token_limit_exceeded"
@@ -328,28 +333,40 @@ class Batches:
             def attempt() -> None:
                 file.seek(0)
                 file.truncate()
+                begin = time.monotonic()
                 try:
                     with self.client.api.files.with_streaming_response.content(file_id) as response:
                         for chunk in response.iter_bytes():
                             file.write(chunk)
+                            self.check_download(file.tell(), len(upload.asked), time.monotonic() - begin)
                 except httpx2.TransportError as error:
                     # openai's client lets through what happens while a body is read.
                     raise openai.APIConnectionError(request=error.request) from error
 
             self.insist(attempt, upload)
             file.seek(0)
-            for line in file:
+            while line := file.readline(LONGEST_LINE):
                 if line.strip():
                     yield self.parse(line, file_id)
+
+    def check_download(self, size: int, requests: int, seconds: float) -> None:
+        """Raises UserError where a file of answers has no end, or comes by drops."""
+        if size > requests * LARGEST_BODY:
+            raise UserError(f"{self.client.base_url}: sends more than {requests} answers can be; look at the server")
+        if seconds > self.client.llm.timeout_s and size < seconds * SLOWEST_DOWNLOAD:
+            raise UserError(
+                f"{self.client.base_url}: sends answers by drops, {size} bytes in {seconds:.0f} s; run again, or raise"
+                " llm.timeout_s"
+            )
 
     def parse(self, line: bytes, file_id: str) -> dict[str, Any]:
         try:
             content = json.loads(line)
             content["custom_id"].encode()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{self.client.base_url}: {file_id} holds what is no answer of a batch:"
-                f" {self.brief(line.decode(errors='replace'))!r}; run again to read it again"
+                f" {self.brief(line[:1000].decode(errors='replace'))!r}; run again to read it again"
             ) from None
         return content
 

@@ -25,7 +25,7 @@ from fieldmark.store import canonical_json
 Row = dict[str, Any]
 STATUSES = {"ok", "refused", "invalid", "truncated", "error"}
 SOURCES = {"live", "batch", "replay", "import", "edited"}
-# An answer's body ends at client.LARGEST_BODY; in JSON a byte of it may take six.
+# An answer's body ends at bounds.LARGEST_BODY; in JSON a byte of it may take six.
 LONGEST_LINE = 32 * 2**20
 # A count of tokens beyond this is none: no number of a JSON file is exact there.
 MOST_TOKENS = 2**53

@@ -49,9 +49,8 @@ def test_later_lines_count_but_an_answer_outlives_a_failure(tmp_path: Path) -> N
 def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "deep/journal.jsonl"
     with Journal(path) as journal:
-        threads = [
-            threading.Thread(target=journal.append, args=(Entry(row(key, response=json.dumps("x" * 5000)), None),)) for key in KEYS
-        ]
+        entries = [Entry(row(key, response=json.dumps("x" * 5000)), None) for key in KEYS]
+        threads = [threading.Thread(target=journal.append, args=(entry,)) for entry in entries]
         for thread in threads:
             thread.start()
         for thread in threads:
