@@ -37,7 +37,7 @@ def main_worktree(folder: Path) -> Path:
             if (top / ".git").exists():
                 return folder  # a submodule: it shares with nothing
             continue
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             return folder
         # Worktrees of a bare repository have no main checkout: they meet in the repository's folder.
         return common.parent / here.relative_to(top) if common.name == ".git" else common
