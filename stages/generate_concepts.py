@@ -29,6 +29,7 @@ Too few classes with an answer (llm.min_coverage) are an error, after the file i
 
 import difflib
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,11 @@ def main() -> None:
     if llm.mode == "import":
         check_imported(classes, own, params)
         questions = {}
+    imageless = sum(not row["from_images"] for row in without_own(classes, own))
+    if imageless and questions:
+        print(
+            f"{STAGE}: of the classes asked about {imageless} have no image (dataset.without_images)", file=sys.stderr
+        )
     if args.dry_run and coverage:
         print(f"{STAGE}: {coverage}, 0 calls")
     if llm.mode in ("live", "batch"):

@@ -29,6 +29,7 @@ SOURCES = {"live", "batch", "replay", "import", "edited"}
 LONGEST_LINE = 32 * 2**20
 # A count of tokens beyond this is none: no number of a JSON file is exact there.
 MOST_TOKENS = 2**53
+MOST_USD = 1e12
 # How long the answers in memory wait for room on a full disk, and how often they are tried again.
 DISK_PATIENCE_S = 30.0
 DISK_PAUSE_S = 1.0
@@ -147,7 +148,8 @@ def checked_row(row: Any) -> Row:
     except (ValueError, RecursionError):
         raise BadLine("response_json is not JSON") from None
     tokens = {name: token_count(row.get(name)) for name in ("input_tokens", "output_tokens")}
-    cost = row.get("cost_usd") if is_amount(row.get("cost_usd")) and None not in tokens.values() else None
+    cost = row.get("cost_usd")
+    cost = float(cost) if is_amount(cost) and None not in tokens.values() else None
     optional = {name: row.get(name) for name in ("model_reported", "response_id", "finish_reason")}
     return {**row, **optional, **tokens, "cost_usd": cost}
 
@@ -158,7 +160,7 @@ def token_count(value: Any) -> int | None:
 
 
 def is_amount(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MOST_USD
 
 
 def is_text(value: Any) -> TypeGuard[str]:
