@@ -5,9 +5,10 @@ Reads   data/index/images.parquet and its images with status ok as `dataset` say
 Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image, failed ones too;
         data/descriptions/descriptions.parquet (descriptions/1): the sentences, class names masked;
         data/descriptions/metrics.json: rows, tokens and cost in sum.
-Costs   llm.mode live or batch: one call for each image whose answer is held neither there nor in the journal under
-        .cache/ (or $FIELDMARK_CACHE); see --dry-run. llm.mode replay, or describe.enabled false: nothing. Memory does
-        not grow with the images' sizes: a picture is opened when it is its turn.
+Costs   llm.mode live or batch: one call for each image whose answer is held neither there nor in the journal, which
+        lies in .cache/ of the original checkout of an experiment or worktree (or in $FIELDMARK_CACHE); see --dry-run.
+        llm.mode replay, or describe.enabled false: nothing. Of several runs at a time one asks and the others wait for
+        its answers. Memory does not grow with the images' sizes: a picture is opened when it is its turn.
 
 The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
 

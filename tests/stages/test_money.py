@@ -21,7 +21,7 @@ from fieldmark.command import UserError
 from fieldmark.llm.journal import journal_path, read_journal
 from stages.generate_concepts import ANSWERS, main
 from tests.fieldmark.llm.workspace import REPOSITORY, Workspace, answers, journal_lines, row_with
-from tests.openai_server import OpenAIServer, Turn, body, completion
+from tests.openai_server import Handler, OpenAIServer, Turn, body, completion
 
 GOOD = '{"concepts":[{"text":"a fish with a fin","kind":"visual","part":null}]}'
 
@@ -70,6 +70,28 @@ def test_a_signal_keeps_what_is_in_flight(
     server.latency = 0.0
     workspace.run(main)
     assert len(server.calls) == 16
+
+
+def drip(handler: Handler, request: dict[str, Any]) -> None:
+    """An answer that comes byte by byte and has no end."""
+    handler.close_connection = True
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    while True:
+        handler.wfile.write(b" ")
+        time.sleep(0.1)
+
+
+def test_one_press_of_ctrl_c_ends_what_a_server_would_not(server: OpenAIServer, workspace: Workspace) -> None:
+    server.script += [drip] * 16
+    workspace.write(timeout_s=2.0)
+    workspace.write_classes(*rays(16))
+    process = workspace.start("generate_concepts")
+    until(lambda: len(server.calls) >= 4)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    process.communicate(timeout=30)
+    assert (process.returncode, len(server.calls)) == (130, 4)
+    assert time.monotonic() - begin < 6
 
 
 # Starts a stage as DVC does, says its number, and waits for it.
