@@ -83,10 +83,19 @@ def warn_of_bad(path: Path, bad: list[str]) -> None:
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
-    """The lines from a byte on, by number from 1; None for one that is too long to hold. No file has no lines."""
+    """The lines from a byte on, by number from 1; None for one that is too long to hold. No file has no lines.
+
+    Raises UserError where there is something that cannot be read.
+    """
     if not path.exists():
         return
-    with path.open("rb") as file:
+    if not path.is_file():
+        raise UserError(f"{path}: is no file; take it away, or let FIELDMARK_CACHE name another folder")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that before answers are paid again") from None
+    with file:
         file.seek(start)
         number = 0
         while line := file.readline(LONGEST_LINE):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import resource
 import subprocess
@@ -208,3 +209,13 @@ def test_a_file_that_takes_nothing_back(tmp_path: Path, monkeypatch: pytest.Monk
     path.symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"disk full .*1 paid answers are in"), Journal(path) as journal:
         journal.append(Entry(row("key0"), None))
+
+
+def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match=rf"{name}\.jsonl: is no file; take it away"):
+            read_journal(tmp_path / f"{name}.jsonl", KEYS)
+    with pytest.raises(UserError, match=r"folder\.jsonl: cannot be written \(Is a directory\)"):
+        Journal(tmp_path / "folder.jsonl")
