@@ -54,6 +54,8 @@ UNKNOWN_LIMIT = re.compile(r"\bun(?:supported|recognized|known)\b.{0,40}\bmax_(?
 # How a server refuses a request that passes what the account may use in a minute: it can never pass [mem].
 TOO_LARGE = re.compile(r"\brequest too large\b", re.IGNORECASE)
 LIMIT_AND_REQUEST = re.compile(r"\blimit:? ([\d,]{1,15})\b.{0,60}\brequested:? ([\d,]{1,15})\b", re.IGNORECASE)
+# Of an answer that does not fit the model is shown no more than this; in characters.
+LONGEST_SHOWN = 20_000
 # Of what a server says of a failure no more is looked at.
 LONGEST_FAILURE = 10_000
 # Shorter values stand in for a key where a local server asks for none; to hide them would garble messages.
@@ -356,7 +358,8 @@ def rename_limit(options: dict[str, Any]) -> dict[str, Any]:
 def objection(reply: Reply, prompt: Prompt) -> list[Message]:
     """The messages that show a model its own invalid answer and what is wrong with it."""
     bad = json.loads(reply.response_json)
-    answer = without_thoughts(bad["text"])
+    # What goes back is paid for as well.
+    answer = without_thoughts(bad["text"])[:LONGEST_SHOWN]
     said = (
         f"This answer cannot be used: {bad['error']}. Answer the question again, with nothing but JSON that fits this"
         f" schema: {canonical_json(prompt.schema)}"

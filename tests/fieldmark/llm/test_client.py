@@ -206,6 +206,12 @@ def test_the_model_is_shown_its_answer_without_its_thoughts(server: OpenAIServer
     assert '"required":["x"]' in told["content"]
 
 
+def test_a_long_answer_that_does_not_fit_is_not_paid_for_whole_again(server: OpenAIServer) -> None:
+    server.script.append(content("x" * 3_000_000))
+    assert ask(server).status == "ok"
+    assert len(json.dumps(server.calls[1])) < 30_000
+
+
 def test_each_remedy_is_tried_once(server: OpenAIServer) -> None:
     cut, bad = content("{", "length"), content("{}")
     server.script += [cut, bad, cut, bad]
