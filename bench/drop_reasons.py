@@ -1,8 +1,8 @@
 """Why clean_concepts drops texts: counts and examples of each reason, on texts that GPT-4 and GPT-3 wrote of 100 birds.
 
-Reads ../shared/data/cub100/concepts_gpt4.json and concepts_gpt3.json, the domain card and `clean` of
-profiles/cub100.yaml. Each class's texts go through the stage's own function as one imported answer. Examples are drawn
-by seed from all texts of a reason.
+Reads ../shared/data/cub100/concepts_gpt4.json and concepts_gpt3.json; the domain card and `clean` of params.yaml with
+profiles/cub100.yaml laid over it. Each class's texts go through the stage's own function as one imported answer.
+Examples are drawn by seed from all texts of a reason.
 
     python -m bench.drop_reasons [--examples N] [--seed S]
 """
@@ -17,16 +17,26 @@ from collections import defaultdict
 from pathlib import Path
 from time import perf_counter
 
+from ruamel.yaml import YAML
+
 from fieldmark.concepts.cleaning import Row, clean_class
 from fieldmark.llm.imported import row_of
-from fieldmark.params import load_params
+from fieldmark.params import Params, check_params
+from tools.profiles import lay_over
 
 CUB = Path("../shared/data/cub100")
+PROFILE = Path("profiles/cub100.yaml")
+
+
+def profile_params() -> Params:
+    """params.yaml with what the profile changes."""
+    text = lay_over(Path("params.yaml").read_text(encoding="utf-8"), PROFILE)
+    return check_params(PROFILE, YAML(typ="safe", pure=True).load(text))
 
 
 def clean_file(path: Path) -> tuple[dict[str, list[Row]], float]:
     """Rows of concepts/1 (without those of names) of each class folder, and the seconds it took."""
-    params = load_params("profiles/cub100.yaml")
+    params = profile_params()
     texts = json.loads(path.read_text(encoding="utf-8"))
     started = perf_counter()
     cleaned = {}

@@ -111,11 +111,10 @@ def build_project(folder: Path, photographs: list[Path], size: tuple[int, int] |
         "llm": {"model": "none"},
         "encoders": {"bench": encoder},
         "embed": NODES,
-        "train": {"methods": {"linear_probe": {"encoder": "bench"}}},
+        "train": {"runs": {"linear_probe": {"method": "linear_probe", "encoder": "bench"}}},
         "report": {"reference": "linear_probe"},
     }
     (folder / "params.yaml").write_text(json.dumps(params))
-    (folder / "training").symlink_to(ROOT / "training")
 
 
 def settings_of(model: str, device: str, folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ PARAMS = {
     "llm": {"model": "none"},
     "encoders": {"demo": {"model": f"local-dir:{ROOT}/data/demo/encoder"}},
     "embed": {"tokens": True, "grids": [2]},
-    "train": {"methods": {"linear_probe": {"encoder": "demo"}}},
+    "train": {"runs": {"linear_probe": {"method": "linear_probe", "encoder": "demo"}}},
 }
 BAR = 1.05
 
@@ -72,7 +72,6 @@ def main() -> None:
     counts = parser.parse_args().images
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "training").symlink_to(ROOT / "training")
         (folder / "params.yaml").write_text(json.dumps(PARAMS))
         rows = draw_images(folder, max(counts) + 1)
         print(f"{platform.machine()}, {os.cpu_count()} processors, torch {version('torch')}, fp32, batch 32, 1 bucket")

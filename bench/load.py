@@ -1,10 +1,11 @@
 """Reading the trainer's cache against reading its files, and what an epoch of each method of a study took.
 
 Reads what the stages wrote for one encoder: by default the demo's; cub100's with `--data`, wherever its pipeline ran.
-"bytes" reads the files and looks at nothing, "parquet" decodes every column of them by pyarrow alone, checksums
-verified as the trainer does; "cache" is training.data.read_cache: decoding, joining with the index, tensors. Each is
-the best of --repeats, so that files come from the system's cache of the disk. With --study, the epochs are those of
-its runs' timing.json, the median of a method's runs on all training images: one thread, other processes beside it.
+It is read twice: the parts of linear_probe, which are the global vectors alone, and all parts. "bytes" reads the files
+and looks at nothing, "parquet" decodes every column of them by pyarrow alone, checksums verified as the trainer does;
+"cache" is training.data.read_cache: decoding what the parts need, joining with the index, tensors. Each is the best of
+--repeats, so that files come from the system's cache of the disk. With --study, the epochs are those of its runs'
+timing.json, the median of a method's runs on all training images: one thread, other processes beside it.
 
     python -m bench.load [--data DIR] [--encoder NAME] [--buckets N] [--study NAME]
 """
@@ -20,13 +21,23 @@ from time import perf_counter
 
 import pyarrow.parquet as pq
 
-from training.data import Cache, read_cache
+from fieldmark.store import bucket_path
+from training.data import INDEX, Cache, files_of, part_kinds, read_cache
+from training.data.nodes import Nodes
+from training.methods import load_method
+
+PARTS = {
+    "linear_probe": load_method("linear_probe").READS,
+    "all parts": frozenset(part_kinds()) - {"globals"},  # the nodes hold them too
+}
 
 
-def cache_files(data: Path, encoder: str) -> list[Path]:
-    """The Parquet files that read_cache reads all of."""
-    folders = [data / f"{name}/{encoder}" for name in ("graphs", "labels")] + [data / f"embed/{encoder}/images"]
-    return [data / "index/images.parquet", *(file for folder in folders for file in sorted(folder.glob("*.parquet")))]
+def files_read(data: Path, encoder: str, buckets: int, reads: frozenset[str]) -> list[Path]:
+    """The Parquet files that these parts are read from."""
+    paths = [data / path for path in INDEX | files_of(encoder, reads)]
+    folders = [path for path in paths if path.suffix != ".parquet"]
+    members = [bucket_path(folder, bucket) for folder in folders for bucket in range(buckets)]
+    return [*(path for path in paths if path.suffix == ".parquet"), *members]
 
 
 def best_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -39,8 +50,7 @@ def best_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def tensor_bytes(cache: Cache) -> int:
-    tensors = [value for value in vars(cache).values() if hasattr(value, "element_size")]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(value.nbytes for part in cache.parts.by_kind.values() for value in part.tensors().values())
 
 
 def epoch_seconds(study: Path) -> dict[str, float]:
@@ -62,22 +72,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
     parser.add_argument("--study", metavar="NAME", help="tell its methods' epochs too")
     arguments = parser.parse_args()
-    files = cache_files(arguments.data, arguments.encoder)
-    cache = read_cache(arguments.data, arguments.encoder, arguments.buckets)
-    images, nodes, dimension = cache.vectors.shape
-    size = sum(file.stat().st_size for file in files) / 1e6
-    print(f"{platform.machine()}, {arguments.encoder}: {images} images and views x {nodes} nodes x {dimension}")
-    print(f"{len(files)} files of {size:.1f} MB, {tensor_bytes(cache) / 1e6:.1f} MB as tensors")
-    for name, work in (
-        ("bytes", lambda: [file.read_bytes() for file in files]),
-        ("parquet", lambda: [pq.read_table(file, page_checksum_verification=True) for file in files]),
-        ("cache", lambda: read_cache(arguments.data, arguments.encoder, arguments.buckets)),
-    ):
-        seconds = best_seconds(work, arguments.repeats)
-        print(f"{name:8s} {seconds:7.3f} s  {size / seconds:7.1f} MB/s")
+    data, encoder, buckets = arguments.data, arguments.encoder, arguments.buckets
+    images, nodes, dimension = read_cache(data, encoder, buckets, {"nodes"}).part(Nodes).nodes.shape
+    print(f"{platform.machine()}, {encoder}: {images} images and views x {nodes} nodes x {dimension}")
+    loading = {}
+    for title, reads in PARTS.items():
+        files = files_read(data, encoder, buckets, reads)
+        size = sum(file.stat().st_size for file in files) / 1e6
+        tensors = tensor_bytes(read_cache(data, encoder, buckets, reads)) / 1e6
+        print(f"{title}: {len(files)} files of {size:.1f} MB, {tensors:.1f} MB as tensors")
+        works: dict[str, Callable[[], object]] = {
+            "bytes": lambda files=files: [file.read_bytes() for file in files],
+            "parquet": lambda files=files: [pq.read_table(file, page_checksum_verification=True) for file in files],
+            "cache": lambda reads=reads: read_cache(data, encoder, buckets, reads),
+        }
+        measured = {name: best_seconds(work, arguments.repeats) for name, work in works.items()}
+        for name, seconds in measured.items():
+            print(f"    {name:8s} {seconds:7.3f} s  {size / seconds:7.1f} MB/s")
+        loading[title] = measured["cache"]
+    probe, everything = loading.values()
+    print(f"a probe's parts load in {probe / everything:.2f} of the time that all parts take")
     if arguments.study:
         print("seconds an epoch")
-        for method, seconds in sorted(epoch_seconds(arguments.data / "studies" / arguments.study).items()):
+        for method, seconds in sorted(epoch_seconds(data / "studies" / arguments.study).items()):
             print(f"    {method:20s} {seconds:7.3f}")
 
 

@@ -7,6 +7,7 @@ each other on test; they differ in how they scale and in the grid of strengths.
     python -m bench.probe
 """
 
+import argparse
 import json
 import platform
 import warnings
@@ -37,10 +38,11 @@ def read_globals(encoder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not METRICS.is_file():
         print(f"bench.probe: there is no {METRICS} yet; run make repro first")
         return
-    encoder = load_params().train.methods["linear_probe"].encoder
+    encoder = load_params().train.runs["linear_probe"].encoder
     x, y, split = read_globals(encoder)
     x = StandardScaler().fit(x[split == "train"]).transform(x)
     count = {name: int((split == name).sum()) for name in ("train", "val", "test")}

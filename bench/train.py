@@ -27,10 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.data import Bank, Cache
+from training.data import Cache, Parts
+from training.data.bank import Bank
+from training.data.boxes import Boxes
+from training.data.descriptions import Descriptions
+from training.data.edges import Edges
+from training.data.labels import Labels
+from training.data.nodes import Nodes
 from training.layers.graphs import GCN
 from training.loop import has_bf16, set_up_torch, total_loss
-from training.methods import load_method
+from training.methods import load_method, reads_of
 from training.methods.concept_graph import Settings
 
 NODES, DIMENSION, CLASSES, CONCEPTS, LABELS, NEIGHBOURS = 33, 512, 200, 1000, 16, 5
@@ -58,6 +64,34 @@ def synthetic_cache(images: int) -> Cache:
     own = torch.zeros(CONCEPTS, CLASSES, dtype=torch.bool)
     own[torch.arange(CONCEPTS), torch.arange(CONCEPTS) % CLASSES] = True
     vectors = torch.cat([unit(min(1000, images - start), NODES, DIMENSION).half() for start in range(0, images, 1000)])
+    parts = [
+        Nodes(nodes=vectors, mask=torch.ones(images, NODES, dtype=torch.bool)),
+        Boxes(torch.rand(images, NODES, 4)),
+        Labels(
+            path="synthetic",
+            concept_idx=torch.randint(CONCEPTS, (images, NODES, LABELS), dtype=torch.int32),
+            concept_weight=torch.full((images, NODES, LABELS), 1 / LABELS, dtype=torch.float16),
+            selected=torch.ones(images, NODES, dtype=torch.bool),
+            density=torch.rand(images, NODES),
+            ring_gains=torch.randn(images, RINGS),
+            selected_concepts=torch.rand(images, CONCEPTS).topk(SHOWN).indices.int(),
+        ),
+        Edges(
+            nodes=NODES,
+            start=torch.arange(images) * len(edges),
+            count=torch.full((images,), len(edges)),
+            ends=edges.repeat(images, 1),
+            weight=torch.rand(images * len(edges), 2).half(),
+        ),
+        Descriptions(d=unit(images, SENTENCES, DIMENSION).half(), dm=torch.ones(images, SENTENCES, dtype=torch.bool)),
+        Bank(
+            path="synthetic",
+            K=unit(CONCEPTS, DIMENSION),
+            kind=("visual",) * CONCEPTS,
+            kept=torch.ones(CONCEPTS, dtype=torch.bool),
+            owners=own,
+        ),
+    ]
     return Cache(
         classes=[f"class-{number:03d}" for number in range(CLASSES)],
         paths=[f"{number}" for number in range(images)],
@@ -65,28 +99,7 @@ def synthetic_cache(images: int) -> Cache:
         y=torch.arange(images) % CLASSES,
         target=torch.arange(images) % CLASSES,
         views=1,
-        vectors=vectors,
-        mask=torch.ones(images, NODES, dtype=torch.bool),
-        boxes=torch.rand(images, NODES, 4),
-        concept_idx=torch.randint(CONCEPTS, (images, NODES, LABELS), dtype=torch.int32),
-        concept_weight=torch.full((images, NODES, LABELS), 1 / LABELS, dtype=torch.float16),
-        selected=torch.ones(images, NODES, dtype=torch.bool),
-        density=torch.rand(images, NODES),
-        ring_gains=torch.randn(images, RINGS),
-        selected_concepts=torch.rand(images, CONCEPTS).topk(SHOWN).indices.int(),
-        edge_start=torch.arange(images) * len(edges),
-        edge_count=torch.full((images,), len(edges)),
-        edge_nodes=edges.repeat(images, 1),
-        edge_weight=torch.rand(images * len(edges), 2).half(),
-        sentences=unit(images, SENTENCES, DIMENSION).half(),
-        sentence_mask=torch.ones(images, SENTENCES, dtype=torch.bool),
-        bank=Bank(
-            path="synthetic",
-            K=unit(CONCEPTS, DIMENSION),
-            own=own,
-            kind=("visual",) * CONCEPTS,
-            kept=torch.ones(CONCEPTS, dtype=torch.bool),
-        ),
+        parts=Parts(parts),
         fingerprints={},
     )
 
@@ -156,12 +169,14 @@ def main() -> None:
     ]:
         module = load_method(method)
         settings = module.Settings.model_validate({"epochs": 1, "weight_decay": [0.01], **knobs})
-        fits = [module.fit(cache, settings, 0) for _ in range(arguments.epochs)]
+        seen = cache.only(reads_of(method, settings))
+        fits = [module.fit(seen, settings, 0) for _ in range(arguments.epochs)]
         seconds = min(fitted.epoch_seconds for fitted in fits)
-        share = operations(fits[0].model, cache) / rate / seconds
+        share = operations(fits[0].model, seen) / rate / seconds
         print(f"{name:41s} {seconds:6.2f} s an epoch, {seconds / bare:.1f} x bare, arithmetic {share:4.0%}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {peak:,.0f} MB, of which the cache's vectors are {cache.vectors.nbytes / 2**20:,.0f} MB")
+    vectors = cache.part(Nodes).nodes.nbytes / 2**20
+    print(f"peak memory {peak:,.0f} MB, of which the cache's vectors are {vectors:,.0f} MB")
 
 
 if __name__ == "__main__":

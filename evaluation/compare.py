@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from evaluation.health import contamination, read_health
-from evaluation.plan import Cell, Plan, cells, make_plan
+from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
 from evaluation.verdicts import REFERENCE, Table, Verdict, again, answer, judge, read_results
@@ -142,15 +142,24 @@ def as_markdown(tables: Sequence[Table], plan: Plan, split: str, groups: Mapping
     for table in tables:
         own = group_numbers(table, groups)
         rows = [["question", "compared", "difference", *intervals_over(groups is not None), "p (Holm)", "answer"]]
-        for found in answer(table, plan.study.questions, own):
-            asked, paired = found.question, found.paired
-            compared = f"{asked.of} - {asked.against}"
-            rows.append([asked.ask, compared, *paired_fields(paired), written_p(found.p), found.words])
+        there = {result.method for result in table.results if result.control == Control()}
+        asked = [question for question in plan.study.questions if {question.of, question.against} <= there]
+        for found in answer(table, asked, own):
+            fields = [*paired_fields(found.paired), written_p(found.p), found.words]
+            rows.append([found.question.ask, compared(found.question), *fields])
+        for question in plan.study.questions:
+            if question not in asked:
+                empty = [""] * (len(rows[0]) - 3)
+                rows.append([question.ask, compared(question), *empty, "none: a method cannot work on this data"])
         blocks += [f"## {title_of(table, split)}", pipe_table(rows)]
     if plan.study.open:
         rows = [["question", "why not"], *([one.ask, one.because] for one in plan.study.open)]
         blocks += ["## Not answered", pipe_table(rows)]
     return "\n\n".join(blocks) + "\n"
+
+
+def compared(question: Question) -> str:
+    return f"{question.of} - {question.against}"
 
 
 def pipe_table(rows: Sequence[Sequence[str]]) -> str:
@@ -226,7 +235,7 @@ def declare_test(plan: Plan) -> None:
         "controls": [control.label for control in plan.study.controls],
         "regimes": [regime.label for regime in plan.study.regimes],
         "seeds": plan.study.seeds,
-        "questions": [f"{question.of} - {question.against}" for question in plan.study.questions],
+        "questions": [compared(question) for question in plan.study.questions],
     }
     if not path.is_file():
         write_json(path, declared)
@@ -305,26 +314,27 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     return notes + (contamination_note(plan) if split == "test" else [])
 
 
-def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[str, str]:
-    """By run, why it could not be made: its method cannot work on this data. Raises UserError for the probe."""
-    found = {}
+def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[RowKey, str]:
+    """The rows that the tables do without, a run of which could not be made: why its method cannot work on this data.
+
+    Raises UserError for the probe.
+    """
+    found: dict[RowKey, str] = {}
     for cell in grid:
         config = json.loads((plan.folder / cell.run / "config.json").read_text(encoding="utf-8"))
         if "not_possible" in config:
             if cell.method == REFERENCE:
                 raise UserError(f"{plan.folder}: {REFERENCE} cannot work on this data: {config['not_possible']}")
-            found[cell.run] = config["not_possible"]
+            found.setdefault(cell.row, config["not_possible"])
     return found
 
 
-def not_possible_notes(grid: Sequence[Cell], left_out: Mapping[str, str]) -> list[str]:
-    """A line for each method that a table had to do without."""
-    notes = [
-        f"left out: {cell.method} on {cell.encoder}, {cell.control.label}, {cell.regime.label}: {left_out[cell.run]}"
-        for cell in grid
-        if cell.run in left_out
+def not_possible_notes(left_out: Mapping[RowKey, str]) -> list[str]:
+    """A line for each row that the tables do without."""
+    return [
+        f"left out: {method} on {encoder}, {control.label}, {regime.label}: {reason}"
+        for (encoder, control, regime, method), reason in left_out.items()
     ]
-    return list(dict.fromkeys(notes))
 
 
 def compare(plan: Plan, grid: Sequence[Cell]) -> str:
@@ -343,12 +353,12 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     for encoder in plan.encoders:
         for regime in plan.study.regimes:
             of_table = [cell for cell in grid if (cell.encoder, cell.regime) == (encoder, regime)]
-            of_table = [cell for cell in of_table if cell.run not in left_out]
+            of_table = [cell for cell in of_table if cell.row not in left_out]
             table = read_results(plan, of_table, split)
             judged.append((table, judge(table, group_numbers(table, groups))))
     commit = describe_commit()
     heading = f"study {plan.name}, read on {split}" + (f", code {commit}" if commit else "")
-    foot = [*footnotes(plan, split, groups is not None), *not_possible_notes(grid, left_out)]
+    foot = [*footnotes(plan, split, groups is not None), *not_possible_notes(left_out)]
     text = as_text(judged, split, groups, heading, foot)
     if plan.study.questions:
         tables = [table for table, _ in judged]

@@ -27,7 +27,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -39,10 +39,10 @@ from evaluation.pointing import PARTS, RIVALS, Hits, PartWords, judge_parts, jud
 from evaluation.statistics import LEVEL, bootstrap, holm, interval, p_value
 from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
-from fieldmark.params import Block, Params, load_params
+from fieldmark.params import Params, load_params
 from fieldmark.store import read_buckets, read_table, write_text
 from training.controls import Control
-from training.data import Batch, Cache, check_origins, read_cache
+from training.data import Batch, Cache, Fields, check_origins, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.nodes import Nodes
@@ -52,7 +52,7 @@ from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
 from training.runs import write_json
-from training.train import plan_run
+from training.train import PlannedRun, plan_run
 
 SPLIT = "val"
 NEEDED = frozenset({"nodes", "boxes", "concepts", "owners"})  # to say what points where, beside what the method reads
@@ -62,14 +62,21 @@ DRAWS = 10_000  # of the bootstrap
 
 # The decision.
 
+F = TypeVar("F", bound=Fields)
+
 
 def keep_nodes(batch: Batch, keep: Tensor) -> Batch:
     """The batch as if its images had no local nodes but those in `keep` (B, N); the global node stays."""
     mask = batch.mask & torch.cat([torch.ones_like(keep[:, :1]), keep], dim=1)
-    by_node = dict.fromkeys(("selected", "density"), mask) | {"nodes": mask[..., None]}
-    by_node |= {"concept_weight": mask[..., None], "adjacency": (mask[:, :, None] & mask[:, None, :])[..., None]}
-    kept = {name: batch.values[name] * shown for name, shown in by_node.items() if batch.has(name)}
-    return batch.changed(mask=mask, **kept)
+    by_node = dict.fromkeys(("mask", "selected", "density"), mask)
+    by_node |= dict.fromkeys(("nodes", "concept_weight"), mask[..., None])
+    by_node |= {"adjacency": (mask[:, :, None] & mask[:, None, :])[..., None]}
+
+    def kept(fields: F) -> F:
+        left = {name: fields.values[name] * shown for name, shown in by_node.items() if fields.has(name)}
+        return fields.changed(**left)
+
+    return kept(batch).changed(also=tuple(kept(other) for other in batch.also))
 
 
 @torch.no_grad()
@@ -111,10 +118,12 @@ class Decisions(NamedTuple):
 def judge_decisions(
     model: nn.Module, cache: Cache, images: Tensor, box: Tensor, patches: Tensor, norms: Tensor, seed: int
 ) -> Decisions | None:
-    """What the top patches of `images` (n,) do to decisions. None where the model gives no node scores.
+    """What the top patches of `images` (n,) do to decisions. None where the model reads no nodes or scores none.
 
     `box` (n, N, 4), `patches` and `norms` (n, N) are those of the images' local nodes in view 0.
     """
+    if not cache.has(Nodes):
+        return None
     local = cache.part(Nodes).mask[images * cache.views, 1:]
     logits, scores = read_out(model, cache, images, local)
     if scores is None:
@@ -318,18 +327,18 @@ def read_norms(data: Path, encoder: str, cache: Cache, buckets: int) -> Tensor:
     return norms
 
 
-def read_model(
-    folder: Path, method: str, encoder: str, settings: Block, cache: Cache, seed: int
-) -> tuple[nn.Module, str]:
+def read_model(folder: Path, planned: PlannedRun, encoder: str, cache: Cache, seed: int) -> tuple[nn.Module, str]:
     """The model to judge, and in words which it is.
 
-    It is that of the run in `folder` (data/runs/RUN) where the run has these settings and was trained on this cache;
-    else the method is fitted here. Raises UserError where the run's weights do not fit the method as it is now.
+    It is that of the run in `folder` (data/runs/RUN) where the run has the planned settings and was trained on this
+    cache; else the method is fitted here. Raises UserError where the run's weights do not fit the method as it is now.
     """
-    module, hidden = load_method(method), hide_test(cache)
+    method, settings, hidden = planned.method, planned.settings, hide_test(cache)
+    module = load_method(method)
     wanted = {
         "method": method,
         "encoder": encoder,
+        "also": list(planned.reading.also),
         "settings": settings.model_dump(),
         "regime": Full().model_dump(),
         "control": Control().model_dump(),
@@ -357,19 +366,20 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
     Raises UserError where the run is unknown, its method gives no node scores, or the data set marks no part of PARTS.
     """
     planned = plan_run(path, params, name)
-    method, settings, encoder = planned.method, planned.settings, encoder or planned.reading.encoder
+    method, reading = planned.method, planned.reading
+    encoder = encoder or reading.encoder
     params.encoder(encoder)
     buckets, seed = params.dataset.buckets, params.train.seed
     parts = read_parts(data)
     set_up_torch()
-    reads = planned.reading.reads
-    cache = read_cache(data, encoder, buckets, reads | NEEDED)
-    told = replace(cache.only(reads), fingerprints=check_origins(data, encoder, buckets, reads))
+    cache = read_cache(data, encoder, buckets, reading.reads | NEEDED, reading.also, reading.also_reads)
+    read = check_origins(data, encoder, buckets, reading.reads, reading.also, reading.also_reads)
+    told = replace(cache.only(reading.reads), fingerprints=read)
     norms = read_norms(data, encoder, cache, buckets)[:, 1:]
     bank = cache.part(Bank)
     texts = read_table(bank.path, "bank/1", ["concept_idx", "text"]).sort_by("concept_idx")["text"].to_pylist()
     concepts = part_concepts(texts, bank.kept, parts)
-    model, which = read_model(data / "runs" / name, method, encoder, settings, told, seed)
+    model, which = read_model(data / "runs" / name, planned, encoder, told, seed)
 
     images = cache.images(SPLIT)
     patches, box = torch.from_numpy(judged_patches(cache, images)), cache.part(Boxes).box[images * cache.views, 1:]
@@ -389,7 +399,7 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
     content = {
         "method": method,
         "encoder": encoder,
-        "settings": settings.model_dump(),
+        "settings": planned.settings.model_dump(),
         "model": which,
         "split": SPLIT,
         "images": len(images),

@@ -6,9 +6,10 @@ reads and of every module that it executes: a run under the same identity is not
 """
 
 import difflib
+import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,16 +18,24 @@ from pydantic import Field
 from fieldmark.command import UserError
 from fieldmark.params import NAME, Block, Count, Labels, Params, read_block, read_yaml
 from fieldmark.store import canonical_json, read_table, sha256
-from training import relabelling
 from training.controls import Control, read_control
-from training.data import part_kinds
+from training.data import files_of
 from training.inputs import ROOT, Reading, code_of, hash_data, reading_of
-from training.methods import check_encoders, load_method, method_names, read_settings, search_points
+from training.methods import (
+    check_also,
+    check_texts,
+    load_method,
+    method_names,
+    read_settings,
+    reads_of,
+    search_points,
+)
 from training.regimes import Full, Regime, Shots, read_classes, read_regime
 
 STUDIES = Path("studies")
 DEVELOPMENT_SHARE = 5  # one class in five, where no file names them
-FEWER_CONCEPTS = frozenset({"concepts", "labels"})  # what `concepts: M` of a control changes
+MAIN = ROOT / "evaluation/fitting.py"  # what makes a run
+OTHER_LABELS = ROOT / "evaluation/other_labels.py"  # what a variant with `labels` runs besides
 
 
 class Variant(Block):
@@ -72,6 +81,9 @@ class Study(Block):
     left_out: str | None = None
 
 
+RowKey = tuple[str, Control, Regime, str]  # of a table: encoder, control, regime, method
+
+
 class Cell(NamedTuple):
     """One run. `draw` is the seed of its control and regime, 0 where neither draws; `method` may name a variant."""
 
@@ -81,6 +93,11 @@ class Cell(NamedTuple):
     draw: int
     method: str
     seed: int
+
+    @property
+    def row(self) -> RowKey:
+        """What it shares with the runs that differ from it in draw and seed alone."""
+        return self.encoder, self.control, self.regime, self.method
 
     @property
     def search(self) -> str:
@@ -129,7 +146,7 @@ class Plan:
     left_out: tuple[str, ...]  # class_ids that few-shot runs do without
     # What was found when the study was planned: the sha256 of every file that its runs read, and of their code.
     files: dict[str, str | None] = field(default_factory=dict)
-    code: dict[tuple[str, str], str] = field(default_factory=dict)  # by entry and control
+    code: dict[RowKey, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -141,7 +158,8 @@ class Plan:
 
     def reads(self, cell: Cell, changed: frozenset[str]) -> bool:
         """Whether its method looks at any of what is changed."""
-        return bool(changed & load_method(self.entries[cell.method].method).READS)
+        entry = self.entries[cell.method]
+        return bool(changed & reads_of(entry.method, entry.settings))
 
     def reading(self, cell: Cell) -> Reading:
         """What its run reads."""
@@ -150,24 +168,22 @@ class Plan:
         reading = reading_of(entry.method, entry.settings, cell.encoder, also, cell.control, cell.regime)
         needs, files = reading.needs, dict(reading.files)
         if labels:
-            needs |= relabelling.NEEDS
-            files |= relabelling.files(cell.encoder)
+            needs |= load_other_labels().NEEDS
+            files |= load_other_labels().files(cell.encoder, labels)
         if self.searched(cell) and "labels" in needs:
             needs |= {"owners"}  # labels are restricted to the classes that are left
-        if labels.get("density") == "pixel":
-            files["thumbs"] = "thumbs/1"
-        return replace(reading, needs=needs, files=files | files_of_parts(cell.encoder, needs))
+        return replace(reading, needs=needs, files=files | files_of(cell.encoder, needs))
 
     def different_cells(self) -> list[Cell]:
         """One cell for all that differ in draw and seed alone."""
-        return list({(*cell[:3], cell.method): cell for cell in cells(self, 0)}.values())
+        return list({cell.row: cell for cell in cells(self, 0)}.values())
 
-    def reads_of(self, encoder: str, variation: Variation) -> tuple[frozenset[str], frozenset[str]]:
-        """The parts that all runs of an encoder and a variation read together: of that encoder, and of others."""
+    def shared_parts(self, encoder: str, also: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
+        """The parts that all runs of the same encoders read together: of `encoder`, and of each other one."""
         readings = [
             self.reading(cell)
             for cell in self.different_cells()
-            if cell.encoder == encoder and self.entries[cell.method].variation == variation
+            if cell.encoder == encoder and self.entries[cell.method].variation.also == also
         ]
         needs = frozenset[str]().union(*(reading.needs for reading in readings))
         return needs, frozenset[str]().union(*(reading.also_reads for reading in readings))
@@ -186,7 +202,7 @@ class Plan:
             "also": list(entry.variation.also),
             "development": list(self.development) if self.searched(cell) else None,
             "files": {path: self.files[path] for path in sorted(reading.files)},
-            "code": self.code[cell.method, cell.control.label],
+            "code": self.code[cell.row],
         }
 
     def search_mark(self, cell: Cell) -> str:
@@ -197,8 +213,9 @@ class Plan:
         return sha256(canonical_json(["study.run/2", self.identity(cell) | seeds]))
 
 
-def files_of_parts(encoder: str, parts: Collection[str]) -> dict[str, str]:
-    return {path: schema for name in parts for path, schema in part_kinds()[name].files(encoder).items()}
+def load_other_labels() -> Any:
+    """The module behind `labels` of a variant. By its name: other runs do not execute it."""
+    return importlib.import_module(f"evaluation.{OTHER_LABELS.stem}")
 
 
 def study_names() -> list[str]:
@@ -278,19 +295,21 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
     left_out, development = few_shot_classes(study, data, params.train.seed) if few_shot else ((), ())
     plan = Plan(name, study, encoders, data, params.dataset.buckets, entries, development, left_out)
-    grid = plan.different_cells()
-    readings = [plan.reading(cell) for cell in grid]
-    paths = sorted({path for reading in readings for path in reading.files})
-    code = {
-        (cell.method, cell.control.label): code_mark(entries[cell.method], reading, cell.control)
-        for cell, reading in zip(grid, readings, strict=True)
-    }
-    return replace(plan, files=hash_data(data, paths, plan.buckets), code=code)
+    paths, code = set[str](), {}
+    mark_code = cache(code_mark)  # many rows run the same code
+    for cell in plan.different_cells():
+        entry, reading = entries[cell.method], plan.reading(cell)
+        paths |= reading.files.keys()
+        parts, with_labels = reading.needs | reading.also_reads, bool(entry.variation.labels)
+        code[cell.row] = mark_code(entry.method, parts, cell.control, with_labels)
+    return replace(plan, files=hash_data(data, sorted(paths), plan.buckets), code=code)
 
 
-def code_mark(entry: Entry, reading: Reading, control: Control) -> str:
+def code_mark(method: str, parts: frozenset[str], control: Control, with_labels: bool) -> str:
     """One sha256 for all code that a run of a study executes."""
-    found = code_of(ROOT / "evaluation/study.py", entry.method, reading.needs | reading.also_reads, control)
+    found = code_of(MAIN, method, parts, control)
+    if with_labels:
+        found |= code_of(OTHER_LABELS, method, parts, control)
     return sha256(canonical_json(found))
 
 
@@ -315,7 +334,8 @@ def read_entry(
             f" {params.train.budget} to each method; shorten its lists"
         )
     for encoder in encoders:
-        check_encoders(file, key, params, method, settings, encoder, variant.also)
+        check_texts(file, "encoders", params, method, settings, encoder)
+    check_also(file, f"{key}.also", method, variant.also)
     if variant.labels:
         labels = read_block(file, f"{key}.labels", variant.labels, Labels)
         if "labels" not in module.READS:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evaluation.plan import FEWER_CONCEPTS, Cell, Plan, Question
+from evaluation.plan import Cell, Plan, Question
 from evaluation.statistics import LEVEL, Paired, holm, paired_differences
 from evaluation.words import on_these_classes, points, points_range, written_p
 from fieldmark.command import UserError
@@ -124,7 +124,8 @@ def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> tuple[list[str]
         paths, y = own_paths, labels[of_split]
         correct.append(logits[of_split].argmax(1) == y)
     method, control = runs[0].method, runs[0].control
-    plain = Control(concepts=control.concepts if plan.reads(runs[0], FEWER_CONCEPTS) else None)
+    plain = Control(concepts=control.concepts)
+    plain = plain if plan.reads(runs[0], plain.changes) else Control()
     return paths, y, Result(method, control, plain, np.stack(correct), figures)
 
 
@@ -211,7 +212,7 @@ def judge(table: Table, groups: Ints | None) -> list[Verdict]:
         elif number in gains:
             words = [against_control(*gains[number])]
         else:
-            words = [f"control of {result.plain.label}, which the study does not have"]
+            words = [f"control of {result.plain.label}, which the table does not have"]
         for other, (gain, corrected) in gains.items():
             control = table.results[other].control
             if own[other] == number and not is_ahead(gain, corrected):
@@ -263,6 +264,8 @@ class Answer(NamedTuple):
 
 def answer(table: Table, questions: Sequence[Question], groups: Ints | None) -> list[Answer]:
     """An answer to each question, which compares two methods without a control; `groups` as in `judge`."""
+    if not questions:
+        return []
     correct = {result.method: result.correct for result in table.results if result.control == Control()}
     shape = max(len(runs) for runs in correct.values()), len(table.paths)
     of, against = (

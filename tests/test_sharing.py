@@ -1,4 +1,4 @@
-"""The README's "A second machine", run line by line by DVC: two clones and a folder remote, promise 5 of the design.
+"""docs/sharing.md, run line by line by DVC: two clones and a folder remote, promise 5 of the design.
 
 What is shared is a small reef; links between DVC's cache and the outputs are tried on it too.
 """
@@ -27,11 +27,9 @@ AUTHOR = {"GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
 BUCKETS = 4
 
 
-def readme_blocks() -> list[str]:
-    """The shell blocks of the section, in their order: share, train, report, links."""
-    section = re.search(r"^## A second machine\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert section is not None
-    blocks = re.findall(r"```sh\n(.*?)```", section[1], re.DOTALL)
+def steps() -> list[str]:
+    """The shell blocks of the page, in their order: share, train, report, links."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/sharing.md").read_text(), re.DOTALL)
     assert len(blocks) == 4
     return blocks
 
@@ -93,7 +91,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(first: Path) -> str:
     """What `make share` said on the first machine, and its commit."""
-    return shell(readme_blocks()[0], first)
+    return shell(steps()[0], first)
 
 
 class Second(NamedTuple):
@@ -109,7 +107,7 @@ def second(first: Path, shared: str, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("second") / "some/where/fieldmark"
     git("clone", "-q", str(first), str(folder), cwd=first)
     lend_environment(folder)
-    pull, train = readme_blocks()[1].split("\n", 1)
+    pull, train = steps()[1].split("\n", 1)
     shell(pull, folder)
     return Second(folder, data_files(folder), cached(folder), shell(train, folder))
 
@@ -135,7 +133,7 @@ def test_pull_brings_what_the_trainer_reads_and_nothing_else(first: Path, second
     assert len(wanted) == 5 + 3 * BUCKETS
     assert second.pulled == wanted
     folders = {name for name in second.fetched if name.endswith(".dir")}
-    assert len(folders) == 3
+    assert len(folders) == 4  # data/inputs and three of the encoder
     assert set(second.fetched) - folders == set(wanted.values())
 
 
@@ -149,7 +147,7 @@ def test_a_clone_trains_to_the_same_metrics_without_images_gpu_or_key(first: Pat
 
 
 def test_the_report_of_the_clone_shows_its_pictures_from_the_thumbnails(first: Path, second: Second) -> None:
-    said = shell("source .venv/bin/activate\n" + readme_blocks()[2], second.folder)
+    said = shell("source .venv/bin/activate\n" + steps()[2], second.folder)
     assert "Running stage 'report'" in said
     assert not (second.folder / "data/reef").exists()
     page = (second.folder / "data/report/index.html").read_text()
@@ -217,7 +215,7 @@ def test_links_to_the_cache_survive_an_update(
     shutil.copytree(first, folder, symlinks=True)
     # The demo is drawn by a stage; images of one's own are not.
     edit_params(folder, lambda params: params.update(demo={}))
-    shell(readme_blocks()[3].replace("reflink,hardlink,symlink,copy", kind), folder)
+    shell(steps()[3].replace("reflink,hardlink,symlink,copy", kind), folder)
     before = data_files(folder)
     bucket = folder / "data/embed/reef/images/b000.parquet"
 

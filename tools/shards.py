@@ -1,7 +1,7 @@
 """List what lies on disk for each encoder and tower, and remove what is left of one that params.yaml does not name.
 
 Reads   params.yaml, data/index/images.parquet, and all that lies under data/embed, data/bank, data/labels and
-        data/graphs; of data/runs the methods that params.yaml no longer names.
+        data/graphs; of data/runs the runs that params.yaml no longer names.
 Writes  to stdout, one line a folder of buckets or file: whether params.yaml names its encoder, the fingerprint's
         beginning, images, rows, size, and what is wrong with it if anything is. --remove NAME deletes the shards of an
         encoder that params.yaml does not name, and nothing else.
@@ -115,7 +115,7 @@ def compare(path: Path, names: set[str], buckets: int, images: set[str], usable:
 
 
 def list_parts(params: Params) -> Iterator[Stored]:
-    """Every part of every encoder, then the runs of methods that params.yaml no longer names."""
+    """Every part of every encoder, then the runs that params.yaml no longer names."""
     buckets, usable = params.dataset.buckets, usable_images()
     for encoder in find_encoders():
         for path in shards_of(encoder):
@@ -149,7 +149,7 @@ def table(parts: Iterable[Stored]) -> str:
 def remove(encoder: str, params: Params) -> int:
     """Delete an encoder's shards; return their bytes. Raises UserError for one that params.yaml names, or unknown."""
     if encoder in params.encoders:
-        raise UserError(f"params.yaml: encoders.{encoder}: is in use; take it out first, with the methods that name it")
+        raise UserError(f"params.yaml: encoders.{encoder}: is in use; take it out first, with the runs that name it")
     if encoder in params.towers:
         raise UserError(f"params.yaml: towers.{encoder}: is in use; take it out first")
     found = find_encoders()

@@ -10,6 +10,11 @@ from fieldmark.store import read_header, read_table
 CONTROL_TEXTS = "embed/{}/controls.parquet"  # under data/, of an encoder
 
 
+def files(encoder: str) -> dict[str, str]:
+    """What is read to have them: paths under data/, and the schema of each."""
+    return {CONTROL_TEXTS.format(encoder): "embed.controls/1", f"embed/{encoder}/text.parquet": "embed.text/1"}
+
+
 def read_control_texts(data: Path, encoder: str) -> tuple[pa.Table, Path]:
     """embed.controls/1 of an encoder, and its path. Raises UserError where it is missing or of another encoder."""
     path = data / CONTROL_TEXTS.format(encoder)

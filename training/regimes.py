@@ -114,9 +114,9 @@ class Partial(RegimeBlock):
     """Each training image has candidates, the true class among them, and its target is uniform over them.
 
     random: every wrong class c is a candidate with probability q. instance: with probability q p_c / max p, p from an
-    image-only probe that was not fitted on this image, the maximum over wrong classes (M14 of the method catalogue, a
-    reconstruction; of two readings of its `max p` this is the one in which an image that the probe is sure of still
-    has candidates [design]). For one draw, the candidates at a smaller q are among those at a larger.
+    image-only probe that was not fitted on this image, the maximum over wrong classes [design: over all classes, an
+    image that the probe is sure of would hardly have a candidate]. For one draw, the candidates at a smaller q are
+    among those at a larger.
     """
 
     kind: Literal["partial"] = "partial"

@@ -41,7 +41,7 @@ def write_predictions(path: Path, logits: Mapping[int, np.ndarray], cache: Cache
     """Write predictions.parquet (run.predictions/1) under the run's fingerprint `mark`."""
     metadata = {"schema": SCHEMA, "fingerprint": mark, "params": canonical_json({"classes": cache.classes})}
     table = predictions_table(logits, cache).replace_schema_metadata(metadata)
-    write_atomic(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+    write_atomic(path, lambda partial: pq.write_table(table, partial, compression="zstd", write_page_checksum=True))
 
 
 def history_csv(fits: Mapping[int, Fitted]) -> str:

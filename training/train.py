@@ -39,7 +39,7 @@ from training.data import SPLITS, Cache, check_origins, read_cache
 from training.inputs import Reading, reading_of
 from training.knobs import say_knobs
 from training.loop import predict, set_up_torch
-from training.methods import Fitted, NotPossible, check_encoders, load_method, read_settings
+from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
 from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.regimes import Regime, hide_test, read_regime
 from training.runs import SCHEMA, history_csv, write_json, write_predictions
@@ -77,7 +77,8 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
         raise UserError(f"{path}: train.runs: has no {name}; choose one of: {known}, or add it")
     key, given = f"train.runs.{name}", params.train.runs[name]
     settings = read_settings(path, key, given.method, given.settings)
-    check_encoders(path, key, params, given.method, settings, given.encoder, given.also)
+    check_texts(path, f"{key}.encoder", params, given.method, settings, given.encoder)
+    check_also(path, f"{key}.also", given.method, given.also)
     regime = read_regime(path, "train.regime", params.train.regime)
     control = read_control(path, "train.control", params.train.control)
     reading = reading_of(given.method, settings, given.encoder, given.also, control, regime)

@@ -1,4 +1,4 @@
-"""Greedy choice by worth and coverage: what LaBo's selection maximises, in our form (methods.md M18).
+"""Greedy choice by worth and coverage: what LaBo's selection maximises (CVPR 2023), in our form.
 
     f(S) = sum_{k in S} worth_k + weight * sum_i max_{k in S} max(0, <v_i, v_k>)
 

@@ -1,7 +1,7 @@
 """Whether a concept set says anything of this data set's classes: asked of validation images, answered in plain words.
 
 An LLM writes field marks for anonymous cultivars as readily as for birds, and random texts have embeddings too. So
-[design, after methods.md 4.3]: a validation image goes to the class whose own concepts it is most like, by the mean
+[design]: a validation image goes to the class whose own concepts it is most like, by the mean
 over them of K_k . (g - mean g), g its global vector, the mean over training images. That accuracy stands against
 
   permuted     the same with owners permuted, PERMUTATIONS times; how often chance does as well is p;

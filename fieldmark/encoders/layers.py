@@ -5,8 +5,8 @@ ResNet). Layers are counted from 0, or from the end with -1. A ResNet's stem is 
 A hidden state is read as it leaves the layer: before the tower's last norm, its pooling and its projection. Register
 and distillation tokens are left out.
 
-Attention rollout, as TransFG uses it (He et al., AAAI 2022; methods.md M8, read in its code), says how much of each
-cell has reached the CLS token. For a ViT of L blocks it is the product A_{L-1} ... A_2 A_1 of the attention maps of all
+Attention rollout, as TransFG uses it (He et al., AAAI 2022; read in its code), says how much of each cell
+has reached the CLS token. For a ViT of L blocks it is the product A_{L-1} ... A_2 A_1 of the attention maps of all
 blocks but the last, head by head; no identity is added and rows are not scaled anew. Of this product the row of CLS is
 kept, and of that the columns of the cells. It belongs to block L-1, the last but one (layer L-2, counted from 0).
 Together with the columns of the other tokens the row sums to 1. Only this row is multiplied: O(L T^2) for T tokens.

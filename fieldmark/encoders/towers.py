@@ -1,7 +1,8 @@
 """Image-only encoders ("towers") that timm loads: DINOv2, ResNet, Swin, ConvNeXt and all others with a map of cells.
 
 A tower embeds images as the encoders of clip.py do, with the same rule for its dense tokens (maps.py). It has no text
-side, so that no text is ever compared with its embeddings: a run may name it under `also`, not as its `encoder`.
+side, so that no text is ever compared with its embeddings: a run may name it as its `encoder` where its method reads no
+text, and under `also`.
 
 Its global embedding is what timm's classifier would read, `model(pixels)` of a model without classes: the CLS token
 after the last norm (DINOv2), the mean of the cells (ResNet, Swin), their mean after a norm (ConvNeXt), or what its

@@ -1,6 +1,6 @@
 """Links between the nodes of one image: neighbours in the picture, likenesses in the embedding, and whole to parts.
 
-Over the nodes of the kinds in `graphs.nodes`, at most 64 (methods.md section 4, stage F [design]):
+Over the nodes of the kinds in `graphs.nodes`, at most 64 [design]:
   spatial_ij = exp(-|p_i - p_j|^2 / (2 sigma^2)), p the centres of the boxes in [0,1]^2, where over spatial_threshold;
   semantic_ij = max(0, cos(v_i, v_j)) where j is among the `neighbours` nearest of i or i among those of j;
   the global node is linked to all others with both weights 1; the other weight of an edge is 0 where one rule made it.

@@ -1,6 +1,6 @@
 """What each node of each image shows, in concepts, and which nodes and concepts are worth a closer look.
 
-For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md section 4, stages D and E [design]):
+For node n with unit vector l_n and the kept concepts K_k, M of them [design]:
   P_n, of which the `labels.top` largest are stored:
     softmax  P_n = softmax_k(scale * l_n . K_k / labels.temperature);
     splice   P_n = W_n / sum W_n, W_n the sparse non-negative combination of splice.py; l_n is centred by the mean of
@@ -9,7 +9,8 @@ For node n with unit vector l_n and the kept concepts K_k, M of them (methods.md
   density, in [0, 1], by `labels.density`:
     neg_entropy  1 - H_n / ln M: 1 where one concept explains the node, 0 where all do equally;
     entropy      H_n / ln M;
-    gaga         1 / (1 + |l_n - c_n|), c_n the nearest of the k-means centres of local training nodes (M25);
+    gaga         1 / (1 + |l_n - c_n|), c_n the nearest of the k-means centres of local training nodes (after
+                 GAGA, Xie et al., 2025);
     product      neg_entropy times gaga;
     pixel        Hpix_n / 8, Hpix_n the entropy in bits of the grey values in the node's box (pixels.py);
     times the share of the node's box inside the object's, with `labels.inside_object`, where the index has a box;

@@ -1,8 +1,8 @@
 """How much the pixels under each node differ: density rule `pixel` of labelling.py.
 
 Hpix_n = -sum_v p_v log2 p_v, in bits, p_v the share of grey value v among the pixels in the box of node n: 256 bins
-(methods.md section 4, stage E [design]). The density is Hpix_n / 8: 0 where all pixels are alike, 1 where all 256
-values stand there equally often. A box of n pixels holds log2 n bits at most, so that small boxes never reach 1.
+[design]. The density is Hpix_n / 8: 0 where all pixels are alike, 1 where all 256 values stand there equally often. A
+box of n pixels holds log2 n bits at most, so that small boxes never reach 1.
 
 Pixels are those of the thumbnails, which are whole pictures, 192 px at most: boxes of all views refer to these.
 """

@@ -1,7 +1,7 @@
 """How the concepts an image shows change from its densest place outwards: information over rings.
 
-Section 4 of methods.md [design, after the notes]. Of an image's local nodes n with concept distributions P_n, density
-rho_n and box centres p_n:
+A design of this project [design]. Of an image's local nodes n with concept distributions P_n, density rho_n and box
+centres p_n:
 
   mu   = sum_n rho_n^gamma p_n / sum_n rho_n^gamma, or the place of the densest node;
   r_n  = |p_n - mu|; K rings of equal count (by mid-rank of r_n, so that nodes equally far share a ring) or of equal

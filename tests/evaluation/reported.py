@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fieldmark.store import (
 from tests.training.cache import ENCODER, Plan, with_vectors
 
 PLAN = Plan(classes=3, train=4, val=4, test=4, nodes=6, dimension=8, buckets=2)
-METHODS = ("zero_shot", "linear_probe")
+RUNS = {"zero_shot": ENCODER, "linear_probe": ENCODER}
 NASTY = """<script src="https://evil.example/x.js">'&"</script>"""
 Row = dict[str, Any]
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -68,14 +68,18 @@ class Page(HTMLParser):
         return [attrs for _, attrs in self.tags if name in (attrs.get("class") or "").split()]
 
 
-def make_params(reference: str = "linear_probe", examples: int = 6, methods: Sequence[str] = METHODS) -> Params:
+def make_params(
+    reference: str = "linear_probe", examples: int = 6, runs: Mapping[str, str] = RUNS, towers: Sequence[str] = ()
+) -> Params:
+    """Parameters with runs, each of the method of its name, by the encoder or tower that it stands on."""
     return Params.model_validate(
         {
             "domain": {"noun": "fish", "group": "reef fish"},
             "dataset": {"root": "nowhere", "buckets": PLAN.buckets},
             "llm": {"model": "none"},
             "encoders": {ENCODER: {"model": "none"}},
-            "train": {"seeds": 2, "methods": {method: {"encoder": ENCODER} for method in methods}},
+            "towers": {tower: {"model": "none"} for tower in towers},
+            "train": {"seeds": 2, "runs": {name: {"method": name, "encoder": on} for name, on in runs.items()}},
             "report": {"reference": reference, "examples": examples},
         }
     )
@@ -155,8 +159,13 @@ def write_health(data: Path, pairs: Sequence[tuple[str, str, int]] = (), **chang
     write_table(make_table(schema, rows), data / "index/near_duplicates.parquet", schema, {}, "index")
 
 
-def write_run(data: Path, method: str, wrong: Sequence[dict[str, str]], model_seed: int = 0) -> None:
-    """A run whose seed s gets everything right but `wrong[s]`, from path to the class it predicts."""
+def write_run(
+    data: Path, name: str, wrong: Sequence[dict[str, str]], model_seed: int = 0, encoder: str = ENCODER
+) -> None:
+    """A run whose seed s gets everything right but `wrong[s]`, from path to the class it predicts.
+
+    On ENCODER it has read texts; another encoder is a tower, without any.
+    """
     index = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
     images = [row for row in index if row["status"] == "ok"]
     classes = [f"class-{number:02d}" for number in range(PLAN.classes)]
@@ -187,8 +196,8 @@ def write_run(data: Path, method: str, wrong: Sequence[dict[str, str]], model_se
             ("logits", pa.list_(pa.float32(), PLAN.classes)),
         ]
     )
-    mark = {"schema": "run.predictions/1", "fingerprint": fingerprint("run", {"m": method})}
-    folder = data / "runs" / method
+    mark = {"schema": "run.predictions/1", "fingerprint": fingerprint("run", {"m": name})}
+    folder = data / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(
@@ -197,13 +206,24 @@ def write_run(data: Path, method: str, wrong: Sequence[dict[str, str]], model_se
     )
     metrics = {split: {"accuracy": np.mean([run[split] for run in accuracies])} for split in ("train", "val", "test")}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    names = {f"embed/{ENCODER}/images": "embed.nodes/1", f"labels/{ENCODER}": "labels/1"}
-    marks = {name: read_folder_header(data / name, schema, PLAN.buckets).fingerprint for name, schema in names.items()}
-    marks[f"bank/{ENCODER}.parquet"] = read_header(data / f"bank/{ENCODER}.parquet", "bank/1").fingerprint
+    folders = {f"embed/{encoder}/images": "embed.nodes/1"}
+    folders |= {f"labels/{encoder}": "labels/1"} if encoder == ENCODER else {}
+    marks = {path: read_folder_header(data / path, of, PLAN.buckets).fingerprint for path, of in folders.items()}
+    if encoder == ENCODER:
+        marks[f"bank/{encoder}.parquet"] = read_header(data / f"bank/{encoder}.parquet", "bank/1").fingerprint
     config = {
-        "encoder": ENCODER,
+        "encoder": encoder,
         "model_seed": model_seed,
         "seeds": list(range(len(wrong))),
         "fingerprints": marks,
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_not_made(data: Path, name: str, reason: str) -> None:
+    """A run whose method cannot work on this data, as far as the report reads it."""
+    folder = data / "runs" / name
+    folder.mkdir(parents=True)
+    for file in ("config.json", "metrics.json"):
+        (folder / file).write_text(json.dumps({"encoder": ENCODER, "not_possible": reason}))
+    (folder / "predictions.parquet").touch()

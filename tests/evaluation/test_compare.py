@@ -14,8 +14,9 @@ import pytest
 
 from evaluation import compare as module
 from evaluation.compare import MARKER, compare
+from evaluation.plan import Cell, Plan
 from evaluation.report import HEALTH
-from evaluation.study import Cell, Plan, run_study
+from evaluation.study import run_study
 from fieldmark.command import UserError
 from fieldmark.store import make_table, read_header, read_table, write_table
 from tests.evaluation.test_study import planned
@@ -103,7 +104,7 @@ def test_answers_stand_on_a_page(project: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(re.findall(r"^named +(none|random_vectors) ", text, re.MULTILINE)) == 2 * 2
     page = (plan.folder / "answers.md").read_text()
     assert page.startswith(
-        "# What study small answers\n\nRead on val, code abc1234; made by `make compare STUDY=small`."
+        "# What study small answers\n\nRead on val, code abc1234; made by `make compare NAME=small`."
     )
     assert "val also chose settings and epochs under full, long-tail-0.5" in page
     heads = re.findall("^## (.*)$", page, re.MULTILINE)
@@ -133,8 +134,7 @@ def test_the_commit_stands_in_the_header(project: Path, monkeypatch: pytest.Monk
 
 def test_a_missing_or_stale_run_is_named(project: Path) -> None:
     plan, grid = made(project)
-    edited = {name: replace(entry, source="edited") for name, entry in plan.entries.items()}
-    stale = replace(plan, entries=edited)
+    stale = replace(plan, code=dict.fromkeys(plan.code, "edited"))
     with pytest.raises(UserError, match=rf"lacks {len(grid)} of {len(grid)} runs \(first tiny\.linear_probe\.none"):
         compare(stale, grid)
 
@@ -175,14 +175,71 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
     assert compare(plan, grid) == text
     fewer, fewer_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]}, declared_test=True)
     with pytest.raises(
-        UserError, match=r"studies\.small\.methods: test was read for \[.*\] already .*declared_test: false"
+        UserError, match=r"studies/small\.yaml: methods: test was read for \[.*\] already .*declared_test: false"
     ):
         compare(fewer, fewer_grid)
     more, more_grid = made(project, declared_test=True, questions=QUESTIONS["questions"][1:])
-    with pytest.raises(UserError, match=r"studies\.small\.questions: test was read for \[\] already"):
+    with pytest.raises(UserError, match=r"studies/small\.yaml: questions: test was read for \[\] already"):
         compare(more, more_grid)
     on_val, val_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]})
     assert compare(on_val, val_grid).startswith("study small, read on val")
+
+
+def test_a_method_that_cannot_work_is_left_out_with_a_note(tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Planted(classes=6, train=8, val=6, test=6, noise=1.5, concepts=0))
+    regimes = ["full", {"kind": "shots", "shots": 1}]
+    asked = {"questions": [*QUESTIONS["questions"], {"ask": "Do names say more?", "of": "zero_shot", "against": "knn"}]}
+    changes = STUDY | QUESTIONS | asked | {"regimes": regimes, "methods": [*STUDY["methods"], "knn"], "seeds": 2}
+    plan, grid = planned(tmp_path, **changes)
+    run_study(plan, grid, 1)
+    described = [cell for cell in grid if plan.entries[cell.method].method == "description_zero_shot"]
+    folders = {plan.folder / folder for cell in described for folder in (cell.run, cell.search)}
+    for folder in filter(Path.is_dir, folders):
+        assert [file.name for file in folder.iterdir()] == ["config.json"]
+        assert "has no kept concept" in json.loads((folder / "config.json").read_text())["not_possible"]
+    text = compare(plan, grid)
+    rows = {(row["method"], row["regime"]) for row in csv.DictReader((plan.folder / "tables.csv").open())}
+    assert rows == {(name, label) for name in ("linear_probe", "zero_shot", "knn") for label in ("full", "1-shot")}
+    for label in ("full", "1-shot"):
+        for name in ("description_zero_shot", "named"):
+            for control in ("none", "random_vectors"):
+                found = re.findall(rf"^left out: {name} on tiny, {control}, {label}: .*: class .* has no", text, re.M)
+                assert len(found) == 1
+    page = (plan.folder / "answers.md").read_text()
+    assert page.count("none: a method cannot work on this data |") == 2 * 2
+    assert len(re.findall(r"^\| Do names say more\? .* (no difference shown|yes|no)", page, re.M)) == 2
+    # What is known to be impossible is not tried again.
+    again, again_grid = planned(tmp_path, **changes)
+    assert run_study(again, again_grid, 1) == 0
+
+
+def test_a_row_without_one_of_its_draws_is_left_out(project: Path) -> None:
+    plan, grid = made(project)
+    cell = next(cell for cell in grid if cell.method == "zero_shot" and cell.regime.label != "full")
+    config = plan.folder / cell.run / "config.json"
+    before = config.read_text()
+    try:
+        config.write_text(json.dumps(json.loads(before) | {"not_possible": "class-00 has no image"}))
+        text = compare(plan, grid)
+    finally:
+        config.write_text(before)
+    assert "left out: zero_shot on tiny, none, long-tail-0.5: class-00 has no image" in text
+    rows = [(row["method"], row["control"]) for row in csv.DictReader((plan.folder / "tables.csv").open())]
+    assert rows.count(("zero_shot", "none")) == 1  # under full
+    assert "control of none, which the table does not have" in text
+
+
+def test_a_probe_that_cannot_work_leaves_nothing_to_compare_with(project: Path) -> None:
+    plan, grid = made(project)
+    config = plan.folder / grid[0].run / "config.json"
+    before = config.read_text()
+    assert grid[0].method == "linear_probe"
+    try:
+        config.write_text(json.dumps(json.loads(before) | {"not_possible": "no image"}))
+        with pytest.raises(UserError, match="linear_probe cannot work on this data: no image"):
+            compare(plan, grid)
+    finally:
+        config.write_text(before)
 
 
 def test_groups_have_an_interval_of_their_own(tmp_path: Path) -> None:

@@ -28,14 +28,16 @@ from fieldmark.command import UserError
 from fieldmark.params import load_params
 from fieldmark.store import make_table, read_header, read_table, write_table
 from tests.evaluation.scene import N, judged, scene
-from tests.training.cache import ALL, ENCODER, Plan, write_cache
+from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_other
 from tests.training.test_train import PARAMS
 from training.data import Batch, Cache, read_cache
+from training.data.bank import Bank
+from training.data.boxes import Boxes
 from training.data.nodes import Nodes
 from training.loop import predict
-from training.methods import Output, read_settings
+from training.methods import Output
 from training.methods.concept_graph import class_anchors
-from training.train import train
+from training.train import plan_run, train
 
 
 def test_a_planted_part_wins_against_every_rival() -> None:
@@ -86,34 +88,34 @@ class BestPatch(nn.Module):
         return Output(20 * like[:, 1:].amax(1), {}, scores.where(batch.mask, 0.0))
 
 
-def ask(cache: Cache, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def ask(cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What judge_decisions asks of val: its images, their boxes and patches, and norms that say nothing."""
     images = cache.images("val")
-    patches = torch.from_numpy(judged_patches(cache, images))
-    norms = torch.rand(patches.shape, generator=torch.Generator().manual_seed(0))
-    return images, patches, norms
+    box, patches = cache.part(Boxes).box[images * cache.views, 1:], torch.from_numpy(judged_patches(cache, images))
+    return images, box, patches, torch.rand(patches.shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_removing_the_planted_patch_flips_the_decision(cue: Cache) -> None:
-    model = BestPatch(class_anchors(cue.bank))
-    images, patches, norms = ask(cue, model)
-    found = judge_decisions(model, cue, images, patches, norms, seed=0)
+    model = BestPatch(class_anchors(cue.part(Bank)))
+    asked = ask(cue)
+    found = judge_decisions(model, cue, *asked, seed=0)
     assert found is not None
     for own in found.own.values():
         removed, kept = own.flip.mean(1)
         assert removed > 0.5
         assert kept < 0.05
-    rows = with_verdicts(compare_decisions(found, cue.y[images].numpy()))
+    rows = with_verdicts(compare_decisions(found, cue.y[asked[0]].numpy()))
     assert len(rows) == 2 * 2 * 2 * 3
     assert {row.verdict for row in rows} == {"won"}
 
 
 def test_where_patches_do_nothing_there_is_no_effect(cue: Cache) -> None:
-    model = BestPatch(class_anchors(cue.bank), "global")
-    images, patches, norms = ask(cue, model)
-    found = judge_decisions(model, cue, images, patches, norms, seed=0)
+    model = BestPatch(class_anchors(cue.part(Bank)), "global")
+    asked = ask(cue)
+    found = judge_decisions(model, cue, *asked, seed=0)
     assert found is not None
     assert not found.alone.fall.any()
-    rows = with_verdicts(compare_decisions(found, cue.y[images].numpy()))
+    rows = with_verdicts(compare_decisions(found, cue.y[asked[0]].numpy()))
     assert {row.verdict for row in rows} == {"no difference shown"}
 
 
@@ -122,11 +124,8 @@ def test_decisions_read_no_true_label(cue: Cache) -> None:
     y = cue.y.clone()
     y[val] = y[val].roll(7)
     assert not torch.equal(y, cue.y)
-    model = BestPatch(class_anchors(cue.bank))
-    images, patches, norms = ask(cue, model)
-    found, moved = (
-        judge_decisions(model, cache, images, patches, norms, seed=0) for cache in (cue, replace(cue, y=y, target=y))
-    )
+    model = BestPatch(class_anchors(cue.part(Bank)))
+    found, moved = (judge_decisions(model, cache, *ask(cue), seed=0) for cache in (cue, replace(cue, y=y, target=y)))
     assert found is not None
     assert moved is not None
     assert all(np.array_equal(found.own[name].fall, moved.own[name].fall) for name in found.own)
@@ -182,9 +181,9 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
     assert all(row["images"] == content["images"] == 32 for row in content["rows"]["parts"])
     assert all(row["what"] in text for row in content["rows"]["parts"])
 
-    cache, params = read_cache(data, ENCODER, 3, ALL), load_params(path)
-    settings = read_settings(str(path), params, "concept_graph")
-    model, which = read_model(data / "runs/concept_graph", "concept_graph", ENCODER, settings, cache, 3)
+    planned = plan_run(str(path), load_params(path), "concept_graph")
+    cache = read_cache(data, ENCODER, 3, planned.reading.reads)
+    model, which = read_model(data / "runs/concept_graph", planned, ENCODER, cache, 3)
     assert which == content["model"]
     seed = json.loads((data / "runs/concept_graph/config.json").read_text())["model_seed"]
     run = read_table(data / "runs/concept_graph/predictions.parquet", "run.predictions/1")
@@ -194,6 +193,26 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
     path.write_text(PARAMS.replace("hidden: 16", "hidden: 8"))
     text = judge_explanations(load_params(path), str(path), "concept_graph", None, data)
     assert "model fitted here, seed 3" in text
+
+
+def test_a_run_on_several_encoders_is_judged_with_all_of_them(project: Path) -> None:
+    path, data = project / "params.yaml", project / "data"
+    encoders = "encoders: {tiny: {model: none}, wide: {model: none}}"
+    several = "{method: concept_graph, encoder: tiny, also: [wide], settings: {epochs: 1, hidden: 16}}"
+    path.write_text(PARAMS.replace("encoders: {tiny: {model: none}}", encoders) + f"    both: {several}\n")
+    write_other(data, "wide", 12)
+    train(load_params(path), str(path), "both", data)
+    judge_explanations(load_params(path), str(path), "both", None, data)
+    content = json.loads((data / f"explanations/both.{ENCODER}/tables.json").read_text())
+    assert content["model"].startswith(f"of {data / 'runs/both'}")
+    assert "embed/wide/images" in content["fingerprints"]
+    # A node that is removed is gone from every encoder.
+    cache = read_cache(data, ENCODER, 3, {"nodes"}, ["wide"], {"nodes"})
+    batch = cache.batch(cache.images("val")[:6])
+    (other,) = keep_nodes(batch, torch.zeros_like(batch.lm)).also
+    assert other.nodes[:, 0].any(1).all()
+    assert not other.nodes[:, 1:].any()
+    assert not other.mask[:, 1:].any()
 
 
 def test_norms_stand_where_their_nodes_do(project: Path) -> None:
@@ -206,7 +225,7 @@ def test_what_cannot_be_judged_is_said_in_one_line(project: Path) -> None:
     path, data = project / "params.yaml", project / "data"
     with pytest.raises(UserError, match="zero_shot: gives no node scores"):
         judge_explanations(load_params(path), str(path), "zero_shot", None, data)
-    with pytest.raises(UserError, match=r"train\.methods: has no knn"):
+    with pytest.raises(UserError, match=r"train\.runs: has no knn"):
         judge_explanations(load_params(path), str(path), "knn", None, data)
     write_parts(data, [{"path": "train/a.png", "part": "antenna", "x": 0.5, "y": 0.5, "visible": True}])
     with pytest.raises(UserError, match=r"parts\.parquet: marks no part that .* knows"):

@@ -11,7 +11,7 @@ import pytest
 from evaluation.report import report
 from fieldmark.command import UserError
 from fieldmark.store import bucket_path, make_table, read_table, write_table
-from tests.evaluation.reported import METHODS, NASTY, PLAN, Page, make_params, rewrite, write_health, write_run
+from tests.evaluation.reported import NASTY, PLAN, RUNS, Page, make_params, rewrite, write_health, write_run
 
 
 class Drawn(NamedTuple):
@@ -64,7 +64,7 @@ def test_contaminated_test_is_warned_of(data: Path) -> None:
     ]
     page = Page((data / "report/index.html").read_text())
     assert len(page.of_class("warning")) == 1
-    box = page.text[page.text.index("Test is contaminated") : page.text.index("Accuracy method")]
+    box = page.text[page.text.index("Test is contaminated") : page.text.index("Accuracy run")]
     assert box.startswith(
         "Test is contaminated: 7 of 12 test images 3 with a near duplicate in train or val"
         " 5 of a group that train or val has too An image can be both."
@@ -125,8 +125,8 @@ def test_paths_and_names_of_pairs_are_escaped(data: Path) -> None:
     rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"name": NASTY}})
     hostile = f"test/class-00/{NASTY}.png"
     rewrite(data / "index/images.parquet", "index.images/1", {0: {"path": hostile}})
-    for method in METHODS:
-        write_run(data, method, [{}])
+    for name in RUNS:
+        write_run(data, name, [{}])
     write_health(data, [(hostile, "train/class-00/0000.png", 1)])
     report(make_params(), data)
     html = (data / "report/index.html").read_text()

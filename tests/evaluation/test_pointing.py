@@ -15,7 +15,7 @@ from evaluation.pointing import (
     RIVALS,
     Hits,
     Marked,
-    Part,
+    PartWords,
     best_patch,
     covers,
     directions,
@@ -153,9 +153,9 @@ def test_choices_read_no_true_label_and_not_the_global_node(cue: Cache) -> None:
     y = cue.y.clone()
     y[val] = y[val].roll(7)
     assert not torch.equal(y, cue.y)
-    loud = cue.vectors.clone()
-    loud[:, 0] = 100 * cue.bank.K[cue.bank.kept].mean(0).half()
-    for changed in (replace(cue, y=y, target=y), replace(cue, vectors=loud)):
+    loud, bank = cue.part(Nodes).nodes.clone(), cue.part(Bank)
+    loud[:, 0] = 100 * bank.K[bank.kept].mean(0).half()
+    for changed in (replace(cue, y=y, target=y), cue.change(Nodes, nodes=loud)):
         after = part_hits(changed, predicted)
         assert before.keys() == after.keys() == {"bill", "tail"}
         assert all(same(before[name], after[name]) for name in before)
@@ -165,13 +165,13 @@ def test_choices_read_no_true_label_and_not_the_global_node(cue: Cache) -> None:
 
 def test_patches_count_by_their_norms(cue: Cache) -> None:
     predicted = torch.arange(len(cue.images("val"))) % len(cue.classes)
-    norms = torch.rand(len(cue.paths), cue.mask.shape[1] - 1, generator=torch.Generator().manual_seed(0))
+    norms = torch.rand(len(cue.paths), cue.part(Nodes).mask.shape[1] - 1, generator=torch.Generator().manual_seed(0))
     plain, weighed, doubled = (part_hits(cue, predicted, norm) for norm in (None, norms, 2 * norms))
     assert all(same(weighed[name], doubled[name]) for name in weighed)
     assert not all(same(weighed[name], plain[name]) for name in weighed)
 
 
 def test_every_part_has_words_and_points() -> None:
-    assert all(isinstance(part, Part) and part.words and part.points for part in PARTS.values())
+    assert all(isinstance(part, PartWords) and part.words and part.points for part in PARTS.values())
     points = [point for part in PARTS.values() for point in part.points]
     assert len(points) == len(set(points))

@@ -1,18 +1,21 @@
 """The report on tiny tables: numbers worked out by hand, a page that parses, escapes and loads nothing."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from evaluation.report import confused_pairs, report
-from tests.evaluation.reported import METHODS, NASTY, Page, make_params, rewrite, write_run
-from tests.training.cache import ENCODER
+from fieldmark.command import UserError
+from tests.evaluation.reported import NASTY, RUNS, Page, make_params, rewrite, write_not_made, write_run
+from tests.training.cache import ENCODER, write_other
 
 
 def test_summary_says_what_a_hand_computes(data: Path) -> None:
     lines = report(make_params(), data).splitlines()
-    assert lines[0].split("  ")[0] == "method"
+    assert lines[0].split("  ")[0] == "run"
     assert lines[0].endswith("test - linear_probe [95 %]")
     # train 1 and 11/12, val 11/12 and 1: mean 23/24, deviation sqrt(2)/24; test 9/12 and 8/12: 17/24.
     row = re.split(r"  +", lines[1])
@@ -36,7 +39,7 @@ def test_page_holds_every_part_and_loads_nothing(data: Path) -> None:
     html = (data / "report/index.html").read_text()
     page = Page(html)
     for expected in (
-        *METHODS,
+        *RUNS,
         "reef fish",
         "kinds of fish apart",
         f"encoder {ENCODER}",
@@ -114,6 +117,54 @@ def test_nothing_wrong(data: Path) -> None:
     assert "No pair of classes is confused." in page.text
     assert not page.of_class("miss")
     assert len(page.of_class("example")) == 12
+
+
+def test_a_run_on_a_tower_is_a_row_like_any_other(data: Path) -> None:
+    write_other(data, "dino", 12)
+    write_run(data, "knn", [{"val/class-00/0000.png": "class-01"}], encoder="dino")
+    lines = report(make_params(runs={**RUNS, "knn": "dino"}, towers=["dino"]), data).splitlines()
+    assert re.split(r"  +", lines[3])[:4] == ["knn", "100.0 +- 0.0", "91.7 +- 0.0", "100.0 +- 0.0"]
+    page = Page((data / "report/index.html").read_text())
+    assert "knn dino 100.0 ± 0.0" in page.text
+    # linear_probe is better on val: the page is about it, with its patches and concepts.
+    assert page.of_class("patch")
+    assert "Concepts Of 4 concepts" in page.text
+
+
+def test_a_tower_that_is_best_on_val_has_no_patch_and_no_concept(data: Path) -> None:
+    write_other(data, "dino", 12)
+    write_run(data, "knn", [{"test/class-00/0000.png": "class-01"}], encoder="dino")
+    for name in ("labels", "bank"):  # those of the other encoder are not opened
+        shutil.rmtree(data / name)
+    report(make_params(runs={"knn": "dino", **RUNS}, towers=["dino"]), data)
+    page = Page((data / "report/index.html").read_text())
+    assert "What knn confuses 1 of 12 test images" in page.text
+    assert "dino is a tower: it has no texts, and so no concept says what a patch shows." in page.text
+    assert len(page.of_class("example")) == 6
+    assert not page.of_class("patch")
+    assert not page.of_class("patches")
+    assert "concepts selected for the image" not in page.text
+    assert "concepts" not in {attrs.get("id") for _, attrs in page.tags}
+    assert "embed/dino/images" in page.text
+    assert "labels/" not in page.text.split("What this page was made from")[1]
+
+
+def test_a_method_that_cannot_work_is_a_row_that_says_why(data: Path) -> None:
+    before = report(make_params(), data).splitlines()
+    reason = f"class class-00 has no kept concept {NASTY}"
+    write_not_made(data, "knn", reason)
+    params = make_params(runs={"knn": ENCODER, **RUNS})
+    lines = report(params, data).splitlines()
+    assert f"knn: cannot work on this data: {reason}" in lines
+    assert [line for line in lines if not line.startswith("knn")] == before
+    html = (data / "report/index.html").read_text()
+    page = Page(html)
+    assert f"knn {ENCODER} cannot work on this data: {reason}" in page.text
+    assert "<script" not in html
+    assert not any("runs/knn" in word for word in page.words)  # there is no prediction to be made from
+    params = make_params(reference="knn", runs={"knn": ENCODER, **RUNS})
+    with pytest.raises(UserError, match=r"runs/knn: cannot work on this data \(class .* in report\.reference$"):
+        report(params, data)
 
 
 def test_confused_pairs_count_both_ways() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from evaluation.report import report
+from evaluation.runs import NotMade, read_run
 from fieldmark.command import UserError
 from fieldmark.params import Train
 from fieldmark.store import bucket_path
-from tests.evaluation.reported import METHODS, make_params, rewrite
+from tests.evaluation.reported import RUNS, make_params, rewrite
 from tests.training.cache import ENCODER
 from training.train import train
 
@@ -27,7 +28,7 @@ def test_runs_that_cannot_stand_are_named(data: Path) -> None:
 
     for name in ("predictions.parquet", "metrics.json", "config.json"):
         (folder / name).unlink()
-        with pytest.raises(UserError, match=rf"zero_shot/{name}: is missing; .*training\.train --method zero_shot"):
+        with pytest.raises(UserError, match=rf"zero_shot/{name}: is missing; .*training\.train --run zero_shot"):
             report(make_params(), data)
     assert not (data / "report").exists()
 
@@ -51,17 +52,28 @@ def test_stale_inputs_are_refused(data: Path) -> None:
 
 def test_reads_what_train_writes(data: Path) -> None:
     # Two strengths are enough here: what linear_probe finds is not the question.
-    block = {"zero_shot": {"encoder": ENCODER}, "linear_probe": {"encoder": ENCODER, "l2": [0.1, 1.0]}}
+    settings = {"zero_shot": {}, "linear_probe": {"l2": [0.1, 1.0]}}
+    block = {name: {"method": name, "encoder": ENCODER, "settings": settings[name]} for name in RUNS}
     params = make_params(reference="zero_shot")
-    params = params.model_copy(update={"train": Train.model_validate({"seeds": 2, "methods": block})})
-    for method in METHODS:
-        train(params, "params.yaml", method, data)
+    params = params.model_copy(update={"train": Train.model_validate({"seeds": 2, "runs": block})})
+    for name in RUNS:
+        train(params, "params.yaml", name, data)
     summary = report(params, data)
-    for line, method in zip(summary.splitlines()[1:], METHODS, strict=False):
-        metrics = json.loads((data / f"runs/{method}/metrics.json").read_text())
+    for line, name in zip(summary.splitlines()[1:], RUNS, strict=False):
+        metrics = json.loads((data / f"runs/{name}/metrics.json").read_text())
         cells = re.split(r"  +", line)
         expected = [
             f"{100 * metrics[split]['accuracy']:.1f} +- {100 * metrics[split]['accuracy_std']:.1f}"
             for split in ("train", "val", "test")
         ]
-        assert cells[:4] == [method, *expected]
+        assert cells[:4] == [name, *expected]
+
+
+def test_reads_what_train_writes_of_a_method_that_cannot_work(data: Path) -> None:
+    rewrite(data / f"bank/{ENCODER}.parquet", "bank/1", {row: {"kept": False} for row in (2, 3, 4)})  # of one class
+    params = make_params(runs={**RUNS, "description_zero_shot": ENCODER})
+    train(params, "params.yaml", "description_zero_shot", data)
+    found = read_run(data, "description_zero_shot", ENCODER)
+    assert isinstance(found, NotMade)
+    assert "class class-00 has no kept concept" in found.reason
+    assert f"description_zero_shot: cannot work on this data: {found.reason}" in report(params, data).splitlines()

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,36 +23,29 @@ import torch
 from ruamel.yaml import YAML
 from torch import Tensor, nn
 
-from evaluation import study
+from evaluation import fitting, study
 from evaluation.compare import compare
-from evaluation.study import (
-    CHANGED,
-    PLAIN,
-    Cell,
-    Entry,
-    Plan,
-    Variation,
-    cells,
-    changed_by,
-    controlled_cache,
-    make_plan,
-    run_study,
-)
+from evaluation.fitting import controlled_cache
+from evaluation.plan import PLAIN, STUDIES, Cell, Entry, Plan, Variant, cells, make_plan, read_entry, read_study
+from evaluation.study import run_study
+from fieldmark import sources
 from fieldmark.command import UserError
-from fieldmark.params import Block, load_params
-from fieldmark.store import read_folder_header, read_header, read_table, write_table
+from fieldmark.params import Block, check_params, load_params
+from fieldmark.store import read_header, read_table, write_table
 from tests.checkout import ROOT
 from tests.project import write_thumbs
+from tests.training.cache import ALL, unit, with_vectors, write_cache
 from tests.training.cache import Plan as Planted
-from tests.training.cache import unit, with_vectors, write_cache
-from training.controls import Control, apply_control, read_materials
-from training.data import Batch, Cache, read_cache
+from tools.profiles import lay_over
+from training.controls import Control, Request, apply_control, control_names
+from training.data import Batch, Cache, part_kinds, read_cache
 from training.data.bank import Bank
-from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.nodes import Nodes
+from training.inputs import hash_path
 from training.loop import untrained
 from training.methods import Fitted, Output, load_method
+from training.regimes import Full
 
 PARAMS: dict[str, Any] = {
     "domain": {"noun": "fish", "group": "fish"},
@@ -60,10 +54,13 @@ PARAMS: dict[str, Any] = {
     "encoders": {"tiny": {"model": "none"}, "other": {"model": "none"}},
     "report": {"reference": "linear_probe"},
     "train": {
-        "methods": {
-            "linear_probe": {"encoder": "tiny", "l2": [0.01, 1.0]},
-            "attention_pool": {"encoder": "tiny", "epochs": 2, "hidden": 8, "weight_decay": [0.1, 0.2]},
-            "concept_graph": {"encoder": "tiny", "epochs": 2, "hidden": 16, "weight_decay": [0.1]},
+        "runs": {
+            name: {"method": name, "encoder": "tiny", "settings": settings}
+            for name, settings in {
+                "linear_probe": {"l2": [0.01, 1.0]},
+                "attention_pool": {"epochs": 2, "hidden": 8, "weight_decay": [0.1, 0.2]},
+                "concept_graph": {"epochs": 2, "hidden": 16, "weight_decay": [0.1]},
+            }.items()
         }
     },
 }
@@ -74,6 +71,14 @@ SMALL: dict[str, Any] = {
     "regimes": ["full", {"kind": "shots", "shots": 2}],
     "seeds": 2,
 }
+
+
+def with_run(name: str, **settings: Any) -> dict[str, Any]:
+    """The block `train` of PARAMS with other settings for one run."""
+    run = {"method": name, "encoder": "tiny", "settings": settings}
+    return {"train": PARAMS["train"] | {"runs": PARAMS["train"]["runs"] | {name: run}}}
+
+
 # Under none and full the seeded methods twice, the probe once; all in every draw of shots. concept_graph reads texts.
 RUNS = (1 + 2 + 2) + 2 * 3 + (2 + 2)
 SEARCHES = 3 + 1
@@ -84,7 +89,7 @@ WRITTEN = ["config.json", "metrics.json", "predictions.parquet", "timing.json"]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of ten classes, the same for two encoders."""
     folder = tmp_path_factory.mktemp("data")
-    write_cache(folder, Planted(classes=10, train=6, val=4, test=6, noise=1.5))
+    write_cache(folder, Planted(classes=10, train=6, val=4, test=6, noise=1.5, sentences=2))
     for name in ("embed", "labels", "graphs"):
         shutil.copytree(folder / name / "tiny", folder / name / "other")
     shutil.copy(folder / "bank/tiny.parquet", folder / "bank/other.parquet")
@@ -100,20 +105,26 @@ def project(data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_params(folder: Path, **studies: dict[str, Any]) -> Path:
-    with open(folder / "params.yaml", "w") as file:
-        YAML().dump({**PARAMS, "studies": studies}, file)
+def write_params(folder: Path, blocks: dict[str, Any] | None = None, **studies: dict[str, Any]) -> Path:
+    """Write PARAMS, with these blocks, as params.yaml, and each study as a file of studies/; returns the former."""
+    (folder / STUDIES).mkdir(exist_ok=True)
+    written = {folder / STUDIES / f"{name}.yaml": study for name, study in studies.items()}
+    for path, content in {folder / "params.yaml": PARAMS | (blocks or {}), **written}.items():
+        with open(path, "w") as file:
+            YAML().dump(content, file)
     return folder / "params.yaml"
 
 
-def planned(folder: Path, **changes: Any) -> tuple[Plan, list[Cell]]:
-    path = write_params(folder, small=SMALL | changes)
-    plan = make_plan(str(path), load_params(path), "small", folder / "data")
+def planned(folder: Path, blocks: dict[str, Any] | None = None, **changes: Any) -> tuple[Plan, list[Cell]]:
+    """The study SMALL with these changes, under parameters with these blocks."""
+    path = write_params(folder, blocks, small=SMALL | changes)
+    with chdir(folder):
+        plan = make_plan("params.yaml", load_params(path), "small", folder / "data")
     return plan, cells(plan, 0)
 
 
-def ran(folder: Path, **changes: Any) -> Plan:
-    plan, grid = planned(folder, **changes)
+def ran(folder: Path, blocks: dict[str, Any] | None = None, **changes: Any) -> Plan:
+    plan, grid = planned(folder, blocks, **changes)
     run_study(plan, grid, 1)
     return plan
 
@@ -139,6 +150,17 @@ def command(folder: Path, *arguments: str, module: str = "evaluation.study") -> 
         str(folder / "data"),
         *arguments,
     ]
+
+
+# Of a command in a project: the code is the repository's.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run_small(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m evaluation.study --name small` in a project."""
+    words = command(folder, "--name", "small", *arguments)
+    environment = ENVIRONMENT | environment
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_every_run_is_written_whole(project: Path) -> None:
@@ -184,7 +206,7 @@ def test_few_shot_settings_come_from_development_classes_only(project: Path) -> 
     )
     assert config["settings"]["weight_decay"] == best["settings"]["weight_decay"]
     assert config["settings"]["epochs"] == np.median([draw["epoch"] for draw in best["draws"]])
-    assert len(best["draws"]) == study.SEARCH_DRAWS
+    assert len(best["draws"]) == fitting.SEARCH_DRAWS
 
 
 def test_the_search_is_scored_on_all_that_a_draw_leaves_over_but_test(
@@ -197,10 +219,10 @@ def test_the_search_is_scored_on_all_that_a_draw_leaves_over_but_test(
         scored.append({cache.paths[image] for image in images.tolist()})
         return study_predict(model, cache, images)
 
-    study_predict = study.predict
-    monkeypatch.setattr(study, "predict", predict)
-    study.make_search(plan, next(cell for cell in grid if plan.searched(cell)))
-    assert len(scored) == 2 * study.SEARCH_DRAWS
+    study_predict = fitting.predict
+    monkeypatch.setattr(fitting, "predict", predict)
+    fitting.make_search(plan, next(cell for cell in grid if plan.searched(cell)))
+    assert len(scored) == 2 * fitting.SEARCH_DRAWS
     for paths in scored:
         assert len(paths) == 2 * (6 - 2 + 4)  # of each class what 2 of 6 training images leave, and val
         assert {path.split("/")[1] for path in paths} == set(plan.development)
@@ -229,38 +251,145 @@ def test_what_is_there_is_not_made_again(project: Path) -> None:
     # Another seed adds its runs; another knob makes one method's anew, and nothing else.
     more = ran(project, seeds=3)
     assert {name: made(more)[name] for name in before} == before
-    PARAMS["train"]["methods"]["linear_probe"]["l2"] = [0.1, 1.0]
-    try:
-        again = made(ran(project))
-    finally:
-        PARAMS["train"]["methods"]["linear_probe"]["l2"] = [0.01, 1.0]
+    again = made(ran(project, with_run("linear_probe", l2=[0.1, 1.0])))
     assert {name.split(".")[1] for name in before if again[name] != before[name]} == {"linear_probe"}
 
 
-def test_code_and_cache_are_part_of_a_run(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plan, (first, *_) = planned(project)
-    copy = tmp_path / "training"
-    shutil.copytree(ROOT / "training", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(study, "TRAINING", copy)
+Made = Collection[tuple[str, str]]  # runs, by method and control
+EVERY = {("linear_probe", "none"), ("attention_pool", "none"), ("concept_graph", "none")}
+EVERY |= {("concept_graph", "random_vectors")}
+GRAPHS = {pair for pair in EVERY if pair[0] == "concept_graph"}
 
-    def mark() -> str:
-        return planned(project)[0].mark(first)
 
-    assert mark() == plan.mark(first)
-    for name, counts in (
-        ("methods/linear_probe.py", True),
-        ("logistic.py", True),  # by way of the method
-        ("regimes.py", True),
-        ("methods/attention_pool.py", False),
-        ("compare.py", False),
-    ):
-        text = (copy / name).read_text()
-        (copy / name).write_text(text + "\n# edited\n")
-        assert (mark() != plan.mark(first)) == counts, name
-        (copy / name).write_text(text)
-    other = replace(plan, origins={"tiny": plan.origins["tiny"] | {"index/images.parquet": "another"}})
-    assert other.mark(first) != plan.mark(first)
-    assert other.search_mark(first) != plan.search_mark(first)
+def marks(folder: Path, **changes: Any) -> dict[str, str]:
+    """The mark of every run and search of the study."""
+    plan, grid = planned(folder, **changes)
+    return {cell.run: plan.mark(cell) for cell in grid} | {
+        cell.search: plan.search_mark(cell) for cell in grid if plan.searched(cell)
+    }
+
+
+def made_anew(before: dict[str, str], after: dict[str, str]) -> Made:
+    """The methods and controls of runs and searches whose mark is another; all of these are, or none."""
+    other = {name: before[name] != after[name] for name in before}
+    found = {(method, control) for _, method, control, *_ in (name.split(".") for name in before if other[name])}
+    assert all(other[name] for name in before if tuple(name.split(".")[1:3]) in found)
+    return found
+
+
+@contextmanager
+def edited(file: str) -> Iterator[None]:
+    """As if someone had written a comment at the end of one module."""
+
+    def read(path: Path, root: Path) -> bytes:
+        return read_source(path, root) + (b"\n# edited\n" if str(path) == file else b"")
+
+    read_source = sources.read_source
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "read_source", read)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("file", "anew"),
+    [
+        ("training/methods/linear_probe.py", {("linear_probe", "none")}),
+        ("training/methods/attention_pool.py", {("attention_pool", "none")}),
+        ("training/layers/logistic.py", EVERY),  # by way of the method
+        ("training/layers/graphs.py", GRAPHS),
+        ("training/data/nodes.py", EVERY),
+        ("training/data/labels.py", GRAPHS),
+        ("training/regimes.py", EVERY),
+        ("evaluation/fitting.py", EVERY),
+        # What a control runs is its own runs' alone, and where it changes texts, nodes are labelled anew.
+        ("training/controls/random_vectors.py", {("concept_graph", "random_vectors")}),
+        ("fieldmark/labels/labelling.py", {("concept_graph", "random_vectors")}),
+        ("training/controls/edges_removed.py", set()),
+        ("training/methods/knn.py", set()),
+        ("training/train.py", set()),
+        ("evaluation/study.py", set()),
+        ("evaluation/compare.py", set()),
+    ],
+)
+def test_code_is_part_of_the_runs_that_execute_it(project: Path, file: str, anew: Made) -> None:
+    assert (ROOT / file).is_file()
+    before = marks(project)
+    with edited(file):
+        after = marks(project)
+    assert made_anew(before, after) == anew
+    assert marks(project) == before
+
+
+def test_labelling_is_code_of_a_variant_with_other_labels(project: Path) -> None:
+    for file in ("fieldmark/labels/labelling.py", "fieldmark/labels/pixels.py", "evaluation/other_labels.py"):
+        before = marks(project, blocks=QUICK, **GRAPH)
+        with edited(file):
+            assert made_anew(before, marks(project, blocks=QUICK, **GRAPH)) == {("few", "none")}
+
+
+@pytest.mark.parametrize(
+    ("folder", "schema", "anew"),
+    [
+        ("embed/tiny/images", "embed.nodes/1", EVERY),
+        ("labels/tiny", "labels/1", GRAPHS),
+        ("graphs/tiny", "graphs/1", GRAPHS),
+        ("embed/tiny", "embed.text/1", {("concept_graph", "random_vectors")}),  # the scale, by which nodes are labelled
+        ("index", "index.images/1", EVERY),
+        ("embed/other/images", "embed.nodes/1", set()),
+        ("descriptions", "descriptions/1", set()),  # this concept graph reads none
+    ],
+)
+def test_files_are_part_of_the_runs_that_read_them(project: Path, folder: str, schema: str, anew: Made) -> None:
+    before = marks(project)
+    own(project, folder.split("/")[0])
+    files = sorted((project / "data" / folder).glob("*.parquet"))
+    path = next(file for file in files if pq.read_schema(file).metadata[b"schema"].decode() == schema)
+    # The same header over other rows: a fingerprint is never of rows.
+    header, table = read_header(path, schema), read_table(path, schema)
+    write_table(table.slice(1), path, schema, header.params, header.fingerprint)
+    assert made_anew(before, marks(project)) == anew
+
+
+def own(project: Path, name: str) -> None:
+    """Make a folder of data/ the project's own, which may be changed."""
+    path = project / "data" / name
+    source = path.resolve()
+    path.unlink()
+    shutil.copytree(source, path)
+
+
+def test_images_that_are_gone_are_seen(tmp_path: Path) -> None:
+    """Three quarters of the training images removed, and index, vectors, labels and graphs made again."""
+    grid = {"controls": ["none"], "regimes": ["full"], "methods": ["linear_probe", "concept_graph"], "seeds": 1}
+
+    def study_of(train: int) -> tuple[Plan, int]:
+        write_cache(tmp_path / "data", Planted(classes=4, train=train, val=4, test=4))
+        plan, runs = planned(tmp_path, QUICK, **grid)
+        return plan, run_study(plan, runs, 1)
+
+    plan, count = study_of(8)
+    assert count == 2
+    headers = [read_header(tmp_path / "data/index/images.parquet", "index.images/1")]
+    plan, count = study_of(2)
+    headers.append(read_header(tmp_path / "data/index/images.parquet", "index.images/1"))
+    assert headers[0] == headers[1]
+    assert count == 2
+    for folder in made(plan):
+        assert json.loads((plan.folder / folder / "metrics.json").read_text())["train"]["images"] == 4 * 2
+
+
+def test_an_edited_method_is_run_again_and_no_other(project: Path) -> None:
+    for name in ("fieldmark", "training", "evaluation"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_params(project, small=SMALL | {"controls": ["none"], "regimes": ["full"], "methods": ["linear_probe", "knn"]})
+    said = []
+    for _ in range(2):
+        done = run_small(project, "--jobs", "1", PYTHONPATH="")
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+        with open(project / "training/methods/knn.py", "a") as file:
+            file.write("\n# edited\n")
+    assert [line.split(": ")[1] for line in said] == ["2 runs made, 0 were there\n", "1 runs made, 1 were there\n"]
 
 
 def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
@@ -268,9 +397,10 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
     controls = ["none", "edges_removed", "owners_permuted", "unrelated_texts", {"concepts": 5}, few]
     methods = ["linear_probe", "zero_shot", "concept_bottleneck", "concept_graph"]
     path = write_params(project, small=SMALL | {"controls": controls, "methods": methods, "regimes": ["full"]})
-    study_of = study.read_study(str(path), load_params(path), "small")
-    entries = {name: Entry(name, Block(), "") for name in methods}
-    plan = Plan("small", study_of, project, 3, entries, "", (), (), {})
+    with chdir(project):
+        study_of = read_study(load_params(path), "small")
+    entries = {name: Entry(name, load_method(name).Settings()) for name in methods}
+    plan = Plan("small", study_of, ("tiny",), project, 3, entries, (), ())
     found: dict[str, list[str]] = {name: [] for name in methods}
     for cell in cells(plan, 0):
         found[cell.method] += [cell.control.label] if cell.control.label not in found[cell.method] else []
@@ -285,25 +415,27 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
 def parts_of(cache: Cache) -> dict[str, list[Tensor]]:
     """A cache's tensors, by the words of READS."""
     bank, names = cache.part(Bank), cache.part(Bank).of_kind("name")
-    labels = ("concept_idx", "concept_weight", "density", "selected", "selected_concepts", "ring_gains")
     return {
         "names": [bank.K[names], bank.kept[names]],
         "concepts": [bank.K[~names], bank.kept[~names]],
         "owners": [bank.own[names], bank.own[~names]],
-        "labels": [getattr(cache, name) for name in labels],
-        "edges": [cache.part(Edges).start, cache.part(Edges).count, cache.part(Edges).ends, cache.part(Edges).weight],
+        **{
+            name: list(cache.part(kind).tensors().values())
+            for name, kind in part_kinds().items()
+            if kind is not Bank and cache.has(kind)
+        },
     }
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("name", control_names())
 @pytest.mark.parametrize("concepts", [None, 20])
 def test_a_control_changes_the_parts_that_are_listed_for_it(
     controlled: Path, data: Path, name: str, concepts: int | None
 ) -> None:
     control = Control.model_validate({"name": name, "concepts": concepts})
-    cache = read_cache(controlled, "tiny", 3)
-    made = apply_control(cache, control, 0, read_materials(controlled, "tiny", control, 3))
-    before, after, listed = parts_of(cache), parts_of(made), changed_by(control)
+    cache = read_cache(controlled, "tiny", 3, ALL)
+    made = apply_control(cache, Request(control, controlled, "tiny", 3, torch.Generator().manual_seed(0)))
+    before, after, listed = parts_of(cache), parts_of(made), control.changes
     if "concepts" in listed:  # their owners go with them
         before["owners"].pop()
         after["owners"].pop()
@@ -344,21 +476,14 @@ GRAPH: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def quick_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    knobs = {
-        "encoder": "tiny",
-        "epochs": 1,
-        "hidden": 16,
-        "weight_decay": [0.1],
-        "streams": ["local"],
-        "loss_weights": {"graph": 0.4},
-    }
-    monkeypatch.setitem(PARAMS["train"]["methods"], "concept_graph", knobs)
+# A concept graph that is fitted in no time.
+QUICK = with_run(
+    "concept_graph", epochs=1, hidden=16, weight_decay=[0.1], streams=["local"], loss_weights={"graph": 0.4}
+)
 
 
-def test_a_variant_is_its_method_with_other_settings_and_labels(project: Path, quick_graph: None) -> None:
-    plan = ran(project, **GRAPH)
+def test_a_variant_is_its_method_with_other_settings_and_labels(project: Path) -> None:
+    plan = ran(project, QUICK, **GRAPH)
     assert list(plan.entries) == ["linear_probe", "concept_graph", "plain", "quiet", "few"]
     runs = {cell.method: plan.folder / cell.run for cell in cells(plan, 0)}
     configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in runs.items()}
@@ -375,31 +500,31 @@ def test_a_variant_is_its_method_with_other_settings_and_labels(project: Path, q
 
 
 def test_another_labelling_is_made_in_memory_and_leaves_the_rest(project: Path) -> None:
-    base = controlled_cache(project / "data", "tiny", 3, Control(), 0, PLAIN)
-    variation = Variation((("select_concepts", 3), ("select_locals", 2)))
-    few = controlled_cache(project / "data", "tiny", 3, Control(), 0, variation)
+    labels = {"few": {"select_concepts": 3, "select_locals": 2}, "one": {"select_locals": 1}}
+    variants = {name: {"method": "concept_graph", "labels": of} for name, of in labels.items()}
+    plan, _ = planned(project, variants=variants)
+    base = controlled_cache(plan, "tiny", Control(), 0, PLAIN)
+    few = controlled_cache(plan, "tiny", Control(), 0, plan.entries["few"].variation)
     assert few.part(Labels).selected.sum(1).unique().tolist() == [3]
     assert few.part(Labels).selected_concepts.shape[1] == 3
-    assert few.part(Nodes).nodes is base.vectors
-    assert few.part(Bank) is base.bank
-    variation = Variation((("select_locals", 1),))
-    under = controlled_cache(project / "data", "tiny", 3, Control(name="random_vectors"), 0, variation)
-    assert under.selected.sum(1).unique().tolist() == [2]
-    assert not torch.equal(under.bank.K, base.bank.K)
+    assert few.part(Nodes).nodes is base.part(Nodes).nodes
+    assert few.part(Bank) is base.part(Bank)
+    under = controlled_cache(plan, "tiny", Control(name="random_vectors"), 0, plan.entries["one"].variation)
+    assert under.part(Labels).selected.sum(1).unique().tolist() == [2]
+    assert not torch.equal(under.part(Bank).K, base.part(Bank).K)
 
 
-def test_a_variant_may_read_other_encoders_too(project: Path, quick_graph: None) -> None:
+def test_a_variant_may_read_other_encoders_too(project: Path) -> None:
     variants = {"both": {"method": "concept_graph", "also": ["other"]}}
     regimes = ["full", {"kind": "shots", "shots": 2}]
     grid = {"variants": variants, "controls": ["none", "random_vectors"], "regimes": regimes}
-    plan = ran(project, **GRAPH | grid)
+    plan = ran(project, QUICK, **GRAPH | grid)
     runs = {cell.method: plan.folder / cell.run for cell in cells(plan, 0) if cell.control == Control()}
     logits = {name: pq.read_table(folder / "predictions.parquet")["logits"] for name, folder in runs.items()}
     assert not logits["both"].equals(logits["concept_graph"])
-    mark = read_folder_header(project / "data/embed/other/images", "embed.nodes/1", 3).fingerprint
     config = json.loads((runs["both"] / "config.json").read_text())
     assert config["also"] == ["other"]
-    assert config["fingerprints"]["embed/other/images"] == mark
+    assert config["files"]["embed/other/images"] == hash_path(project / "data/embed/other/images", 3)
 
 
 def test_a_control_that_draws_leaves_the_unseen_classes_as_they_are(project: Path) -> None:
@@ -411,10 +536,10 @@ def test_a_control_that_draws_leaves_the_unseen_classes_as_they_are(project: Pat
     assert splits[1:] == splits[:1] * 2
 
 
-def test_overrides_are_part_of_a_run(project: Path, quick_graph: None) -> None:
+def test_overrides_are_part_of_a_run(project: Path) -> None:
     def marks(**few: Any) -> dict[str, str]:
         variants = GRAPH["variants"] | {"few": GRAPH["variants"]["few"] | few}
-        plan, grid = planned(project, **GRAPH | {"variants": variants})
+        plan, grid = planned(project, QUICK, **GRAPH | {"variants": variants})
         return {cell.method: plan.mark(cell) for cell in grid}
 
     before, labels = marks(), GRAPH["variants"]["few"]["labels"]
@@ -425,27 +550,29 @@ def test_overrides_are_part_of_a_run(project: Path, quick_graph: None) -> None:
         assert {name for name in before if after[name] != before[name]} == {"few"}
 
 
-def test_a_variant_by_pixels_reads_thumbnails_and_no_other_run_does(project: Path, quick_graph: None) -> None:
+def test_a_variant_by_pixels_reads_thumbnails_and_no_other_run_does(project: Path) -> None:
     def changed(**few: Any) -> dict[str, Any]:
         return GRAPH | {"variants": GRAPH["variants"] | {"few": GRAPH["variants"]["few"] | few}}
 
-    before, grid = planned(project, **GRAPH)
+    before, grid = planned(project, QUICK, **GRAPH)
     by_pixels = changed(labels={"select_locals": 2, "density": "pixel"})
     with pytest.raises(UserError, match=r"data/thumbs/b000\.parquet: is missing"):
-        planned(project, **by_pixels)
+        ran(project, QUICK, **by_pixels)
+    assert not made(before)
     index = read_table(project / "data/index/images.parquet", "index.images/1").to_pylist()
     rng = np.random.default_rng(0)
     pictures = {row["image_id"]: rng.integers(0, 256, (6, 6), dtype=np.uint8) for row in index if row["image_id"]}
     write_thumbs(pictures, buckets=3, folder=project / "data/thumbs")
-    plan = ran(project, **by_pixels)
+    plan = ran(project, QUICK, **by_pixels)
     assert {cell.method for cell in grid if plan.mark(cell) != before.mark(cell)} == {"few"}
     for cell in grid:
         config = json.loads((plan.folder / cell.run / "config.json").read_text())
-        assert config["fingerprints"].get("thumbs") == ("thumbs" if cell.method == "few" else None)
+        seen = hash_path(project / "data/thumbs", 3) if cell.method == "few" else None
+        assert config["files"].get("thumbs") == seen
     # Thumbnails made otherwise are another variant's.
     for path in (project / "data/thumbs").iterdir():
         write_table(read_table(path, "thumbs/1"), path, "thumbs/1", {}, "another")
-    again, _ = planned(project, **by_pixels)
+    again, _ = planned(project, QUICK, **by_pixels)
     assert {cell.method for cell in grid if again.mark(cell) != plan.mark(cell)} == {"few"}
 
 
@@ -472,50 +599,57 @@ def fit_leaky(cache: Cache, settings: Block, seed: int) -> Fitted:
     return untrained(Leaky(cache.globals(images), cache.y, len(cache.classes)), cache)
 
 
+def forget() -> None:
+    """Forget the caches that are remembered for the cells that follow."""
+    fitting.prepare.cache_clear()
+    fitting.seen_by.cache_clear()
+
+
 @pytest.fixture
 def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("training.methods.leaky")
-    module.Settings, module.SEEDED, module.READS, module.fit = Block, False, frozenset(), fit_leaky
+    module.Settings, module.SEEDED, module.READS, module.fit = Block, False, frozenset({"globals"}), fit_leaky
     monkeypatch.setitem(sys.modules, "training.methods.leaky", module)
 
 
 def test_a_planted_leak_finds_no_test_label(project: Path, leaky: None, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, (cell,) = planned(project, methods=["linear_probe"], controls=["none"], regimes=["full"])
     cell = cell._replace(method="leaky")
-    plan = replace(plan, entries={"leaky": Entry("leaky", Block(), "")})
+    code = {cell.row: "leaky"}
+    plan = replace(plan, entries={"leaky": Entry("leaky", Block())}, code=code)
 
     def test_accuracy() -> float:
-        study.prepare.cache_clear()
-        study.make_run(plan, cell)
+        forget()
+        fitting.make_run(plan, cell)
         table = pq.read_table(plan.folder / cell.run / "predictions.parquet").to_pylist()
         classes = json.loads((plan.folder / cell.run / "config.json").read_text())["classes"]
         return float(np.mean([classes[np.argmax(r["logits"])] == r["class_id"] for r in table if r["split"] == "test"]))
 
     assert test_accuracy() < 0.3  # its own nearest image, the test image itself, has no label
-    monkeypatch.setattr(study, "hide_test", lambda cache: cache)
+    monkeypatch.setattr(fitting, "hide_test", lambda cache: cache)
     assert test_accuracy() == 1  # the leak is there to be found
-    study.prepare.cache_clear()
+    forget()
 
 
 def test_permuted_labels_score_at_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cache(tmp_path / "data", Planted(classes=10, train=20, val=20, test=5))
     plan, grid = planned(tmp_path, controls=["none"], regimes=["full"], methods=["linear_probe"])
 
-    def permuted(cache: Cache, regime: object, draw: int) -> Cache:
+    def permuted(regime: Full, cache: Cache, draw: int) -> Cache:
         train, target = cache.images("train"), cache.y.clone()
         target[train] = target[train][torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))]
         return replace(cache, target=target)
 
     def val_accuracy() -> float:
-        study.prepare.cache_clear()
-        study.make_run(plan, grid[0])
+        forget()
+        fitting.make_run(plan, grid[0])
         return float(json.loads((plan.folder / grid[0].run / "metrics.json").read_text())["val"]["accuracy"])
 
     assert val_accuracy() > 0.9
-    monkeypatch.setattr(study, "apply_regime", permuted)
+    monkeypatch.setattr(Full, "apply", permuted)
     # Ten classes look alike within themselves: the 20 images of one are right or wrong together.
     assert val_accuracy() < 0.1 + 4 * (0.1 * 0.9 / 10) ** 0.5
-    study.prepare.cache_clear()
+    forget()
 
 
 def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int) -> None:
@@ -530,12 +664,10 @@ def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int) -> N
     expected = compare(expected_plan, cells(expected_plan, 0))
 
     plan, grid = planned(project)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for number in range(1, kills + 1):
         wanted = (RUNS + SEARCHES) * number // (kills + 2)
-        process = subprocess.Popen(
-            command(project, "--name", "small", "--jobs", str(jobs)), cwd=ROOT, env=environment, stderr=subprocess.PIPE
-        )
+        words = command(project, "--name", "small", "--jobs", str(jobs))
+        process = subprocess.Popen(words, cwd=project, env=ENVIRONMENT, stderr=subprocess.PIPE)
         while len(made(plan)) < wanted and process.poll() is None:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.2)
@@ -544,9 +676,7 @@ def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int) -> N
         before = made(plan)
         time.sleep(0.1 if jobs > 1 else 0)  # workers end with their parent
     assert 0 < len(before) < RUNS + SEARCHES
-    done = subprocess.run(
-        command(project, "--name", "small"), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_small(project)
     assert done.returncode == 0, done.stderr
     assert f"{RUNS - sum('development' not in name for name in before)} runs made" in done.stdout
     after = made(plan)
@@ -577,57 +707,57 @@ def test_two_processes_do_not_work_at_one_study(project: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["telepathy"]}, "studies.small.methods: 'telepathy' is not there; choose from: attention_pool"),
-        ({"encoders": ["tinny"]}, "studies.small.encoders: 'tinny' is not there; choose from: tiny, other"),
-        ({"seed": 3}, "studies.small.seed: unknown key; did you mean `seeds`?"),
+        ({"methods": ["telepathy"]}, "small.yaml: methods: 'telepathy' is not there; choose from: attention_pool"),
+        ({"encoders": ["tinny"]}, "small.yaml: encoders: 'tinny' is not there; choose from: tiny, other"),
+        ({"seed": 3}, "small.yaml: seed: unknown key; did you mean `seeds`?"),
         (
             {"regimes": [{"kind": "shots", "shots": 3}]},
-            "studies.small.regimes.0.shots: input should be 1, 2, 4, 8 or 16",
+            "small.yaml: regimes.0.shots: input should be 1, 2, 4, 8 or 16",
         ),
-        ({"regimes": ["few"]}, "studies.small.regimes.0: names no regime; give a `kind`, one of: full, shots"),
-        ({"controls": ["none", {"nam": "none"}]}, "studies.small.controls.1.nam: unknown key; did you mean `name`?"),
-        ({"controls": ["none", "none"]}, "studies.small.controls: holds none more than once"),
-        ({"variants": {"v": {"methd": "mlp"}}}, "studies.small.variants.v.methd: unknown key; did you mean `method`?"),
-        ({"variants": {"v": {"method": "telepathy"}}}, "studies.small.variants.v.method: 'telepathy' is not there"),
-        ({"variants": {"mlp": {"method": "mlp"}}}, "studies.small.variants.mlp: is a method's name; choose another"),
+        ({"regimes": ["few"]}, "small.yaml: regimes.0: names no regime; give a `kind`, one of: full, shots"),
+        ({"controls": ["none", {"nam": "none"}]}, "small.yaml: controls.1.nam: unknown key; did you mean `name`?"),
+        ({"controls": ["none", "none"]}, "small.yaml: controls: holds none more than once"),
+        ({"variants": {"v": {"methd": "mlp"}}}, "small.yaml: variants.v.methd: unknown key; did you mean `method`?"),
+        ({"variants": {"v": {"method": "telepathy"}}}, "small.yaml: variants.v.method: 'telepathy' is not there"),
+        ({"variants": {"mlp": {"method": "mlp"}}}, "small.yaml: variants.mlp: is a method's name; choose another"),
         (
             {"variants": {"v": {"method": "concept_graph", "also": ["clip"]}}},
-            "studies.small.variants.v.also: 'clip' is not there; choose from: tiny, other",
+            "small.yaml: variants.v.also: 'clip' is not there; choose from: tiny, other",
         ),
         (
             {"variants": {"v": {"method": "mlp", "also": ["other"]}}},
-            "studies.small.variants.v.also: mlp reads one encoder only",
+            "small.yaml: variants.v.also: mlp reads one encoder only",
         ),
-        ({"variants": {"a.b": {"method": "mlp"}}}, "studies.small.variants.a.b: is used as a folder name"),
+        ({"variants": {"a.b": {"method": "mlp"}}}, "small.yaml: variants.a.b: is used as a folder name"),
         (
             {"variants": {"v": {"method": "concept_graph", "settings": {"loss_weights": {"contrst": 1.0}}}}},
-            "studies.small.variants.v.settings.loss_weights.contrst: unknown key; did you mean `contrast`?",
+            "small.yaml: variants.v.settings.loss_weights.contrst: unknown key; did you mean `contrast`?",
         ),
         (
             {"variants": {"v": {"method": "attention_pool", "settings": {"lr": [0.1] * 9}}}},
-            "studies.small.variants.v: val would choose among 18 settings",
+            "small.yaml: variants.v: val would choose among 18 settings",
         ),
         (
             {"variants": {"v": {"method": "concept_graph", "labels": {"mod": "splice"}}}},
-            "studies.small.variants.v.labels.mod: unknown key; did you mean `mode`?",
+            "small.yaml: variants.v.labels.mod: unknown key; did you mean `mode`?",
         ),
         (
             {"variants": {"v": {"method": "mlp", "labels": {"mode": "splice"}}}},
-            "studies.small.variants.v.labels: mlp reads no labels; remove it",
+            "small.yaml: variants.v.labels: mlp reads no labels; remove it",
         ),
         (
             {"variants": {"v": {"method": "concept_graph", "labels": {"inside_object": True}}}},
-            "studies.small.variants.v.labels.inside_object: no study can label nodes so",
+            "small.yaml: variants.v.labels.inside_object: no study can label nodes so",
         ),
         (
             {"questions": [{"ask": "Is it?", "of": "linear_probe", "against": "gat"}]},
-            "studies.small.questions.0.against: 'gat' is not there; choose from: linear_probe",
+            "small.yaml: questions.0.against: 'gat' is not there; choose from: linear_probe",
         ),
         (
             {"questions": [{"ask": "Is it?", "of": "linear_probe", "aganst": "linear_probe"}]},
-            "studies.small.questions.0.aganst: unknown key; did you mean `against`?",
+            "small.yaml: questions.0.aganst: unknown key; did you mean `against`?",
         ),
-        ({"open": [{"ask": "Is it?"}]}, "studies.small.open.0.because: is missing"),
+        ({"open": [{"ask": "Is it?"}]}, "small.yaml: open.0.because: is missing"),
         ({"development": "classes.txt"}, "classes.txt: cannot be read"),
     ],
 )
@@ -638,13 +768,26 @@ def test_a_wrong_study_is_refused_before_anything_runs(project: Path, changes: d
     assert not (project / "data/studies").exists()
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / STUDIES).glob("*.yaml")))
+def test_a_study_of_the_repository_can_stand(name: str, tmp_path: Path) -> None:
+    """Under params.yaml, or with the profile laid over it that its name begins with."""
+    with chdir(ROOT):
+        text, profile = Path("params.yaml").read_text(), Path("profiles", f"{name.split('-')[0]}.yaml")
+        content = YAML(typ="safe", pure=True).load(lay_over(text, profile) if profile.is_file() else text)
+        params = check_params("params.yaml", content)
+        found = read_study(params, name)
+        variants = {f"methods.{method}": Variant(method=method) for method in found.methods} | found.variants
+        for key, variant in variants.items():
+            read_entry("params.yaml", name, params, key, variant, found.encoders or params.encoders)
+
+
 @pytest.mark.parametrize(
     ("lacking", "message"),
     [
         ({"READS": None}, "training/methods/leaky.py: has no READS"),
         (
             {"READS": frozenset({"label"})},
-            "training/methods/leaky.py: READS: 'label' is no part; choose from: concepts",
+            "training/methods/leaky.py: READS: 'label' is no part of the cache; choose from: boxes, concepts",
         ),
     ],
 )
@@ -660,23 +803,85 @@ def test_a_method_that_is_not_whole_is_named(
         load_method("leaky")
 
 
-def test_a_longer_search_than_the_others_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = {"encoder": "tiny", "l2": [10.0**-n for n in range(17)]}
-    monkeypatch.setitem(PARAMS["train"]["methods"], "linear_probe", probe)
-    with pytest.raises(
-        UserError, match=r"train\.methods\.linear_probe: val would choose among 17 settings, and train\.budget"
-    ):
-        planned(project)
+def test_a_longer_search_than_the_others_is_refused(project: Path) -> None:
+    what = r"studies/small\.yaml: methods\.linear_probe: val would choose among 17 settings, and train\.budget"
+    with pytest.raises(UserError, match=what):
+        planned(project, with_run("linear_probe", l2=[10.0**-n for n in range(17)]))
 
 
 def test_a_missing_file_is_one_line(project: Path) -> None:
     path = write_params(project, small=SMALL)
     (project / "data/bank").unlink()
-    done = subprocess.run(command(project, "--name", "small"), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_small(project)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "bank/tiny.parquet: is missing" in done.stderr
     assert path.is_file()
+
+
+TOWER: dict[str, Any] = {"encoders": {"clip": {"model": "none"}}, "towers": {"tiny": {"model": "none"}}}
+
+
+def without_texts(project: Path) -> None:
+    """What the stages leave for a tower: vectors and graphs."""
+    own(project, "embed")
+    (project / "data/embed/tiny/text.parquet").unlink()
+    for name in ("labels", "bank"):
+        (project / "data" / name).unlink()
+
+
+def test_a_study_over_a_tower(project: Path) -> None:
+    without_texts(project)
+    methods = ["linear_probe", "knn", "nodes_probe", "attention_pool"]
+    plan = ran(project, TOWER, methods=methods, controls=["none", "edges_removed", "random_vectors"])
+    assert {cell.control for cell in cells(plan, 0)} == {Control()}  # no control takes anything from these
+    assert all((plan.folder / cell.run / "metrics.json").is_file() for cell in cells(plan, 0))
+    text = compare(plan, cells(plan, 0))
+    titles = [line.split(":")[0] for line in text.splitlines() if line.startswith("tiny")]
+    assert titles == ["tiny, full", "tiny, 2-shot"]
+
+
+def test_a_method_that_reads_texts_has_no_study_on_a_tower(project: Path) -> None:
+    what = "'tiny' is a tower, without texts, and zero_shot reads names, owners; choose one of `encoders`: clip,"
+    for changes in (
+        {"methods": ["linear_probe", "zero_shot"]},
+        {"methods": ["linear_probe"], "variants": {"v": {"method": "zero_shot"}}},
+    ):
+        with pytest.raises(UserError, match=rf"^studies/small\.yaml: encoders: {what}") as caught:
+            planned(project, TOWER, **changes)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_study_reads_what_its_methods_declare_and_no_more(project: Path) -> None:
+    for name in ("labels", "descriptions"):
+        (project / "data" / name).unlink()
+    probes = ["linear_probe", "knn", "nodes_probe", "attention_pool"]
+    plan = ran(project, methods=probes, controls=["none", "random_vectors", "edges_rewired"])
+    read = {path for cell in cells(plan, 0) for path in plan.reading(cell).files}
+    assert read == {"index/images.parquet", "index/classes.parquet", "embed/tiny/images"}
+    assert run_study(plan, cells(plan, 0), 1) == 0
+    with pytest.raises(UserError, match=r"labels/tiny/b000\.parquet: is missing"):
+        ran(project, methods=[*probes, "concept_graph"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"labels/tiny: was not made from .*bank/tiny\.parquet as it is now .*; run label_patches again"),
+        ({"methods": ["linear_probe", "concept_bottleneck"], "controls": ["none", "unrelated_texts"]},
+         r"controls\.parquet: is missing; add tiny to `controls` in params\.yaml"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_refused_before_the_first_run(
+    project: Path, changes: dict[str, Any], message: str
+) -> None:
+    own(project, "bank")
+    path = project / "data/bank/tiny.parquet"
+    write_table(read_table(path, "bank/1"), path, "bank/1", read_header(path, "bank/1").params, "another")
+    plan, grid = planned(project, **changes)
+    with pytest.raises(UserError, match=message):
+        run_study(plan, grid, 1)
+    assert made(plan) == {}
 
 
 def test_development_classes_from_a_file(project: Path) -> None:
@@ -705,31 +910,3 @@ def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
     (project / "seen.txt").write_text("".join(f"class-0{number}\n" for number in range(7)))
     with pytest.raises(UserError, match=r"seen\.txt: leaves 3 classes, few-shot runs take 4"):
         planned(project, left_out=str(project / "seen.txt"))
-
-
-def readme(section: str, language: str) -> list[str]:
-    found = re.search(rf"^## {section}\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return re.findall(rf"```{language}\n(.*?)```", found[1], re.DOTALL)
-
-
-def test_the_readmes_method_gets_its_paired_table(project: Path) -> None:
-    for name in ("stages", "training"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (method,) = readme("A method in one file", "python")
-    (block,) = readme("A method in one file", "yaml")
-    (project / "training/methods/nearest_mean.py").write_text(method)
-    studies = YAML(typ="safe").load(block)["studies"]
-    studies["mine"]["encoders"] = ["tiny"]
-    write_params(project, **studies)
-    commands = re.findall(r"make (\w+) (NAME|STUDY)=(\w+)", "".join(readme("A method in one file", "sh")))
-    assert commands == [("study", "NAME", "mine"), ("compare", "STUDY", "mine")]
-    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
-    arguments = {"study": ["--name", "mine", "--jobs", "1"], "compare": ["--study", "mine"]}
-    for made_of, _, _ in commands:
-        words = command(project, *arguments[made_of], module=f"training.{made_of}")
-        done = run(words, cwd=project, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("nearest_mean")]
-    assert len(rows) == len(studies["mine"]["regimes"])
-    assert all(re.search(r"\[[-+]\d", row) for row in rows)

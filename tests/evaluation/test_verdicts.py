@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from evaluation.study import Question
+from evaluation.plan import Question
 from evaluation.verdicts import Answer, Result, Table, Verdict, answer, figures_of, figures_of_unseen, judge
 from training.controls import Control
 from training.regimes import Full
@@ -92,7 +92,7 @@ def test_a_control_stands_against_as_many_concepts() -> None:
     assert "ahead" in found["a random_vectors-5"].words
     assert "not shown" not in found["a random_vectors-5"].words
     assert found["a none"].words == "no difference shown"
-    assert found["a random_vectors-9"].words == "control of none-9, which the study does not have"
+    assert found["a random_vectors-9"].words == "control of none-9, which the table does not have"
     # What reads no concepts needs no run with fewer: its plain one is that.
     assert "ahead" in found["b random_vectors-5"].words
 

@@ -15,20 +15,16 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from fieldmark.store import vectors_of
 from training import relabelling as AFTER
-from training.control_texts import CONTROL_TEXTS, read_control_texts
+from training.control_texts import files, read_control_texts
 from training.controls import Request
 from training.data import Cache
 from training.data.bank import Bank
 
-__all__ = ["AFTER"]
+__all__ = ["AFTER", "files"]
 CHANGES = frozenset({"concepts", "labels"})
 NEEDS = frozenset({"names", "concepts", "owners"})
 DRAWS = False
 SUBJECT = "what the texts say does"
-
-
-def files(encoder: str) -> dict[str, str]:
-    return {CONTROL_TEXTS.format(encoder): "embed.controls/1"}
 
 
 def apply(cache: Cache, request: Request) -> Cache:

@@ -2,8 +2,8 @@
 
 `read_cache` joins the parts (`part.py`) with the index. Vectors stay in float16 and edges in flat lists, so memory is
 about what the files hold, and vectors that would fill it stay on the disk; `Cache.batch` gathers, pads and widens for a
-few hundred images at a time, without a loop over images. Names and shapes are those of the method catalogue: B images,
-N local nodes, D dimensions, C classes, M concepts, k labels a node, S sentences.
+few hundred images at a time, without a loop over images. Letters in shapes: B images, N local nodes,
+D dimensions, C classes, M concepts, k labels a node, S sentences, V views.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -80,7 +80,7 @@ class Batch(Fields):
         return self.values["g"] if "g" in self.values else self.nodes[:, 0]
 
     @property
-    def l(self) -> Tensor:  # noqa: E743 (the catalogue's name)
+    def l(self) -> Tensor:  # noqa: E743 (l for local, beside g for global)
         """(B, N, D): the local vectors."""
         return self.nodes[:, 1:]
 

@@ -1,4 +1,4 @@
-"""The concept graph's own losses: pure functions of tensors, each a scalar. Section 4 of the method catalogue.
+"""The concept graph's own losses: pure functions of tensors, each a scalar (docs/methods.md, concept_graph).
 
 What a loss is told of the class is `target`, classes (B,) or probabilities (B, C), as in `Batch`: partial labels give
 each candidate a share.

@@ -107,17 +107,19 @@ def read_settings(path: str, key: str, method: str, given: dict[str, Any]) -> Bl
     return read_block(path, f"{key}.settings", given, load_method(method).Settings)
 
 
-def check_encoders(
-    path: str, key: str, params: Params, method: str, settings: Block, encoder: str, also: Sequence[str]
-) -> None:
-    """Raise UserError where a method cannot read what it needs of an encoder, a tower say, or takes one alone."""
+def check_texts(path: str, key: str, params: Params, method: str, settings: Block, encoder: str) -> None:
+    """Raise UserError where a method reads texts, and the encoder that stands under `key` is a tower, without any."""
     texts = sorted(name for name in reads_of(method, settings) if part_kinds()[name].of_text)
     if texts and encoder in params.towers:
         known = ", ".join(params.encoders)
         what = f"{encoder!r} is a tower, without texts, and {method} reads {', '.join(texts)}"
-        raise UserError(f"{path}: {key}.encoder: {what}; choose one of `encoders`: {known}, or another method")
+        raise UserError(f"{path}: {key}: {what}; choose one of `encoders`: {known}, or another method")
+
+
+def check_also(path: str, key: str, method: str, also: Sequence[str]) -> None:
+    """Raise UserError where other encoders stand under `key`, and the method takes one alone."""
     if also and not also_reads_of(method):
-        raise UserError(f"{path}: {key}.also: {method} reads one encoder only; choose a method that has ALSO")
+        raise UserError(f"{path}: {key}: {method} reads one encoder only; choose a method that has ALSO")
 
 
 def grid(settings: Block) -> dict[str, list[float]]:

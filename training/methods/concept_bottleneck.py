@@ -1,5 +1,5 @@
 """A linear concept bottleneck: classes from an image's likeness to concepts and nothing else (after LaBo, Yang et al.,
-CVPR 2023; M18 of the method catalogue).
+CVPR 2023).
 
     s_k = x . K_k over the M kept concepts (class names and picture prototypes apart)        logits = Linear(s)
 

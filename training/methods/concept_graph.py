@@ -1,8 +1,8 @@
 """The concept graph: patches and the words that fit them, linked by place and likeness, under graph convolutions.
 
-Section 4 of the method catalogue [design]; it reconstructs its authors' notes and claims no fidelity to a paper. Each
-part below has a switch in `Settings`; those marked * are off unless it says otherwise. For an image with nodes 0
-(global) and 1..N (patches):
+A design of this project [design] out of parts of several papers, faithful to none of them (docs/methods.md). Each part
+below has a switch in `Settings`; those marked * are off unless it says otherwise. For an image with nodes 0 (global)
+and 1..N (patches):
 
     c_n   = sum of w_nk K_k over the node's `texts` heaviest concepts, w summing to 1     text of a node (D)
     x_n   = LN(V v_n + b) + LN(T c_n)                                 (h); LN makes the length of c_n idle
@@ -28,8 +28,8 @@ one; or as what r_1 has to predict (`loss_weights.rings`).
 The global stream starts as the tuned linear probe, the graph's at zero. `loss_weights` weighs, beside cross entropy of
 the sum: that of the global stream alone and of the graph's streams alone, so that neither starves because the other has
 already explained the training images; and, off at first, layers.losses: `contrast` pulls the densest node to the
-concepts of the class, `bottleneck` is the KL of CATE, `recovery` pulls nodes to proxies of the class (TRD's loss as the
-notes read it), in a space of its own. A weight of 0 costs nothing.
+concepts of the class, `bottleneck` is the KL of CATE, `recovery` pulls nodes to proxies of the class (after TRD),
+in a space of its own. A weight of 0 costs nothing.
 
 Where this differs from CATE: the bottleneck is in the width of the graph, not of the encoder; interference reads the
 encoder's vectors against the concepts of all classes, which no gradient reaches either, standardised by training images

@@ -1,4 +1,4 @@
-"""Zero-shot classification by description (Menon and Vondrick, ICLR 2023; M16 of the method catalogue).
+"""Zero-shot classification by description (Menon and Vondrick, ICLR 2023).
 
 z_c = scale * the mean of g . K_k over the concepts k that class c owns: kept texts that are not its name. Nothing is
 trained. With one text a class this is zero-shot classification by that text.

@@ -1,10 +1,10 @@
 """The k nearest training images by the cosine of global vectors vote, the nearer the more.
 
 p = sum over the k nearest of softmax(cos / temperature)_i t_i, with t_i what training is told of image i (its class, or
-its probabilities); logits = log(p + FLOOR), so that a class without a vote has a low and finite one (M7 of the method
-catalogue; the weighting is DINO's, Caron et al., ICCV 2021 [mem], FLOOR is ours [design]). Every view of a training
-image is a neighbour of its own. Val chooses k and the temperature. Memory does not grow with the number of training
-images beyond their vectors: they are looked through in blocks.
+its probabilities); logits = log(p + FLOOR), so that a class without a vote has a low and finite one (the
+weighting is DINO's, Caron et al., ICCV 2021 [mem], FLOOR is ours [design]). Every view of a training image is a
+neighbour of its own. Val chooses k and the temperature. Memory does not grow with the number of training images beyond
+their vectors: they are looked through in blocks.
 """
 
 import torch

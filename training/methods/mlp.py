@@ -1,4 +1,4 @@
-"""A multilayer perceptron on the global vector: LN, Linear, GELU, dropout, Linear (M7 of the method catalogue).
+"""A multilayer perceptron on the global vector: LN, Linear, GELU, dropout, Linear.
 
 Trained by training/loop.py on standardised vectors. It has the global vector alone, as linear_probe, and no convex
 problem: what it gains over the probe is what a straight boundary misses.

@@ -1,4 +1,4 @@
-"""Zero-shot classification by class names (CLIP, Radford et al., ICML 2021 [mem]; M15 of the method catalogue).
+"""Zero-shot classification by class names (CLIP, Radford et al., ICML 2021 [mem]).
 
 w_c is the mean of the unit vectors of class c's name texts (one for every template of `clean.name_templates`), of unit
 length again; logits = scale * g . w_c. Nothing is trained.
