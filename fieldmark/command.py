@@ -1,9 +1,40 @@
-"""What every stage's command line shares: a help page made of the module's docstring, and errors in one line."""
+"""What every stage's command line shares: a help page made of the module's docstring, and one way out.
+
+A command ends with one line on stderr, whatever went wrong: what, where, and what to do. What it prints holds no
+character that a terminal obeys and no secret of an address, since class names, paths and answers come from others.
+"""
 
 import argparse
+import errno
+import os
+import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import traceback
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Formatting characters that let a text be read in another order than it stands in (CVE-2021-42574).
+REORDERING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# Categories of Unicode: control characters, lone surrogates, separators of lines and of paragraphs.
+UNSEEN = {"Cc", "Cs", "Zl", "Zp"}
+# How tqdm goes back from a second bar to the first one; it writes nothing else with it.
+UP = re.compile(r"(\x1b\[A)+")
+USER_PART = re.compile(r"([a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
+QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?#]*\?)[^\s#]+", re.IGNORECASE)
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+CROWDED = {errno.EMFILE, errno.ENFILE}
+# What libraries that pass no errno on say of the same.
+SAYS_FULL = re.compile(r"no space left on device|disk quota exceeded|disk is full", re.IGNORECASE)
+SAYS_NO_MEMORY = re.compile(r"out of memory|not enough memory|(?:can't|cannot|failed to) allocate|bad_alloc", re.I)
+# Set to anything, it shows where an error came from.
+TRACE = "FIELDMARK_TRACE"
+HOW_TO_TELL = f"report it with what the same command prints under {TRACE}=1"
+PROJECT = Path(__file__).parents[1]
 
 
 class UserError(Exception):
@@ -24,14 +55,118 @@ def encoder_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """The text with every character that a terminal or a page obeys, but those in `keep`, written as an escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(escape(char) if is_unseen(char) and char not in keep else char for char in text)
+
+
+def is_unseen(char: str) -> bool:
+    return unicodedata.category(char) in UNSEEN or char in REORDERING
+
+
+def escape(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode()
+
+
+def redact(text: str) -> str:
+    """The text without what may be secret in the addresses in it: the part before @, and what follows ?."""
+    if "://" not in text:
+        return text
+    return QUERY.sub(r"\1***", USER_PART.sub(r"\1***@", text))
+
+
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a stage's `main`. Exit 0, 1 after a UserError printed as one line, or 130 after Ctrl-C."""
+    """Run a stage's `main`. Exit 0, 1 after an error printed as one line, or 130 after Ctrl-C."""
+    with guarded_streams():
+        try:
+            main()
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted; what is finished is kept, run the same command again to go on", file=sys.stderr)
+            code = 130
+        except Exception as error:
+            if TRACE in os.environ:
+                traceback.print_exc()
+            print(f"error: {explain(error)}", file=sys.stderr)
+            code = 1
+        else:
+            code = 0
+        drop_unwritten()
+    sys.exit(code)
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong and what to do: a UserError's own line, or one made for a failure of the surroundings."""
+    if isinstance(error, UserError):
+        return str(error)
+    said = " ".join(str(error).split())[:300]
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    where = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes) else ""
+    code = error.errno if isinstance(error, OSError) else None
+    if code in FULL or SAYS_FULL.search(said):
+        return f"{where}the disk is full ({said}); free some space and run again: what is finished is kept"
+    if isinstance(error, MemoryError) or SAYS_NO_MEMORY.search(said):
+        remedy = "end other programs, or lower batch_size under `encoders` in params.yaml, and run again"
+        return f"there is not enough memory ({said or type(error).__name__}); {remedy}"
+    if isinstance(error, RecursionError):
+        return f"something in the input is nested too deeply ({said}); make it flatter"
+    if code in FORBIDDEN:
+        remedy = "change its permissions or its owner, or work in a folder of your own"
+        return f"{where}may not be read or written by you ({said}); {remedy}"
+    if code in CROWDED:
+        return f"{where}too many files are open ({said}); raise the limit (`ulimit -n 4096`) and run again"
+    if isinstance(error, OSError):
+        what = error.strerror or said or type(error).__name__
+        return f"{where}{what}; mend that and run again: what is finished is kept"
+    return f"{type(error).__name__} in {place_of(error)} ({said}); this is a fault of fieldmark: {HOW_TO_TELL}"
+
+
+def place_of(error: BaseException) -> str:
+    """The line of this project that an error was last in."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # A virtual environment may lie in the project; and every error has passed through this file.
+    ours = [
+        frame
+        for frame in frames
+        if Path(frame.filename).is_relative_to(PROJECT)
+        and "site-packages" not in frame.filename
+        and frame.filename != __file__
+    ] or frames
+    return f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else "an unknown place"
+
+
+class Guarded:
+    """A stream that writes texts of others so that they can be read and do nothing (printable, redact)."""
+
+    def __init__(self, stream: Any, keep: str) -> None:
+        self.stream, self.keep = stream, keep
+
+    def write(self, text: str) -> int:
+        if not (self.keep.endswith("\r") and UP.fullmatch(text)):
+            text = printable(redact(text), self.keep)
+        return int(self.stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Guard stdout and stderr; bars on stderr go back to the start of their line."""
+    before = sys.stdout, sys.stderr
+    guarded: Any = Guarded(sys.stdout, "\n\t"), Guarded(sys.stderr, "\n\t\r")
+    sys.stdout, sys.stderr = guarded
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def drop_unwritten() -> None:
+    """Where stdout can no longer be written, give up what waits there: Python would fail on it again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
