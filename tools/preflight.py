@@ -198,7 +198,7 @@ def kept_paths(params: Params) -> list[tuple[str, Path]]:
 
 
 def say_tracked(file: str, params: Params) -> tuple[str, list[str]]:
-    """One line on what tracks the data that people keep here ("": they keep none), and warnings of what is untracked."""
+    """One line on what tracks the data that people keep here ("": nothing does), and warnings of what is untracked."""
     if shutil.which("git") is None or not git_lists("--", "params.yaml"):
         return "", []
     said, warnings = [], []
