@@ -51,8 +51,20 @@ def stage_parser(doc: str | None) -> argparse.ArgumentParser:
 def encoder_parser(doc: str | None) -> argparse.ArgumentParser:
     """A stage's parser for the stages that work on one encoder at a time."""
     parser = stage_parser(doc)
-    parser.add_argument("--encoder", required=True, help="a name under `encoders` in params.yaml")
+    key = stage_key()
+    said = "a name under `encoders` in params.yaml (in a stage that DVC runs: its own)"
+    parser.add_argument("--encoder", default=key, required=key is None, help=said)
     return parser
+
+
+def stage_key() -> str | None:
+    """The name behind @ of the stage that DVC runs this process for, or None.
+
+    Names in params.yaml come from whoever wrote that file. dvc.yaml does not put them into its commands, since DVC
+    hands these to a shell, which would run what a name holds.
+    """
+    _, at, key = os.environ.get("DVC_STAGE", "").rpartition("@")
+    return key if at else None
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
