@@ -31,6 +31,8 @@ CROWDED = {errno.EMFILE, errno.ENFILE}
 # What libraries that pass no errno on say of the same.
 SAYS_FULL = re.compile(r"no space left on device|disk quota exceeded|disk is full", re.IGNORECASE)
 SAYS_NO_MEMORY = re.compile(r"out of memory|not enough memory|(?:can't|cannot|failed to) allocate|bad_alloc", re.I)
+# The packages whose errors are those of a connection, a proxy or a certificate.
+NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub", "ssl", "socket"}
 # Set to anything, it shows where an error came from.
 TRACE = "FIELDMARK_TRACE"
 HOW_TO_TELL = f"report it with what the same command prints under {TRACE}=1"
@@ -122,6 +124,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MemoryError) or SAYS_NO_MEMORY.search(said):
         remedy = "end other programs, or lower batch_size under `encoders` in params.yaml, and run again"
         return f"there is not enough memory ({said or type(error).__name__}); {remedy}"
+    if type(error).__module__.partition(".")[0] in NETWORK:
+        remedy = "look at the connection, and at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE"
+        return f"the network cannot be used ({type(error).__name__}: {said}); {remedy}"
     if isinstance(error, RecursionError):
         return f"something in the input is nested too deeply ({said}); make it flatter"
     if code in FORBIDDEN:

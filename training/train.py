@@ -189,7 +189,8 @@ def main() -> None:
     parser.add_argument("--data", default="data", metavar="DIR", help="where the stages wrote (default: data)")
     key = stage_key()
     what = parser.add_mutually_exclusive_group(required=key is None)
-    what.add_argument("--run", default=key, metavar="NAME", help="a name under train.runs (in a stage that DVC runs: its own)")
+    said = "a name under train.runs (in a stage that DVC runs: its own)"
+    what.add_argument("--run", default=key, metavar="NAME", help=said)
     what.add_argument("--check", action="store_true", help="check every run and stop")
     what.add_argument("--knobs", metavar="METHOD", help="print a method's settings as YAML and stop")
     arguments = parser.parse_args()

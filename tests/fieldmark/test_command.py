@@ -89,6 +89,8 @@ FAILURES = [
     ("raise MemoryError", ["there is not enough memory (MemoryError); end other programs, or lower batch_size"]),
     ("x = 'x' * 10**18", ["not enough memory"]),
     ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", ["not enough memory"]),
+    ("import httpx2\nhttpx2.Client(proxy='http://a:hunter22@b:c')", ["the network cannot be used", "HTTPS_PROXY"]),
+    ("import ssl\nraise ssl.SSLError('bad certificate')", ["the network cannot be used (SSLError", "SSL_CERT_FILE"]),
     ("def f(): f()\nf()", ["nested too deeply"]),
     ("raise KeyError('\\x1b[2J\\nforged: line')", ["KeyError in script.py, line 4", "a fault of fieldmark", TRACE]),
 ]  # fmt: skip
@@ -101,6 +103,7 @@ def test_every_failure_is_one_line(tmp_path: Path, body: str, said: list[str]) -
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert "\x1b" not in done.stderr
+    assert "hunter22" not in done.stderr
     for words in said:
         assert words in done.stderr
 
