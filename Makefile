@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN ?=
 NAME ?=
-REMOTE ?=
+export REMOTE ?=
 PROFILE ?=
 SHELL := /bin/bash
 
@@ -61,20 +61,7 @@ pull: setup
 
 # Push every output to the remote. REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH sets it first, named `share`.
 share: setup
-	@test -f dvc.lock || { echo "error: dvc.lock: is missing: nothing to share; run make repro first" >&2; exit 1; }
-	@case "$(REMOTE)" in \
-	"") dvc remote default > /dev/null && exit; \
-	    echo "error: no remote is set; make share REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH" >&2; exit 1 ;; \
-	*://*:*@*) echo "error: REMOTE holds a password, and .dvc/config is committed; leave it out" >&2; exit 1 ;; \
-	*://*) url="$(REMOTE)" ;; \
-	*@*:*) echo "error: REMOTE=$(REMOTE) is a folder to DVC; write ssh://HOST/PATH" >&2; exit 1 ;; \
-	*) url=$$(python -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(REMOTE)"); \
-	    echo ".dvc/config names a folder of this machine, $$url; where another machine sees it elsewhere, run there:"; \
-	    echo "    dvc config --local remote.share.url FOLDER" ;; \
-	esac; \
-	dvc config remote.share.url "$$url" && dvc config core.remote share
-	@dvc push
-	@echo 'to commit for a second machine: dvc.lock and .dvc/config'
+	@python -m tools.share
 
 test: setup
 	ruff check .

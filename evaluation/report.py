@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import FileSystemLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evaluation.examples import make_examples, name_concept
 from evaluation.health import HEALTH, contamination, near_pairs, read_health
@@ -30,7 +31,7 @@ from evaluation.runs import SPLITS, NotMade, Row, Run, check_marks, check_same_i
 from evaluation.statistics import Paired, paired_difference
 from evaluation.words import lay_out, percent, percent_and_deviation, points, points_range
 from fieldmark import store
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError, printable, run, stage_parser
 from fieldmark.params import Params, load_params
 from training.metrics import Ints
 
@@ -160,14 +161,16 @@ def summarise(
         reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
         counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
         lasts.insert(1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
-    return "\n".join([lay_out(lines), "", *lasts]) + "\n"
+    return printable("\n".join([lay_out(lines), "", *lasts])) + "\n"
 
 
 def render(content: Row) -> str:
-    """The page. Everything that comes from data is escaped by the template engine."""
-    environment = Environment(
+    """The page. Everything that comes from data is escaped, and so are characters that change how a text is read."""
+    environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        # What is not a plain text was made by the template itself, or is a number.
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

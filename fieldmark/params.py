@@ -8,9 +8,11 @@ default written here; the params.yaml of the repository states every knob.
 import difflib
 import re
 import reprlib
+import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -278,6 +280,8 @@ def read_yaml(path: str | Path, remedy: str = "") -> dict[str, Any]:
         raise UserError(f"{path}: {line}is not YAML: {' '.join(str(error.problem).split())}; correct it") from None
     except YAMLError as error:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: brackets or blocks are nested too deeply to be read; correct it") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no parameters; start from one of the repository")
     return content
@@ -331,6 +335,26 @@ def read_block(path: str, key: str, given: Any, model: type[Found]) -> Found:
         raise UserError(explain_error(path, error, given, f"{key}." if key else "", model)) from None
 
 
+def problem_of_address(url: str) -> str | None:
+    """What is wrong with the address of a server that is asked and what to do, or None. It does not repeat the address.
+
+    User, password and query are refused: params.yaml and dvc.lock are shared, and a path is put behind the address.
+    """
+    try:
+        parts = urlsplit(url)
+        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        complete = False
+    if not complete or not (url.isascii() and url.isprintable()) or " " in url:
+        return "is no address; write it as https://HOST/v1 or http://HOST:PORT/v1"
+    if "@" in parts.netloc:
+        return "holds a user or a password, which no file may hold; put it in the environment (llm.api_key_env)"
+    if "?" in url or "#" in url:
+        remedy = "leave out what begins with ? or #, and send it as a header (llm.headers with env:VARIABLE)"
+        return f"holds a query, behind which no path can stand and which may be a secret; {remedy}"
+    return None
+
+
 def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
     """The keys that the block at `location` has."""
     block: Any = model
@@ -348,6 +372,9 @@ def check_contradictions(path: str, params: Params) -> None:
     def refuse(key: str, what: str, remedy: str) -> None:
         raise UserError(f"{path}: {key}: {what}; {remedy}")
 
+    problem = None if params.llm.base_url is None else problem_of_address(params.llm.base_url)
+    if problem:
+        raise UserError(f"{path}: llm.base_url: {problem}")
     formats = sorted(file.stem for file in FORMATS.glob("[a-z]*.py"))
     if params.dataset.format not in formats:
         what = f"there is no fieldmark/formats/{params.dataset.format}.py"
@@ -388,9 +415,12 @@ def check_contradictions(path: str, params: Params) -> None:
         refuse("graphs.nodes", "`global` is not among them, and every graph needs it", "add it")
     for template in params.clean.name_templates:
         try:
-            names_it = "\0" in template.format(name="\0", noun="")
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-            names_it = False
+            fields = list(string.Formatter().parse(template))
+        except ValueError:
+            fields = []
+        used = [(name, spec, conversion) for _, name, spec, conversion in fields if name is not None]
+        # Nothing but the two words: an attribute reaches into the program, and a width may be a billion.
+        names_it = ("name", "", None) in used and set(used) <= {("name", "", None), ("noun", "", None)}
         if not names_it:
             what = f"{template!r} must use {{name}}, may use {{noun}}, and nothing else in braces"
             refuse("clean.name_templates", what, "correct it")

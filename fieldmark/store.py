@@ -12,6 +12,7 @@ rows, wide ones of WIDE_ROW_GROUP, so that a file that is written row group by r
 written at once.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -196,15 +198,36 @@ def vectors_of(table: pa.Table, column: str = "vector") -> Any:
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a temporary file beside `path`, then rename it: a reader sees the old file or the new one."""
+    """Let `write` make a temporary file beside `path`, then rename it: a reader sees the old file or the new one.
+
+    Both the bytes and the name are on the disk when it returns, so that a loss of power leaves no empty file either.
+    Raises what `write` raised, whatever then happens to the temporary file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        sync(partial)
         os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems, most of them network ones, have no such thing for a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,16 +1,19 @@
 """What every command promises of its command line."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from fieldmark import command
 from fieldmark.command import UserError
-from tests.project import ROOT
+from tests.checkout import command as shell
+from tests.project import PARAMS, ROOT
 
 # Every module that runs: what dvc.yaml runs and what people run beside it.
 MODULES = sorted(
@@ -86,3 +89,28 @@ def test_a_stage_runs_as_a_command(project: object) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: none.yaml: cannot be read")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_stage_has_its_encoder_from_dvc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    for stage, key in (("embed_text@conv", "conv"), ("../a@b/dvc.yaml:embed_text@conv", "conv"), ("x@a; b", "a; b")):
+        monkeypatch.setenv("DVC_STAGE", stage)
+        assert command.encoder_parser("doc").parse_args([]).encoder == key
+        assert command.encoder_parser("doc").parse_args(["--encoder", "vit"]).encoder == "vit"
+    monkeypatch.setenv("DVC_STAGE", "report")
+    with pytest.raises(SystemExit):
+        command.encoder_parser("doc").parse_args([])
+    assert "--encoder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_hostile_name_runs_no_command(tmp_path: Path) -> None:
+    """The same way of DVC's, on one stage: a name that a shell would obey is an encoder that is not there."""
+    stage = {"foreach": "${encoders}", "do": {"cmd": f"{sys.executable} -m stages.embed_text", "outs": ["out/${key}"]}}
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"embed_text": stage}}))
+    hostile = "a; touch ran #$(touch ran)`touch ran`"
+    (tmp_path / "params.yaml").write_text(json.dumps(PARAMS | {"encoders": {hostile: {"model": "none"}}}))
+    shell("dvc", "init", "-q", "--no-scm", cwd=tmp_path)
+    done = shell("dvc", "repro", cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    assert f"error: params.yaml: encoders.{hostile}: is used as a folder name" in done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -142,3 +142,8 @@ def test_dvc_yaml_lists_the_code_that_a_stage_runs(name: str) -> None:
         + [f"{file} is listed, and not imported" for file in listed - run]
         + [f"{file} is listed, and need not be" for file in listed & NOT_LISTED]
     )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_name_of_params_yaml_reaches_a_shell(name: str) -> None:
+    assert "$" not in STAGES[name]["cmd"]

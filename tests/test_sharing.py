@@ -7,6 +7,7 @@ import base64
 import hashlib
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.checkout import BIN, ROOT, checkout, command, commit, edit_params, git
+from tools.share import problem_of_url
 
 pytestmark = pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="clones borrow the virtual environment")
 
@@ -163,6 +165,13 @@ def test_the_report_of_the_clone_shows_its_pictures_from_the_thumbnails(first: P
         ("", "error: no remote is set; make share REMOTE="),
         ("ssh://me:secret@host/path", "error: REMOTE holds a password"),
         ("me@host:/path", "write ssh://HOST/PATH"),
+        ("me:hunter22@host:/path", "write ssh://HOST/PATH"),
+        ("https://hunter22@host/path", "error: REMOTE holds a password or a token"),
+        ("s3://hunter22:x@bucket/path", "error: REMOTE holds a password or a token"),
+        (f"ssh://{'hunter22' * 5}@host/path", "error: REMOTE holds a password or a token"),
+        ("https://host/path?sig=hunter22", "error: REMOTE holds a query"),
+        ("s3://bucket/path#hunter22", "error: REMOTE holds a query"),
+        ("https://[hunter22", "error: REMOTE is no address"),
     ],
 )
 def test_what_cannot_be_shared_is_one_line(remote: str, said: str, bare: Path) -> None:
@@ -171,6 +180,7 @@ def test_what_cannot_be_shared_is_one_line(remote: str, said: str, bare: Path) -
     line, *of_make = failed.stderr.splitlines()
     assert failed.returncode != 0
     assert said in line
+    assert "hunter22" not in failed.stdout + failed.stderr
     assert [each[:5] for each in of_make] == ["make:"]
     assert (bare / ".dvc/config").read_bytes() == before
 
@@ -195,6 +205,55 @@ def test_another_remote_takes_the_place_of_the_former(bare: Path) -> None:
         assert "remote = share\n" in settings
     finally:
         (bare / ".dvc/config").write_text(config)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["url = https://hunter22@host/path", "url = https://host/path?hunter22", "url = ../cache\n    password = hunter22"],
+)
+def test_a_secret_in_the_committed_settings_is_told_and_not_repeated(setting: str, bare: Path) -> None:
+    config = (bare / ".dvc/config").read_text()
+    (bare / ".dvc/config").write_text(f"[core]\n    remote = old\n['remote \"old\"']\n    {setting}\n")
+    try:
+        failed = command("make", "share", cwd=bare, check=False)
+    finally:
+        (bare / ".dvc/config").write_text(config)
+    assert failed.stderr.startswith("error: .dvc/config: ")
+    assert "hunter22" not in failed.stdout + failed.stderr
+
+
+@pytest.mark.parametrize("user", ["me@", ""])
+def test_a_name_to_log_in_with_is_no_secret(user: str) -> None:
+    assert problem_of_url(f"ssh://{user}host/path") is None
+    assert problem_of_url("s3://bucket/path") is None
+    assert problem_of_url("../a?b#c@d") is None
+
+
+@pytest.mark.slow
+def test_a_clone_that_lacks_files_says_so(tmp_path: Path) -> None:
+    """Two clones of a small pipeline: what the first one did not push the second one cannot share."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    stage = "{cmd: mkdir -p data && echo x > data/one && echo y > data/two, outs: [data/one, data/two]}"
+    (first / "dvc.yaml").write_text(f"stages: {{one: {stage}}}\n")
+    git("init", "-q", "-b", "main", cwd=first)
+    command("dvc", "init", "-q", cwd=first)
+    command("dvc", "repro", "-q", cwd=first)
+    commit(first)
+    git("clone", "-q", str(first), str(second), cwd=first)
+
+    def share(folder: Path) -> subprocess.CompletedProcess[str]:
+        words = (sys.executable, "-m", "tools.share")
+        return command(*words, cwd=folder, check=False, REMOTE="../remote", PYTHONPATH=str(ROOT))
+
+    failed = share(second)
+    assert failed.returncode == 1
+    [said] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert "2 files of dvc.lock are neither in this clone nor on the remote: data/one, data/two; `dvc pull" in said
+    assert "to commit" not in failed.stdout
+    assert share(first).stdout.endswith("to commit for a second machine: dvc.lock and .dvc/config\n")
+    # What the remote has need not be here.
+    assert share(second).returncode == 0
 
 
 def test_nothing_made_is_nothing_to_share(bare: Path) -> None:

@@ -2,20 +2,25 @@
 
 Reads   params.yaml, which it checks as every command does; whether each path in it is there; and the names
         under dataset.root, concepts.import and llm.recordings. It opens no file.
-Writes  nothing: where all is right, it says nothing.
+Writes  nothing. Of data that people keep in the project it says what tracks them, and warns of what nothing tracks;
+        where all comes with the repository or lies outside, it says nothing.
 Costs   one look a name: about a second for 200,000 files on a local disk.
 
 What it refuses in a folder [T: DVC 3.67]: names that are not UTF-8, links that lead nowhere, a .dvcignore and files
 that may not be read, at all of which DVC stops with an error; pipes and devices, on which it may wait for ever; and, as
 DVC would see no change there: what lies behind a link to a folder, in a folder that may be entered but not listed, and
 beside an entry named .dvc. A link to a file is followed and does no harm, nor does a link back to a folder it lies in.
-In this project's folder DVC skips .git, .hg and __pycache__; elsewhere it reads them as well.
+An experiment in a copy (`dvc exp run --temp`, --queue) and a clone have what git or DVC tracks, and nothing else of the
+project. In this project's folder DVC skips .git, .hg and __pycache__; elsewhere it reads them as well.
 
     python -m tools.preflight
 """
 
 import os
+import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +31,8 @@ from fieldmark.params import NONE, Params, load_params
 REEF = Path("data/reef")
 # Where the pipeline writes.
 OUTPUTS = Path("data")
+# What of it comes with the repository.
+BUNDLED = {("data", "demo"), ("data", "none")}
 # What DVC skips below its own project: its defaults, and the line in .dvcignore.
 SKIPPED = {".git", ".hg", ".dvc", "__pycache__"}
 SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -168,9 +175,57 @@ def check(file: str, params: Params) -> None:
         raise UserError("\n".join([heading, *lines, *more]))
 
 
+def track_file(path: Path) -> Path | None:
+    """The .dvc file that tracks a path or a folder that it lies in, or None."""
+    found = [Path(f"{each}.dvc") for each in (path, *path.parents) if each != Path(".")]
+    return next((file for file in found if file.is_file()), None)
+
+
+def git_lists(*words: str) -> bool:
+    """Whether `git ls-files` names anything."""
+    return bool(subprocess.run(["git", "ls-files", *words], capture_output=True, check=False).stdout)
+
+
+def kept_paths(params: Params) -> list[tuple[str, Path]]:
+    """What params.yaml names in this project and no stage makes: its key and its path from here."""
+    here = Path.cwd()
+    kept = []
+    for key, name, _ in named_paths(params):
+        path = Path(os.path.abspath(name))
+        if path.is_relative_to(here) and path.exists() and path != REEF.absolute():
+            kept.append((key, path.relative_to(here)))
+    return kept
+
+
+def say_tracked(file: str, params: Params) -> tuple[str, list[str]]:
+    """One line on what tracks the data that people keep here ("": nothing does), and warnings of what is untracked."""
+    if shutil.which("git") is None or not git_lists("--", "params.yaml"):
+        return "", []
+    said, warnings = [], []
+    for key, path in kept_paths(params):
+        where, by_dvc = f"warning: {file}: {key}: {path}", track_file(path)
+        lacks = "clones and experiments in a copy (`dvc exp run --temp`, --queue) lack it"
+        if by_dvc is not None:
+            said.append(f"{path} by DVC")
+            if not git_lists("--", str(by_dvc)):
+                warnings.append(f"{where} is tracked by DVC, but git does not have {by_dvc}: {lacks}; commit that file")
+        elif git_lists("--others", "--", str(path)):
+            how = f"`dvc add {path}` and commit {path}.dvc" if path.is_dir() else f"`git add {path}`, or `dvc add` it"
+            warnings.append(f"{where} is tracked by neither git nor DVC, or in parts only: {lacks}; {how}")
+        elif path.parts[0] == OUTPUTS.name and path.parts[:2] not in BUNDLED:
+            said.append(f"{path} by git")
+    return "tracked: " + ", ".join(dict.fromkeys(said)) if said else "", warnings
+
+
 def main() -> None:
     file = stage_parser(__doc__).parse_args().params
-    check(file, load_params(file))
+    params = load_params(file)
+    check(file, params)
+    line, warnings = say_tracked(file, params)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    if line:
+        print(line)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError, run, stage_key, stage_parser
 from fieldmark.params import Block, Params, load_params
 from fieldmark.store import fingerprint, write_atomic, write_text
 from training.controls import Control, Request, apply_control, read_control
@@ -188,8 +188,10 @@ def write_run(
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR", help="where the stages wrote (default: data)")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", metavar="NAME", help="a name under train.runs")
+    key = stage_key()
+    what = parser.add_mutually_exclusive_group(required=key is None)
+    said = "a name under train.runs (in a stage that DVC runs: its own)"
+    what.add_argument("--run", default=key, metavar="NAME", help=said)
     what.add_argument("--check", action="store_true", help="check every run and stop")
     what.add_argument("--knobs", metavar="METHOD", help="print a method's settings as YAML and stop")
     arguments = parser.parse_args()

@@ -35,6 +35,7 @@ from fieldmark.encoders.base import (
     pad_rows,
     split_transform,
 )
+from fieldmark.encoders.foreign_code import check_architecture
 from fieldmark.encoders.maps import image_features
 from fieldmark.params import Encoder
 
@@ -127,6 +128,7 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         if text_tower.startswith((".", "/")) and not Path(text_tower).is_dir():
             remedy = "correct it there (a path counts from where the command runs)"
             raise UserError(f"{key}.model: {folder} names its text tower {text_tower}, which is no folder; {remedy}")
+        check_architecture(architecture, Path(folder) if local else None, f"{key}.model")
         if by_name:
             check_activation(settings.model, str(settings.pretrained), architecture, key)
         long = longclip.read_checkpoint(str(settings.pretrained)) if by_name else None
@@ -138,8 +140,11 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         else:
             architecture = longclip.adapt(architecture, long)
             model = longclip.build(architecture, long, settings.precision).to(device)
+        is_hugging_face = bool(architecture["text_cfg"].get("hf_tokenizer_name"))
         tokenizer = open_clip.get_tokenizer(
-            settings.model, context_length=architecture["text_cfg"]["context_length"] if long else None
+            settings.model,
+            context_length=architecture["text_cfg"]["context_length"] if long else None,
+            **({"trust_remote_code": False} if is_hugging_face else {}),
         )
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

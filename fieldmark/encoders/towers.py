@@ -136,7 +136,8 @@ def read_checkpoint(path: str, classifier: str | tuple[str, ...] | None) -> dict
     """What timm.create_model needs to load every weight of a model without classes from a file, or to fail."""
     names = (classifier,) if isinstance(classifier, str) else classifier or ()
     dropped = tuple(f"{name}." for name in names)
-    state = {name: weight for name, weight in load_state_dict(path).items() if not name.startswith(dropped)}
+    held = load_state_dict(path, weights_only=True)
+    state = {name: weight for name, weight in held.items() if not name.startswith(dropped)}
     # As many classes as the model has, which is none: otherwise timm does not mind that weights are missing.
     return {"state_dict": state, "num_classes": 0, "label_offset": 0}
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
 from tenacity import (
     RetryCallState,
@@ -36,10 +37,13 @@ from fieldmark.llm.journal import token_count
 from fieldmark.llm.parsing import NoAnswer, find_answer, without_thoughts
 from fieldmark.llm.prompts import Message, Prompt
 from fieldmark.llm.rates import SPREAD, Rates, reset_after
-from fieldmark.params import Llm
+from fieldmark.params import Llm, problem_of_address
 from fieldmark.store import canonical_json
 
 OPENAI = "https://api.openai.com/v1"
+BASE_URL = "OPENAI_BASE_URL"
+# What httpx reads in the environment.
+SURROUNDINGS = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 # A server that asks for a longer rest than this has closed for the day: stop and say so.
@@ -61,6 +65,8 @@ LONGEST_FAILURE = 10_000
 # Shorter values stand in for a key where a local server asks for none; to hide them would garble messages.
 SHORTEST_SECRET = 8
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+# Where openai's client takes more headers from, a line each.
+MORE_HEADERS = "OPENAI_CUSTOM_HEADERS"
 SECRET_HEADER = re.compile(r"key|token|secret|password|cookie|auth", re.IGNORECASE)
 
 
@@ -93,12 +99,12 @@ class Client:
         self.prompt, self.llm = prompt, llm
         key, headers, server = read_key(llm), read_headers(llm), server_of(llm)
         self.base_url = public_url(server)
-        self.secrets = secrets_of(key, headers, llm, server)
+        self.secrets = secrets_of(key, headers, llm)
         self.stopping = threading.Event()
         self.rates = Rates(llm.requests_per_minute, llm.tokens_per_minute, self.stopping)
         self.options = request_options(prompt, llm)
         self.deadline = Deadline()
-        http = openai.DefaultHttpxClient(event_hooks={"response": [read_whole]})
+        http = open_connections()
         self.deadline.hold_for(http)
         self.api = openai.OpenAI(
             api_key=key,
@@ -246,6 +252,8 @@ class Client:
                 f"{server} lets no request of this size in ({said}); lower llm.max_output_tokens in params.yaml, or"
                 f" shorten {self.prompt.path}"
             )
+        if 300 <= error.status_code < 400:
+            return UserError(f"{server}: {self.clean(redirection(error.response))}")
         if error.status_code == 401:
             return UserError(f"{server} refuses the key in {variable} ({said}); export a valid one")
         if error.status_code in HOPELESS:
@@ -318,9 +326,9 @@ def read_headers(llm: Llm) -> dict[str, str]:
     return headers
 
 
-def secrets_of(key: str, headers: dict[str, str], llm: Llm, server: str) -> list[str]:
+def secrets_of(key: str, headers: dict[str, str], llm: Llm) -> list[str]:
     """What must never be stored or shown, the longest first: one may be a part of another."""
-    values = [key, urlsplit(server).password or ""]
+    values = [key, *(header.partition(":")[2].strip() for header in os.environ.get(MORE_HEADERS, "").split("\n"))]
     values += [headers[name] for name, value in llm.headers.items() if value.startswith("env:")]
     return sorted({value for value in values if len(value) >= SHORTEST_SECRET}, key=len, reverse=True)
 
@@ -367,21 +375,50 @@ def objection(reply: Reply, prompt: Prompt) -> list[Message]:
     return [*([{"role": "assistant", "content": answer}] if answer else []), {"role": "user", "content": said}]
 
 
+def open_connections() -> httpx2.Client:
+    """openai's HTTP client, which follows no redirect: headers and prompts go to the address that was named, alone.
+
+    Raises UserError where the environment names a proxy or a file of certificates that cannot be used.
+    """
+    try:
+        return openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [read_whole]})
+    except (OSError, ValueError, ImportError, httpx2.InvalidURL) as error:
+        # The message is left out: it may hold the password of a proxy.
+        set_here = [name for name in SURROUNDINGS if os.environ.get(name) or os.environ.get(name.lower())]
+        certificates = isinstance(error, OSError)
+        named = [name for name in set_here if name.startswith("SSL") == certificates]
+        names = ", ".join(named) or "the system's settings"
+        if certificates:
+            raise UserError(f"{names}: there are no certificates to be read; correct the path, or unset it") from None
+        raise UserError(
+            f"{names}: is no proxy that can be used; write http://HOST:PORT (for socks5:// also `pip install socksio`),"
+            " or unset it"
+        ) from None
+
+
+def redirection(response: httpx2.Response) -> str:
+    """What to tell of an answer that names another address, without what may be secret in that one."""
+    try:
+        new = str(response.url.join(response.headers["location"]).copy_with(userinfo=b"", query=None, fragment=None))
+    except (KeyError, ValueError, httpx2.InvalidURL):
+        new = "nowhere"
+    remedy = "nothing was sent there; if that is the server you mean, set llm.base_url to it in params.yaml"
+    return f"answers with a redirect ({response.status_code}) to {new[:300]}; {remedy}"
+
+
 def server_of(llm: Llm) -> str:
     """The address that is asked: llm.base_url, else the variable that every OpenAI client knows, else OpenAI."""
-    return llm.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    return llm.base_url or os.environ.get(BASE_URL) or OPENAI
 
 
 def public_url(url: str) -> str:
-    """A server's address without user, password and query. Raises UserError where it is none."""
-    try:
-        parts = urlsplit(url)
-        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        complete = False
-    if not complete:
-        raise UserError("params.yaml: llm.base_url: is no address; write it as https://HOST/v1 or http://HOST:PORT/v1")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    """A server's address as it is compared and stored. Raises UserError where it is none, or holds a secret."""
+    problem = problem_of_address(url)
+    if problem:
+        where = BASE_URL if url == os.environ.get(BASE_URL) else "params.yaml: llm.base_url"
+        raise UserError(f"{where}: {problem}")
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
 
 
 def refuses_format(error: openai.APIStatusError) -> bool:

@@ -10,31 +10,28 @@ schema: {type: object, ...}    # JSON schema of the answer
 # user
 What tells {{ name }} ...
 
-Jinja's own filters and one more work there: `{{ noun | with_article }}` writes "a fish", "an aircraft".
+Jinja's own filters and one more work there: `{{ noun | with_article }}` writes "a fish", "an aircraft". A template runs
+in Jinja's sandbox, in a process of its own with bounds of time, memory and length (rendering.py): a prompt of somebody
+else's can ask for nothing but a text.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fieldmark.command import UserError
+from fieldmark.llm.rendering import RENDERER
 from fieldmark.store import sha256
 
 Message = dict[str, Any]
 FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)---\s*\n(.*)", re.DOTALL)
 HEADING = re.compile(r"^# (system|user|assistant)[ \t]*$", re.MULTILINE)
 KEYS = {"purpose", "variables", "schema"}
-JINJA = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-# A vowel that is heard as one: an orchid, but a unicorn and a eucalypt; and an hourglass.
-VOWEL = re.compile(r"(?!eu|ew|one\b|uni(?![dmn])|us[aeu])[aeiou]|hour|heir", re.IGNORECASE)
-
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -45,13 +42,6 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "null": (type(None),),
 }
 SCHEMA_WORDS = {"type", "enum", "properties", "required", "additionalProperties", "items", "description", "title"}
-
-
-def with_article(noun: str) -> str:
-    return f"{'an' if VOWEL.match(noun) else 'a'} {noun}"
-
-
-JINJA.filters["with_article"] = with_article
 
 
 @dataclass(frozen=True)
@@ -69,10 +59,6 @@ class Prompt:
     def name(self) -> str:
         return Path(self.path).stem
 
-    @cached_property
-    def templates(self) -> list[tuple[str, Template]]:
-        return [(role, JINJA.from_string(source)) for role, source in self.sections]
-
     def render(self, values: Mapping[str, Any]) -> list[Message]:
         """The messages for these values. Raises UserError where the file uses what `values` does not hold."""
         unknown = [name for name in self.variables if name not in values]
@@ -80,10 +66,11 @@ class Prompt:
             known = ", ".join(sorted(values))
             raise UserError(f"{self.path}: variables: {unknown[0]!r} is not known to this stage; it knows {known}")
         chosen = {name: values[name] for name in self.variables}
-        try:
-            return [{"role": role, "content": template.render(chosen).strip()} for role, template in self.templates]
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path}: cannot be rendered: {' '.join(str(error).split())}") from None
+        answer = RENDERER.ask(self.sections, chosen)
+        if "error" in answer:
+            raise UserError(f"{self.path}: cannot be rendered: {answer['error']}; correct it")
+        messages: list[Message] = answer["messages"]
+        return messages
 
 
 def load_prompt(path: str | Path) -> Prompt:
@@ -105,8 +92,7 @@ def load_prompt(path: str | Path) -> Prompt:
         front["schema"],
         split_sections(path, match[2]),
     )
-    for _, source in prompt.sections:
-        check_variables(prompt, source)
+    check_variables(prompt)
     return prompt
 
 
@@ -115,6 +101,8 @@ def read_front_matter(path: str | Path, text: str) -> dict[str, Any]:
         front = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: the front matter is nested too deeply to be read; correct it") from None
     if not isinstance(front, dict) or set(front) != KEYS:
         found = ", ".join(map(str, front)) if isinstance(front, dict) else "something else"
         raise UserError(f"{path}: the front matter holds {found}; it must hold {', '.join(sorted(KEYS))} and no more")
@@ -137,14 +125,14 @@ def split_sections(path: str | Path, body: str) -> tuple[tuple[str, str], ...]:
     return sections
 
 
-def check_variables(prompt: Prompt, source: str) -> None:
-    try:
-        used = meta.find_undeclared_variables(JINJA.parse(source))
-        JINJA.from_string(source)
-    except TemplateError as error:
-        raise UserError(f"{prompt.path}: is not a Jinja template: {' '.join(str(error).split())}") from None
-    for name in sorted(used - set(prompt.variables)):
-        raise UserError(f"{prompt.path}: {{{{ {name} }}}} is not among its `variables`; correct it or declare it there")
+def check_variables(prompt: Prompt) -> None:
+    answer = RENDERER.ask(prompt.sections)
+    if "error" in answer:
+        raise UserError(f"{prompt.path}: is not a Jinja template: {answer['error']}; correct it")
+    for name in answer["used"]:
+        if name not in prompt.variables:
+            remedy = "correct it or declare it there"
+            raise UserError(f"{prompt.path}: {{{{ {name} }}}} is not among its `variables`; {remedy}")
 
 
 def check_schema(path: str | Path, schema: Any, where: str) -> None:

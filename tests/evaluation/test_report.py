@@ -100,6 +100,17 @@ def test_text_is_escaped(data: Path) -> None:
     assert NASTY in Page(html).text
 
 
+def test_control_characters_of_data_stay_off_the_page_and_the_terminal(data: Path) -> None:
+    hostile, shown = "\x1b[2J \u202etxt.\x07", r"\x1b[2J \u202etxt.\x07"
+    rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"name": hostile}})
+    rewrite(data / "index/images.parquet", "index.images/1", {12: {"error": hostile}})
+    rewrite(data / f"bank/{ENCODER}.parquet", "bank/1", {position: {"text": hostile} for position in range(18)})
+    summary = report(make_params(), data)
+    html = (data / "report/index.html").read_text()
+    assert not set(hostile) - set(shown) & set(html + summary)
+    assert Page(html).text.count(shown) > 3
+
+
 def test_same_inputs_same_bytes(data: Path) -> None:
     outputs = []
     for _ in range(2):

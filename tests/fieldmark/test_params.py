@@ -216,6 +216,10 @@ def test_a_missing_block_or_key(refuse: Callable[..., None]) -> None:
                 "{name[x]}",
                 "{name!z}",
                 "{{name}}",
+                "{name} {name.__class__}",
+                "{name} {noun.__init__.__globals__}",
+                "{name:>1000000000}",
+                "{name} {noun:1000000000}",
             )
         ],
     ],
@@ -234,3 +238,16 @@ def test_text_that_is_no_parameters(refuse: Callable[..., None], project: Path) 
     refuse("a: \x00\n", "is not YAML")
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read .*--params"):
         load_params(project / "none.yaml")
+
+
+@pytest.mark.parametrize("address", ["https://me:hunter22@host/v1", "https://hunter22@host/v1", "https://host?hunter22"])
+def test_an_address_with_a_secret_is_refused_and_not_repeated(project: Path, address: str) -> None:
+    (project / "params.yaml").write_text(json.dumps(changed("llm.base_url", address)))
+    with pytest.raises(UserError, match=r"params\.yaml: llm\.base_url: holds a ") as caught:
+        load_params()
+    assert "hunter22" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 5000, "[" * 5000, "a: " + "{a: " * 5000, "- " * 5000 + "a"])
+def test_brackets_without_end_are_one_line(refuse: Callable[..., None], text: str) -> None:
+    refuse(text, "nested too deeply")

@@ -1,3 +1,5 @@
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,26 @@ def test_an_atomic_write_that_fails_leaves_what_was_there(tmp_path: Path) -> Non
         store.write_atomic(path, fail)
     assert [each.name for each in path.parent.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_the_first_error_is_the_one_that_is_told(tmp_path: Path) -> None:
+    def fail(partial: Path) -> None:
+        partial.mkdir()
+        raise OSError(errno.ENOSPC, "disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        store.write_atomic(tmp_path / "file", fail)
+
+
+def test_a_file_and_its_name_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+
+    def note(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    monkeypatch.setattr(os, "fsync", note)
+    store.write_text(tmp_path / "file", "text")
+    assert [Path(each).name for each in synced] == [f".file.{os.getpid()}.partial", tmp_path.name]
 
 
 def write_labels(folder: Path, ids: list[str], buckets: int, mark: str = "mark") -> None:

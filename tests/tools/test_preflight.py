@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from fieldmark.command import UserError
 from fieldmark.params import load_params
-from tests.project import PARAMS
+from tests.checkout import git
+from tests.project import PARAMS, ROOT
 from tools.preflight import bad_entries, check, is_utf8
 
 RunStage = Callable[..., None]
@@ -128,6 +130,39 @@ def test_it_says_nothing_where_all_is_right(run_stage: RunStage, capsys: pytest.
     write_params()
     run_stage("tools.preflight")
     assert capsys.readouterr() == ("", "")
+
+
+def test_it_says_what_tracks_the_data_that_people_keep(
+    project: Path, run_stage: RunStage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> tuple[str, list[str]]:
+        run_stage("tools.preflight")
+        out, err = capsys.readouterr()
+        return out, [line.split(": ", 2)[2].partition(": clones")[0] for line in err.splitlines()]
+
+    def add(*paths: str) -> None:
+        git("add", "-f", *paths, cwd=project)
+
+    write_params(dataset__root="data/images", concepts__import="data/concepts.json", demo={})
+    shutil.move("images", "data/images")
+    Path("data/concepts.json").write_text("{}")
+    git("init", "-q", cwd=project)
+    (project / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    add("params.yaml", "prompts", "data/demo", "data/none")
+    nothing = "is tracked by neither git nor DVC, or in parts only"
+    images, concepts = "dataset.root: data/images", "concepts.import: data/concepts.json"
+    assert said() == ("", [f"{images} {nothing}", f"{concepts} {nothing}"])
+    (project / "data/images.dvc").write_text("outs: []")
+    add("data/concepts.json")
+    half = f"{images} is tracked by DVC, but git does not have data/images.dvc"
+    assert said() == ("tracked: data/images by DVC, data/concepts.json by git\n", [half])
+    add("data/images.dvc")
+    assert said() == ("tracked: data/images by DVC, data/concepts.json by git\n", [])
+    (project / "data/images.dvc").unlink()
+    add("data/images")
+    assert said() == ("tracked: data/images by git, data/concepts.json by git\n", [])
+    (project / "data/images/train/a/1.png").touch()
+    assert said() == ("tracked: data/concepts.json by git\n", [f"{images} {nothing}"])
 
 
 def test_it_checks_the_parameters_themselves(run_stage: RunStage) -> None:

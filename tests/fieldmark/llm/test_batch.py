@@ -476,3 +476,18 @@ def test_nothing_secret_is_stored(server: OpenAIServer) -> None:
     assert len(server.batches) == 2
     for path in (journal_path(STAGE), record_path(STAGE)):
         assert KEY.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["upload", "create", "list", "retrieve", "content"])
+def test_no_redirect_is_followed(server: OpenAIServer, kind: str) -> None:
+    if kind == "list":
+        # Only after a lost answer does anybody look through the list.
+        server.detours["create"].append(unheard)
+    with OpenAIServer() as stranger:
+        new = stranger.base_url.replace("127.0.0.1", "localhost")
+        server.detours[kind].append(lambda handler, request: handler.send_json(307, {}, {"Location": f"{new}/files"}))
+        with pytest.raises(UserError) as caught:
+            ask(server, "a")
+        assert (stranger.kinds, stranger.uploads, stranger.calls) == ([], [], [])
+    assert f"answers with a redirect (307) to {new}/files;" in str(caught.value)
+    assert [row["status"] for row in ask(server, "a")] == ["ok"]

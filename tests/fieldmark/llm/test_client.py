@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fieldmark.command import UserError
-from fieldmark.llm.client import Client, Reply, limit_name, public_url
+from fieldmark.llm.client import SURROUNDINGS, Client, Reply, limit_name, public_url
 from fieldmark.llm.rates import Rates
 from fieldmark.params import Llm
 from tests.fieldmark.llm.test_rates import Clock
@@ -436,18 +436,18 @@ def test_organisation_and_headers_are_sent_and_secrets_kept(
 
     def turn(handler: Handler, request: dict[str, Any]) -> None:
         seen.append({name: handler.headers[name] for name in SENT})
-        failure(400, message="I saw from-the-environment and the password hunter22")(handler, request)
+        failure(400, message="I saw from-the-environment and the password of-a-gateway")(handler, request)
 
     def echo(handler: Handler, request: dict[str, Any]) -> None:
         told = completion(request, '{"x": "from-the-environment"}')
         handler.send_json(200, {**told, "model": "from-the-environment"})
 
     monkeypatch.setenv("GATEWAY_KEY", " from-the-environment\n")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Pass: of-a-gateway")
     server.script += [turn, echo]
     values = {
         "organization": "org-mine",
         "headers": {"X-Team": "fish", "X-Api-Key": "env:GATEWAY_KEY"},
-        "base_url": server.base_url.replace("http://", "http://me:hunter22@"),
     }
     assert json.loads(ask(server, **values).response_json)["error"].endswith("I saw *** and the password ***")
     assert seen == [SENT]
@@ -497,8 +497,85 @@ def test_what_is_no_address_is_refused(server: OpenAIServer, address: str) -> No
         ask(server, base_url=address)
 
 
-def test_the_stored_address_holds_no_password() -> None:
-    assert public_url("https://me:secret@host:8000/v1/?token=secret") == "https://host:8000/v1"
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("https://me:hunter22@host:8000/v1", "holds a user or a password"),
+        ("https://hunter22@host/v1", "holds a user or a password"),
+        ("https://host/v1?token=hunter22", "holds a query"),
+        ("https://host/v1?hunter22", "holds a query"),
+        ("https://host/v1#hunter22", "holds a query"),
+        ("https://me:hunter22@host:x/v1", "is no address"),
+        ("https://host/v1 hunter22", "is no address"),
+        ("https://host/v1\n", "is no address"),
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "variable"])
+def test_an_address_with_a_secret_is_refused_and_not_repeated(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, address: str, said: str, by: str
+) -> None:
+    if by == "variable":
+        monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(UserError) as caught:
+        ask(server, base_url=address if by == "file" else None)
+    where = "params.yaml: llm.base_url" if by == "file" else "OPENAI_BASE_URL"
+    assert str(caught.value).startswith(f"{where}: {said}" if by == "variable" else "")
+    assert said in str(caught.value)
+    assert "hunter22" not in str(caught.value)
+
+
+def test_an_address_is_stored_as_it_is_compared() -> None:
+    assert public_url("https://host:8000/v1/") == "https://host:8000/v1"
+
+
+def redirect(code: int, target: str) -> Turn:
+    return lambda handler, request: handler.send_json(code, {}, {"Location": target})
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setenv("GATEWAY_KEY", "from-the-environment")
+    with OpenAIServer(lambda request: {"x": "of a stranger"}) as stranger:
+        new = f"http://localhost:{stranger.listener.server_port}/v1/chat/completions"
+        server.script.append(redirect(code, new.replace("://", "://me:hunter22@") + "?token=hunter22"))
+        with pytest.raises(UserError) as caught:
+            ask(server, organization="org-mine", headers={"X-Api-Key": "env:GATEWAY_KEY"})
+        assert (len(server.calls), stranger.calls, stranger.kinds) == (1, [], [])
+    assert f"redirect ({code}) to {new};" in str(caught.value)
+    assert "hunter22" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["/v2/chat/completions", "http://[x", "\x1b[31m", ""])
+def test_a_redirect_to_anything_is_one_line(server: OpenAIServer, target: str) -> None:
+    server.script.append(redirect(307, target))
+    with pytest.raises(UserError, match="answers with a redirect"):
+        ask(server)
+    assert len(server.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("HTTP_PROXY", "socks5://me:hunter22@127.0.0.1:1", "HTTP_PROXY: is no proxy that can be used"),
+        ("ALL_PROXY", "gopher://me:hunter22@127.0.0.1", "ALL_PROXY: is no proxy that can be used"),
+        ("HTTPS_PROXY", "http://me:hunter22@host:port", "HTTPS_PROXY: is no proxy that can be used"),
+        ("SSL_CERT_FILE", "/not/there.pem", "SSL_CERT_FILE: there are no certificates"),
+        ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE: there are no certificates"),
+    ],
+)
+def test_surroundings_that_no_call_can_be_made_in_are_one_line(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    for name in SURROUNDINGS:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError) as caught:
+        ask(server)
+    assert str(caught.value).startswith(said)
+    assert "hunter22" not in str(caught.value)
+    assert server.calls == []
 
 
 DIGITS = "9" * 5000

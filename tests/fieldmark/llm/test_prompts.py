@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fieldmark.command import UserError
-from fieldmark.llm.prompts import load_prompt, problem, with_article
+from fieldmark.llm.prompts import load_prompt, problem
+from fieldmark.llm.rendering import with_article
 from tests.fieldmark.llm.workspace import REPOSITORY
 
 VALUES: dict[str, Any] = {
