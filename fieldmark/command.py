@@ -8,12 +8,16 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 # Formatting characters that let a text be read in another order than it stands in (CVE-2021-42574).
@@ -38,6 +42,13 @@ NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "h
 TRACE = "FIELDMARK_TRACE"
 HOW_TO_TELL = f"report it with what the same command prints under {TRACE}=1"
 PROJECT = Path(__file__).parents[1]
+
+SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
+PARENT_LOOK_S = 0.5
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP (its number is the argument), which end a stage as Ctrl-C does."""
 
 
 class UserError(Exception):
@@ -93,11 +104,23 @@ def redact(text: str) -> str:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a stage's `main`. Exit 0, 1 after an error printed as one line, or 130 after Ctrl-C."""
+    """Run a stage's `main`. Exit 0, 1 after an error printed as one line, 130 after Ctrl-C, or 143 after SIGTERM.
+
+    A stage that DVC started ends with DVC: one that lives on would go on paying while a second run begins.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # What is ignored stays ignored: that is how nohup works.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, terminate)
+    if os.environ.get("DVC_STAGE"):
+        threading.Thread(target=end_with_dvc, daemon=True).start()
     with guarded_streams():
         try:
             main()
             sys.stdout.flush()
+        except Terminated as error:
+            print("stopped; what is finished is kept, run the same command again to go on", file=sys.stderr)
+            code = 128 + error.args[0]
         except KeyboardInterrupt:
             print("interrupted; what is finished is kept, run the same command again to go on", file=sys.stderr)
             code = 130
@@ -110,6 +133,34 @@ def run(main: Callable[[], None]) -> NoReturn:
             code = 0
         drop_unwritten()
     sys.exit(code)
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Once: what comes while the stage winds up must not cut that short."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise Terminated(number)
+
+
+def end_with_dvc() -> None:
+    """Send this process SIGTERM when the DVC that started it is gone."""
+    parent = os.getppid()
+    name, above = process(parent)
+    # DVC runs a command through a shell, which most replace by the command and some stay beside.
+    through_shell = name in SHELLS
+    while os.getppid() == parent and not (through_shell and process(parent) != (name, above)):
+        time.sleep(PARENT_LOOK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def process(number: int) -> tuple[str, int]:
+    """The name of a process and its parent's number, where the system tells (Linux)."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", 0
+    head, _, tail = stat.rpartition(")")
+    return head.partition("(")[2], int(tail.split()[1])
 
 
 def explain(error: BaseException) -> str:

@@ -53,6 +53,7 @@ class Dataset(Block):
     val_list: str = NONE
     seed: int = 0
     buckets: Annotated[int, Field(ge=1, le=1000)] = 16
+    without_images: bool = False
 
     @property
     def folder(self) -> Path:

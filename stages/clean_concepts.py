@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark import store
-from fieldmark.command import run, stage_parser
+from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.cleaning import clean_class, clean_generic
 from fieldmark.params import load_params
 
@@ -44,24 +44,35 @@ def report(concepts: list[Row], classes: list[Row]) -> None:
         print(f"warning: {len(bare)} classes keep no visual concept: {', '.join(bare)}", file=sys.stderr)
 
 
-def main() -> None:
-    params = load_params(stage_parser(__doc__).parse_args().params)
-    upstream = [
-        store.read_header(path, schema).fingerprint
-        for path, schema in ((ANSWERS, "llm.answers/1"), (CLASSES, "index.classes/1"))
-    ]
+def read_answers() -> dict[str, list[Row]]:
+    """The rows with status ok by their subject."""
     answers = defaultdict(list)
     for row in store.read_table(ANSWERS, "llm.answers/1").to_pylist():
         if row["status"] == "ok":
             answers[row["subject_id"]].append(row)
-    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    return answers
 
-    concepts = [
-        concept
-        for row in classes
-        for concept in clean_class(row, answers[row["class_id"]], params.domain, params.clean)
-    ]
-    concepts += clean_generic(answers[GENERIC], classes, params.domain, params.clean)
+
+def main() -> None:
+    params = load_params(stage_parser(__doc__).parse_args().params)
+    header = store.read_header(ANSWERS, "llm.answers/1")
+    upstream = [header.fingerprint, store.read_header(CLASSES, "index.classes/1").fingerprint]
+    # What the answers were to hold is written with them, where anybody was asked.
+    asked, generic = header.params.get("per_class"), header.params.get("generic")
+    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    try:
+        answers = read_answers()
+        concepts = [
+            concept
+            for row in classes
+            for concept in clean_class(row, answers[row["class_id"]], params.domain, params.clean, asked)
+        ]
+        concepts += clean_generic(answers[GENERIC], classes, params.domain, params.clean, generic)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{ANSWERS}: holds what is no answer ({type(error).__name__}: {' '.join(str(error).split())[:100]}); run"
+            " generate_concepts again, what its journal holds costs nothing"
+        ) from None
     content = {"domain": params.domain.model_dump(), "clean": params.clean.model_dump()}
     mark = store.fingerprint(SCHEMA, content, upstream)
     store.write_table(store.make_table(SCHEMA, concepts), CONCEPTS, SCHEMA, content, mark)

@@ -5,9 +5,10 @@ Reads   data/index/images.parquet and its images with status ok as `dataset` say
 Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image, failed ones too;
         data/descriptions/descriptions.parquet (descriptions/1): the sentences, class names masked;
         data/descriptions/metrics.json: rows, tokens and cost in sum.
-Costs   llm.mode live or batch: one call for each image whose answer is held neither there nor in the journal under
-        .cache/ (or $FIELDMARK_CACHE); see --dry-run. llm.mode replay, or describe.enabled false: nothing. Memory does
-        not grow with the images' sizes: a picture is opened when it is its turn.
+Costs   llm.mode live or batch: one call for each image whose answer is held neither there nor in the journal, which
+        lies in .cache/ of the original checkout of an experiment or worktree (or in $FIELDMARK_CACHE); see --dry-run.
+        llm.mode replay, or describe.enabled false: nothing. Of several runs at a time one asks and the others wait for
+        its answers. Memory does not grow with the images' sizes: a picture is opened when it is its turn.
 
 The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
 
@@ -42,6 +43,8 @@ ANSWERS = Path("data/descriptions/answers.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
 METRICS = Path("data/descriptions/metrics.json")
 JPEG_QUALITY = 90
+# In characters; a model that repeats itself writes no end of them.
+LONGEST_SENTENCE = 2_000
 Row = dict[str, Any]
 
 
@@ -81,13 +84,18 @@ def with_image(item: Item, paths: dict[str, Path]) -> list[Message]:
     return [*before, {**last, "content": [text, {"type": "image_url", "image_url": {"url": url}}]}]
 
 
-def descriptions_of(answers: list[Row], mask: NameMask) -> tuple[list[Row], int]:
-    """Rows of descriptions/1 from the answers that are ok, and how many class names were masked in them."""
+def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None) -> tuple[list[Row], int]:
+    """Rows of descriptions/1 from the answers that are ok, and how many class names were masked in them.
+
+    Of an answer that a model gave the first `most` sentences (None: all); none is longer than LONGEST_SENTENCE.
+    """
     rows, masked = [], 0
     for answer in answers:
         if answer["status"] != "ok":
             continue
-        sentences = [" ".join(sentence.split()) for sentence in json.loads(answer["response_json"])["sentences"]]
+        said = json.loads(answer["response_json"])["sentences"]
+        said = said[:most] if answer["source"] in ("live", "batch") else said
+        sentences = [" ".join(sentence[:LONGEST_SENTENCE].split()) for sentence in said]
         for rank, sentence in enumerate(filter(None, sentences)):
             text, found = mask.apply(sentence)
             masked += found
@@ -151,7 +159,7 @@ def main() -> None:
     write_metrics(rows, METRICS)
 
     names = [name for row in classes for name in (row["name"], row["scientific_name"]) if name]
-    described, masked = descriptions_of(rows, NameMask(names, params.domain.noun))
+    described, masked = descriptions_of(rows, NameMask(names, params.domain.noun), params.describe.sentences)
     schema = "descriptions/1"
     content = {"noun": params.domain.noun}
     table_mark = store.fingerprint(schema, content, [mark, classes_mark])

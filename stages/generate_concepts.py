@@ -7,8 +7,9 @@ Reads   data/index/classes.parquet, the prompt `concepts.prompt`, params: domain
 Writes  data/concepts/answers.parquet (llm.answers/1): one row a class and sample, failed ones too; one row for a class
         that is imported or edited; data/concepts/metrics.json: rows, tokens and cost in sum.
 Costs   llm.mode live or batch: one call for each class and sample, but for imported and edited classes, whose answer is
-        held neither there nor in the journal under .cache/ (or $FIELDMARK_CACHE); see --dry-run. llm.mode replay or
-        import: nothing.
+        held neither there nor in the journal, which lies in .cache/ of the original checkout of an experiment or
+        worktree (or in $FIELDMARK_CACHE); see --dry-run. llm.mode replay or import: nothing. Of several runs at a time
+        one asks and the others wait for its answers.
 
 Two prompts more, both off by default. `concepts.generic` N: one call for N texts that hold for many classes, kept as a
 row with subject_id "*". `concepts.contrast`: one call more a class for what tells it from its siblings, the other
@@ -29,6 +30,7 @@ Too few classes with an answer (llm.min_coverage) are an error, after the file i
 
 import difflib
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,11 @@ def main() -> None:
     if llm.mode == "import":
         check_imported(classes, own, params)
         questions = {}
+    imageless = sum(not row["from_images"] for row in without_own(classes, own))
+    if imageless and questions:
+        print(
+            f"{STAGE}: of the classes asked about {imageless} have no image (dataset.without_images)", file=sys.stderr
+        )
     if args.dry_run and coverage:
         print(f"{STAGE}: {coverage}, 0 calls")
     if llm.mode in ("live", "batch"):

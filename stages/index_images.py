@@ -167,6 +167,23 @@ def why_unused(rows: list[Row], folder: Path) -> str:
     return f"{count} of {len(rows)} images, {path!r} among them: {error} (paths start from {folder}{backslash}); "
 
 
+def leave_out_imageless(classes: list[Row], dataset: Dataset) -> list[Row]:
+    """The classes that are asked about and ranked: those with images, and others where dataset.without_images says so.
+
+    A list of classes often names more than a data set has pictures of, and the inner nodes of a hierarchy.
+    """
+    left = [row["name"] for row in classes if not row["from_images"]]
+    if not left or dataset.without_images:
+        return classes
+    some = f"{', '.join(left[:10])}{f' and {len(left) - 10} more' if len(left) > 10 else ''}"
+    print(
+        f"{len(left)} of {len(classes)} classes have no image and are left out ({some}); dataset.without_images: true"
+        " asks about them and ranks them, too",
+        file=sys.stderr,
+    )
+    return [row for row in classes if row["from_images"]]
+
+
 def scale_to_image(listing: Listing, root: str) -> None:
     """Boxes and part points in [0,1] of the image, where the data set has them in pixels; none where it is not used.
 
@@ -260,7 +277,7 @@ def index(params: Params) -> dict[str, Any]:
             row["path"].encode()
         except UnicodeEncodeError:
             raise UserError(f"{dataset.root}: the name {row['path']!r} is not UTF-8; rename it") from None
-    classes = list_classes(listing)
+    classes = leave_out_imageless(list_classes(listing), dataset)
     for row in rows:
         row["class_id"] = store.class_id_of(row["name"])
     for attribute in listing.attributes:
@@ -279,7 +296,7 @@ def index(params: Params) -> dict[str, Any]:
     }
     made_by = {
         "format": dataset.format, "test_fraction": dataset.test_fraction, "val_fraction": dataset.val_fraction,
-        "seed": dataset.seed,
+        "seed": dataset.seed, **({"without_images": True} if dataset.without_images else {}),
     }
     for name, content in tables.items():
         schema = f"index.{name}/1"

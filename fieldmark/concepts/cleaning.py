@@ -4,15 +4,17 @@ Of a text that ends in a remark on the class by its name ("a long stiff tail, ty
 is cut off. A text is dropped, for the first of these reasons that holds:
 
     empty, fragment    holds no words, or is no whole phrase
-    too_long           has more than clean.max_words
+    too_long           has more than clean.max_words, of which one of more than 40 letters counts as several
     class_name         gives the class away; a generic one, any class
     habitat            is about the surroundings: the model says so, or the words do
     sound, smell, diet, range, habitat, size, population, breeding, mechanics, lore, behaviour, comparison,
     nothing_visible    claims what one photo cannot show, or nothing that it can: see visibility.py
+    surplus            is one of more than were asked for, or than ten of one text; of those only the first are rows
     duplicate          says in the same words what another text of the class says
 """
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -25,6 +27,12 @@ from fieldmark.params import Clean, Domain
 
 Row = dict[str, Any]
 
+# In characters; a model that repeats itself writes no end of them.
+LONGEST_TEXT = 2_000
+LONGEST_WORD = 40
+# Texts that one text of an answer may hold, and how many times what is wanted is still shown as dropped.
+MOST_PIECES = 10
+SURPLUS = 10
 # A list's bullet or number, and what ends one of several sentences in a text.
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u2013]|\(?\d{1,2}[.)])\s+")
 SENTENCE_END = re.compile(r"[\n;]+|(?<=[a-z)\"'])[.!]\s+(?=[A-Z])")
@@ -33,13 +41,20 @@ FILLER = frozenset(words("a an the of that which is are it its this these in on 
 DANGLING = frozenset(words("a an the of with and or in on at to by for from its that which has is are"))
 
 
-def candidates_of(answer: Row) -> list[Row]:
-    """The texts of one ok answer, split and normalised; each with the answer's kind and part."""
+def candidates_of(answer: Row, asked: int | None = None) -> list[Row]:
+    """The texts of one ok answer, split and normalised; each with the answer's kind and part, and whether it is one of
+    more than the `asked` (None: any number) that the model was asked for."""
     found = []
-    for concept in json.loads(answer["response_json"])["concepts"]:
-        for text in split_text(concept["text"]):
-            part = normalise(concept["part"] or "") or None
-            found.append({"text": text, "kind": concept["kind"], "part": part, "item_key": answer["item_key"]})
+    concepts = json.loads(answer["response_json"])["concepts"]
+    # One's own texts are as many as they are.
+    asked = asked if answer["source"] in ("live", "batch") else None
+    for place, concept in enumerate(concepts if asked is None else concepts[: SURPLUS * asked]):
+        part = normalise((concept["part"] or "")[:LONGEST_TEXT]) or None
+        pieces = split_text(concept["text"])
+        for piece, text in enumerate(pieces if asked is None else pieces[: SURPLUS * MOST_PIECES]):
+            surplus = asked is not None and (place >= asked or piece >= MOST_PIECES)
+            row = {"text": text[:LONGEST_TEXT], "kind": concept["kind"], "part": part, "surplus": surplus}
+            found.append({**row, "item_key": answer["item_key"]})
     return found
 
 
@@ -82,13 +97,15 @@ def singular(word: str) -> str:
 
 def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: Clean) -> str | None:
     """Why a text cannot be a concept, whatever the others are; or None. `names` are those it must not give away."""
+    if candidate["surplus"]:
+        return "surplus"
     text = candidate["text"]
     tokens = words(text)
     if not tokens:
         return "empty"
     if len(tokens) < 2 or tokens[-1] in DANGLING:
         return "fragment"
-    if len(text.split()) > clean.max_words:
+    if sum(math.ceil(len(word) / LONGEST_WORD) for word in text.split()) > clean.max_words:
         return "too_long"
     if any(name.is_in(text) for name in names):
         return "class_name"
@@ -97,23 +114,28 @@ def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: 
     return eye.why_invisible(text)
 
 
-def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean) -> list[Row]:
-    """Rows of concepts/1 for one class: its names, then every candidate of its answers (in order of sample)."""
+def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean, asked: int | None = None) -> list[Row]:
+    """Rows of concepts/1 for one class: its names, then every candidate of its answers (in order of sample), each of
+    which was to hold `asked` texts (None: not known)."""
     name = class_name(row, domain)
     texts = [template.format(name=row["name"], noun=domain.noun) for template in clean.name_templates]
     concepts = [concept_row(row["class_id"], text, "name", rank) for rank, text in enumerate(texts)]
     candidates = [
-        found | {"text": cut_remark(found["text"], name)} for answer in answers for found in candidates_of(answer)
+        found | {"text": cut_remark(found["text"], name)}
+        for answer in answers
+        for found in candidates_of(answer, asked)
     ]
     return concepts + judge(candidates, row["class_id"], [name], domain, clean)
 
 
-def clean_generic(answers: list[Row], classes: list[Row], domain: Domain, clean: Clean) -> list[Row]:
-    """Rows of concepts/1 for what is said of no class: none names any of `classes`."""
+def clean_generic(
+    answers: list[Row], classes: list[Row], domain: Domain, clean: Clean, asked: int | None = None
+) -> list[Row]:
+    """Rows of concepts/1 for what is said of no class: none names any of `classes`. `asked` as in clean_class."""
     candidates = [
         found | {"kind": "generic" if found["kind"] == "visual" else found["kind"]}
         for answer in answers
-        for found in candidates_of(answer)
+        for found in candidates_of(answer, asked)
     ]
     return judge(candidates, None, [class_name(row, domain) for row in classes], domain, clean)
 

@@ -28,6 +28,7 @@ from fieldmark.concepts.names import (
 VAGUE = frozenset(words("arm back hand line saddle scale side skin"))
 POSES = frozenset(words("cocked flared folded perched posture raised stance"))
 SEEN = (COLOURS | SHAPES | PATTERNS | ANIMAL_PARTS | VEHICLE_PARTS | POSES) - VAGUE
+LONGEST_SEEN = max(map(len, SEEN))
 # Plants have parts where they are what is pictured; elsewhere they are food and surroundings.
 FLORA = PLANT_PARTS | frozenset(
     words("bristle frond gill hair leaflet lobe margin midrib petiole ring scale skin spore stalk tendril")
@@ -289,7 +290,8 @@ def forms(word: str) -> frozenset[str]:
         stem = word.removesuffix(ending)
         if stem != word and len(stem) > 2:
             found |= {stem, stem + "e", stem[:-1] if stem[-1] == stem[-2] else stem}
-    for cut in range(3, len(word) - 2):
+    # No longer than a word that is seen: a model may write one of a hundred thousand letters.
+    for cut in range(3, min(len(word) - 2, LONGEST_SEEN + 1)):
         if word[:cut] in SEEN:
             found |= stems(word[cut:]) & SEEN
     return frozenset(found)

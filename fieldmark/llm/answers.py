@@ -9,6 +9,7 @@ of whom; where it is asked (base_url) and how patiently (limits, room for the an
 only one that was earned and is `ok` answers an item: every other is asked again.
 """
 
+import json
 import math
 import sys
 from collections import Counter
@@ -19,15 +20,25 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from fieldmark.command import UserError
 from fieldmark.llm.batch import Asked, Batches, Upload, listed, read_uploads, record_path
 from fieldmark.llm.client import LIMITS, Client, Reply, objection, public_url, server_of, total
-from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
+from fieldmark.llm.journal import (
+    BadLine,
+    Entry,
+    Journal,
+    checked_row,
+    journal_path,
+    read_journal,
+    warn_of_bad,
+)
+from fieldmark.llm.parsing import misfit
 from fieldmark.llm.prompts import Message, Prompt
+from fieldmark.llm.turn import NOTHING, Spent, Turn
 from fieldmark.params import Llm, Price
 from fieldmark.store import canonical_json, read_table, sha256
 
@@ -40,6 +51,7 @@ MENDABLE = {"truncated", "invalid"}
 # What OpenAI's Batch API costs of the price of a call [mem].
 BATCH_PRICE = 0.5
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ class PlannedCalls(NamedTuple):
     """What a run has to do: the key of each item, the answers held, the items to ask (one a key).
 
     `base_urls` are the servers that the held answers came from, `under_way` the keys of the items to ask that are in
-    batches at this server already.
+    batches at this server already, `bad` what could not be read, in words by file.
     """
 
     keys: list[str]
@@ -67,6 +79,11 @@ class PlannedCalls(NamedTuple):
     new: dict[str, Item]
     base_urls: set[str]
     under_way: frozenset[str] = frozenset()
+    bad: dict[Path, list[str]] = {}  # noqa: RUF012 (of a NamedTuple, never changed)
+
+    def warn(self) -> None:
+        for path, bad in self.bad.items():
+            warn_of_bad(path, bad)
 
 
 def item_key(item: Item, prompt: Prompt, llm: Llm) -> str:
@@ -85,68 +102,108 @@ def earned(row: Row) -> bool:
     return row["status"] == "ok" and row["source"] in EARNED
 
 
+def answers_with(row: Row, prompt: Prompt) -> bool:
+    """Whether a row is an answer of the kind that the prompt asks for: a damaged one in the output hides none below."""
+    return earned(row) and misfit(json.loads(row["response_json"]), prompt.schema) is None
+
+
 def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path) -> PlannedCalls:
     """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing."""
     keys = [item_key(item, prompt, llm) for item in items]
     wanted = set(keys)
-    held = {row["item_key"]: row for row in read_rows(output) if row["item_key"] in wanted and earned(row)}
-    journal = read_journal(journal_path(stage), wanted)
+    bad: dict[Path, list[str]] = {output: [], journal_path(stage): [], record_path(stage): []}
+    rows = [row for row in read_rows(output, bad[output]) if row["item_key"] in wanted]
+    held = {row["item_key"]: row for row in rows if answers_with(row, prompt)}
+    journal = read_journal(journal_path(stage), wanted, bad[journal_path(stage)])
     for key, entry in journal.items():
-        if earned(entry.row):
+        if answers_with(entry.row, prompt):
             held.setdefault(key, entry.row)
     new = {key: item for key, item in zip(keys, items, strict=True) if key not in held}
     base_urls = {entry.base_url for key, entry in journal.items() if key in held and entry.base_url}
     here = public_url(server_of(llm))
-    uploads = [upload for upload in read_uploads(stage, new) if upload.base_url == here]
-    return PlannedCalls(keys, held, new, base_urls, keys_in(uploads, new))
+    uploads = [upload for upload in read_uploads(stage, new, bad[record_path(stage)]) if upload.base_url == here]
+    return PlannedCalls(keys, held, new, base_urls, keys_in(uploads, new), bad)
 
 
-def read_rows(output: Path) -> list[Row]:
-    return read_table(output, SCHEMA).to_pylist() if output.exists() else []
+def read_rows(output: Path, bad: list[str] | None = None) -> list[Row]:
+    """The rows of a stage's output that can be relied on; the others are added to `bad`, in words."""
+    rows = []
+    for number, row in enumerate(read_table(output, SCHEMA).to_pylist() if output.exists() else [], start=1):
+        try:
+            rows.append(checked_row(row))
+        except BadLine as error:
+            if bad is not None:
+                bad.append(f"row {number} ({error})")
+    return rows
 
 
 def keep_answers(stage: str, output: Path, wanted: Iterable[str]) -> None:
     """Journal what answers.parquet alone holds (pulled from elsewhere) and a new one would not: an undo stays free."""
-    kept = set(wanted)
-    rows = {row["item_key"]: row for row in read_rows(output) if earned(row) and row["item_key"] not in kept}
-    if not rows:
-        return
-    known = read_journal(journal_path(stage), rows)
-    lost = [row for key, row in rows.items() if key not in known or not earned(known[key].row)]
+    if lost_answers(stage, output, wanted):
+        with Turn(stage):
+            keep_in_turn(stage, output, wanted)
+
+
+def keep_in_turn(stage: str, output: Path, wanted: Iterable[str]) -> None:
+    """keep_answers for who has the turn."""
+    lost = lost_answers(stage, output, wanted)
     if lost:
         with Journal(journal_path(stage)) as journal:
             for row in lost:
                 journal.append(Entry(row, None))
 
 
+def lost_answers(stage: str, output: Path, wanted: Iterable[str]) -> list[Row]:
+    kept = set(wanted)
+    rows = {row["item_key"]: row for row in read_rows(output) if earned(row) and row["item_key"] not in kept}
+    known = read_journal(journal_path(stage), rows) if rows else {}
+    return [row for key, row in rows.items() if key not in known or not earned(known[key].row)]
+
+
 def live_answers(
     stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path, *, attach: Callable[[Item], list[Message]]
 ) -> list[Row]:
-    """One row an item, asking for what is not held, in mode live or batch. `attach` makes the messages to send, and may
-    raise Unaskable.
+    """One row an item, asking for what is not held, in mode live or batch, when this process has its turn. `attach`
+    makes the messages to send, and may raise Unaskable.
 
-    Raises UserError: a limit would be passed, there is no key, or no call can succeed.
+    Raises UserError: a limit would be passed, there is no key, no call can succeed, or answers cannot be kept.
     """
+    with Turn(stage) as turn:
+        plan_calls(stage, items, prompt, llm, output).warn()
+        return answers_in_turn(turn, items, prompt, llm, output, attach=attach)
+
+
+def answers_in_turn(
+    turn: Turn, items: list[Item], prompt: Prompt, llm: Llm, output: Path, *, attach: Callable[[Item], list[Message]]
+) -> list[Row]:
+    """live_answers for who has the turn."""
+    stage = turn.stage
     plan = plan_calls(stage, items, prompt, llm, output)
     answers = dict(plan.held)
-    warn_of_other_servers(plan, public_url(server_of(llm)))
-    keep_answers(stage, output, plan.keys)
+    warn_of_other_servers(plan, llm)
+    keep_in_turn(stage, output, plan.keys)
     if plan.new:
-        check_limits(plan, llm)
+        spent = turn.spent()
+        check_limits(plan, llm, spent)
         client = Client(prompt, llm)
         with Journal(journal_path(stage)) as journal:
             if llm.mode == "batch":
-                answers |= ask_in_batches(stage, plan, client, journal, attach)
+                answers |= ask_in_batches(stage, plan, client, journal, attach, spent.usd)
             else:
                 warn_of_batches(plan)
-                answers |= ask_all(stage, plan.new, client, journal, attach)
+                answers |= ask_all(stage, plan.new, client, journal, attach, spent.usd)
+    return rows_in_order(plan, items, answers)
+
+
+def rows_in_order(plan: PlannedCalls, items: list[Item], answers: dict[str, Row]) -> list[Row]:
     return [
         {**answers[key], "subject_id": item.subject_id, "sample": item.sample}
         for key, item in zip(plan.keys, items, strict=True)
     ]
 
 
-def warn_of_other_servers(plan: PlannedCalls, base_url: str) -> None:
+def warn_of_other_servers(plan: PlannedCalls, llm: Llm) -> None:
+    base_url = public_url(server_of(llm))
     others = sorted(plan.base_urls - {base_url})
     if others:
         print(
@@ -166,9 +223,17 @@ def warn_of_batches(plan: PlannedCalls) -> None:
 
 
 def ask_all(
-    stage: str, new: dict[str, Item], client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
+    stage: str,
+    new: dict[str, Item],
+    client: Client,
+    journal: Journal,
+    attach: Callable[[Item], list[Message]],
+    charged: float,
 ) -> dict[str, Row]:
-    """Ask with llm.concurrency threads. However it ends, calls under way are awaited and what they bring is kept."""
+    """Ask with llm.concurrency threads. However it ends, calls under way are awaited and what they bring is kept.
+
+    `charged` are the US dollars that count against llm.max_usd already.
+    """
     llm = client.llm
     answers: dict[str, Row] = {}
     spent = 0.0
@@ -176,35 +241,51 @@ def ask_all(
     progress = tqdm(total=len(new), desc=stage, unit="call", dynamic_ncols=True)
     try:
         ask = partial(ask_one, client=client, journal=journal, attach=attach)
-        for row in rows_of(pool, ask, new, 2 * llm.concurrency):
-            if row is None:
+        for entry in rows_of(pool, ask, new, 2 * llm.concurrency):
+            if entry is None:
                 continue
+            row = entry.row
             answers[row["item_key"]] = row
             spent += row["cost_usd"] or 0.0
+            charged += entry.charged or 0.0
             progress.set_postfix_str(f"${spent:.4f}" if llm.model in llm.prices else "unknown price", refresh=False)
             progress.update()
-            if llm.max_usd is not None and spent > llm.max_usd:
+            if llm.max_usd is not None and charged > llm.max_usd:
                 raise UserError(
-                    f"params.yaml: llm.max_usd: ${spent:.4f} is spent, more than {llm.max_usd}; {len(answers)} of"
+                    f"params.yaml: llm.max_usd: ${charged:.4f} is spent, more than {llm.max_usd}; {len(answers)} of"
                     f" {len(new)} answers are kept, raise the limit to go on"
                 )
     except BaseException as error:
         client.stopping.set()
         if isinstance(error, KeyboardInterrupt):
-            progress.write(f"{stage}: {len(answers)} of {len(new)} calls answered; the rest remain", file=sys.stderr)
+            progress.write(
+                f"{stage}: {len(answers)} of {len(new)} calls answered; the rest remain. Calls under way are waited"
+                f" for, {llm.timeout_s:g} s at most: they are paid for",
+                file=sys.stderr,
+            )
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        settle(pool)
         progress.close()
     return answers
 
 
+def settle(pool: ThreadPoolExecutor) -> None:
+    """Wait for the calls under way. They are paid for: no second signal cuts that short."""
+    while True:
+        try:
+            pool.shutdown(cancel_futures=True)
+            return
+        except KeyboardInterrupt:
+            continue
+
+
 def rows_of(
-    pool: ThreadPoolExecutor, ask: Callable[[str, Item], Row | None], new: dict[str, Item], room: int
-) -> Iterator[Row | None]:
-    """Rows in the order in which they come; no more than `room` questions wait in the pool."""
+    pool: ThreadPoolExecutor, ask: Callable[[str, Item], T | None], new: dict[str, Item], room: int
+) -> Iterator[T | None]:
+    """What `ask` gives, in the order in which it comes; no more than `room` questions wait in the pool."""
     waiting = iter(new.items())
-    futures: set[Future[Row | None]] = {pool.submit(ask, *question) for question in islice(waiting, room)}
+    futures: set[Future[T | None]] = {pool.submit(ask, *question) for question in islice(waiting, room)}
     while futures:
         done, futures = wait(futures, return_when=FIRST_COMPLETED)
         futures |= {pool.submit(ask, *question) for question in islice(waiting, len(done))}
@@ -214,7 +295,7 @@ def rows_of(
 
 def ask_one(
     key: str, item: Item, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
-) -> Row | None:
+) -> Entry | None:
     """Ask and journal. None where the run is stopping: another call has shown that none can succeed."""
     if client.stopping.is_set():
         return None
@@ -222,24 +303,47 @@ def ask_one(
     try:
         messages = attach(item)
     except Unaskable as error:
-        return row_of(asked, unasked(error), client.prompt.sha, client.llm)
-    row = row_of(asked, client.ask(messages, tokens_of(item.messages)), client.prompt.sha, client.llm)
+        return Entry(row_of(asked, unasked(error), client.prompt.sha, client.llm), None)
+    sent = tokens_of(item.messages)
+    row = row_of(asked, client.ask(messages, sent), client.prompt.sha, client.llm)
     # An error is no answer: there is nothing to keep.
-    if row["status"] != "error":
-        journal.append(Entry(row, client.base_url))
-    return row
+    if row["status"] == "error":
+        return Entry(row, client.base_url)
+    entry = Entry(row, client.base_url, charge(row, sent, client.llm))
+    journal.append(entry)
+    return entry
+
+
+def charge(row: Row, sent: int, llm: Llm) -> float | None:
+    """The US dollars that an answer counts for against llm.max_usd; None without a price. `sent` is about how many
+    tokens went in.
+
+    What a server does not count is taken to be the most it can be. What it counts is not believed below half of what
+    went in and an eighth of the bytes that came out: hardly a token is longer.
+    """
+    inputs, outputs, attempts = row["input_tokens"], row["output_tokens"], max(1, row["attempts"])
+    inputs = attempts * sent if inputs is None else max(inputs, sent // 2)
+    most = attempts * llm.max_output_tokens
+    outputs = most if outputs is None else max(outputs, len(row["response_json"].encode()) // 8)
+    return cost(inputs, outputs, price_of(llm))
 
 
 def ask_in_batches(
-    stage: str, plan: PlannedCalls, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
+    stage: str,
+    plan: PlannedCalls,
+    client: Client,
+    journal: Journal,
+    attach: Callable[[Item], list[Message]],
+    charged: float,
 ) -> dict[str, Row]:
     """Ask in batches, those of an earlier run first; what failed goes into a further one, llm.max_attempts at most.
 
     An answer that is invalid or truncated is asked for once more. However it ends, batches go on at the server and the
-    next run reads them.
+    next run reads them. `charged` as in `ask_all`.
     """
     llm = client.llm
     answers: dict[str, Row] = {}
+    before: dict[str, float] = {}
 
     def requests(todo: list[Asked]) -> Iterator[tuple[Asked, dict[str, Any]]]:
         for asked in todo:
@@ -269,7 +373,12 @@ def ask_in_batches(
                         continue
                     row = row_of(asked, reply, upload.prompt_sha, llm)
                     if row["status"] != "error":
-                        journal.append(Entry(row, client.base_url))
+                        item = plan.new.get(asked.item_key)
+                        usd = charge(row, tokens_of(item.messages) if item else 0, llm)
+                        journal.append(Entry(row, client.base_url, usd))
+                        # Of a question that is asked again, the row has what was paid before.
+                        charged += (usd or 0.0) - before.get(asked.item_key, 0.0)
+                        before[asked.item_key] = usd or 0.0
                     if asked.item_key not in plan.new:
                         continue
                     answers[asked.item_key] = row
@@ -277,7 +386,7 @@ def ask_in_batches(
                     if row["attempts"] < llm.max_attempts and (passing or mendable):
                         mended = (*asked.mended, reply.status) if mendable else asked.mended
                         todo.append(asked._replace(before=row, mended=mended))
-                check_spending(answers, todo, plan, llm)
+                check_spending(charged, todo, plan, llm)
         except KeyboardInterrupt:
             names = listed([upload.batch_id for upload in batches.open if upload.batch_id])
             goes_on = f"; {names} goes on at the server, the same command reads what comes of it" if names else ""
@@ -301,10 +410,9 @@ def request_of(asked: Asked, messages: list[Message], client: Client) -> dict[st
     return {"model": client.llm.model, "messages": messages, **options}
 
 
-def check_spending(answers: dict[str, Row], todo: list[Asked], plan: PlannedCalls, llm: Llm) -> None:
+def check_spending(spent: float, todo: list[Asked], plan: PlannedCalls, llm: Llm) -> None:
     """Raises UserError where a further batch may pass llm.max_usd."""
     usd = estimate(plan._replace(new={asked.item_key: plan.new[asked.item_key] for asked in todo}), llm).usd
-    spent = math.fsum(row["cost_usd"] or 0.0 for row in answers.values())
     if todo and llm.max_usd is not None and usd is not None and spent + usd > llm.max_usd:
         raise UserError(
             f"params.yaml: llm.max_usd: ${spent:.4f} is spent, and {len(todo)} calls that failed may cost ${usd:.4f}"
@@ -392,21 +500,28 @@ def tokens_of(messages: Iterable[Message]) -> int:
     return total
 
 
-def check_limits(plan: PlannedCalls, llm: Llm) -> None:
-    """Raises UserError where the calls, or the most that they can cost, pass llm.max_calls or llm.max_usd."""
+def check_limits(plan: PlannedCalls, llm: Llm, spent: Spent = NOTHING) -> None:
+    """Raises UserError where the calls, or the most that they can cost, pass llm.max_calls or llm.max_usd.
+
+    `spent` is what those who share the journal have asked while one or another of them was running.
+    """
     calls, _, _, usd = estimate(plan, llm)
-    if llm.max_calls is not None and calls > llm.max_calls:
-        raise UserError(f"params.yaml: llm.max_calls: {calls} calls are needed, more than {llm.max_calls}; raise it")
+    besides = f" beside {spent.calls} that this and other processes made just now" if spent.calls else ""
+    if llm.max_calls is not None and spent.calls + calls > llm.max_calls:
+        raise UserError(
+            f"params.yaml: llm.max_calls: {calls} calls are needed{besides}, more than {llm.max_calls}; raise it"
+        )
     if llm.max_usd is not None:
         if usd is None:
             raise UserError(
                 f"params.yaml: llm.max_usd: cannot be kept, llm.prices has no {llm.model!r}; add its price, or set"
                 " max_usd: null"
             )
-        if usd > llm.max_usd:
+        if spent.usd + usd > llm.max_usd:
+            already = f" beside ${spent.usd:.4f} that this and other processes spent just now" if spent.usd else ""
             raise UserError(
-                f"params.yaml: llm.max_usd: {calls} calls may cost ${usd:.4f}, more than {llm.max_usd}; raise it, or"
-                " lower llm.max_output_tokens"
+                f"params.yaml: llm.max_usd: {calls} calls may cost ${usd:.4f}{already}, more than {llm.max_usd}; raise"
+                " it, or lower llm.max_output_tokens"
             )
 
 

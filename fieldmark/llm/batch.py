@@ -7,9 +7,9 @@ batches-STAGE.jsonl, beside the stage's journal and kept the same way.
 """
 
 import json
-import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +23,27 @@ from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after
 from tqdm import tqdm
 
 from fieldmark.command import UserError
+from fieldmark.llm.bounds import LARGEST_BODY
 from fieldmark.llm.client import HOPELESS, NO_MONEY, Client, Reply, pause, worth_another
-from fieldmark.llm.journal import Journal, Row, journal_path
+from fieldmark.llm.journal import (
+    LONGEST_LINE,
+    BadLine,
+    Journal,
+    Row,
+    cannot_keep,
+    checked_row,
+    is_text,
+    journal_path,
+    load_line,
+    read_lines,
+)
 from fieldmark.store import canonical_json
 
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 # OpenAI takes files of at most 200 MB and 50,000 requests (llm.batch_requests) [mem].
 LARGEST_FILE = 200_000_000
+# Bytes a second, on average, under which a download is none.
+SLOWEST_DOWNLOAD = 1_000
 ENDED = {"completed", "failed", "expired", "cancelled"}
 # The account has as many tokens in its batches as it may: nothing is wrong with this one.
 QUEUE_FULL = "token_limit_exceeded"
@@ -81,27 +95,48 @@ def record_path(stage: str) -> Path:
     return path.with_name(f"batches-{path.name}")
 
 
-def read_uploads(stage: str, wanted: Container[str]) -> list[Upload]:
-    """The recorded uploads that have not ended and hold a wanted item key. A line that a kill tore is none."""
-    path = record_path(stage)
+def read_uploads(stage: str, wanted: Container[str], bad: list[str] | None = None) -> list[Upload]:
+    """The recorded uploads that have not ended and hold a wanted item key; the lines that are no record are added to
+    `bad`, in words. A last line without an end was torn by a kill and is passed over in silence."""
     uploads: dict[tuple[str, str], Upload] = {}
-    if not path.exists():
-        return []
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                content = json.loads(line)
-            except ValueError:
-                continue
-            name = content["base_url"], content["file_id"]
-            if "asked" in content:
-                asked = {fields[0]: Asked(*fields) for fields in content["asked"]}
-                uploads[name] = Upload(name[1], name[0], content["prompt_sha"], asked, doubtful=True)
-            elif "ended" in content:
-                uploads.pop(name, None)
-            elif name in uploads:
-                uploads[name].batch_id = content["batch_id"]
+    for number, line in read_lines(record_path(stage)):
+        try:
+            note(load_line(line), uploads)
+        except BadLine as error:
+            if bad is not None and (line is None or line.endswith(b"\n")):
+                bad.append(f"line {number} ({error})")
     return [upload for upload in uploads.values() if any(key in wanted for key in upload.asked)]
+
+
+def note(content: dict[str, Any], uploads: dict[tuple[str, str], Upload]) -> None:
+    """Take one line of the record into account. Raises BadLine."""
+    base_url, file_id = content.get("base_url"), content.get("file_id")
+    if not (is_text(base_url) and is_text(file_id)):
+        raise BadLine("no base_url or file_id")
+    name = base_url, file_id
+    if "asked" in content:
+        if not (is_text(content.get("prompt_sha")) and isinstance(content["asked"], list)):
+            raise BadLine("no prompt_sha, or `asked` is no list")
+        asked = [asked_of(fields) for fields in content["asked"]]
+        named = {each.item_key: each for each in asked}
+        uploads[name] = Upload(file_id, base_url, content["prompt_sha"], named, doubtful=True)
+    elif "ended" in content:
+        uploads.pop(name, None)
+    elif not (content.get("batch_id") is None or is_text(content["batch_id"])) or "batch_id" not in content:
+        raise BadLine("no batch_id")
+    elif name in uploads:
+        uploads[name].batch_id = content["batch_id"]
+
+
+def asked_of(fields: Any) -> Asked:
+    """A request as the record has it. Raises BadLine."""
+    try:
+        key, subject, sample, before, mended = fields
+    except (TypeError, ValueError):
+        raise BadLine("`asked` holds what is no request") from None
+    if not (is_text(key) and is_text(subject) and type(sample) is int and isinstance(mended, list)):
+        raise BadLine("`asked` holds what is no request")
+    return Asked(key, subject, sample, before and checked_row(before), mended)
 
 
 class Batches:
@@ -120,8 +155,10 @@ class Batches:
 
     def note(self, upload: Upload, **content: Any) -> None:
         line = canonical_json({"base_url": upload.base_url, "file_id": upload.file_id, **content})
-        self.record.write(line.encode() + b"\n")
-        os.fsync(self.record.file)
+        try:
+            self.record.keep(line.encode() + b"\n")
+        except OSError as error:
+            raise cannot_keep(self.record.path, error) from None
 
     def resume(self, wanted: set[str]) -> None:
         """Open what earlier runs left at this server that holds a wanted key. A file is free, its batch is not: one
@@ -296,28 +333,40 @@ class Batches:
             def attempt() -> None:
                 file.seek(0)
                 file.truncate()
+                begin = time.monotonic()
                 try:
                     with self.client.api.files.with_streaming_response.content(file_id) as response:
                         for chunk in response.iter_bytes():
                             file.write(chunk)
+                            self.check_download(file.tell(), len(upload.asked), time.monotonic() - begin)
                 except httpx2.TransportError as error:
                     # openai's client lets through what happens while a body is read.
                     raise openai.APIConnectionError(request=error.request) from error
 
             self.insist(attempt, upload)
             file.seek(0)
-            for line in file:
+            while line := file.readline(LONGEST_LINE):
                 if line.strip():
                     yield self.parse(line, file_id)
+
+    def check_download(self, size: int, requests: int, seconds: float) -> None:
+        """Raises UserError where a file of answers has no end, or comes by drops."""
+        if size > requests * LARGEST_BODY:
+            raise UserError(f"{self.client.base_url}: sends more than {requests} answers can be; look at the server")
+        if seconds > self.client.llm.timeout_s and size < seconds * SLOWEST_DOWNLOAD:
+            raise UserError(
+                f"{self.client.base_url}: sends answers by drops, {size} bytes in {seconds:.0f} s; run again, or raise"
+                " llm.timeout_s"
+            )
 
     def parse(self, line: bytes, file_id: str) -> dict[str, Any]:
         try:
             content = json.loads(line)
             content["custom_id"].encode()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{self.client.base_url}: {file_id} holds what is no answer of a batch:"
-                f" {self.brief(line.decode(errors='replace'))!r}; run again to read it again"
+                f" {self.brief(line[:1000].decode(errors='replace'))!r}; run again to read it again"
             ) from None
         return content
 

@@ -9,6 +9,7 @@ further call would fare better. Every other outcome is a Reply with its status.
 
 import email.utils
 import json
+import math
 import os
 import random
 import re
@@ -31,6 +32,8 @@ from tenacity import (
 )
 
 from fieldmark.command import UserError
+from fieldmark.llm.bounds import Deadline, TooLong, read_whole
+from fieldmark.llm.journal import token_count
 from fieldmark.llm.parsing import NoAnswer, find_answer, without_thoughts
 from fieldmark.llm.prompts import Message, Prompt
 from fieldmark.llm.rates import SPREAD, Rates, reset_after
@@ -52,6 +55,13 @@ FORMATS = ["json_schema", "json_object", "text"]
 # The two names of the limit on an answer's length, and how a server refuses the one that it does not know [mem].
 LIMITS = ("max_completion_tokens", "max_tokens")
 UNKNOWN_LIMIT = re.compile(r"\bun(?:supported|recognized|known)\b.{0,40}\bmax_(?:completion_)?tokens\b", re.IGNORECASE)
+# How a server refuses a request that passes what the account may use in a minute: it can never pass [mem].
+TOO_LARGE = re.compile(r"\brequest too large\b", re.IGNORECASE)
+LIMIT_AND_REQUEST = re.compile(r"\blimit:? ([\d,]{1,15})\b.{0,60}\brequested:? ([\d,]{1,15})\b", re.IGNORECASE)
+# Of an answer that does not fit the model is shown no more than this; in characters.
+LONGEST_SHOWN = 20_000
+# Of what a server says of a failure no more is looked at.
+LONGEST_FAILURE = 10_000
 # Shorter values stand in for a key where a local server asks for none; to hide them would garble messages.
 SHORTEST_SECRET = 8
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
@@ -93,14 +103,18 @@ class Client:
         self.stopping = threading.Event()
         self.rates = Rates(llm.requests_per_minute, llm.tokens_per_minute, self.stopping)
         self.options = request_options(prompt, llm)
+        self.deadline = Deadline()
+        http = open_connections()
+        self.deadline.hold_for(http)
         self.api = openai.OpenAI(
             api_key=key,
             organization=llm.organization,
             base_url=server,
             timeout=llm.timeout_s,
             max_retries=0,
-            default_headers=headers,
-            http_client=open_connections(),
+            # Unpacked, a small body can be one without end.
+            default_headers={"Accept-Encoding": "identity", **headers},
+            http_client=http,
         )
 
     def ask(self, messages: list[Message], input_tokens: int = 0) -> Reply:
@@ -162,7 +176,8 @@ class Client:
         request: dict[str, Any] = {"model": self.llm.model, "messages": messages, **options, limit: room}
         try:
             # The raw body: servers leave out what openai's typed completion takes for granted.
-            raw = self.api.chat.completions.with_raw_response.create(**request)
+            with self.deadline.within(self.llm.timeout_s):
+                raw = self.api.chat.completions.with_raw_response.create(**request)
         except openai.APIStatusError as error:
             if is_unknown_limit(error):
                 self.options = rename_limit(options)
@@ -232,6 +247,11 @@ class Client:
             return UserError(f"{server}: the account of the key in {variable} has no money left ({said}); top it up")
         if not isinstance(error, openai.APIStatusError):
             return None
+        if is_too_large(error):
+            return UserError(
+                f"{server} lets no request of this size in ({said}); lower llm.max_output_tokens in params.yaml, or"
+                f" shorten {self.prompt.path}"
+            )
         if 300 <= error.status_code < 400:
             return UserError(f"{server}: {self.clean(redirection(error.response))}")
         if error.status_code == 401:
@@ -255,6 +275,8 @@ class Client:
         name, said = type(error).__name__, str(error)
         if isinstance(error, openai.APIStatusError):
             name, said = f"{name} {error.status_code}", said_by(error)
+        elif isinstance(error.__cause__, TooLong):
+            name, said = TooLong.__name__, str(error.__cause__)
         elif error.__cause__:
             name += f": {type(error.__cause__).__name__}"
         return f"{name}: {self.clean(' '.join(said.split()))[:300]}"
@@ -344,7 +366,8 @@ def rename_limit(options: dict[str, Any]) -> dict[str, Any]:
 def objection(reply: Reply, prompt: Prompt) -> list[Message]:
     """The messages that show a model its own invalid answer and what is wrong with it."""
     bad = json.loads(reply.response_json)
-    answer = without_thoughts(bad["text"])
+    # What goes back is paid for as well.
+    answer = without_thoughts(bad["text"])[:LONGEST_SHOWN]
     said = (
         f"This answer cannot be used: {bad['error']}. Answer the question again, with nothing but JSON that fits this"
         f" schema: {canonical_json(prompt.schema)}"
@@ -358,7 +381,7 @@ def open_connections() -> httpx2.Client:
     Raises UserError where the environment names a proxy or a file of certificates that cannot be used.
     """
     try:
-        return openai.DefaultHttpxClient(follow_redirects=False)
+        return openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [read_whole]})
     except (OSError, ValueError, ImportError, httpx2.InvalidURL) as error:
         # The message is left out: it may hold the password of a proxy.
         set_here = [name for name in SURROUNDINGS if os.environ.get(name) or os.environ.get(name.lower())]
@@ -414,9 +437,11 @@ def worth_another(error: BaseException) -> bool:
         if refuses_format(error):
             return False
         rest = retry_after(error)
-        if is_broke(error) or (rest is not None and rest > LONGEST_REST_S):
+        if is_broke(error) or is_too_large(error) or (rest is not None and rest > LONGEST_REST_S):
             return False
         return error.status_code in (408, 409, 429) or error.status_code >= 500 or is_unknown_limit(error)
+    if isinstance(error.__cause__, TooLong):
+        return False
     # A body cut short of its JSON is a lost connection that nobody noticed.
     return isinstance(error, openai.APIConnectionError | ValueError)
 
@@ -425,6 +450,18 @@ def is_broke(error: BaseException) -> bool:
     if isinstance(error, openai.APIStatusError) and error.status_code == 402:
         return True
     return isinstance(error, openai.APIError) and bool(NO_MONEY & {error.code, error.type})
+
+
+def is_too_large(error: openai.APIStatusError) -> bool:
+    """Whether one request asks for more than the server ever lets in; that others used some is no part of it."""
+    if error.status_code not in (413, 429):
+        return False
+    said = said_by(error)
+    numbers = LIMIT_AND_REQUEST.search(said)
+    if numbers:
+        limit, requested = (int(number.replace(",", "") or 0) for number in numbers.groups())
+        return requested > limit
+    return bool(TOO_LARGE.search(said))
 
 
 def is_unknown_limit(error: openai.APIStatusError) -> bool:
@@ -436,8 +473,8 @@ def said_by(error: openai.APIStatusError) -> str:
     body = error.body
     if isinstance(body, dict):
         texts = [body[key] for key in ("message", "detail", "error") if isinstance(body.get(key), str)]
-        return texts[0] if texts else json.dumps(body)
-    return readable(body) if isinstance(body, str) else ""
+        return texts[0][:LONGEST_FAILURE] if texts else json.dumps(body)[:LONGEST_FAILURE]
+    return readable(body[:LONGEST_FAILURE]) if isinstance(body, str) else ""
 
 
 def readable(text: str) -> str:
@@ -454,7 +491,7 @@ def load_json(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         if content.lstrip().startswith(b"<"):
-            page = readable(content.decode("utf-8", "replace"))
+            page = readable(content[:LONGEST_FAILURE].decode("utf-8", "replace"))
             raise ValueError(f"{page} in place of JSON; is llm.base_url the address of an API?") from None
         raise ValueError(f"the answer's body is not JSON: {error}") from None
 
@@ -463,13 +500,13 @@ def retry_after(error: openai.APIStatusError) -> float | None:
     """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number or a date), or None."""
     value = error.response.headers.get("retry-after", "")
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError, TypeError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def pause(state: RetryCallState) -> float:
@@ -491,12 +528,10 @@ def attempts_of(retrying: Retrying) -> int:
 
 
 def tokens_used(body: Any) -> tuple[int | None, int | None]:
-    """The tokens that went in and came out, as far as the server counts them."""
+    """The tokens that went in and came out, as far as the server counts them and the count can be one."""
     usage = body.get("usage") if isinstance(body, dict) else None
     usage = usage if isinstance(usage, dict) else {}
-    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    first, second = [count if isinstance(count, int) else None for count in counts]
-    return first, second
+    return token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
 
 
 def total(counts: Iterable[int | None]) -> int | None:

@@ -13,6 +13,8 @@ from fieldmark.store import canonical_json
 # nothing but thought.
 THOUGHTS = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 OPENING = re.compile(r"[{\[]")
+# How often a text is gone through in search of JSON.
+MOST_READINGS = 20
 DECODER = json.JSONDecoder()
 
 
@@ -47,12 +49,15 @@ def values_in(text: str) -> Iterator[tuple[Any, int]]:
     was cut short."""
     end = len(text.rstrip().rstrip(string.ascii_letters + string.digits + "+-."))
     position = 0
+    read = 0
     while match := OPENING.search(text, position):
         start, position = match.span()
         try:
             value, position = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            if error.pos >= end or error.msg.startswith("Unterminated string"):
+            read += error.pos - start
+            # Brackets in brackets that all fail at their end are read once each: of a long text, minutes.
+            if error.pos >= end or error.msg.startswith("Unterminated string") or read > MOST_READINGS * len(text):
                 return
             continue
         except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """The questions of one stage: each prompt with its items, foreseen, asked and summed up as one.
 
-`llm.max_calls` and `llm.max_usd` hold for a run, whatever the number of its prompts: all calls together are held
-against them before the first one, and what a prompt has cost is taken off what the next may cost.
+`llm.max_calls` and `llm.max_usd` hold for a run, whatever the number of its prompts, and for all runs that share its
+journal at a time: all calls together are held against them before the first one, with what the others have asked.
 """
 
 import json
@@ -14,14 +14,18 @@ from fieldmark.llm.answers import (
     Item,
     PlannedCalls,
     Row,
+    answers_in_turn,
     check_limits,
     keep_answers,
-    live_answers,
+    keep_in_turn,
     plan_calls,
     preview,
+    rows_in_order,
     summarise,
+    warn_of_other_servers,
 )
 from fieldmark.llm.prompts import Message, Prompt
+from fieldmark.llm.turn import Turn
 from fieldmark.params import Llm
 from fieldmark.store import write_text
 
@@ -42,12 +46,14 @@ def plan_each(stage: str, questions: Questions, llm: Llm, output: Path) -> list[
 
 
 def in_sum(plans: Sequence[PlannedCalls]) -> PlannedCalls:
-    total = PlannedCalls([], {}, {}, set())
+    total = PlannedCalls([], {}, {}, set(), bad={})
     for plan in plans:
         total.keys.extend(plan.keys)
         total.held.update(plan.held)
         total.new.update(plan.new)
         total.base_urls.update(plan.base_urls)
+        # Each plan reads the same files whole.
+        total.bad.update(plan.bad)
     return total._replace(under_way=frozenset().union(*(plan.under_way for plan in plans)))
 
 
@@ -55,6 +61,7 @@ def foresee(stage: str, questions: Questions, llm: Llm, output: Path) -> str:
     """What a run would do, for --dry-run: by prompt where there are several, and in sum."""
     plans = plan_each(stage, questions, llm, output)
     total = in_sum(plans)
+    total.warn()
     if len(plans) < 2:
         return preview(stage, total, llm)
     prompts = [question.prompt.path for question in questions.values()]
@@ -67,19 +74,26 @@ def ask(
 ) -> dict[str, list[Row]]:
     """The rows of each question, one an item; what is not held is asked for. Says at the end what the run did.
 
-    Raises UserError as `live_answers` does: a limit would be passed, there is no key, or no call can succeed.
+    Another process that asks for this stage is waited for, and its answers are taken. Raises UserError as
+    `live_answers` does: a limit would be passed, there is no key, no call can succeed, or answers cannot be kept.
     """
-    plan = in_sum(plan_each(stage, questions, llm, output))
-    keep_answers(stage, output, plan.keys)
-    if plan.new:
-        check_limits(plan, llm)
+    plans = plan_each(stage, questions, llm, output)
+    plan = in_sum(plans)
+    plan.warn()
     rows: dict[str, list[Row]] = {}
-    left = llm
-    for name, (prompt, items) in questions.items():
-        rows[name] = live_answers(stage, items, prompt, left, output, attach=attach)
-        if llm.max_usd is not None:
-            spent = summarise(asked_now(plan, rows))["cost_usd"]
-            left = llm.model_copy(update={"max_usd": max(0.0, llm.max_usd - spent)})
+    if plan.new:
+        with Turn(stage) as turn:
+            plan = in_sum(plan_each(stage, questions, llm, output))
+            keep_in_turn(stage, output, plan.keys)
+            if plan.new:
+                check_limits(plan, llm, turn.spent())
+            for name, (prompt, items) in questions.items():
+                rows[name] = answers_in_turn(turn, items, prompt, llm, output, attach=attach)
+    else:
+        keep_answers(stage, output, plan.keys)
+        for (name, (_, items)), each in zip(questions.items(), plans, strict=True):
+            warn_of_other_servers(each, llm)
+            rows[name] = rows_in_order(each, items, each.held)
     if questions:
         print(report(stage, plan, rows, llm), file=sys.stderr)
     return rows

@@ -86,7 +86,8 @@ def reset_after(headers: Mapping[str, str], tokens: int) -> float:
     waits = [0.0]
     for kind, needed in (("requests", 1), ("tokens", tokens)):
         left, reset = headers.get(f"x-ratelimit-remaining-{kind}", ""), headers.get(f"x-ratelimit-reset-{kind}", "")
-        if left.isdecimal() and int(left) < needed:
+        # As a float: an int of 5,000 digits is an error.
+        if left.isdecimal() and float(left) < needed:
             waits.append(duration(reset) or 0.0)
     return min(max(waits), LONGEST_RESET_S)
 

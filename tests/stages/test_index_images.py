@@ -451,6 +451,19 @@ def test_a_class_named_as_the_id_of_another_is_refused() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_classes_without_images_are_left_out_unless_they_are_wanted(
+    set_params: SetParams, dataset: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("images/classes.csv").write_text("class_id,name,superclass\na,A ray,rays\nrays,Rays,\nskates,Skates,\n")
+    index(set_params())
+    assert [row["class_id"] for row in read("classes")] == ["a", "b"]
+    said = capsys.readouterr().err
+    assert "2 of 4 classes have no image and are left out (Rays, Skates); dataset.without_images: true" in said
+    index(set_params(dataset={"without_images": True}))
+    assert [row["class_id"] for row in read("classes")] == ["a", "b", "rays", "skates"]
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_tables_beside_the_images(set_params: SetParams, dataset: list[str], draw_images: DrawImages) -> None:
     draw_images({"train/Blue Tang/0.png": 50})
     root = Path("images")
@@ -463,7 +476,7 @@ def test_tables_beside_the_images(set_params: SetParams, dataset: list[str], dra
     (root / "parts.csv").write_text(
         "path,part,x0,y0,x1,y1,visible\ntrain/a/0.png,tail,0,0.25,0.5,0.75,1\ntrain/a/0.png,eye,0,0,0,0,0\n"
     )
-    index(set_params())
+    index(set_params(dataset={"without_images": True}))
     tang = store.class_id_of("Blue Tang")
     classes = {row["class_id"]: row for row in read("classes")}
     assert set(classes) == {"a", "b", "c", tang}

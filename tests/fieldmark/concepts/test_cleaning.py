@@ -1,6 +1,7 @@
 """Cleaning: every text is a row, and each that is dropped says why."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from fieldmark import store
 from fieldmark.concepts.cleaning import clean_class, clean_generic, normalise, split_text, wording
 from fieldmark.concepts.names import domain_words
+from fieldmark.concepts.visibility import forms
 from fieldmark.params import Clean, Domain
 from tests.fieldmark.llm.workspace import Row
 
@@ -203,3 +205,36 @@ def test_no_text_vanishes(texts: list[str], most: int) -> None:
     kept = [wording(row["text"], domain_words("bird")) for row in rows if row["kept"]]
     assert len(set(kept)) == len(kept)
     store.make_table("concepts/1", rows)
+
+
+def test_no_more_are_kept_than_were_asked_for() -> None:
+    texts = [f"a bird with a tail of {number} white bars" for number in range(200)]
+    rows = clean_class(CLASS, [answer(*texts)], BIRD, Clean(), 10)[1:]
+    assert [row["drop_reason"] for row in rows] == [None] * 10 + ["surplus"] * 90
+    one = "\n".join(texts)
+    rows = clean_class(CLASS, [answer(one)], BIRD, Clean(), 10)[1:]
+    assert [row["drop_reason"] for row in rows] == [None] * 10 + ["surplus"] * 90
+    # One's own texts are as many as they are, and where nobody says what was asked, all count.
+    for answers, asked in ((answer(*texts, source="import"), 10), (answer(*texts), None)):
+        assert all(row["kept"] for row in clean_class(CLASS, [answers], BIRD, Clean(), asked))
+    assert sum(row["kept"] for row in clean_generic([answer(*texts)], [CLASS], BIRD, Clean(), 30)) == 30
+
+
+@pytest.mark.parametrize("text", ["x", "x ", "x,", "x-", "a bird with a red bill\n", "ing", "white", "(", "A. "])
+def test_a_text_without_end_is_cut_and_dropped_in_no_time(text: str) -> None:
+    begin = time.monotonic()
+    rows = clean_class(CLASS, [answer(text * (10**6 // len(text)))], BIRD, Clean(), 10)[1:]
+    assert time.monotonic() - begin < 5
+    assert all(len(row["text"]) <= 2_000 for row in rows)
+    assert sum(row["kept"] for row in rows) <= 1
+
+
+def test_a_word_of_many_letters_counts_as_several() -> None:
+    assert reasons("a bird with a " + "z" * 3_000, "a bird with a " + "z" * 900, "a bird with a red bill") == [
+        "too_long",
+        "too_long",
+        None,
+    ]
+    begin = time.monotonic()
+    assert len(forms("white" + "x" * 3_000_000)) == 1
+    assert time.monotonic() - begin < 2

@@ -1,5 +1,6 @@
 """The item cache: what is asked, what is not asked twice, and what it may cost."""
 
+import contextlib
 import json
 import signal
 import threading
@@ -18,7 +19,9 @@ from fieldmark.command import UserError
 from fieldmark.llm.answers import (
     Item,
     Unaskable,
+    charge,
     check_coverage,
+    check_limits,
     cost,
     estimate,
     item_key,
@@ -30,9 +33,10 @@ from fieldmark.llm.answers import (
 )
 from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
 from fieldmark.llm.prompts import Message, Prompt
+from fieldmark.llm.turn import Spent
 from fieldmark.params import Llm, Price
 from tests.fieldmark.llm import workspace
-from tests.fieldmark.llm.workspace import PRICES, PROMPT, items_of, plain
+from tests.fieldmark.llm.workspace import PRICES, PROMPT, items_of, plain, row_with
 from tests.openai_server import OpenAIServer, content, drop, failure, refusal
 
 OUTPUT = Path("data/answers.parquet")
@@ -170,6 +174,47 @@ def test_limits_hold_before_the_first_call(server: OpenAIServer, limits: dict[st
     assert len(server.calls) == 3
 
 
+@pytest.mark.parametrize(
+    ("limits", "spent", "said"),
+    [
+        ({"max_calls": 5}, Spent(3, 9.0), None),
+        ({"max_calls": 5}, Spent(4, 0.0), r"llm\.max_calls: 2 calls are needed beside 4 that this and other .* than 5"),
+        ({"max_usd": 0.01}, Spent(9, 0.001), None),
+        (
+            {"max_usd": 0.01},
+            Spent(9, 0.009),
+            r"llm\.max_usd: 2 calls may cost \$0\.0080 beside \$0\.0090 that this and",
+        ),
+    ],
+)
+def test_limits_count_what_others_asked(
+    server: OpenAIServer, limits: dict[str, Any], spent: Spent, said: str | None
+) -> None:
+    llm = llm_of(server, **limits)
+    plan = plan_calls(STAGE, items_of(["a", "b"]), PROMPT, llm, OUTPUT)
+    with contextlib.ExitStack() as stack:
+        if said:
+            stack.enter_context(pytest.raises(UserError, match=said))
+        check_limits(plan, llm, spent)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "attempts", "usd"),
+    [
+        ((1000, 500), 1, 0.001 + 0.001),
+        ((0, 0), 1, 0.0004 + 0.0004),
+        ((None, 500), 2, 0.0016 + 0.001),
+        ((1000, None), 2, 0.001 + 0.008),
+        ((None, None), 1, 0.0008 + 0.004),
+    ],
+)
+def test_an_answer_counts_for_what_it_must_have_cost(tokens: Any, attempts: int, usd: float) -> None:
+    row = row_with(input_tokens=tokens[0], output_tokens=tokens[1], attempts=attempts, response_json="x" * 1600)
+    llm = Llm(model="tiny", prices=PRICES, max_output_tokens=2000)
+    assert charge(row, 800, llm) == pytest.approx(usd)
+    assert charge(row, 800, Llm(model="tiny")) is None
+
+
 def test_spending_stops_where_the_estimate_was_too_low(server: OpenAIServer) -> None:
     # Each answer is counted as 100 + 50 tokens, though 1 was asked for at most.
     with pytest.raises(UserError, match="is spent"):
@@ -259,7 +304,7 @@ class KeysAll:
 
 def test_an_entry_is_written_before_it_is_returned(server: OpenAIServer) -> None:
     with Journal(journal_path(STAGE)) as journal:
-        journal.append(Entry({"item_key": "k", "status": "ok"}, None))
+        journal.append(Entry(row_with(item_key="k"), None))
         assert "k" in read_journal(journal_path(STAGE), ["k"])
 
 

@@ -1,5 +1,6 @@
 """The client against a server that misbehaves: statuses, attempts, pauses, and what is never stored."""
 
+import gzip
 import json
 import threading
 import time
@@ -203,6 +204,12 @@ def test_the_model_is_shown_its_answer_without_its_thoughts(server: OpenAIServer
     assert told["role"] == "user"
     assert "answer lacks x" in told["content"]
     assert '"required":["x"]' in told["content"]
+
+
+def test_a_long_answer_that_does_not_fit_is_not_paid_for_whole_again(server: OpenAIServer) -> None:
+    server.script.append(content("x" * 3_000_000))
+    assert ask(server).status == "ok"
+    assert len(json.dumps(server.calls[1])) < 30_000
 
 
 def test_each_remedy_is_tried_once(server: OpenAIServer) -> None:
@@ -569,3 +576,117 @@ def test_surroundings_that_no_call_can_be_made_in_are_one_line(
     assert str(caught.value).startswith(said)
     assert "hunter22" not in str(caught.value)
     assert server.calls == []
+
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-ratelimit-remaining-tokens": DIGITS},
+        {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "-1"},
+        {"x-ratelimit-remaining-requests": "1e999"},
+        {"retry-after": DIGITS},
+        {"retry-after": "nan", "x-ratelimit-reset-tokens": f"{DIGITS}h"},
+    ],
+)
+def test_no_header_costs_a_paid_answer(server: OpenAIServer, headers: dict[str, str]) -> None:
+    server.script.append(with_headers(headers))
+    assert (ask(server).status, len(server.calls)) == ("ok", 1)
+
+
+@pytest.mark.parametrize("told", [DIGITS, f"-{DIGITS}", "nan", "inf", "Thu, 01 Jan 99999 00:00:00 GMT", ""])
+def test_an_absurd_time_to_wait_is_none(server: OpenAIServer, told: str) -> None:
+    server.script.append(failure(503, retry_after=told))
+    assert (ask(server).status, len(server.calls)) == ("ok", 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (429, "Request too large for gpt-4 on tokens per min (TPM): Limit 1000, Requested 2300."),
+        (429, "Rate limit reached on tokens per min (TPM): Limit 1,000, Used 0, Requested 2,300. Try again in 5s."),
+        (413, "Request too large for model `x`: Limit 6000, Requested 7200, please reduce your message size"),
+        (429, "The request too large"),
+    ],
+)
+def test_a_request_that_can_never_pass_is_not_tried_again(server: OpenAIServer, status: int, message: str) -> None:
+    server.script += [failure(status, "rate_limit_exceeded", message)] * 5
+    with pytest.raises(UserError, match=r"lower llm\.max_output_tokens in params\.yaml, or shorten prompts/test\.md"):
+        ask(server)
+    assert len(server.calls) == 1
+
+
+def test_a_rate_that_others_used_up_is_waited_for(server: OpenAIServer) -> None:
+    server.script.append(failure(429, message="Rate limit reached: Limit 30000, Used 29000, Requested 2300"))
+    assert (ask(server).status, len(server.calls)) == ("ok", 2)
+
+
+@pytest.mark.parametrize(
+    "count", [9223372036854775808, 10**400, -1_000_000_000, 2**53 + 1, 1.5, 100.0, True, "7", None]
+)
+def test_a_count_of_tokens_that_can_be_none_is_unknown(server: OpenAIServer, count: Any) -> None:
+    server.script.append(changed(lambda answer: answer.update(usage={"prompt_tokens": count, "completion_tokens": 5})))
+    reply = ask(server)
+    assert (reply.status, reply.input_tokens, reply.output_tokens) == ("ok", None, 5)
+
+
+def drip(piece: bytes, head: bytes = b"", pause: float = 0.05) -> Turn:
+    """Send `head`, then `piece` again and again."""
+
+    def turn(handler: Handler, request: dict[str, Any]) -> None:
+        handler.close_connection = True
+        handler.wfile.write(head)
+        while True:
+            handler.wfile.write(piece)
+            time.sleep(pause)
+
+    return turn
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+ENDLESS = HEAD + b"Connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        drip(b" ", ENDLESS),
+        drip(b"x", HEAD + b"X-Header: "),
+        drip(b"H"),
+        drip(b" ", ENDLESS.replace(b"200 OK", b"500 Oh")),
+        drip(b"1\r\n \r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n"),
+    ],
+)
+def test_an_answer_by_drops_is_out_of_time(server: OpenAIServer, trouble: Turn) -> None:
+    server.script += [trouble] * 2
+    begin = time.monotonic()
+    reply = ask(server, timeout_s=0.4, max_attempts=2)
+    assert time.monotonic() - begin < 5
+    assert (reply.status, len(server.calls)) == ("error", 2)
+    assert "Timeout" in reply.response_json
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"500 Oh", b"429 Oh"])
+def test_an_answer_without_an_end_is_cut_and_not_paid_again(server: OpenAIServer, status: bytes) -> None:
+    server.script.append(drip(b" " * 2**20, ENDLESS.replace(b"200 OK", status), pause=0))
+    reply = ask(server)
+    assert (reply.status, reply.attempts, len(server.calls)) == ("error", 1, 1)
+    assert "the answer is longer than 4 MB" in reply.response_json
+
+
+def test_a_small_body_that_unpacks_without_end_is_cut(server: OpenAIServer) -> None:
+    packed = gzip.compress(b" " * 200_000_000, 1)
+    server.script.append(lambda handler, request: handler.send_bytes(200, packed, {"Content-Encoding": "gzip"}))
+    assert "the answer is longer than 4 MB" in ask(server).response_json
+    assert len(server.calls) == 1
+
+
+def test_a_page_of_titles_and_brackets_in_brackets_are_read_in_no_time(server: OpenAIServer) -> None:
+    titles, brackets = "<title" * 300_000, "[" * 900 + "1," * 300_000 + "x] and so on"
+    server.script += [page(200, titles), content(brackets), page(500, titles), content(brackets)]
+    begin = time.monotonic()
+    assert ask(server, max_attempts=2).status == "invalid"
+    assert ask(server, max_attempts=2).status == "invalid"
+    assert time.monotonic() - begin < 20

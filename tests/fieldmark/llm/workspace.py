@@ -123,6 +123,29 @@ PROMPT = Prompt("prompts/test.md", "0" * 64, "a test", (), SCHEMA, ())
 PRICES = {"tiny": Price(input=1.0, output=2.0)}
 
 
+def row_with(**values: Any) -> Row:
+    """A row of llm.answers/1 that is an answer, but for these values."""
+    row = {
+        "item_key": "key",
+        "subject_id": "subject",
+        "sample": 0,
+        "prompt_sha": "0" * 64,
+        "status": "ok",
+        "response_json": '{"x":"y"}',
+        "model_requested": "tiny",
+        "model_reported": None,
+        "response_id": None,
+        "finish_reason": "stop",
+        "input_tokens": 100,
+        "output_tokens": 50,
+        "cost_usd": None,
+        "attempts": 1,
+        "source": "live",
+        "created_at": "2026-11-21T00:00:00Z",
+    }
+    return row | values
+
+
 def llm_of(server: OpenAIServer, **values: Any) -> Llm:
     """The settings that ask a local server."""
     settings = {"mode": "live", "base_url": server.base_url, "model": "tiny", "api_key_env": "FIELDMARK_TEST_KEY"}
