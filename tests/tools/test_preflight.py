@@ -147,7 +147,7 @@ def test_it_says_what_tracks_the_data_that_people_keep(
     shutil.move("images", "data/images")
     shutil.move("data/images/train/a", "data/images/a")
     shutil.rmtree("data/images/train")
-    Path("data/concepts.json").write_text("{}")
+    Path("data/concepts.json").write_text(json.dumps({"a": ["a fish with a fin"]}))
     git("init", "-q", cwd=project)
     (project / ".gitignore").write_text((ROOT / ".gitignore").read_text())
     add("params.yaml", "prompts", "data/demo", "data/none")
