@@ -54,7 +54,10 @@ def named_paths(params: Params) -> Iterator[tuple[str, str, str]]:
     yield "dataset.val_list", dataset.val_list, "file"
     yield "llm.recordings", params.llm.recordings, "file or folder"
     yield "concepts.import", params.concepts.imported, "file or folder"
+    yield "concepts.edits", params.concepts.edits, "file or folder"
     yield "concepts.prompt", params.concepts.prompt, "file"
+    yield "concepts.generic_prompt", params.concepts.generic_prompt, "file"
+    yield "concepts.contrast_prompt", params.concepts.contrast_prompt, "file"
     yield "describe.prompt", params.describe.prompt, "file"
     for name, encoder in params.encoders.items():
         if encoder.model.startswith("local-dir:"):

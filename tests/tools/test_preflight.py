@@ -27,7 +27,8 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
 @pytest.fixture(autouse=True)
 def images(project: Path) -> Path:
     """A project with all that params.yaml names by default, and one picture (an empty file: nothing opens it)."""
-    for path in ("prompts/concepts.md", "prompts/describe.md", "data/demo/answers/concepts.jsonl"):
+    prompts = [f"prompts/{name}.md" for name in ("concepts", "generic_concepts", "contrast", "describe")]
+    for path in (*prompts, "data/demo/answers/concepts.jsonl"):
         (project / path).parent.mkdir(parents=True, exist_ok=True)
         (project / path).touch()
     (project / "images/train/a").mkdir(parents=True)
@@ -298,6 +299,9 @@ def test_utf8_is_what_decodes_as_it(name: bytes) -> None:
         ("concepts__import", "no.json", "concepts.import: 'no.json' is not there; "),
         ("concepts__import", "pipe", "concepts.import: 'pipe' is not a file or folder; "),
         ("concepts__prompt", "no.md", "concepts.prompt: 'no.md' is not there; "),
+        ("concepts__generic_prompt", "no.md", "concepts.generic_prompt: 'no.md' is not there; "),
+        ("concepts__contrast_prompt", "no.md", "concepts.contrast_prompt: 'no.md' is not there; "),
+        ("concepts__edits", "no.json", "concepts.edits: 'no.json' is not there; "),
         ("describe__prompt", "no.md", "describe.prompt: 'no.md' is not there; "),
         ("llm__recordings", "no", "llm.recordings: 'no' is not there; "),
         ("encoders__conv__model", "local-dir:no", "encoders.conv.model: 'no' is not there; "),
