@@ -138,7 +138,7 @@ def test_commands_are_there_with_their_options(module: str, capsys: pytest.Captu
 def test_make_has_the_targets_and_variables(path: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
-    variables = set(re.findall(r"^([A-Z]+) \?=", makefile, re.MULTILINE))
+    variables = set(re.findall(r"^(?:export )?([A-Z]+) \?=", makefile, re.MULTILINE))
     for line in code_on(path):
         for target, rest in re.findall(r"(?:^|&& )make ([a-z-]+)([^#`]*)", line):
             assert target in targets, line

@@ -69,7 +69,7 @@ RULES = 3
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # A colour profile or a text of a PNG may be so long when it is unpacked; all texts together keep Pillow's own limit.
-PngImagePlugin.MAX_TEXT_CHUNK = 2**24
+PngImagePlugin.MAX_TEXT_CHUNK = 2**22
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
