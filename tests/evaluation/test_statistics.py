@@ -4,46 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
-from sklearn.metrics import log_loss as sklearn_log_loss
 
 from evaluation.statistics import bootstrap, holm, paired_difference, paired_differences
-from training.metrics import (
-    accuracy,
-    confusion,
-    log_loss,
-    macro_accuracy,
-    top_k_accuracy,
-)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 9))
-def test_numbers_equal_scikit_learn(seed: int, classes: int) -> None:
-    rng = np.random.default_rng(seed)
-    logits = rng.standard_normal((60, classes)).astype(np.float32)
-    y = np.concatenate([np.arange(classes), rng.integers(classes, size=60 - classes)])
-    predicted, labels = logits.argmax(1), np.arange(classes)
-    assert accuracy(logits, y) == pytest.approx(accuracy_score(y, predicted))
-    assert macro_accuracy(logits, y) == pytest.approx(balanced_accuracy_score(y, predicted))
-    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert log_loss(logits, y) == pytest.approx(sklearn_log_loss(y, probabilities, labels=labels), rel=1e-5)
-    np.testing.assert_array_equal(confusion(logits, y), confusion_matrix(y, predicted, labels=labels))
-    if classes > 2:
-        assert top_k_accuracy(logits, y, 2) == pytest.approx(top_k_accuracy_score(y, logits, k=2, labels=labels))
-    assert top_k_accuracy(logits, y, 1) == accuracy(logits, y)
-    assert top_k_accuracy(logits, y, classes) == 1
-
-
-def test_a_tie_goes_to_the_first_class_at_every_k() -> None:
-    logits, y = np.zeros((3, 3)), np.array([0, 1, 2])
-    assert [top_k_accuracy(logits, y, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert accuracy(logits, y) == pytest.approx(1 / 3)
-
-
-def test_macro_accuracy_leaves_absent_classes_out() -> None:
-    logits = np.eye(4)[[0, 0, 3]]
-    assert macro_accuracy(logits, np.array([0, 3, 3])) == pytest.approx((1 + 0.5) / 2)
 
 
 def test_difference_is_paired_and_antisymmetric() -> None:
