@@ -251,9 +251,10 @@ def ask_all(
             progress.set_postfix_str(f"${spent:.4f}" if llm.model in llm.prices else "unknown price", refresh=False)
             progress.update()
             if llm.max_usd is not None and charged > llm.max_usd:
+                kept = sum(answer["status"] != "error" for answer in answers.values())
                 raise UserError(
-                    f"params.yaml: llm.max_usd: ${charged:.4f} is spent, more than {llm.max_usd}; {len(answers)} of"
-                    f" {len(new)} answers are kept, raise the limit to go on"
+                    f"params.yaml: llm.max_usd: ${charged:.4f} is spent, more than {llm.max_usd}; {kept} of {len(new)}"
+                    " answers are kept, raise the limit to go on"
                 )
     except BaseException as error:
         client.stopping.set()
@@ -305,26 +306,29 @@ def ask_one(
     except Unaskable as error:
         return Entry(row_of(asked, unasked(error), client.prompt.sha, client.llm), None)
     sent = tokens_of(item.messages)
-    row = row_of(asked, client.ask(messages, sent), client.prompt.sha, client.llm)
-    # An error is no answer: there is nothing to keep.
+    reply = client.ask(messages, sent)
+    row = row_of(asked, reply, client.prompt.sha, client.llm)
+    # An error is no answer: there is nothing to keep, but what got lost may be paid for.
     if row["status"] == "error":
-        return Entry(row, client.base_url)
-    entry = Entry(row, client.base_url, charge(row, sent, client.llm))
+        lost = (reply.unheard * sent, reply.unheard * client.llm.max_output_tokens)
+        return Entry(row, client.base_url, cost(*lost, price_of(client.llm)))
+    entry = Entry(row, client.base_url, charge(row, sent, client.llm, reply.unheard))
     journal.append(entry)
     return entry
 
 
-def charge(row: Row, sent: int, llm: Llm) -> float | None:
+def charge(row: Row, sent: int, llm: Llm, unheard: int = 0) -> float | None:
     """The US dollars that an answer counts for against llm.max_usd; None without a price. `sent` is about how many
-    tokens went in.
+    tokens went in, `unheard` in how many calls before this one an answer may have been lost on its way.
 
     What a server does not count is taken to be the most it can be. What it counts is not believed below half of what
     went in and an eighth of the bytes that came out: hardly a token is longer.
     """
     inputs, outputs, attempts = row["input_tokens"], row["output_tokens"], max(1, row["attempts"])
-    inputs = attempts * sent if inputs is None else max(inputs, sent // 2)
-    most = attempts * llm.max_output_tokens
-    outputs = most if outputs is None else max(outputs, len(row["response_json"].encode()) // 8)
+    most = llm.max_output_tokens
+    inputs = attempts * sent if inputs is None else max(inputs, sent // 2) + unheard * sent
+    written = len(row["response_json"].encode()) // 8
+    outputs = attempts * most if outputs is None else max(outputs, written) + unheard * most
     return cost(inputs, outputs, price_of(llm))
 
 

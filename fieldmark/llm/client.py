@@ -51,6 +51,8 @@ LONGEST_REST_S = 600.0
 # Status codes after which no call of this run can succeed: wrong key, no money, not allowed, no such model or address.
 HOPELESS = {401, 402, 403, 404, 405}
 NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached"}
+# Failures that come before a server has seen the request.
+NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
 FORMATS = ["json_schema", "json_object", "text"]
 # The two names of the limit on an answer's length, and how a server refuses the one that it does not know [mem].
 LIMITS = ("max_completion_tokens", "max_tokens")
@@ -74,8 +76,9 @@ SECRET_HEADER = re.compile(r"key|token|secret|password|cookie|auth", re.IGNORECA
 class Reply:
     """What came of an item. `response_json` is the answer where status is ok, else what there is to know.
 
-    `attempts` counts all calls; tokens are those of all answers, for all are paid, and None where one was not counted.
-    The rest is of the last answer.
+    `attempts` counts all calls, `unheard` those whose answer was lost on its way: the server may have written it, and
+    bill it. Tokens are those of all answers, for all are paid, and None where one was not counted. The rest is of the
+    last answer.
     """
 
     status: str
@@ -86,6 +89,7 @@ class Reply:
     finish_reason: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    unheard: int = 0
 
 
 class Stopped(Exception):
@@ -124,10 +128,11 @@ class Client:
         can succeed.
         """
         room, remedies = self.llm.max_output_tokens, {"truncated", "invalid"}
-        attempts, answers = 0, list[Reply]()
+        attempts, unheard, answers = 0, 0, list[Reply]()
         while True:
             reply = self.ask_once(messages, room, input_tokens, self.llm.max_attempts - attempts)
             attempts += reply.attempts
+            unheard += reply.unheard
             if reply.status != "error" or not answers:
                 # What was answered stands, and is paid for, even where asking again fails.
                 answers.append(reply)
@@ -143,10 +148,12 @@ class Client:
             attempts=attempts,
             input_tokens=total(answer.input_tokens for answer in answers),
             output_tokens=total(answer.output_tokens for answer in answers),
+            unheard=unheard,
         )
 
     def ask_once(self, messages: list[Message], room: int, input_tokens: int, most_attempts: int) -> Reply:
         """One answer, whatever it is worth, or an error after so many attempts. Raises UserError as `ask` does."""
+        unheard = list[Exception]()
         retrying = Retrying(
             stop=stop_after_attempt(most_attempts) | stop_when_event_set(self.stopping),
             wait=self.rest_or_pause,
@@ -155,19 +162,24 @@ class Client:
             reraise=True,
         )
         try:
-            body = retrying(self.call, messages, room, input_tokens)
+            body = retrying(self.call, messages, room, input_tokens, unheard)
         except Stopped:
-            return Reply("error", canonical_json({"error": "the run was stopped"}), attempts_of(retrying) - 1)
+            said, made = {"error": "the run was stopped"}, attempts_of(retrying) - 1
+            return Reply("error", canonical_json(said), made, unheard=len(unheard))
         except (openai.APIError, ValueError) as error:
             verdict = self.hopeless(error)
             if verdict:
                 self.stopping.set()
                 raise verdict from None
-            return Reply("error", canonical_json({"error": self.message_of(error)}), attempts_of(retrying))
-        return self.read(body, attempts_of(retrying))
+            said = {"error": self.message_of(error)}
+            return Reply("error", canonical_json(said), attempts_of(retrying), unheard=len(unheard))
+        return replace(self.read(body, attempts_of(retrying)), unheard=len(unheard))
 
-    def call(self, messages: list[Message], room: int, input_tokens: int) -> Any:
-        """One HTTP request, when its turn comes: the body of the answer. Raises Stopped, APIError or ValueError."""
+    def call(self, messages: list[Message], room: int, input_tokens: int, unheard: list[Exception]) -> Any:
+        """One HTTP request, when its turn comes: the body of the answer.
+
+        Raises Stopped, APIError or ValueError, and adds it to `unheard` where an answer may have been lost on its way.
+        """
         expected = input_tokens + room
         if not self.rates.take(expected):
             raise Stopped
@@ -178,12 +190,16 @@ class Client:
             # The raw body: servers leave out what openai's typed completion takes for granted.
             with self.deadline.within(self.llm.timeout_s):
                 raw = self.api.chat.completions.with_raw_response.create(**request)
+            self.rates.rest(reset_after(raw.headers, expected))
+            body = load_json(raw.http_response.content)
         except openai.APIStatusError as error:
             if is_unknown_limit(error):
                 self.options = rename_limit(options)
             raise
-        self.rates.rest(reset_after(raw.headers, expected))
-        body = load_json(raw.http_response.content)
+        except (openai.APIConnectionError, ValueError) as error:
+            if not isinstance(error.__cause__, NOT_SENT):
+                unheard.append(error)
+            raise
         used = total(tokens_used(body))
         if used is not None:
             self.rates.give_back(expected - used)
@@ -199,7 +215,7 @@ class Client:
         if isinstance(error, openai.APIStatusError):
             told = retry_after(error)
             if told or error.status_code == 429:
-                _, room, input_tokens = state.args
+                _, room, input_tokens, _ = state.args
                 reset = reset_after(error.response.headers, input_tokens + room)
                 self.rates.rest(told or reset or longest_pause(state))
                 return 0.0

@@ -222,6 +222,26 @@ def test_spending_stops_where_the_estimate_was_too_low(server: OpenAIServer) -> 
     assert len(server.calls) < 5
 
 
+def test_what_is_lost_on_its_way_counts_against_the_limit(server: OpenAIServer) -> None:
+    """The server may have written the answer, and bill it. 1 token in and 40 out: $0.000081 a call."""
+    server.script += [drop] * 40
+    limits = {"max_output_tokens": 40, "max_usd": 0.0014, "max_attempts": 5}
+    with pytest.raises(UserError, match=r"\$0.0016 is spent.*; 0 of 8 answers are kept"):
+        ask(server, *"abcdefgh", concurrency=1, **limits)
+    # Four questions of five calls each, and one that had begun.
+    assert 20 <= len(server.calls) <= 25
+    server.script.clear()
+    server.script += [drop, failure(500)]
+    [row] = ask(server, "a", **limits)
+    assert read_journal(journal_path(STAGE), {row["item_key"]})[row["item_key"]].charged == pytest.approx(0.000281)
+
+
+def test_what_no_server_saw_costs_nothing(server: OpenAIServer) -> None:
+    gone = llm_of(server, base_url="http://127.0.0.1:9", max_usd=0.001, max_output_tokens=40)
+    [row, *_] = live_answers(STAGE, items_of("abcdefgh"), PROMPT, gone, OUTPUT, attach=plain)
+    assert (row["status"], row["attempts"]) == ("error", 2)
+
+
 def test_the_preview_counts(server: OpenAIServer) -> None:
     ask(server, "a")
     llm = llm_of(server, max_output_tokens=1000)
