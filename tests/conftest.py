@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from fieldmark.params import Params, load_params
 from tests.project import CONV, PARAMS, VIT, draw, save_model
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# An example that takes long says that the machine is busy, and nothing of the code.
+settings.register_profile("fieldmark", deadline=None)
+settings.load_profile("fieldmark")
 # Tests run in as many processes as there are cores: more threads than that only wait for each other.
 torch.set_num_threads(1)
 

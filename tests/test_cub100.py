@@ -15,10 +15,13 @@ SHARED = ROOT.parent / "shared"
 CUB = SHARED / "data/cub100/CUB_200_2011"
 CLASSES, TRAIN, TEST, VAL = 6, 14, 6, 2
 
-pytestmark = pytest.mark.skipif(
-    not (CUB.is_dir() and (SHARED / "models/birds-lit").is_dir()),
-    reason="../shared/data/cub100 or ../shared/models/birds-lit is not on this machine",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CUB.is_dir() and (SHARED / "models/birds-lit").is_dir()),
+        reason="../shared/data/cub100 or ../shared/models/birds-lit is not on this machine",
+    ),
+]
 
 
 def cut_slice(target: Path) -> list[str]:

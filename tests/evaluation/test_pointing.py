@@ -87,7 +87,7 @@ def test_a_box_holds_any_of_the_parts_points() -> None:
     assert [np.flatnonzero(row).tolist() for row in held] == [[3], [3, 8], []]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 40), st.integers(0, 99))
 def test_other_images_are_never_the_image_itself(count: int, seed: int) -> None:
     found = list(others(count, seed))

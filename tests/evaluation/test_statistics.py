@@ -126,7 +126,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from([0.0, 1e-3, 0.01, 0.0125, 0.02, 0.025, 0.04, 0.05, 0.3, 1.0]), max_size=7))
 def test_holm_rejects_what_its_definition_rejects(p: list[float]) -> None:
     """The step-down test itself, at levels in between: reject the smallest while p <= level / (m - rank)."""

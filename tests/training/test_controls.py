@@ -273,7 +273,7 @@ def adjacency(cache: Cache, rows: Tensor) -> Tensor:
 
 
 @given(seed=seeds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_rewired_graphs_keep_degrees_and_weights(cache: Cache, control: Callable[..., Cache], seed: int) -> None:
     rows = torch.arange(len(cache.part(Nodes).nodes))
     before, after = adjacency(cache, rows), adjacency(control("edges_rewired", seed), rows)
@@ -340,7 +340,7 @@ def test_a_cycle_visits_all_and_fixes_none(count: int, seed: int) -> None:
 
 
 @given(seed=seeds)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_fewer_concepts_are_shared_out_evenly_and_nested(cache: Cache, seed: int) -> None:
     names, smaller = cache.part(Bank).of_kind("name"), torch.zeros(len(cache.part(Bank).kind), dtype=torch.bool)
     for count in range(1, int(cache.part(Bank).kept.sum()) + 1):

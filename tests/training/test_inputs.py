@@ -69,20 +69,33 @@ def test_code_that_is_loaded_by_its_name_is_followed_where_a_run_loads_it() -> N
     assert {"training/controls/random_vectors.py", "fieldmark/labels/labelling.py"} <= controlled.keys() - graph.keys()
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_what_python_loads_for_a_run_is_in_its_code(method: str) -> None:
+# A fresh process a method, and yet torch is imported once: what it loads is the same for all.
+LOADED = """
+import json, os, sys
+import torch
+for method in sys.argv[1:]:
+    if os.fork() == 0:
+        from training.methods import load_method
+        load_method(method)
+        modules = [m for n, m in sys.modules.items() if n.split(".")[0] in ("training", "fieldmark")]
+        print(json.dumps([method, [m.__file__ for m in modules if getattr(m, "__file__", None)]]), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
+"""
+
+
+def test_what_python_loads_for_a_run_is_in_its_code() -> None:
     """Nothing is overlooked: a process that makes the run, imports and all, loads no other file of ours."""
-    script = (
-        "import sys; from pathlib import Path; from training.methods import load_method;"
-        f" module = load_method('{method}');"
-        " print(*{m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in ('training', 'fieldmark')"
-        " and getattr(m, '__file__', None)}, sep=chr(10))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {str(Path(line).relative_to(ROOT)) for line in done.stdout.split()}
+    words = [sys.executable, "-c", LOADED, *method_names()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = dict(map(json.loads, done.stdout.splitlines()))
+    assert sorted(found) == method_names()
     # load_method looks through all parts of the cache for their names; a run executes those that it reads.
     others = {str(file.relative_to(ROOT)) for file in (ROOT / "training/data").glob("*.py")}
-    assert loaded - others <= code(method).keys()
+    for method, files in found.items():
+        loaded = {str(Path(file).relative_to(ROOT)) for file in files}
+        assert loaded - others <= code(method).keys(), method
 
 
 def test_other_bytes_are_other_marks(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from training.metrics import (
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(2, 9))
 def test_numbers_equal_scikit_learn(seed: int, classes: int) -> None:
     rng = np.random.default_rng(seed)

@@ -64,7 +64,7 @@ def train_counts(cache: Cache) -> list[int]:
 
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.label)
 @given(draw=draws)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_only_split_and_target_change_and_a_draw_can_be_repeated(cache: Cache, regime: Regime, draw: int) -> None:
     made, again = regime.apply(cache, draw), regime.apply(cache, draw)
     assert made.split.tolist() == again.split.tolist()
@@ -106,7 +106,7 @@ def test_a_regime_is_read_by_its_kind() -> None:
 
 
 @given(draw=draws)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_shots_are_nested_and_balanced(cache: Cache, draw: int) -> None:
     smaller: set[str] = set()
     for shots in (1, 2, 4, 8, 16):
@@ -132,7 +132,7 @@ def test_one_image_more_moves_no_other(cache: Cache) -> None:
 
 
 @given(draw=draws, exponent=st.floats(0.1, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_long_tail_sizes_follow_the_power_law(cache: Cache, draw: int, exponent: float) -> None:
     made = LongTail(exponent=exponent).apply(cache, draw)
     expected = [max(1, round(20 * rank**-exponent)) for rank in range(1, 7)]
@@ -142,7 +142,7 @@ def test_long_tail_sizes_follow_the_power_law(cache: Cache, draw: int, exponent:
 
 @pytest.mark.parametrize("wrong", ["random", "instance"])
 @given(draw=draws)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_candidates_hold_the_truth_and_grow_with_q(cache: Cache, wrong: str, draw: int) -> None:
     train = cache.images("train")
     smaller = torch.zeros(len(train), 6, dtype=torch.bool)
@@ -188,7 +188,7 @@ def test_the_cross_fitted_probe_has_not_seen_what_it_judges(cache: Cache) -> Non
 
 @pytest.mark.parametrize("wrong", ["symmetric", "confused"])
 @given(draw=draws)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_stated_share_is_told_a_wrong_class(cache: Cache, wrong: str, draw: int) -> None:
     before: set[int] = set()
     for share in (0.0, 0.25, 0.6):
@@ -217,7 +217,7 @@ def test_symmetric_noise_spares_no_class_and_confused_noise_has_one(cache: Cache
 
 
 @given(draw=draws, share=st.floats(0.01, 0.99), development=st.floats(0.01, 0.99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_unseen_classes_are_disjoint_and_none_is_empty(
     cache: Cache, draw: int, share: float, development: float
 ) -> None:

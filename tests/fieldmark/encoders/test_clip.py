@@ -233,7 +233,7 @@ def test_tokens_are_counted_and_cuts_are_told(readers: dict[str, LoadedEncoder])
 
 
 @pytest.mark.parametrize("name", ["open_clip", "bert", "siglip", "clips", "stripped"])
-@limits(max_examples=60, deadline=None)
+@limits(max_examples=60)
 @given(text=st.lists(st.sampled_from(["fish", "Tail,", "fins", "eel", "a", "_", "&amp;", "é", "5", "."])).map(" ".join))
 def test_the_count_is_of_what_stands_in_the_row(name: str, readers: dict[str, LoadedEncoder], text: str) -> None:
     tokenizer: Any = readers[name].tokenizer

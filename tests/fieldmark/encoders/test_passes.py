@@ -260,6 +260,7 @@ def test_compiled_vectors_are_those_of_the_same_encoder(
     assert capsys.readouterr().out == f"{FOLDER}: 0 images embedded, {len(dataset)} kept\n"
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_on_a_small_model(
     dataset: list[str],
     project: Path,

@@ -253,7 +253,7 @@ def test_bfloat16_sees_the_same(name: str, towers: dict[str, LoadedTower], files
         assert nn.functional.cosine_similarity(low, high, dim=-1).min() > 0.99
 
 
-@limits(max_examples=30, deadline=None)
+@limits(max_examples=30)
 @given(
     width=st.integers(20, 120), height=st.integers(20, 120), mode=st.sampled_from(["center", "squash", "border"]),
     crop_pct=st.sampled_from([0.75, 0.875, 0.95, 1.0]),

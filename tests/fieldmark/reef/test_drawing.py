@@ -23,7 +23,7 @@ def pixels(attributes, seed, size=96):
     return np.asarray(draw_fish(attributes, np.random.default_rng(seed), size).image).astype(int)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(combinations, st.integers(0, 2**32))
 def test_every_combination_draws_and_boxes_lie_in_the_picture(attributes, seed):
     drawing = draw_fish(attributes, np.random.default_rng(seed), 64)
