@@ -236,7 +236,7 @@ class Client:
         elif finish_reason == "length":
             status, response = "truncated", canonical_json({"text": self.clean(content)})
         else:
-            status, response = self.parse(content)
+            status, response = self.parse(content if content.strip() else misplaced_in(message))
         input_tokens, output_tokens = tokens_used(body)
         return Reply(
             status,
@@ -562,6 +562,17 @@ def text_of(content: Any) -> str:
         texts = [part.get("text") for part in content if isinstance(part, dict)]
         return "".join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else ""
+
+
+def misplaced_in(message: dict[str, Any]) -> str:
+    """The answer of a message without content, where the server took it for thoughts; else nothing.
+
+    vLLM's reasoning parsers do so where a schema leaves a model no thoughts (0.8.2 and 0.9.0.1: its issues 15618 and
+    19222), as `reasoning_content` or, by its later name, `reasoning`. Thoughts that are more than JSON are no answer:
+    what they hold is a draft.
+    """
+    thoughts = text_of(message.get("reasoning_content")) or text_of(message.get("reasoning"))
+    return thoughts if thoughts.lstrip().startswith(("{", "[", "```")) else ""
 
 
 def is_printable(value: str) -> bool:

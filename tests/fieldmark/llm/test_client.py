@@ -284,6 +284,26 @@ def test_servers_that_do_it_their_way(server: OpenAIServer, turn: Any, response_
     assert (reply.status, reply.response_json, reply.attempts) == ("ok", '{"x":"é"}', 1)
 
 
+def thoughts(text: Any, name: str, said: Any = None) -> Turn:
+    """A completion that holds a text as the model's thoughts, and no more content than `said`."""
+    return changed(lambda answer: answer["choices"][0]["message"].update({name: text}), said)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("said", [None, "", "\n\n"])
+@pytest.mark.parametrize("text", [GOOD, f"\n\n{GOOD}", f"```json\n{GOOD}\n```", [{"type": "text", "text": GOOD}]])
+def test_an_answer_taken_for_thoughts_is_one(server: OpenAIServer, text: Any, said: Any, name: str) -> None:
+    server.script.append(thoughts(text, name, said))
+    reply = ask(server)
+    assert (reply.status, reply.response_json, reply.attempts, len(server.calls)) == ("ok", '{"x":"é"}', 1, 1)
+
+
+def test_a_draft_amid_thoughts_is_no_answer(server: OpenAIServer) -> None:
+    server.script.append(thoughts(f"It may be {GOOD}.", "reasoning_content"))
+    assert ask(server).attempts == 2
+    assert [message["role"] for message in server.calls[1]["messages"]] == ["user", "user"]
+
+
 def test_response_formats(server: OpenAIServer) -> None:
     ask(server, temperature=0.5, max_output_tokens=77)
     request = server.calls[0]
