@@ -189,7 +189,8 @@ def explain(error: BaseException) -> str:
         return f"{where}too many files are open ({said}); raise the limit (`ulimit -n 4096`) and run again"
     if isinstance(error, OSError):
         return f"{where}{said or type(error).__name__}; mend that and run again: what is finished is kept"
-    return f"{type(error).__name__} in {place_of(error)} ({said}); this is a fault of fieldmark: {HOW_TO_TELL}"
+    remedy = f"this is a fault of the code: mend it where it is yours, else {HOW_TO_TELL}"
+    return f"{type(error).__name__} in {place_of(error)} ({said}); {remedy}"
 
 
 def place_of(error: BaseException) -> str:

@@ -197,7 +197,8 @@ def test_the_architecture_names_every_stage_and_every_part() -> None:
 def test_the_readme_s_table_is_of_the_runs_of_params() -> None:
     [table] = [block for block in blocks("README.md", "text") if block.startswith("run ")]
     rows = table.split("\n\n")[0].splitlines()[1:]
-    assert [row.split()[0] for row in rows] == list(load_params(ROOT / "params.yaml").train.runs)
+    runs = list(load_params(ROOT / "params.yaml").train.runs)
+    assert [row.split()[0] for row in rows] == runs, "README.md: its table has a row for each run of params.yaml"
 
 
 def test_the_contracts_are_printed_from_the_code() -> None:

@@ -1,4 +1,4 @@
-"""The map of DESIGN.md, held against what the code imports; and dvc.yaml, against what each stage's module runs."""
+"""The map of docs/architecture.md, held against what the code imports; dvc.yaml, against what a stage's module runs."""
 
 import ast
 import re

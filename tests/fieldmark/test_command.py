@@ -86,14 +86,14 @@ FAILURES = [
     ("raise OSError(24, 'Too many open files', 'data')", ["too many files are open", "ulimit -n"]),
     ("open('not/there')", ["not/there: No such file or directory; mend that"]),
     ("open(b'not/there\\xff')", ["not/there\\udcff: No such file"]),
-    ("os.listdir('\\x00')", ["embedded null", "fault of fieldmark"]),
+    ("os.listdir('\\x00')", ["embedded null", "fault of the code"]),
     ("raise MemoryError", ["there is not enough memory (MemoryError); end other programs, or lower batch_size"]),
     ("x = 'x' * 10**18", ["not enough memory"]),
     ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", ["not enough memory"]),
     ("import httpx2\nhttpx2.Client(proxy='http://a:hunter22@b:c')", ["the network cannot be used", "HTTPS_PROXY"]),
     ("import ssl\nraise ssl.SSLError('bad certificate')", ["the network cannot be used (SSLError", "SSL_CERT_FILE"]),
     ("def f(): f()\nf()", ["nested too deeply"]),
-    ("raise KeyError('\\x1b[2J\\nforged: line')", ["KeyError in script.py, line 4", "a fault of fieldmark", TRACE]),
+    ("raise KeyError('\\x1b[2J\\nforged: line')", ["KeyError in script.py, line 4", "a fault of the code", TRACE]),
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ z_c = scale * the mean of g . K_k over the concepts k that class c owns: kept te
 trained. With one text a class this is zero-shot classification by that text.
 
 The paper embeds "{name}, which has {descriptor}". `class_names: true` puts norm(K_k + t_c) in the place of K_k, with
-t_c the class's name vector (zero_shot.class_text): both vectors are there already, and no text is embedded anew. It is
+t_c the class's name vector (class_text): both vectors are there already, and no text is embedded anew. It is
 the middle of two texts and not the vector of the combined sentence [design].
 """
 

@@ -2,7 +2,7 @@
 
     logits_c = x . (w_c + alpha_c s t_c) + b_c
 
-with x the standardised global vector, t_c the class's text (zero_shot.class_text) less the mean over classes, of unit
+with x the standardised global vector, t_c the class's text (class_text) less the mean over classes, of unit
 length, and s `text_scale`. A reconstruction, and not the paper's procedure: they start from class means and take
 block-wise gradient steps of sizes from Lipschitz constants, without a penalty. Here the same form is fitted by
 full-batch L-BFGS (layers/logistic.py), the problem being convex, from zero and with one L2 penalty on w and alpha

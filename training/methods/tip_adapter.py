@@ -2,7 +2,7 @@
 
     logits = scale * g W^T + alpha * exp(-beta (1 - g F^T)) L
 
-W (C, D) is the text of each class (zero_shot.class_text), F (n, D) the keys, training vectors, and L (n, C) what
+W (C, D) is the text of each class (class_text), F (n, D) the keys, training vectors, and L (n, C) what
 training is told of them. AdamW moves the keys (training/loop.py); `epochs: 0` leaves Tip-Adapter, which trains nothing.
 A reconstruction: the paper trains at one alpha and beta and searches both behind the training; here every point of the
 grid is trained, and val chooses it and the epoch. Theirs is the text's own scale, 100; a lower one lets the cache

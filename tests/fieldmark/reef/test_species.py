@@ -1,4 +1,4 @@
-"""The species table: complete, distinct, and grouped as DESIGN.md says."""
+"""The species table: complete, distinct, and grouped in look-alikes."""
 
 import re
 from collections import Counter, defaultdict
