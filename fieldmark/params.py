@@ -26,6 +26,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 # An empty file that stands where no file is wanted: a dependency of a DVC stage cannot be left out.
 NONE = "data/none"
 FORMATS = Path(__file__).parent / "formats"
+TOWERS = Path(__file__).parent / "encoders/towers"
 
 
 class Block(BaseModel):
@@ -136,8 +137,9 @@ class Encoder(Block):
 
 
 class Tower(Block):
-    """An image-only encoder of timm's: it has no text side, so that nothing of a text is ever compared with it."""
+    """An image-only encoder: it has no text side, so that nothing of a text is ever compared with it."""
 
+    library: str = "timm"
     model: str
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -386,7 +388,11 @@ def check_contradictions(path: str, params: Params) -> None:
         for name in names:
             if not NAME.fullmatch(name):
                 refuse(f"{block}.{name}", "is used as a folder name", "use lower-case letters, digits, - and _")
-    for name in params.towers:
+    libraries = sorted(file.stem for file in TOWERS.glob("[a-z]*.py"))
+    for name, tower in params.towers.items():
+        if tower.library not in libraries:
+            what = f"there is no fieldmark/encoders/towers/{tower.library}.py"
+            refuse(f"towers.{name}.library", what, f"choose one of: {', '.join(libraries)}")
         if name in params.encoders:
             refuse(f"towers.{name}", f"encoders.{name} writes to data/embed/{name} too", "rename one of them")
     for name in params.tokens:

@@ -38,7 +38,7 @@ STAGES: dict[str, dict[str, Any]] = {
     for name, stage in YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"].items()
 }
 # Folders whose modules are loaded by a name in params.yaml: a stage that imports the folder may run any of them.
-BY_NAME = [Path("fieldmark/formats")]
+BY_NAME = [Path("fieldmark/formats"), Path("fieldmark/encoders/towers")]
 # What train runs depends on the methods of params.yaml: plan_runs, which reads all of that code, finds it run by run.
 PLANNED = ["train", "plan_runs"]
 

@@ -1,7 +1,7 @@
 """What all families of encoders share: their contract, numeric types, devices, preprocessing and fingerprint.
 
-A family is a module of this package that loads the encoders of one library (clip.py those of open_clip, towers.py those
-of timm). Each gives what `ImageEncoder` names; loading.py chooses between them.
+A family is a module that loads the encoders of one library (clip.py those of open_clip, towers/timm.py those of timm).
+Each gives what `ImageEncoder` names; loading.py chooses between them.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""Which family loads an encoder of images: the one module that knows them all.
-
-A new family is a module of this package with a function that gives a base.ImageEncoder, and a line here.
-"""
+"""Which family loads an encoder of images: open_clip one with texts, the library that it names one without."""
 
 import torch
 

@@ -17,7 +17,7 @@ def visible_box(width: int, height: int, preprocessing: dict[str, Any]) -> Box:
 
     With `resize_mode: longest` it may be larger than the picture: the encoder then sees padding beside it.
     """
-    # timm may crop less than the whole side of the resized picture (fieldmark/encoders/towers.py).
+    # timm may crop less than the whole side of the resized picture (fieldmark/encoders/towers/timm.py).
     share = preprocessing.get("crop_share", 1.0)
     if preprocessing["resize_mode"] == "squash":
         return (1 - share) / 2, (1 - share) / 2, (1 + share) / 2, (1 + share) / 2

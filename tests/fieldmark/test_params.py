@@ -117,6 +117,7 @@ def test_a_tower_that_cannot_stand(refuse: Callable[..., None]) -> None:
     refuse(changed("towers", {"conv": resnet}), "towers.conv: encoders.conv writes to data/embed/conv too", "rename")
     refuse(changed("towers", {"My/CNN": resnet}), "towers.My/CNN: is used as a folder name")
     refuse(changed("towers.cnn", {**resnet, "image_sise": 1}), "towers.cnn.image_sise: unknown key", "`image_size`")
+    refuse(changed("towers.cnn", {**resnet, "library": "tim"}), "towers.cnn.library: there is no ", "one of: timm")
     refuse(changed("towers.cnn", {**resnet, "image_size": 8}), "towers.cnn.image_size: ", "16")
 
 

@@ -24,7 +24,8 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
 from fieldmark.encoders.loading import load_image_encoder
-from fieldmark.encoders.towers import LoadedTower, load_tower, tower_features, translate_config
+from fieldmark.encoders.towers import LoadedTower, load_tower
+from fieldmark.encoders.towers.timm import tower_features, translate_config
 from fieldmark.params import Encoder, Params, Tower
 from fieldmark.pictures.boxes import visible_box
 from tests.checkout import checkout, command, commit, edit_params

@@ -1,10 +1,6 @@
-"""Image-only encoders ("towers") that timm loads: DINOv2, ResNet, Swin, ConvNeXt and all others with a map of cells.
+"""Towers that timm loads: DINOv2, ResNet, Swin, ConvNeXt and all others with a map of cells.
 
-A tower embeds images as the encoders of clip.py do, with the same rule for its dense tokens (maps.py). It has no text
-side, so that no text is ever compared with its embeddings: a run may name it as its `encoder` where its method reads no
-text, and under `also`.
-
-Its global embedding is what timm's classifier would read, `model(pixels)` of a model without classes: the CLS token
+The global embedding is what timm's classifier would read, `model(pixels)` of a model without classes: the CLS token
 after the last norm (DINOv2), the mean of the cells (ResNet, Swin), their mean after a norm (ConvNeXt), or what its
 attention pools (`map`). A dense token is the same of one cell.
 
@@ -25,51 +21,23 @@ left out. Earlier stages of Swin and ResNet can be read as well: `tower.model.fo
 
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
-from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, make_batch, split_transform
+from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, split_transform
 from fieldmark.encoders.maps import timm_features
+from fieldmark.encoders.towers import LoadedTower
 from fieldmark.params import Tower
 
 # timm's names of how a picture becomes a square, and open_clip's names of the same, which visible_box reads.
 RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
-
-
-@dataclass
-class LoadedTower:
-    """One loaded encoder of images alone (base.ImageEncoder), on one device."""
-
-    name: str
-    model: nn.Module
-    preprocess: Callable[[Image.Image], Tensor]  # to bytes (3, H, W)
-    normalise: Callable[[Tensor], Tensor]  # of bytes (n, 3, H, W), to float32
-    preprocessing: dict[str, Any]
-    dtype: torch.dtype
-    device: torch.device
-    batch_size: int
-    fingerprint: str
-
-    @property
-    def dimension(self) -> int:
-        """D, the length of a vector."""
-        return self.embed_images(self.preprocess(Image.new("RGB", (8, 8)))[None])[0].shape[1]
-
-    @torch.inference_mode()
-    def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """ImageEncoder.embed_images: pixels (n, 3, H, W) to global embeddings (n, D) and dense tokens (n, h, w, D)."""
-        pooled, tokens = tower_features(self.model, make_batch(self, pixels), self.name)
-        return pooled[: len(pixels)].float(), tokens[: len(pixels)].float()
 
 
 def tower_features(model: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -78,19 +46,15 @@ def tower_features(model: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor,
     return timm_features(visual, pixels, f"params.yaml: towers.{name}: {type(model).__name__}")
 
 
-def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
+def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
     """Load `towers.NAME`. Raises UserError where timm cannot, with its reason."""
     key = f"params.yaml: towers.{name}"
-    if settings.precision == "fp16" and device.type == "cpu":
-        raise UserError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32 on this machine")
     cfg = find_config(settings.model, key)
     # None leaves the size to timm. Models without positions take any size as they are.
     size = settings.image_size if cfg.fixed_input_size else None
     if settings.pretrained is None and not cfg.has_weights:
         problem = f"timm has no weights for {settings.model}, and random ones embed nothing"
         raise UserError(f"{key}.pretrained: {problem}; name a checkpoint file, or a model of timm.list_pretrained()")
-    if settings.pretrained is not None and not Path(settings.pretrained).is_file():
-        raise UserError(f"{key}.pretrained: there is no file {settings.pretrained}; correct the path")
     try:
         overlay = read_checkpoint(settings.pretrained, cfg.classifier) if settings.pretrained is not None else {}
         model: Any = timm.create_model(
@@ -113,13 +77,13 @@ def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
     # timm's name without its tag: the tag stands for weights and preprocessing, which count by themselves.
     architecture = {"timm": settings.model.partition(".")[0], "image_size": height}
     preprocess, normalise = split_transform(create_transform(**config), device)
-    tower = LoadedTower(
+    check_cells(model, settings.image_size, key)
+    return LoadedTower(
         name=name, model=model, preprocess=preprocess, normalise=normalise, preprocessing=preprocessing,
+        features=partial(tower_features, model, name=name),
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
         fingerprint=encoder_fingerprint(model, architecture, preprocessing, settings.precision),
     )  # fmt: skip
-    check_forward(tower, settings)
-    return tower
 
 
 def find_config(model: str, key: str) -> Any:
@@ -159,17 +123,12 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_forward(tower: LoadedTower, settings: Tower) -> None:
-    """Raises UserError where the tower cannot run in its precision or size, or whole cells do not fill its picture."""
-    key, size = f"params.yaml: towers.{tower.name}", settings.image_size
-    try:
-        tower.embed_images(tower.preprocess(Image.new("RGB", (8, 8)))[None])
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        remedy = "use precision fp32, and image_size null or a size it is made for"
-        raise UserError(f"{key}: timm cannot run {settings.model} with these settings ({reason}); {remedy}") from None
-    # timm itself leaves out pixels that do not fill a cell, or pads them, and does not say so.
-    layers = getattr(tower.model, "feature_info", None)
+def check_cells(model: Any, size: int | None, key: str) -> None:
+    """Raises UserError where whole cells do not fill a picture of the size that is asked for.
+
+    timm itself leaves out pixels that do not fill a cell, or pads them, and does not say so.
+    """
+    layers = getattr(model, "feature_info", None)
     cell = layers[-1]["reduction"] if layers else 1
     if size is not None and size % cell:
         problem = f"{size} pixels are no whole number of cells, {cell} pixels each"
