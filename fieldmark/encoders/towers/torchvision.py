@@ -24,6 +24,7 @@ from fieldmark.params import Tower
 
 # Models whose parts before `avgpool` run one after the other, and whose classifier reads the mean as it is.
 KNOWN = (models.ResNet, models.RegNet, models.EfficientNet)
+CELL = 32  # pixels a side of a cell, in each of them
 
 
 def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
@@ -50,6 +51,9 @@ def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
         cells = model(pixels).float()
         return cells.mean(dim=(2, 3)), cells.permute(0, 2, 3, 1)
 
+    if settings.image_size is not None and settings.image_size % CELL:
+        problem = f"{settings.image_size} pixels are no whole number of cells, {CELL} pixels each"
+        raise UserError(f"{key}.image_size: {problem}; use {-(-settings.image_size // CELL) * CELL}")
     shown = default.transforms()
     size = settings.image_size or shown.crop_size[0]
     resized = math.floor(size * shown.resize_size[0] / shown.crop_size[0])

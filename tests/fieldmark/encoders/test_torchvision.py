@@ -65,6 +65,7 @@ def test_what_cannot_be_loaded_is_one_line(files: dict[str, Path], tmp_path: Pat
         ({**resnet, "pretrained": "nowhere.pth"}, r"\.pretrained: there is no file nowhere\.pth"),
         ({**resnet, "pretrained": str(vgg)}, r": torchvision cannot load 'resnet18' \(.*Missing key"),
         ({"model": "squeezenet1_1", "pretrained": str(vgg)}, r"\.model: no rule for the cells of a SqueezeNet"),
+        ({**resnet, "image_size": 70}, r"\.image_size: 70 .*32 pixels each; use 96$"),
         ({**resnet, "precision": "fp16"}, r"\.precision: fp16 needs a GPU"),
     ]:
         with pytest.raises(UserError, match=words) as error:
