@@ -14,7 +14,7 @@ owned by the class of more than half of the nodes nearest to it, or by none.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +115,9 @@ def choose(candidates: list[Row], vectors: np.ndarray, gains: np.ndarray, settin
             candidates[of_class[place]].update(kept=True, drop_reason=None)
 
 
-def find_prototypes(images: Path, buckets: int, train: dict[str, str], per_class: int) -> tuple[list[Row], np.ndarray]:
+def find_prototypes(
+    images: Path, buckets: int, train: Mapping[str, str], per_class: int
+) -> tuple[list[Row], np.ndarray]:
     """Rows of kind proto, and their unit vectors (K, D): k-means of the training images' local nodes.
 
     Raises UserError where images have none.
