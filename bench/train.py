@@ -95,6 +95,8 @@ def synthetic_cache(images: int) -> Cache:
     return Cache(
         classes=[f"class-{number:03d}" for number in range(CLASSES)],
         paths=[f"{number}" for number in range(images)],
+        image_ids=[f"{number}" for number in range(images)],
+        groups=[f"{number}" for number in range(images)],
         split=np.array(["train"] * images),
         y=torch.arange(images) % CLASSES,
         target=torch.arange(images) % CLASSES,

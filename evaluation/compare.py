@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from evaluation.choices import choice_notes
 from evaluation.health import contamination, read_health
-from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan
+from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan, rival_cells
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
 from evaluation.verdicts import REFERENCE, Table, Verdict, again, answer, judge, read_results
@@ -44,7 +45,7 @@ from fieldmark.store import read_table, write_text
 from training.controls import Control
 from training.data import SPLITS
 from training.metrics import Ints, mean_and_deviation
-from training.regimes import LongTail, Regime, Shots, Unseen
+from training.regimes import Folds, LongTail, Regime, Shots, Unseen
 from training.runs import write_json
 
 MARKER = "test_was_read.json"
@@ -88,6 +89,7 @@ def fields_of(verdict: Verdict, regime: Regime, groups: Ints | None) -> list[str
 
 
 def title_of(table: Table, split: str) -> str:
+    split = "out of fold" if isinstance(table.regime, Folds) else split
     classes, runs = len(np.unique(table.y)), max(len(result.correct) for result in table.results)
     images = f"{len(table.paths)} images of {classes} classes"
     return f"{table.encoder}, {table.regime.label}: {split}, {images}, {runs} run{'s' * (runs > 1)}"
@@ -302,7 +304,7 @@ def answer_notes(plan: Plan, split: str, groups: bool) -> list[str]:
 def split_notes(plan: Plan, split: str) -> list[str]:
     """What part the split that is read had in the fits."""
     notes = []
-    by_val = [regime.label for regime in plan.study.regimes if not isinstance(regime, Shots)]
+    by_val = [regime.label for regime in plan.study.regimes if not isinstance(regime, Shots | Folds)]
     if by_val and split == "val":
         notes.append(f"val also chose settings and epochs under {', '.join(by_val)}: there its figures are too high")
     if any(isinstance(regime, Shots) for regime in plan.study.regimes):
@@ -311,6 +313,9 @@ def split_notes(plan: Plan, split: str) -> list[str]:
             f"few-shot: settings were chosen on {len(plan.development)} other classes{left_out}; val had no part in the"
             " fits; each run is a draw of shots"
         )
+    if plan.clean is not None:
+        clean = [plan.study.clean] if isinstance(plan.study.clean, str) else plan.study.clean
+        notes.append(f"judged on clean images alone: {', '.join(clean or [])}")
     return notes + (contamination_note(plan) if split == "test" else [])
 
 
@@ -352,13 +357,14 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     judged = []
     for encoder in plan.encoders:
         for regime in plan.study.regimes:
-            of_table = [cell for cell in grid if (cell.encoder, cell.regime) == (encoder, regime)]
+            rows = [*grid, *rival_cells(plan, grid)]
+            of_table = [cell for cell in rows if (cell.encoder, cell.regime) == (encoder, regime)]
             of_table = [cell for cell in of_table if cell.row not in left_out]
             table = read_results(plan, of_table, split)
             judged.append((table, judge(table, group_numbers(table, groups))))
     commit = describe_commit()
     heading = f"study {plan.name}, read on {split}" + (f", code {commit}" if commit else "")
-    foot = [*footnotes(plan, split, groups is not None), *not_possible_notes(left_out)]
+    foot = [*footnotes(plan, split, groups is not None), *choice_notes(plan, grid), *not_possible_notes(left_out)]
     text = as_text(judged, split, groups, heading, foot)
     if plan.study.questions:
         tables = [table for table, _ in judged]

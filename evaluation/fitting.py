@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from evaluation.plan import Cell, Plan, Variation, load_other_labels
 from fieldmark.params import Block
 from training.controls import Control, Request, apply_control
 from training.data import SPLITS, Cache, read_cache
+from training.folds import HELD_OUT, refit, settle
 from training.layers.logistic import assess
-from training.loop import predict
-from training.methods import NotPossible, load_method, reads_of, single_points
+from training.loop import START_L2_WITHOUT_VAL, predict
+from training.methods import Fitted, NotPossible, load_method, reads_of, single_points
 from training.metrics import (
     calibration_error,
     class_accuracy,
@@ -33,7 +34,7 @@ from training.metrics import (
     tiers,
     top_k_accuracy,
 )
-from training.regimes import Regime, Shots, hide_test, restrict_classes
+from training.regimes import Folds, Full, Regime, Shots, hide_test, restrict_classes
 from training.runs import write_json, write_predictions
 
 SEARCH_DRAWS = 5
@@ -47,11 +48,32 @@ def base_cache(plan: Plan, encoder: str, also: tuple[str, ...]) -> Cache:
 
 
 @lru_cache(maxsize=1)
-def controlled_cache(plan: Plan, encoder: str, control: Control, draw: int, variation: Variation) -> Cache:
-    """The cache under a control, its nodes labelled with a variation's settings in the place of those on disk."""
-    cache, labels = base_cache(plan, encoder, variation.also), dict(variation.labels)
+def development_cache(plan: Plan, encoder: str, also: tuple[str, ...]) -> Cache:
+    """That of train and val alone, for folds."""
+    cache = base_cache(plan, encoder, also)
+    return cache.take(torch.from_numpy(np.flatnonzero(np.isin(cache.split, ("train", "val")))))
+
+
+def controlled_cache(
+    plan: Plan,
+    cache: Cache,
+    encoder: str,
+    control: Control,
+    draw: int,
+    variation: Variation,
+    anew: bool = False,
+    inner: Cache | None = None,
+) -> Cache:
+    """A cache under a control, its nodes labelled with a variation's settings in the place of those on disk.
+
+    `anew`: its bank and labels are made from its own training images; `inner` as in training/reselection.py.
+    """
+    labels = dict(variation.labels)
     request = Request(control, plan.data, encoder, plan.buckets, torch.Generator().manual_seed(draw), labels)
-    return load_other_labels().apply(cache, request) if labels else apply_control(cache, request)
+    if labels or anew:
+        made: Cache = load_other_labels().apply(cache, request, anew, inner)
+        return made
+    return apply_control(cache, request)
 
 
 class Prepared(NamedTuple):
@@ -59,15 +81,25 @@ class Prepared(NamedTuple):
     whole: Cache  # what is predicted: all images and the truth, with the splits that are reported
 
 
-@lru_cache(maxsize=1)
-def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: int, variation: Variation) -> Prepared:
-    """The two caches that cells of one encoder, control, regime, draw and variation share."""
-    whole = controlled_cache(plan, encoder, control, draw, variation)
+@lru_cache(maxsize=2)  # a fold has two
+def prepare(
+    plan: Plan, encoder: str, control: Control, regime: Regime, draw: int, variation: Variation, last: bool = False
+) -> Prepared:
+    """The two caches that cells of one encoder, control, regime, draw and variation share.
+
+    Whatever the regime hides is hidden from bank and labels too. `last`: the images of a fold that chose train too.
+    """
+    if isinstance(regime, Folds):
+        whole = development_cache(plan, encoder, variation.also)
+    else:
+        whole = base_cache(plan, encoder, variation.also)
     if isinstance(regime, Shots):
         apart = {*plan.development, *plan.left_out}
         whole = restrict_classes(whole, [name for name in whole.classes if name not in apart])
     # A control may draw where the regime does not: its splits stay those of the plain run.
-    told = regime.apply(whole, draw if regime.draws else 0)
+    drawn = regime.apply(whole, draw if regime.draws else 0)
+    told, inner = (refit(drawn), drawn) if last else (drawn, None)
+    told = controlled_cache(plan, told, encoder, control, draw, variation, anew=regime != Full(), inner=inner)
     # Few-shot fits get no val image, so that these may be reported like test images.
     shown = told
     if isinstance(regime, Shots):
@@ -75,47 +107,86 @@ def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: in
     return Prepared(hide_test(told), shown)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def seen_by(
-    plan: Plan, encoder: str, control: Control, regime: Regime, draw: int, variation: Variation, reads: frozenset[str]
+    plan: Plan,
+    encoder: str,
+    control: Control,
+    regime: Regime,
+    draw: int,
+    variation: Variation,
+    reads: frozenset[str],
+    last: bool = False,
 ) -> Prepared:
     """The two caches as a method sees them that reads these parts alone."""
-    told, whole = prepare(plan, encoder, control, regime, draw, variation)
+    told, whole = prepare(plan, encoder, control, regime, draw, variation, last)
     return Prepared(told.only(reads), whole.only(reads))
 
 
-def make_run(plan: Plan, cell: Cell) -> None:
-    """Fit, predict and write one run; where its method cannot work on this data, config.json says why and is alone."""
+class Fit(NamedTuple):
+    """A fit, what it is to predict, and the seconds that the caches and the fit took."""
+
+    fitted: Fitted
+    whole: Cache
+    prepare_seconds: float
+    fit_seconds: float
+
+
+def fit_cell(plan: Plan, cell: Cell, settings: Block, last: bool = False) -> Fit:
+    """Fit a cell's method under these settings; `last` as in `prepare`."""
     started = perf_counter()
     entry = plan.entries[cell.method]
-    module, settings = load_method(entry.method), entry.settings
+    told, whole = seen_by(plan, *cell[:4], entry.variation, reads_of(entry.method, settings), last)
+    prepared = perf_counter()
+    fitted = load_method(entry.method).fit(told, settings, cell.seed)
+    return Fit(fitted, whole, prepared - started, perf_counter() - prepared)
+
+
+def score_val(fit: Fit) -> dict[str, float]:
+    """How good a fit is on the images that chose its settings."""
+    val = fit.whole.images("val")
+    accuracy, loss = assess(predict(fit.fitted.model, fit.whole, val), fit.whole.y[val])
+    return {"accuracy": accuracy, "log_loss": loss}
+
+
+def make_run(plan: Plan, cell: Cell) -> None:
+    """Fit, predict and write one run; where its method cannot work on this data, config.json says why and is alone.
+
+    A fold is fitted twice: what the first fit chose is what the second one, of all the fold's training images, is
+    made with.
+    """
+    entry = plan.entries[cell.method]
+    settings, is_fold = entry.settings, isinstance(cell.regime, Folds)
     config = {"fingerprint": plan.mark(cell), **plan.identity(cell), "seed": cell.seed, "draw": cell.draw}
     if plan.searched(cell):
-        chosen = json.loads((plan.folder / cell.search / "config.json").read_text(encoding="utf-8"))
-        if "not_possible" in chosen:
-            write_not_possible(plan.folder / cell.run, config, chosen["not_possible"])
+        found = json.loads((plan.folder / cell.search / "config.json").read_text(encoding="utf-8"))
+        if "not_possible" in found:
+            write_not_possible(plan.folder / cell.run, config, found["not_possible"])
             return
-        settings = module.Settings.model_validate(chosen["settings"])
-    told, whole = seen_by(plan, *cell[:4], entry.variation, reads_of(entry.method, settings))
-    prepared = perf_counter()
+        settings = load_method(entry.method).Settings.model_validate(found["settings"])
     try:
-        fitted = module.fit(told, settings, cell.seed)
+        fits = [fit_cell(plan, cell, settings)]
+        if is_fold:
+            config["inner"] = score_val(fits[0])
+            settings = settle(settings, fits[0].fitted.chosen)
+            fits.append(fit_cell(plan, cell, settings, last=True))
     except NotPossible as error:
+        config.pop("inner", None)
         write_not_possible(plan.folder / cell.run, config, str(error))
         return
-    fit = perf_counter()
-    logits = predict(fitted.model, whole, torch.arange(len(whole.paths))).numpy()
-    predicted = perf_counter()
-    config |= {"settings": settings.model_dump(), "chosen": fitted.chosen, "classes": whole.classes}
+    model, whole = fits[-1].fitted.model, fits[-1].whole
+    started = perf_counter()
+    logits = predict(model, whole, torch.arange(len(whole.paths))).numpy()
+    config |= {"settings": settings.model_dump(), "chosen": fits[0].fitted.chosen, "classes": whole.classes}
     timing = {
-        "epoch_seconds": fitted.epoch_seconds,
-        "prepare_seconds": prepared - started,
-        "fit_seconds": fit - prepared,
-        "predict_seconds": predicted - fit,
+        "epoch_seconds": fits[-1].fitted.epoch_seconds,
+        "prepare_seconds": sum(fit.prepare_seconds for fit in fits),
+        "fit_seconds": sum(fit.fit_seconds for fit in fits),
+        "predict_seconds": perf_counter() - started,
     }
 
     def write(folder: Path) -> None:
-        write_json(folder / "metrics.json", measure_run(logits, whole))
+        write_json(folder / "metrics.json", measure_run(logits, whole, HELD_OUT if is_fold else "val"))
         write_predictions(folder / "predictions.parquet", {cell.seed: logits}, whole, plan.mark(cell))
         write_json(folder / "config.json", config)
         write_json(folder / "timing.json", timing)
@@ -127,20 +198,21 @@ def write_not_possible(folder: Path, config: dict[str, Any], reason: str) -> Non
     write_folder(folder, lambda partial: write_json(partial / "config.json", config | {"not_possible": reason}))
 
 
-def measure_run(logits: np.ndarray, cache: Cache) -> dict[str, Any]:
-    """metrics.json: what the logits (n, C) are worth on train and val; a split without images has its count only.
+def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]:
+    """metrics.json: what the logits (n, C) are worth on train and on the split `judged`; of other splits, their sizes.
 
-    The temperature is fitted on val, so that what is left of the calibration error compares methods whose logits have
-    different scales. Few, medium and many are thirds of the classes by their training images.
+    The temperature is fitted on val, where there is one, so that what is left of the calibration error compares methods
+    whose logits have different scales. Few, medium and many are thirds of the classes by their training images.
     """
     y = cache.y.numpy()
-    chosen = {split: cache.split == split for split in SPLITS}
-    tier = tiers(np.bincount(y[chosen["train"]], minlength=len(cache.classes)), limits=None)
-    metrics: dict[str, Any] = {split: {"images": int(chosen[split].sum())} for split in SPLITS}
-    val = chosen["val"]
+    tier = tiers(np.bincount(y[cache.split == "train"], minlength=len(cache.classes)), limits=None)
+    metrics: dict[str, Any] = {
+        split: {"images": int((cache.split == split).sum())} for split in dict.fromkeys((*SPLITS, judged))
+    }
+    val = cache.split == "val"
     temperature = fit_temperature(logits[val], y[val]) if val.any() else None
-    for split in SPLITS[:2]:
-        z, truth = logits[chosen[split]], y[chosen[split]]
+    for split in ("train", judged):
+        z, truth = logits[cache.split == split], y[cache.split == split]
         if not len(truth):
             continue
         within = class_accuracy(z, truth)
@@ -157,26 +229,33 @@ def measure_run(logits: np.ndarray, cache: Cache) -> dict[str, Any]:
     return {**metrics, "temperature": temperature}
 
 
+Scores = dict[int, tuple[float, float]]  # log loss and accuracy by epoch; of a method without epochs, under 0
+
+
 def make_search(plan: Plan, cell: Cell) -> None:
-    """Choose a method's settings for a number of shots on development classes, and write what was tried."""
+    """Choose a method's settings for a number of shots on development classes, and write what was tried.
+
+    The least log loss, the mean over draws, chooses: accuracy tells nothing apart where it is 1. Where a method has
+    epochs, the epoch is chosen with the point of the grid, and the runs stop there: their schedule is the searched one.
+    """
     started = perf_counter()
     entry = plan.entries[cell.method]
-    points = single_points(entry.settings)
+    points = [with_start(point) for point in single_points(entry.settings)]
     config: dict[str, Any] = {"fingerprint": plan.search_mark(cell), **plan.identity(cell)}
     try:
         tried = try_points(plan, cell, points)
     except NotPossible as error:
         write_not_possible(plan.folder / cell.search, config, str(error))
         return
-    scores = [(fmean(row["accuracy"] for row in rows), -fmean(row["log_loss"] for row in rows)) for rows in tried]
-    best = max(range(len(points)), key=lambda number: scores[number])
-    settings = points[best].model_dump()
-    if "epochs" in settings:
-        settings["epochs"] = round(median(row["epoch"] for row in tried[best]))
-    config |= {
-        "settings": settings,
-        "tried": [{"settings": point.model_dump(), "draws": rows} for point, rows in zip(points, tried, strict=True)],
-    }
+    rows: list[dict[str, Any]] = []
+    for point, draws in zip(points, tried, strict=True):
+        epoch = min(draws[0], key=lambda epoch: fmean(scores[epoch][0] for scores in draws))
+        stops = {"stop": epoch} if "stop" in type(point).model_fields else {}
+        best_of = [dict(zip(("log_loss", "accuracy"), scores[epoch], strict=True)) for scores in draws]
+        means = {name: fmean(scores[name] for scores in best_of) for name in ("log_loss", "accuracy")}
+        rows.append({"settings": point.model_copy(update=stops).model_dump(), **means, "draws": best_of})
+    best = min(rows, key=lambda row: row["log_loss"])
+    config |= {"settings": best["settings"], "accuracy": best["accuracy"], "tried": rows}
 
     def write(folder: Path) -> None:
         write_json(folder / "config.json", config)
@@ -185,23 +264,32 @@ def make_search(plan: Plan, cell: Cell) -> None:
     write_folder(plan.folder / cell.search, write)
 
 
-def try_points(plan: Plan, cell: Cell, points: list[Block]) -> list[list[dict[str, float]]]:
-    """By point of the grid and draw: accuracy and log loss on development images that training left, the best epoch."""
+def with_start(settings: Block) -> Block:
+    """The settings as few-shot runs, which have no val, start: no image that scores a point chooses its start."""
+    if getattr(settings, "start_l2", 0.0) is not None:
+        return settings
+    return settings.model_copy(update={"start_l2": START_L2_WITHOUT_VAL})
+
+
+def try_points(plan: Plan, cell: Cell, points: list[Block]) -> list[list[Scores]]:
+    """By point of the grid and draw: the scores on development images that training left."""
     entry = plan.entries[cell.method]
     module = load_method(entry.method)
-    tried: list[list[dict[str, float]]] = [[] for _ in points]
+    tried: list[list[Scores]] = [[] for _ in points]
+    few = restrict_classes(base_cache(plan, cell.encoder, entry.variation.also), plan.development)
     for draw in range(SEARCH_DRAWS):
-        control_seed = draw if cell.control.draws else 0
-        whole = controlled_cache(plan, cell.encoder, cell.control, control_seed, entry.variation)
-        few = restrict_classes(whole, plan.development)
-        drawn = cell.regime.apply(few, draw)
-        told = hide_test(replace(drawn, split=np.where(drawn.split == "unused", "val", drawn.split)))
+        drawn, control_seed = cell.regime.apply(few, draw), draw if cell.control.draws else 0
+        made = controlled_cache(plan, drawn, cell.encoder, cell.control, control_seed, entry.variation, anew=True)
+        told = hide_test(replace(made, split=np.where(made.split == "unused", "val", made.split)))
         told = told.only(reads_of(entry.method, entry.settings))
         val = told.images("val")
         for point, found in zip(points, tried, strict=True):
             fitted = module.fit(told, point, draw)
-            accuracy, loss = assess(predict(fitted.model, told, val), told.y[val])
-            found.append({"accuracy": accuracy, "log_loss": loss, "epoch": float(fitted.chosen.get("epoch", 0))})
+            if "stop" in type(point).model_fields:
+                found.append({int(row["epoch"]): (row["val_loss"], row["val_accuracy"]) for row in fitted.history})
+            else:
+                accuracy, loss = assess(predict(fitted.model, told, val), told.y[val])
+                found.append({0: (loss, accuracy)})
     return tried
 
 

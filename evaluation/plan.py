@@ -7,7 +7,7 @@ reads and of every module that it executes: a run under the same identity is not
 
 import difflib
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from fieldmark.command import UserError
 from fieldmark.params import NAME, Block, Count, Labels, Params, read_block, read_yaml
-from fieldmark.store import canonical_json, read_table, sha256
+from fieldmark.store import canonical_json, class_id_of, read_table, sha256
 from training.controls import Control, read_control
 from training.data import files_of
 from training.inputs import ROOT, Reading, code_of, hash_data, reading_of
@@ -30,12 +30,15 @@ from training.methods import (
     reads_of,
     search_points,
 )
-from training.regimes import Full, Regime, Shots, read_classes, read_regime
+from training.regimes import Classes, Folds, Full, Regime, Shots, read_classes, read_lines, read_regime
 
 STUDIES = Path("studies")
+RIVAL = "rival"  # the row of what a study's `rival` chooses inside folds
 DEVELOPMENT_SHARE = 5  # one class in five, where no file names them
 MAIN = ROOT / "evaluation/fitting.py"  # what makes a run
-OTHER_LABELS = ROOT / "evaluation/other_labels.py"  # what a variant with `labels` runs besides
+FROM_IMAGES = frozenset({"names", "concepts", "owners", "labels"})  # what training images have a say in
+# What a run executes besides whose bank or labels are not those on disk.
+OTHER_LABELS = ROOT / "evaluation/other_labels.py"
 
 
 class Variant(Block):
@@ -77,15 +80,20 @@ class Study(Block):
     regimes: Annotated[list[Regime], Field(min_length=1)] = Field(default=[Full()])
     seeds: Count = 5
     declared_test: bool = False
-    development: str | None = None
+    development: Classes | None = None
     left_out: str | None = None
+    clean: str | list[str] | None = None
+    rival: list[str] = Field(default=[])
 
 
 RowKey = tuple[str, Control, Regime, str]  # of a table: encoder, control, regime, method
 
 
 class Cell(NamedTuple):
-    """One run. `draw` is the seed of its control and regime, 0 where neither draws; `method` may name a variant."""
+    """One run. `draw` is the seed of its control and regime, 0 where neither draws, or the number of its fold.
+
+    `method` may name a variant. A fold has one seed, its number.
+    """
 
     encoder: str
     control: Control
@@ -144,6 +152,7 @@ class Plan:
     entries: dict[str, Entry]  # the study's methods and variants, in its order
     development: tuple[str, ...]  # class_ids that few-shot settings come from
     left_out: tuple[str, ...]  # class_ids that few-shot runs do without
+    clean: frozenset[str] | None = None  # paths of the images that are judged; None: all
     # What was found when the study was planned: the sha256 of every file that its runs read, and of their code.
     files: dict[str, str | None] = field(default_factory=dict)
     code: dict[RowKey, str] = field(default_factory=dict)
@@ -158,8 +167,14 @@ class Plan:
 
     def reads(self, cell: Cell, changed: frozenset[str]) -> bool:
         """Whether its method looks at any of what is changed."""
+        if cell.method == RIVAL:
+            return False  # it has no runs under controls
         entry = self.entries[cell.method]
         return bool(changed & reads_of(entry.method, entry.settings))
+
+    def anew(self, cell: Cell) -> bool:
+        """Whether its bank, and with it labels, are made in memory from the images that its regime shows."""
+        return cell.regime != Full() and self.reads(cell, FROM_IMAGES)
 
     def reading(self, cell: Cell) -> Reading:
         """What its run reads."""
@@ -167,9 +182,10 @@ class Plan:
         also, labels = entry.variation.also, dict(entry.variation.labels)
         reading = reading_of(entry.method, entry.settings, cell.encoder, also, cell.control, cell.regime)
         needs, files = reading.needs, dict(reading.files)
-        if labels:
-            needs |= load_other_labels().NEEDS
-            files |= load_other_labels().files(cell.encoder, labels)
+        anew = self.anew(cell)
+        if labels or anew:
+            needs |= load_other_labels().needs(reading.reads, anew)
+            files |= load_other_labels().files(cell.encoder, reading.reads, labels, anew)
         if self.searched(cell) and "labels" in needs:
             needs |= {"owners"}  # labels are restricted to the classes that are left
         return replace(reading, needs=needs, files=files | files_of(cell.encoder, needs))
@@ -214,7 +230,7 @@ class Plan:
 
 
 def load_other_labels() -> Any:
-    """The module behind `labels` of a variant. By its name: other runs do not execute it."""
+    """The module behind banks and labels that are not those on disk. By its name: other runs do not execute it."""
     return importlib.import_module(f"evaluation.{OTHER_LABELS.stem}")
 
 
@@ -243,6 +259,8 @@ def read_study(params: Params, name: str) -> Study:
         if isinstance(given.get(key), list):
             given[key] = [read(path, f"{key}.{n}", one) for n, one in enumerate(given[key])]
     study = read_block(path, "", given, Study)
+    if study.declared_test and any(isinstance(regime, Folds) for regime in study.regimes):
+        raise UserError(f"{path}: declared_test: folds judge train and val, and test stays out; take one of both away")
     check_names(path, params, study)
     return study
 
@@ -250,6 +268,7 @@ def read_study(params: Params, name: str) -> Study:
 def check_names(path: str, params: Params, study: Study) -> None:
     """Raise UserError where a study names what is not there, or one thing twice."""
     methods, entries = method_names(), [*study.methods, *study.variants]
+    rows = [*entries, *([RIVAL] if study.rival else [])]
     named_there: list[tuple[str, str, Collection[str]]] = [
         *(("encoders", one, params.image_encoders) for one in study.encoders or []),
         *(("methods", one, methods) for one in study.methods),
@@ -259,13 +278,18 @@ def check_names(path: str, params: Params, study: Study) -> None:
             for variant, block in study.variants.items()
             for one in block.also
         ),
-        *((f"questions.{n}.of", question.of, entries) for n, question in enumerate(study.questions)),
-        *((f"questions.{n}.against", question.against, entries) for n, question in enumerate(study.questions)),
+        *((f"questions.{n}.of", question.of, rows) for n, question in enumerate(study.questions)),
+        *((f"questions.{n}.against", question.against, rows) for n, question in enumerate(study.questions)),
+        *((f"rival.{n}", one, entries) for n, one in enumerate(study.rival)),
     ]
     for key, one, there in named_there:
         if one not in there:
             raise UserError(f"{path}: {key}: {one!r} is not there; choose from: {', '.join(there)}")
+    if study.rival and not all(isinstance(regime, Folds) for regime in study.regimes):
+        raise UserError(f"{path}: rival: it is chosen inside folds; take regimes: [{{kind: folds, folds: 5}}] alone")
     for variant in study.variants:
+        if variant == RIVAL:
+            raise UserError(f"{path}: variants.{variant}: is the name of what `rival` chooses; choose another")
         if variant in methods or not NAME.fullmatch(variant):
             what = "is a method's name" if variant in methods else "is used as a folder name"
             remedy = "choose another" if variant in methods else "use lower-case letters, digits, - and _"
@@ -294,21 +318,22 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
         entries[variant] = read_entry(path, file, params, f"variants.{variant}", block, encoders)
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
     left_out, development = few_shot_classes(study, data, params.train.seed) if few_shot else ((), ())
-    plan = Plan(name, study, encoders, data, params.dataset.buckets, entries, development, left_out)
+    clean = None if study.clean is None else read_clean(study.clean, data)
+    plan = Plan(name, study, encoders, data, params.dataset.buckets, entries, development, left_out, clean)
     paths, code = set[str](), {}
     mark_code = cache(code_mark)  # many rows run the same code
     for cell in plan.different_cells():
         entry, reading = entries[cell.method], plan.reading(cell)
         paths |= reading.files.keys()
-        parts, with_labels = reading.needs | reading.also_reads, bool(entry.variation.labels)
-        code[cell.row] = mark_code(entry.method, parts, cell.control, with_labels)
+        parts, other_labels = reading.needs | reading.also_reads, bool(entry.variation.labels) or plan.anew(cell)
+        code[cell.row] = mark_code(entry.method, parts, cell.control, other_labels)
     return replace(plan, files=hash_data(data, sorted(paths), plan.buckets), code=code)
 
 
-def code_mark(method: str, parts: frozenset[str], control: Control, with_labels: bool) -> str:
+def code_mark(method: str, parts: frozenset[str], control: Control, other_labels: bool) -> str:
     """One sha256 for all code that a run of a study executes."""
     found = code_of(MAIN, method, parts, control)
-    if with_labels:
+    if other_labels:
         found |= code_of(OTHER_LABELS, method, parts, control)
     return sha256(canonical_json(found))
 
@@ -357,17 +382,18 @@ def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes that few-shot runs leave out, and those that their settings come from.
 
-    Both are what their file names; without a file none is left out, and of the others one in DEVELOPMENT_SHARE is
-    drawn for settings.
+    Both are what their file names; without a file none is left out, and of the others a share is drawn for settings,
+    one in DEVELOPMENT_SHARE where the study names none.
     """
     ids = read_table(data / "index/classes.parquet", "index.classes/1")["class_id"].to_pylist()
     left_out = set(read_classes(study.left_out, ids)) if study.left_out is not None else set()
     others = [class_id for class_id in ids if class_id not in left_out]
-    if study.development is None:
+    if not isinstance(study.development, str):
         if len(others) < 4:
             raise UserError(f"{study.left_out or data / 'index'}: leaves {len(others)} classes, few-shot runs take 4")
         order = sorted(others, key=lambda class_id: sha256(f"{seed} {class_id}"))
-        found = set(order[: max(2, len(others) // DEVELOPMENT_SHARE)])
+        share = study.development or 1 / DEVELOPMENT_SHARE
+        found = set(order[: max(2, int(share * len(others)))])
     else:
         found = set(read_classes(study.development, ids))
     both = sorted(found & left_out)
@@ -375,9 +401,38 @@ def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ..
         raise UserError(f"{study.development}: names {both[0]}, which {study.left_out} leaves out; remove it from one")
     if len(found) < 2 or len(others) - len(found) < 2:
         raise UserError(
-            f"{study.development}: names {len(found)} of {len(others)} classes; it takes 2, and 2 others to report on"
+            f"development: {study.development} is {len(found)} of {len(others)} classes; it takes 2, and 2 others to"
+            " report on"
         )
     return tuple(sorted(left_out)), tuple(sorted(found))
+
+
+def read_clean(entries: str | Sequence[str], data: Path) -> frozenset[str]:
+    """The paths of the images that a study judges, by what any of the entries says.
+
+    An entry is a file that names classes (folder or class_id) or images (path), one a line; `not FILE`, all that the
+    file does not name; or the word `val`, what the index has there. Raises UserError for a line that names no image.
+    """
+    index = read_table(data / "index/images.parquet", "index.images/1", ["path", "class_id", "split", "status"])
+    rows = [row for row in index.to_pylist() if row["status"] == "ok"]
+    of_name: dict[str, set[str]] = {}
+    for row in rows:
+        of_name.setdefault(row["class_id"], set()).add(row["path"])
+    of_name |= {row["path"]: {row["path"]} for row in rows}
+    found = set[str]()
+    for entry in [entries] if isinstance(entries, str) else entries:
+        if entry == "val":
+            found |= {row["path"] for row in rows if row["split"] == "val"}
+            continue
+        file, named = entry.removeprefix("not "), set[str]()
+        for number, line in enumerate(read_lines(file), start=1):
+            images = of_name.get(line) or of_name.get(class_id_of(line))
+            if line and not images:
+                remedy = "write a class's folder or class_id, or an image's path"
+                raise UserError(f"{file}: line {number}: {line!r} names no image; {remedy}")
+            named |= images or set()
+        found |= named if entry == file else {row["path"] for row in rows} - named
+    return frozenset(found)
 
 
 def cells(plan: Plan, first_seed: int) -> list[Cell]:
@@ -393,9 +448,18 @@ def cells(plan: Plan, first_seed: int) -> list[Cell]:
         for control in plan.study.controls:
             for regime in plan.study.regimes:
                 drawn = control.draws or regime.draws
-                for draw in every if drawn else [0]:
+                draws = range(regime.folds) if isinstance(regime, Folds) else every if drawn else [0]
+                for draw in draws:
                     for name in names:
                         seeded = load_method(plan.entries[name].method).SEEDED
                         seeds = [draw] if drawn else every if seeded else every[:1]
                         found += [Cell(encoder, control, regime, draw, name, seed) for seed in seeds]
     return [cell for cell in found if cell.control == Control() or plan.reads(cell, cell.control.changes)]
+
+
+def rival_cells(plan: Plan, grid: Sequence[Cell]) -> list[Cell]:
+    """The cells of the row `rival`: no runs of their own, but in each fold one of those that the study names."""
+    if not plan.study.rival:
+        return []
+    first = [cell for cell in grid if cell.method == plan.study.rival[0] and cell.control == Control()]
+    return [cell._replace(method=RIVAL) for cell in first]

@@ -1,8 +1,9 @@
 """Run a grid of encoders, methods, controls, regimes and seeds over the cache, run by run.
 
 Reads   studies/NAME.yaml; for each encoder what its runs read (training/inputs.py), and data/embed/E/controls.parquet
-        where a control takes its texts from there; data/thumbs/ where a variant has labels.density pixel; the file that
-        `development` names.
+        where a control takes its texts from there; data/thumbs/ where a variant has labels.density pixel;
+        data/concepts/concepts.parquet where a regime hides images from the bank; the files that `development`,
+        `left_out` and `clean` name.
 Writes  data/studies/NAME/RUN/, RUN being ENCODER.METHOD.CONTROL.REGIME.SEED: metrics.json (of train and val: test is
         for evaluation.compare), predictions.parquet (every logit of every image), config.json (settings, what was
         chosen, the sha256 of what was read and of the run itself), timing.json. Where settings come from development
@@ -20,12 +21,16 @@ METHOD may be the name of one of `variants`: a method with other `settings`, wit
 those on disk, made anew in memory, or with other encoders beside its own (`also`). `questions` and `open` are for
 evaluation.compare.
 
-Few-shot (`shots`) leaves nothing to choose settings by, so they come from other classes, those of `development` or,
-where that is null, one in five, drawn by train.seed. On these, each point of a method's grid is fitted SEARCH_DRAWS
-times with as many shots, and scored on the training and val images that the draw leaves over (val alone is too few: on
-cub100's 40 it chose a strength with which the probe lost 8 points on the other classes); the best mean is kept, and the
-median of the epochs that were best. The runs have the remaining classes only, without those of `left_out`: classes that
-an encoder has seen with their texts say nothing of few images.
+In `folds` (training/folds.py) a run is a fold: fitted twice, to choose and with what was chosen. Its predictions are of
+train and val, those of the fold under split held_out; config.json says how good the first fit is on the images that
+chose (`inner`). Whatever a regime hides is hidden from bank and labels too, which are then made in memory.
+
+Few-shot (`shots`) leaves nothing to choose settings by, so they come from other classes, those of `development`: a
+file's, or a share of them that train.seed draws, one in five where it is null. On these, each point of a method's grid
+is fitted SEARCH_DRAWS times with as many shots, and scored on the training and val images that the draw leaves over
+(val alone is too few: on cub100's 40 it chose a strength with which the probe lost 8 points on the other classes); the
+least mean log loss chooses the point, and the epoch with it. The runs have the remaining classes only, without those of
+`left_out`: classes that an encoder has seen with their texts say nothing of few images.
 
     python -m evaluation.study --name baselines
 """
@@ -51,12 +56,16 @@ from tqdm import tqdm
 from evaluation.fitting import make_run, make_search
 from evaluation.plan import Cell, Overrides, Plan, cells, make_plan
 from fieldmark.command import UserError, run, stage_parser
+from fieldmark.concepts.selection import read_texts
+from fieldmark.labels.splits import read_split
 from fieldmark.params import load_params
 from fieldmark.store import read_folder_header
 from training.control_texts import CONTROL_TEXTS, read_control_texts
 from training.data import check_origins
 from training.loop import set_up_torch
+from training.regimes import Folds
 from training.relabelling import read_labelling
+from training.reselection import CONCEPTS, read_selection
 
 
 def is_made(folder: Path, mark: str) -> bool:
@@ -73,18 +82,25 @@ def check_inputs(plan: Plan) -> None:
         for also in dict.fromkeys(entry.variation.also for entry in plan.entries.values()):
             needs, also_reads = plan.shared_parts(encoder, also)
             check_origins(plan.data, encoder, plan.buckets, needs, also, also_reads)
-    texts, labellings, thumbs = set[str](), set[tuple[str, Overrides]](), False
+    texts, labellings, selected, thumbs = set[str](), set[tuple[str, Overrides]](), set[str](), False
     for cell in plan.different_cells():
         reading, labels = plan.reading(cell), plan.entries[cell.method].variation.labels
         if CONTROL_TEXTS.format(cell.encoder) in reading.files:
             texts.add(cell.encoder)
-        if labels or cell.control.afterwards(reading.reads):
+        anew = plan.anew(cell)
+        if labels or cell.control.afterwards(reading.reads) or (anew and "labels" in reading.reads):
             labellings.add((cell.encoder, labels))
+        if anew:
+            selected.add(cell.encoder)
         thumbs |= "thumbs" in reading.files
     for encoder in sorted(texts):
         read_control_texts(plan.data, encoder)
+    for encoder in sorted(selected):
+        read_selection(plan.data, encoder)
+        read_texts(plan.data / CONCEPTS, plan.data / f"embed/{encoder}/text.parquet")
+    images = read_split(plan.data / "index/images.parquet", "train") if labellings else {}
     for encoder, labels in labellings:
-        read_labelling(plan.data, encoder, plan.buckets, dict(labels))
+        read_labelling(plan.data, encoder, plan.buckets, images, dict(labels))
     if thumbs:
         read_folder_header(plan.data / "thumbs", "thumbs/1", plan.buckets)
 
@@ -111,8 +127,9 @@ def run_study(plan: Plan, grid: list[Cell], jobs: int) -> int:
 
 
 def shared(cell: Cell) -> tuple[Any, ...]:
-    """What cells of one batch have in common: a draw, or where nothing is drawn a method, of which seeds differ."""
-    return *cell[:4], None if cell.control.draws or cell.regime.draws else cell.method
+    """What cells of one batch have in common: a draw, or where little is drawn a method: folds are few and long."""
+    by_draw = (cell.control.draws or cell.regime.draws) and not isinstance(cell.regime, Folds)
+    return *cell[:4], None if by_draw else cell.method
 
 
 @contextmanager

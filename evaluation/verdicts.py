@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evaluation.plan import Cell, Plan, Question
+from evaluation.plan import RIVAL, Cell, Plan, Question
+from evaluation.predictions import read_predictions
 from evaluation.statistics import LEVEL, Paired, holm, paired_differences
 from evaluation.words import on_these_classes, points, points_range, written_p
 from fieldmark.command import UserError
-from fieldmark.store import read_table, vectors_of
+from fieldmark.store import vectors_of
 from training.controls import Control
+from training.folds import HELD_OUT
 from training.metrics import (
     Bools,
     Floats,
@@ -31,8 +33,7 @@ from training.metrics import (
     tiers,
     top_k_accuracy,
 )
-from training.regimes import Regime, Unseen, harmonic_mean
-from training.runs import SCHEMA
+from training.regimes import Folds, Regime, Unseen, harmonic_mean
 
 REFERENCE = "linear_probe"
 
@@ -96,7 +97,7 @@ def read_results(plan: Plan, grid: Sequence[Cell], split: str) -> Table:
 
 def place_in_study(plan: Plan) -> Callable[[Cell], tuple[int, int]]:
     """A key that sorts runs by method (or variant), then by control, as the study lists them."""
-    return lambda cell: (list(plan.entries).index(cell.method), plan.study.controls.index(cell.control))
+    return lambda cell: ([*plan.entries, RIVAL].index(cell.method), plan.study.controls.index(cell.control))
 
 
 def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> tuple[list[str], Ints, Result]:
@@ -107,8 +108,9 @@ def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> tuple[list[str]
     paths: list[str] = []
     y: Ints = np.zeros(0, np.int64)
     correct, figures = [], []
-    for cell in runs:
-        table = read_table(plan.folder / cell.run / "predictions.parquet", SCHEMA).sort_by("path")
+    # The folds of a method are one run of all their held-out images.
+    split = HELD_OUT if isinstance(runs[0].regime, Folds) else split
+    for cell, table in zip(runs, read_predictions(plan, runs), strict=False):
         classes = json.loads(table.schema.metadata[b"params"])["classes"]
         labels = pc.index_in(table["class_id"], value_set=pa.array(classes)).to_numpy().astype(np.int64)
         splits = np.array(table["split"].to_pylist(), dtype=str)
@@ -144,6 +146,8 @@ def figures_of(logits: Floats, y: Ints, splits: np.ndarray, split: str) -> dict[
     if val.any() and np.isfinite(logits).all():
         figures["ECE, scaled"] = calibration_error(z / fit_temperature(logits[val], y[val]), truth)
     counts = np.bincount(y[splits == "train"], minlength=logits.shape[1])
+    if not counts.any():
+        return figures  # of folds: each has training images of its own
     return figures | tier_accuracy(z, truth, tiers(counts, limits=None))
 
 

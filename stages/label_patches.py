@@ -28,11 +28,13 @@ from fieldmark.labels.labelling import (
     Labelled,
     Reference,
     label_images,
+    leans_on_images,
     object_boxes,
     object_share,
     read_reference,
 )
 from fieldmark.labels.pixels import pixel_density
+from fieldmark.labels.splits import read_split
 from fieldmark.params import Labels, load_params
 
 INDEX = Path("data/index/images.parquet")
@@ -110,7 +112,7 @@ def first_node_column(values: np.ndarray, size: int) -> pa.Array:
 
 def reads_index(settings: Labels) -> bool:
     """Whether labels depend on which images train, or on boxes of objects."""
-    return settings.mode == "splice" or settings.density in ("gaga", "product") or settings.inside_object
+    return leans_on_images(settings) or settings.inside_object
 
 
 def main() -> None:
@@ -131,7 +133,8 @@ def main() -> None:
     made_by = {**settings.model_dump(), "embed": embed_mark, "bank": bank_header.fingerprint}
     if reads_index(settings):
         made_by["index"] = store.read_header(INDEX, "index.images/1").fingerprint
-    reference = read_reference(images, INDEX, buckets, settings)
+    train = read_split(INDEX, "train") if leans_on_images(settings) else {}
+    reference = read_reference(images, train, buckets, settings)
     by_pixels = settings.density == "pixel"
     if by_pixels:
         made_by["thumbs"] = store.read_folder_header(THUMBS, "thumbs/1", buckets).fingerprint

@@ -33,13 +33,14 @@ NotNegative = Annotated[float, Field(ge=0)]
 EVALUATION_BATCH = 512
 # Of the probe that methods start from, where no val chooses it: on cub100's development classes, 1 and 4 shots, within
 # .004 of the best of 100 .. 1e-4.
-PROBE_L2_WITHOUT_VAL = 0.01
+START_L2_WITHOUT_VAL = 0.01
 
 
 class Schedule(Block):
     """The knobs of the loop; a method's `Settings` adds its own."""
 
     epochs: Annotated[int, Field(ge=0)] = 30  # val chooses the epoch; 0 leaves the model as it starts
+    stop: Annotated[int, Field(ge=0)] | None = None  # the epoch to stop at, in a schedule of `epochs`; null: the last
     batch_size: Count = 128  # images a step
     lr: list[Positive] = Field(default=[1e-3], min_length=1)  # learning rates that val chooses from
     weight_decay: list[NotNegative] = Field(default=[0.01, 0.3], min_length=1)  # weight decays that val chooses from
@@ -75,18 +76,23 @@ class StartingPoint:
     standardise_global: Standardise
     standardise_nodes: Standardise
     probe: nn.Linear  # (D -> C), on standardised global vectors: the tuned linear probe
+    l2: float  # the probe's strength
 
 
-@functools.lru_cache(maxsize=1)  # the seeds of a run share it
-def starting_point(cache: Cache) -> StartingPoint:
-    """Standardisation of global vectors and of nodes by training images, and the probe val chose, all of view 0."""
+@functools.lru_cache(maxsize=2)  # the seeds of a run share it, and the variants of a fold's two fits
+def starting_point(cache: Cache, l2: float | None = None) -> StartingPoint:
+    """Standardisation of global vectors and of nodes by training images, and the probe val chose, all of view 0.
+
+    With `l2` it is the probe of that strength, and val has no say.
+    """
     train, val = cache.images("train"), cache.images("val")
     standardise_global = Standardise(cache.globals(train))
     sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
     x, x_val = standardise_global(cache.globals(train)), standardise_global(cache.globals(val))
-    strengths = STRENGTHS if len(val) else [PROBE_L2_WITHOUT_VAL]
-    probe = fit_logistic(x, cache.target[train], x_val, cache.y[val], len(cache.classes), strengths).linear
-    return StartingPoint(standardise_global, Standardise(sample.nodes[sample.mask]), probe)
+    strengths = STRENGTHS if len(val) else [START_L2_WITHOUT_VAL]
+    strengths = strengths if l2 is None else [l2]
+    probe = fit_logistic(x, cache.target[train], x_val, cache.y[val], len(cache.classes), strengths)
+    return StartingPoint(standardise_global, Standardise(sample.nodes[sample.mask]), probe.linear, probe.l2)
 
 
 @torch.no_grad()
@@ -174,8 +180,9 @@ def fit_once(
     history = [state_row(0, assess_split(model, cache, "train")[1], (accuracy, log_loss))]
     best, best_epoch, best_state = (accuracy, -log_loss), 0, copy.deepcopy(model.state_dict())
     seconds = []
+    last = schedule.epochs if schedule.stop is None else min(schedule.stop, schedule.epochs)
     progress = tqdm(
-        range(1, schedule.epochs + 1), desc=f"lr {lr:g} weight_decay {weight_decay:g}", leave=False, disable=None
+        range(1, last + 1), desc=f"lr {lr:g} weight_decay {weight_decay:g}", leave=False, disable=None
     )
     for epoch in progress:
         started = perf_counter()

@@ -10,6 +10,9 @@ reaches that was tuned on clean images. `shots` has none: k images a class leave
 come from other classes (`restrict_classes`). `unseen` has val images of the seen classes, and of development classes,
 which training does not see either.
 
+`folds` judges train and val by cross-fitting (training/folds.py). Whatever a regime hides, a study hides from bank and
+labels too (evaluation/other_labels.py); a single run under `train.regime` reads those on disk.
+
 `hide_test` makes the cache that a method's fit is given: it holds no label of an image that is evaluated.
 """
 
@@ -18,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Fraction, read_block
 from fieldmark.store import class_id_of, sha256
 from training.data import Cache
+from training.folds import split_fold
 from training.layers.blocks import Standardise
 from training.layers.logistic import fit_logistic
 
@@ -43,7 +47,10 @@ Classes = Annotated[float, Field(gt=0, lt=1)] | str
 class RegimeBlock(Block):
     """What every regime says of itself."""
 
-    draws: ClassVar[bool] = True  # whether another draw makes another cache
+    @property
+    def draws(self) -> bool:
+        """Whether another draw makes another cache."""
+        return True
 
     @property
     def label(self) -> str:
@@ -64,7 +71,10 @@ class Full(RegimeBlock):
     """Every training image with its own label."""
 
     kind: Literal["full"] = "full"
-    draws: ClassVar[bool] = False
+
+    @property
+    def draws(self) -> bool:
+        return False
 
     @property
     def label(self) -> str:
@@ -164,13 +174,17 @@ class Unseen(RegimeBlock):
     Of the classes that are not seen, those of `development` are for choosing: their training and val images are val,
     beside those of the seen classes, and their test images are unused. A choice on seen classes alone would tell how
     well texts fit images that training saw; one on the classes that are reported would leak. The others' training and
-    val images are unused. The concept bank was selected on training images of all classes: it is not blind to them.
+    val images are unused.
     """
 
     kind: Literal["unseen"] = "unseen"
-    draws: ClassVar[bool] = False  # unseen classes are the same in all runs: so are their images
     seen: Classes
     development: Classes = 0.2  # of the classes that are not seen
+
+    @property
+    def draws(self) -> bool:
+        """Every draw is another split of the classes, but where files name them all."""
+        return not (isinstance(self.seen, str) and isinstance(self.development, str))
 
     @property
     def label(self) -> str:
@@ -181,7 +195,21 @@ class Unseen(RegimeBlock):
         return replace(cache, split=unseen_split(cache, self, draw))
 
 
-Regime = Annotated[Full | Shots | LongTail | Partial | Noise | Unseen, Field(discriminator="kind")]
+class Folds(RegimeBlock):
+    """Cross-fitting over train and val (training/folds.py): the draw is the fold's number, test stays out."""
+
+    kind: Literal["folds"] = "folds"
+    folds: Annotated[int, Field(ge=2)] = 5
+
+    @property
+    def label(self) -> str:
+        return f"folds-{self.folds}"
+
+    def apply(self, cache: Cache, draw: int) -> Cache:
+        return split_fold(cache, self.folds, draw)
+
+
+Regime = Annotated[Full | Shots | LongTail | Partial | Noise | Unseen | Folds, Field(discriminator="kind")]
 
 
 REGIMES: dict[str, type[RegimeBlock]] = {
@@ -318,18 +346,23 @@ def choose_classes(classes: Sequence[str], among: Sequence[str], wanted: Classes
 
 def read_classes(path: str | Path, classes: Sequence[str]) -> list[str]:
     """The class ids that a file names, one a line, by class_id or folder. Raises UserError for one not in `classes`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); it should name classes, one a line") from None
     known, found = set(classes), []
-    for number, line in enumerate((line.strip() for line in lines), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         class_id = line if line in known else class_id_of(line)
         if line and class_id not in known:
             raise UserError(f"{path}: line {number}: there is no class {line!r}; write its folder's name or class_id")
         if line:
             found.append(class_id)
     return found
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a file of names, stripped. Raises UserError where it cannot be read."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); it should name classes, one a line") from None
+    return [line.strip() for line in lines]
 
 
 def label_spaces(cache: Cache, split: str = "test") -> dict[str, tuple[Tensor, Tensor]]:
@@ -377,18 +410,19 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
 
 
 def hide_test(cache: Cache) -> Cache:
-    """What a method's fit is given: no label of an image outside train and val, be it as class, target or path.
+    """What a method's fit is given: no label of an image outside train and val, be it as class, target, path or group.
 
-    Test images have split `hidden`. Hidden and unused images have y -1, a target of -1 (or of zeros) and a path
-    without meaning. Evaluate on the cache as it was.
+    Test images have split `hidden`. Hidden and unused images have y -1, a target of -1 (or of zeros) and a path and a
+    group without meaning. Evaluate on the cache as it was.
     """
-    hidden = ~np.isin(cache.split, ("train", "val"))
+    hidden, names = ~np.isin(cache.split, ("train", "val")), [f"hidden/{n}" for n in range(len(cache.paths))]
     rows = torch.from_numpy(hidden)
     y, target = cache.y.masked_fill(rows, -1), cache.target
     target = target.masked_fill(rows, -1) if target.ndim == 1 else target.masked_fill(rows[:, None], 0.0)
     return replace(
         cache,
-        paths=[f"hidden/{n}" if gone else path for n, (path, gone) in enumerate(zip(cache.paths, hidden, strict=True))],
+        paths=np.where(hidden, names, cache.paths).tolist(),
+        groups=np.where(hidden, names, cache.groups).tolist(),
         split=np.where(cache.split == "test", "hidden", cache.split),
         y=y,
         target=target,

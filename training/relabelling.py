@@ -1,7 +1,8 @@
 """The labels of a cache's nodes made anew from its bank, as label_patches makes them, without a file being written.
 
-Where a control changes vectors or kept concepts, or a study asks for other settings of `labels`, this is what the
-labels would have been. Density of pixels is the cache's own: no bank changes it, and no thumbnail is needed.
+Where a control changes vectors or kept concepts, a regime hides images from the bank, or a study asks for other
+settings of `labels`, this is what the labels would have been; what they lean on is learnt from the cache's own training
+images. Density of pixels is the cache's own: no bank changes it, and no thumbnail is needed.
 """
 
 from collections.abc import Mapping
@@ -41,8 +42,20 @@ def files(encoder: str) -> dict[str, str]:
     return {f"embed/{encoder}/text.parquet": "embed.text/1"}
 
 
-def read_labelling(data: Path, encoder: str, buckets: int, changes: Mapping[str, Any]) -> Labelling:
+def classes_told(cache: Cache) -> dict[str, str]:
+    """The class_id that training is told of each training image, by image_id: the most probable one."""
+    train = cache.images("train")
+    told = cache.target[train] if cache.target.ndim == 1 else cache.target[train].argmax(1)
+    numbers = zip(train.tolist(), told.tolist(), strict=True)
+    return {cache.image_ids[image]: cache.classes[label] for image, label in numbers}
+
+
+def read_labelling(
+    data: Path, encoder: str, buckets: int, images: Mapping[str, str], changes: Mapping[str, Any]
+) -> Labelling:
     """The settings that the labels on disk say they were made with, with these changes.
+
+    `images` are the training images, the class_id of each by its image_id.
 
     Raises UserError where a file is missing, where the labels do not say what a setting was, or where they lean on
     boxes of objects, which no cache has.
@@ -58,17 +71,19 @@ def read_labelling(data: Path, encoder: str, buckets: int, changes: Mapping[str,
     settings = Settings.model_validate({name: made_by[name] for name in Settings.model_fields})
     if settings.inside_object:
         raise UserError(
-            "params.yaml: labels.inside_object: no control can label nodes so; set it to false and run label_patches"
+            "params.yaml: labels.inside_object: no control, regime or variant can label nodes so; set it to false and"
+            " run label_patches"
         )
     settings = Settings.model_validate(settings.model_dump() | dict(changes))
-    reference = read_reference(data / f"embed/{encoder}/images", data / "index/images.parquet", buckets, settings)
+    reference = read_reference(data / f"embed/{encoder}/images", images, buckets, settings)
     scale = read_header(data / f"embed/{encoder}/text.parquet", "embed.text/1").params["logit_scale"]
     return Labelling(settings, reference, scale)
 
 
 def apply(cache: Cache, request: Request) -> Cache:
-    """The cache with labels as a control's bank makes them."""
-    return relabel(cache, read_labelling(request.data, request.encoder, request.buckets, request.labels))
+    """The cache with labels as its bank makes them."""
+    images = classes_told(cache)
+    return relabel(cache, read_labelling(request.data, request.encoder, request.buckets, images, request.labels))
 
 
 def relabel(cache: Cache, labelling: Labelling) -> Cache:

@@ -41,7 +41,7 @@ from training.knobs import say_knobs
 from training.loop import predict, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
 from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
-from training.regimes import Regime, hide_test, read_regime
+from training.regimes import Folds, Regime, hide_test, read_regime
 from training.runs import SCHEMA, history_csv, write_json, write_predictions
 
 Numbers = dict[str, float]
@@ -80,6 +80,8 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
     check_texts(path, f"{key}.encoder", params, given.method, settings, given.encoder)
     check_also(path, f"{key}.also", given.method, given.also)
     regime = read_regime(path, "train.regime", params.train.regime)
+    if isinstance(regime, Folds):
+        raise UserError(f"{path}: train.regime: folds are of a study, not of one run; put them in studies/NAME.yaml")
     control = read_control(path, "train.control", params.train.control)
     reading = reading_of(given.method, settings, given.encoder, given.also, control, regime)
     return PlannedRun(name, given.method, settings, regime, control, reading)

@@ -14,8 +14,9 @@ owned by the class of more than half of the nodes nearest to it, or by none.
 """
 
 from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +27,30 @@ from fieldmark.concepts.coverage import choose_greedily
 from fieldmark.labels.kmeans import PER_CENTRE, find_centres, nearest_centres
 from fieldmark.labels.splits import count_locals, sample_locals
 from fieldmark.params import Select
+from fieldmark.store import read_table, vectors_of
 
 # Candidates compared with those taken at once: BLOCK x candidates cosines in memory.
 BLOCK = 512
 # A prototype stands for so many nodes at least.
 NODES_PER_PROTOTYPE = 10
 Row = dict[str, Any]
+
+
+class Texts(NamedTuple):
+    """What a bank is selected from."""
+
+    names: list[Row]  # texts of class names
+    candidates: list[Row]  # one a distinct text, with the classes that own it
+    vector_of: dict[str, np.ndarray]  # (D,) float32, of each concept_id
+
+
+class Selected(NamedTuple):
+    """A bank: names, candidates and prototypes, in this order."""
+
+    rows: list[Row]  # concept_id, text, kind, class_ids (a set), kept, drop_reason
+    vectors: np.ndarray  # (M, D) float32
+    gains: list[float | None]  # discriminability; None for names
+    judged: Row  # what `judge` found
 
 
 def class_means(vectors: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -96,7 +115,9 @@ def choose(candidates: list[Row], vectors: np.ndarray, gains: np.ndarray, settin
             candidates[of_class[place]].update(kept=True, drop_reason=None)
 
 
-def find_prototypes(images: Path, buckets: int, train: dict[str, str], per_class: int) -> tuple[list[Row], np.ndarray]:
+def find_prototypes(
+    images: Path, buckets: int, train: Mapping[str, str], per_class: int
+) -> tuple[list[Row], np.ndarray]:
     """Rows of kind proto, and their unit vectors (K, D): k-means of the training images' local nodes.
 
     Raises UserError where images have none.
@@ -135,3 +156,51 @@ def merge_candidates(concepts: list[Row]) -> tuple[list[Row], list[Row]]:
         else:
             candidates.setdefault(row["concept_id"], entry)["class_ids"] |= owner
     return names, [candidates[key] for key in sorted(candidates)]
+
+
+def read_texts(concepts_path: Path, text_path: Path, classes: Collection[str] | None = None) -> Texts:
+    """Names and candidates of data/concepts/concepts.parquet, with their vectors of an encoder's text.parquet.
+
+    With `classes`, texts of other classes are left out. Raises UserError for a text without a vector.
+    """
+    texts = read_table(text_path, "embed.text/1", ["text_id", "vector"])
+    vector_of = dict(zip(texts.column("text_id").to_pylist(), vectors_of(texts).astype(np.float32), strict=True))
+    concepts = [row for row in read_table(concepts_path, "concepts/1").to_pylist() if row["kept"]]
+    if classes is not None:
+        concepts = [row for row in concepts if row["class_id"] is None or row["class_id"] in classes]
+    absent = [row["text"] for row in concepts if row["concept_id"] not in vector_of]
+    if absent:
+        raise UserError(f"{text_path}: has no vector of {absent[0]!r}; run embed_text again")
+    return Texts(*merge_candidates(concepts), vector_of)
+
+
+def select_bank(
+    texts: Texts,
+    means: np.ndarray,
+    scale: float,
+    settings: Select,
+    judge: Callable[[np.ndarray, list[set[str]]], Row],
+    make_prototypes: Callable[[], tuple[list[Row], np.ndarray]],
+) -> Selected:
+    """The bank of one encoder, from the mean vectors (C, D) of the training images of C classes and its logit scale.
+
+    `judge` is told the vectors (M', D) and owners of what is kept and gives a `verdict` (gate.py). `make_prototypes`,
+    as find_prototypes, is called where they stand in for concepts: by `settings.fallback`, prototypes whatever the
+    verdict, auto where it is `none` or nothing is kept.
+    """
+    names, candidates, vector_of = texts
+    vectors = np.array([vector_of[row["concept_id"]] for row in candidates]).reshape(-1, means.shape[1])
+    gains = discriminability(vectors @ means.T, scale)
+    choose(candidates, vectors, gains, settings, len(means))
+    kept = [i for i, row in enumerate(candidates) if row["kept"]]
+    found = judge(vectors[kept], [candidates[i]["class_ids"] for i in kept])
+    prototypes: list[Row] = []
+    if settings.fallback == "prototypes" or (settings.fallback == "auto" and (found["verdict"] == "none" or not kept)):
+        prototypes, centres = make_prototypes()
+        vectors = np.concatenate([vectors, centres])
+        gains = np.concatenate([gains, discriminability(centres @ means.T, scale)])
+        for i in kept:
+            candidates[i].update(kept=False, drop_reason="visual prototypes stand in for named concepts")
+    of_names = np.array([vector_of[row["concept_id"]] for row in names]).reshape(-1, means.shape[1])
+    numbers: list[float | None] = [None] * len(names) + [float(gain) for gain in gains]
+    return Selected(names + candidates + prototypes, np.concatenate([of_names, vectors]), numbers, found)

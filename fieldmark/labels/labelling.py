@@ -29,7 +29,7 @@ The stage label_patches labels what is on disk, the trainer's controls and studi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +45,7 @@ from fieldmark.command import UserError
 from fieldmark.labels.kmeans import PER_CENTRE, find_centres, nearest_centres
 from fieldmark.labels.rings import ring_gains
 from fieldmark.labels.splice import centre, decompose
-from fieldmark.labels.splits import count_locals, iterate_nodes, read_split, sample_locals
+from fieldmark.labels.splits import count_locals, iterate_nodes, sample_locals
 from fieldmark.params import Labels
 
 # Nodes labelled at once, at most, and their weights: nodes x concepts floats in memory, some times over.
@@ -236,7 +236,7 @@ def label_images(
         )
 
 
-def node_means(folder: Path, buckets: int, images: dict[str, str]) -> Tensor:
+def node_means(folder: Path, buckets: int, images: Mapping[str, str]) -> Tensor:
     """(2, D): the mean vectors of these images' global and local nodes; the global one stands for local if none is."""
     sums: list[np.ndarray] = []
     counts = np.zeros(2)
@@ -250,17 +250,22 @@ def node_means(folder: Path, buckets: int, images: dict[str, str]) -> Tensor:
     return torch.from_numpy((total / counts[:, None]).astype(np.float32))
 
 
-def read_reference(folder: Path, index: Path, buckets: int, settings: Labels) -> Reference:
-    """What `settings` need to know of the training images in `index`, from data/embed/NAME/images: maybe nothing.
+def leans_on_images(settings: Labels) -> bool:
+    """Whether labels depend on which images train."""
+    return settings.mode == "splice" or settings.density in ("gaga", "product")
 
-    Raises UserError where there is no training image, or none with a local node for k-means.
+
+def read_reference(folder: Path, images: Mapping[str, str], buckets: int, settings: Labels) -> Reference:
+    """What `settings` need to know of the training images, from data/embed/NAME/images: maybe nothing.
+
+    `images` is the class_id of each training image by its image_id. Raises UserError where there is none, or none with
+    a local node for k-means.
     """
-    by_centres = settings.density in ("gaga", "product")
-    if settings.mode == "softmax" and not by_centres:
+    if not leans_on_images(settings):
         return Reference()
-    images = read_split(index, "train")
     if not images:
-        raise UserError(f"{index}: holds no training image; labels.mode and labels.density, as set, lean on them")
+        raise UserError(f"{folder}: holds no training image; labels.mode and labels.density, as set, lean on them")
+    by_centres = settings.density in ("gaga", "product")
     means = node_means(folder, buckets, images) if settings.mode == "splice" else None
     if not by_centres:
         return Reference(means)

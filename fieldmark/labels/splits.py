@@ -3,7 +3,7 @@
 Bucket by bucket: of all nodes in memory, only those asked for stay. View 0 alone: it is what evaluation reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ def read_split(index: Path, split: str) -> dict[str, str]:
     return dict(zip(table.column("image_id").to_pylist(), table.column("class_id").to_pylist(), strict=True))
 
 
-def iterate_nodes(folder: Path, buckets: int, images: dict[str, str], columns: list[str]) -> Iterator[pa.Table]:
+def iterate_nodes(folder: Path, buckets: int, images: Mapping[str, str], columns: list[str]) -> Iterator[pa.Table]:
     """View 0 of these images in each bucket of data/embed/NAME/images: `columns`, with image_id and node among them.
 
     Raises UserError where a bucket has no row of an image.
@@ -38,7 +38,7 @@ def iterate_nodes(folder: Path, buckets: int, images: dict[str, str], columns: l
         raise UserError(f"{folder}: has no row of image {absent[0]} (and {len(absent) - 1} more); run embed_images")
 
 
-def read_globals(folder: Path, buckets: int, images: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+def read_globals(folder: Path, buckets: int, images: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Global vectors (n, D) float32 and class_ids (n,) of these images, by image_id."""
     parts = [
         table.filter(pc.field("node") == 0)
@@ -50,7 +50,7 @@ def read_globals(folder: Path, buckets: int, images: dict[str, str]) -> tuple[np
 
 
 def sample_locals(
-    folder: Path, buckets: int, images: dict[str, str], fraction: float
+    folder: Path, buckets: int, images: Mapping[str, str], fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Local vectors (n, D) float32 and the class_ids (n,) of their images: a drawn share of these images' nodes.
 
@@ -65,7 +65,7 @@ def sample_locals(
     return np.concatenate(vectors).astype(np.float32), np.array(classes, dtype=object)
 
 
-def count_locals(folder: Path, buckets: int, images: dict[str, str]) -> int:
+def count_locals(folder: Path, buckets: int, images: Mapping[str, str]) -> int:
     """How many local nodes these images have."""
     tables = iterate_nodes(folder, buckets, images, ["image_id", "node"])
     return sum(int((table.column("node").to_numpy() > 0).sum()) for table in tables)

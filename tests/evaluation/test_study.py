@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from evaluation import fitting, study
 from evaluation.compare import compare
 from evaluation.fitting import controlled_cache
-from evaluation.plan import PLAIN, STUDIES, Cell, Entry, Plan, Variant, cells, make_plan, read_entry, read_study
+from evaluation.plan import STUDIES, Cell, Entry, Plan, Variant, cells, make_plan, read_entry, read_study
 from evaluation.study import run_study
 from fieldmark import sources
 from fieldmark.command import UserError
@@ -43,7 +43,7 @@ from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.inputs import hash_path
-from training.loop import untrained
+from training.loop import START_L2_WITHOUT_VAL, untrained
 from training.methods import Fitted, Output, load_method
 from training.regimes import Full
 
@@ -197,16 +197,13 @@ def test_few_shot_settings_come_from_development_classes_only(project: Path) -> 
     assert not set(plan.development) & set(config["classes"])
     assert config["settings"] == chosen["settings"]
     assert [tried["settings"]["weight_decay"] for tried in chosen["tried"]] == [[0.1], [0.2]]
-    best = max(
-        chosen["tried"],
-        key=lambda tried: (
-            np.mean([d["accuracy"] for d in tried["draws"]]),
-            -np.mean([d["log_loss"] for d in tried["draws"]]),
-        ),
-    )
-    assert config["settings"]["weight_decay"] == best["settings"]["weight_decay"]
-    assert config["settings"]["epochs"] == np.median([draw["epoch"] for draw in best["draws"]])
+    best = min(chosen["tried"], key=lambda tried: np.mean([draw["log_loss"] for draw in tried["draws"]]))
+    assert config["settings"] == best["settings"]
     assert len(best["draws"]) == fitting.SEARCH_DRAWS
+    # The schedule is the searched one, stopped; and no image that scores an epoch has chosen where it starts.
+    assert config["settings"]["epochs"] == 2
+    assert config["settings"]["stop"] in (0, 1, 2)
+    assert config["settings"]["start_l2"] == START_L2_WITHOUT_VAL
 
 
 def test_the_search_is_scored_on_all_that_a_draw_leaves_over_but_test(
@@ -269,12 +266,23 @@ def marks(folder: Path, **changes: Any) -> dict[str, str]:
     }
 
 
-def made_anew(before: dict[str, str], after: dict[str, str]) -> Made:
+def made_anew(before: dict[str, str], after: dict[str, str], regime: str = "full") -> Made:
     """The methods and controls of runs and searches whose mark is another; all of these are, or none."""
-    other = {name: before[name] != after[name] for name in before}
-    found = {(method, control) for _, method, control, *_ in (name.split(".") for name in before if other[name])}
-    assert all(other[name] for name in before if tuple(name.split(".")[1:3]) in found)
+    other = {name: before[name] != after[name] for name in before if name.split(".")[3] == regime}
+    found = {(method, control) for _, method, control, *_ in (name.split(".") for name in other if other[name])}
+    assert all(other[name] for name in other if tuple(name.split(".")[1:3]) in found)
     return found
+
+
+# Under shots, bank and labels are made from the shots.
+FROM_SHOTS = {
+    "fieldmark/concepts/selection.py",
+    "fieldmark/labels/labelling.py",
+    "training/reselection.py",
+    "evaluation/other_labels.py",
+    "concepts",
+    "embed/tiny",
+}
 
 
 @contextmanager
@@ -304,6 +312,9 @@ def edited(file: str) -> Iterator[None]:
         # What a control runs is its own runs' alone, and where it changes texts, nodes are labelled anew.
         ("training/controls/random_vectors.py", {("concept_graph", "random_vectors")}),
         ("fieldmark/labels/labelling.py", {("concept_graph", "random_vectors")}),
+        ("fieldmark/concepts/selection.py", set()),
+        ("training/reselection.py", set()),
+        ("evaluation/other_labels.py", set()),
         ("training/controls/edges_removed.py", set()),
         ("training/methods/knn.py", set()),
         ("training/train.py", set()),
@@ -317,6 +328,7 @@ def test_code_is_part_of_the_runs_that_execute_it(project: Path, file: str, anew
     with edited(file):
         after = marks(project)
     assert made_anew(before, after) == anew
+    assert made_anew(before, after, "2-shot") == (GRAPHS if file in FROM_SHOTS else anew)
     assert marks(project) == before
 
 
@@ -335,6 +347,7 @@ def test_labelling_is_code_of_a_variant_with_other_labels(project: Path) -> None
         ("graphs/tiny", "graphs/1", GRAPHS),
         ("embed/tiny", "embed.text/1", {("concept_graph", "random_vectors")}),  # the scale, by which nodes are labelled
         ("index", "index.images/1", EVERY),
+        ("concepts", "concepts/1", set()),
         ("embed/other/images", "embed.nodes/1", set()),
         ("descriptions", "descriptions/1", set()),  # this concept graph reads none
     ],
@@ -347,7 +360,9 @@ def test_files_are_part_of_the_runs_that_read_them(project: Path, folder: str, s
     # The same header over other rows: a fingerprint is never of rows.
     header, table = read_header(path, schema), read_table(path, schema)
     write_table(table.slice(1), path, schema, header.params, header.fingerprint)
-    assert made_anew(before, marks(project)) == anew
+    after = marks(project)
+    assert made_anew(before, after) == anew
+    assert made_anew(before, after, "2-shot") == (GRAPHS if folder in FROM_SHOTS else anew)
 
 
 def own(project: Path, name: str) -> None:
@@ -503,13 +518,14 @@ def test_another_labelling_is_made_in_memory_and_leaves_the_rest(project: Path) 
     labels = {"few": {"select_concepts": 3, "select_locals": 2}, "one": {"select_locals": 1}}
     variants = {name: {"method": "concept_graph", "labels": of} for name, of in labels.items()}
     plan, _ = planned(project, variants=variants)
-    base = controlled_cache(plan, "tiny", Control(), 0, PLAIN)
-    few = controlled_cache(plan, "tiny", Control(), 0, plan.entries["few"].variation)
+    base = fitting.base_cache(plan, "tiny", ())
+    few = controlled_cache(plan, base, "tiny", Control(), 0, plan.entries["few"].variation)
     assert few.part(Labels).selected.sum(1).unique().tolist() == [3]
     assert few.part(Labels).selected_concepts.shape[1] == 3
     assert few.part(Nodes).nodes is base.part(Nodes).nodes
     assert few.part(Bank) is base.part(Bank)
-    under = controlled_cache(plan, "tiny", Control(name="random_vectors"), 0, plan.entries["one"].variation)
+    random_vectors = Control(name="random_vectors")
+    under = controlled_cache(plan, base, "tiny", random_vectors, 0, plan.entries["one"].variation)
     assert under.part(Labels).selected.sum(1).unique().tolist() == [2]
     assert not torch.equal(under.part(Bank).K, base.part(Bank).K)
 
@@ -527,13 +543,32 @@ def test_a_variant_may_read_other_encoders_too(project: Path) -> None:
     assert config["files"]["embed/other/images"] == hash_path(project / "data/embed/other/images", 3)
 
 
-def test_a_control_that_draws_leaves_the_unseen_classes_as_they_are(project: Path) -> None:
+def splits_of_runs(plan: Plan) -> dict[tuple[str, int], list[str]]:
+    """The splits of each run's images, by control and draw."""
+    found = {}
+    for cell in cells(plan, 0):
+        table = pq.read_table(plan.folder / cell.run / "predictions.parquet", columns=["path", "split"])
+        found[cell.control.label, cell.draw] = table.sort_by("path")["split"].to_pylist()
+    return found
+
+
+def test_every_draw_of_unseen_classes_is_another_and_controls_share_it(project: Path) -> None:
     unseen = [{"kind": "unseen", "seen": 0.5}]
+    grid = {"methods": ["zero_shot"], "controls": ["none", "random_vectors"], "regimes": unseen, "seeds": 5}
+    splits = splits_of_runs(ran(project, **grid))
+    assert splits.keys() == {(control, draw) for control in ("none", "random_vectors") for draw in range(5)}
+    assert all(splits["none", draw] == splits["random_vectors", draw] for draw in range(5))
+    assert len({tuple(found) for found in splits.values()}) == 5
+
+
+def test_unseen_classes_that_files_name_are_the_same_in_all_draws(project: Path) -> None:
+    for name, classes in {"seen": range(5), "development": range(5, 7)}.items():
+        (project / f"{name}.txt").write_text("".join(f"class-{number:02d}\n" for number in classes))
+    unseen = [{"kind": "unseen"} | {name: str(project / f"{name}.txt") for name in ("seen", "development")}]
     plan = ran(project, methods=["zero_shot"], controls=["none", "random_vectors"], regimes=unseen)
-    files = [plan.folder / cell.run / "predictions.parquet" for cell in cells(plan, 0)]
-    assert len(files) == 3
-    splits = [pq.read_table(file, columns=["path", "split"]).sort_by("path")["split"].to_pylist() for file in files]
-    assert splits[1:] == splits[:1] * 2
+    splits = splits_of_runs(plan)
+    assert splits.keys() == {("none", 0), ("random_vectors", 0), ("random_vectors", 1)}
+    assert len({tuple(found) for found in splits.values()}) == 1
 
 
 def test_overrides_are_part_of_a_run(project: Path) -> None:
@@ -652,7 +687,7 @@ def test_permuted_labels_score_at_chance(tmp_path: Path, monkeypatch: pytest.Mon
     forget()
 
 
-def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int) -> None:
+def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int, **changes: Any) -> None:
     """Run a study, killed so many times at random moments, and once to the end: as if it had never been killed."""
     rng = random.Random(random_seed)
     calm = project / "calm"
@@ -660,12 +695,13 @@ def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int) -> N
     (calm / "data").mkdir()
     for entry in (project / "data").iterdir():
         (calm / "data" / entry.name).symlink_to(entry)
-    expected_plan = ran(calm)
+    expected_plan = ran(calm, **changes)
     expected = compare(expected_plan, cells(expected_plan, 0))
 
-    plan, grid = planned(project)
+    plan, grid = planned(project, **changes)
+    runs, everything = len(grid), len(made(expected_plan))
     for number in range(1, kills + 1):
-        wanted = (RUNS + SEARCHES) * number // (kills + 2)
+        wanted = everything * number // (kills + 2)
         words = command(project, "--name", "small", "--jobs", str(jobs))
         process = subprocess.Popen(words, cwd=project, env=ENVIRONMENT, stderr=subprocess.PIPE)
         while len(made(plan)) < wanted and process.poll() is None:
@@ -675,10 +711,10 @@ def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int) -> N
         process.wait()
         before = made(plan)
         time.sleep(0.1 if jobs > 1 else 0)  # workers end with their parent
-    assert 0 < len(before) < RUNS + SEARCHES
+    assert 0 < len(before) < everything
     done = run_small(project)
     assert done.returncode == 0, done.stderr
-    assert f"{RUNS - sum('development' not in name for name in before)} runs made" in done.stdout
+    assert f"{runs - sum('development' not in name for name in before)} runs made" in done.stdout
     after = made(plan)
     assert {name: after[name] for name in before} == before  # nothing ran twice
     assert after.keys() == made(expected_plan).keys()
@@ -690,6 +726,11 @@ def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int) -> N
 
 def test_a_killed_study_goes_on_where_it_was(project: Path) -> None:
     kill_and_finish(project, kills=3, jobs=1, random_seed=0)
+
+
+def test_killed_folds_go_on_where_they_were(project: Path) -> None:
+    folds = [{"kind": "folds", "folds": 3}]
+    kill_and_finish(project, kills=2, jobs=1, random_seed=2, regimes=folds, methods=["linear_probe", "concept_graph"])
 
 
 @pytest.mark.slow
@@ -889,7 +930,7 @@ def test_development_classes_from_a_file(project: Path) -> None:
     plan, _ = planned(project, development=str(project / "classes.txt"))
     assert plan.development == ("class-01", "class-07")
     (project / "classes.txt").write_text("class-07\n")
-    with pytest.raises(UserError, match="names 1 of 10 classes; it takes 2"):
+    with pytest.raises(UserError, match="is 1 of 10 classes; it takes 2"):
         planned(project, development=str(project / "classes.txt"))
 
 

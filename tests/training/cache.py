@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from fieldmark.params import Labels
+from fieldmark.params import Labels, Select
 from fieldmark.store import (
     arrow_schema,
     bucket_path,
@@ -122,7 +122,8 @@ def write_cache(folder: Path, plan: Plan) -> None:
             labels += label_rows(image["image_id"], view, vectors, bank, plan.top, shown, gains)
             graphs.append(graph_row(image["image_id"], view, vectors, boxes))
     ids = [image["image_id"] for image in images]
-    write_buckets(folder / f"embed/{ENCODER}/images", "embed.nodes/1", nodes, ids, plan.buckets, {}, marks["embed"])
+    embed, made_by = folder / f"embed/{ENCODER}/images", {"encoder": marks["embed"]}
+    write_buckets(embed, "embed.nodes/1", nodes, ids, plan.buckets, made_by, marks["embed"])
     write_buckets(
         folder / f"graphs/{ENCODER}", "graphs/1", graphs, ids, plan.buckets, {"embed": marks["embed"]}, marks["rest"]
     )
@@ -162,6 +163,15 @@ def write_bank(
     rows.append(far)
     for position, row in enumerate(rows):
         row.update(concept_idx=position, concept_id=sha256(row["text"]))
+    said = [
+        {
+            **{name: row[name] for name in ("concept_id", "text", "kind")},
+            **{"class_id": next(iter(row["class_ids"]), None), "rank": 0, "kept": True},
+        }
+        for row in rows
+    ]
+    path = folder / "concepts/concepts.parquet"
+    write_table(make_table("concepts/1", said), path, "concepts/1", {}, marks["rest"])
     sentences, texts = [], [{**row, "text_id": row["concept_id"]} for row in rows]
     for number in range(plan.sentences):
         text = f"sentence {number}"
@@ -176,7 +186,7 @@ def write_bank(
         )
     for text_row in texts:
         text_row.update(n_tokens=3, truncated=False)
-    origins = {"embed": marks["embed"], "text": marks["text"]}
+    origins = {"embed": marks["embed"], "text": marks["text"], **Select().model_dump()}
     write_table(with_vectors("bank/1", rows), folder / f"bank/{ENCODER}.parquet", "bank/1", origins, marks["bank"])
     made_by = {"encoder": marks["embed"], "logit_scale": SCALE}
     path = folder / f"embed/{ENCODER}/text.parquet"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.fitting import controlled_cache
+from evaluation.fitting import base_cache, controlled_cache
 from evaluation.plan import Entry, Study, Variation
 from evaluation.plan import Plan as StudyPlan
 from fieldmark import store
@@ -177,7 +177,7 @@ def test_controls_and_regimes_go_in_either_order(cache: Cache, control: Callable
 
 
 def test_labels_are_made_as_the_stage_makes_them(folder: Path, cache: Cache) -> None:
-    made = relabel(cache, read_labelling(folder, ENCODER, PLAN.buckets, {}))
+    made = relabel(cache, read_labelling(folder, ENCODER, PLAN.buckets, {}, {}))
     for field, value in labels_of(made).items():
         torch.testing.assert_close(value, labels_of(cache)[field])
     assert made.part(Labels).selected.sum(1).unique().tolist() == [1 + SETTINGS.select_locals]
@@ -202,16 +202,22 @@ def by_pixels(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_labels_by_pixels_are_made_as_the_stage_makes_them(folder: Path, by_pixels: Path, cache: Cache) -> None:
     staged = read_cache(by_pixels, ENCODER, PLAN.buckets, ALL)
     assert not torch.equal(staged.part(Labels).density, cache.part(Labels).density)
-    again = relabel(staged, read_labelling(by_pixels, ENCODER, PLAN.buckets, {}))
+    again = relabel(staged, read_labelling(by_pixels, ENCODER, PLAN.buckets, {}, {}))
     # A study labels a cache by pixels that was labelled otherwise, and the other way round.
     mixed = folder.parent / "mixed"
     shutil.copytree(folder, mixed)
     shutil.copytree(by_pixels / "thumbs", mixed / "thumbs")
-    turned = controlled_cache(planned(mixed), ENCODER, Control(), 0, Variation((("density", "pixel"),)))
-    back = controlled_cache(planned(by_pixels), ENCODER, Control(), 0, Variation((("density", "neg_entropy"),)))
+    turned = labelled(planned(mixed), "pixel")
+    back = labelled(planned(by_pixels), "neg_entropy")
     for made, expected in ((again, staged), (turned, staged), (back, cache)):
         for field, value in labels_of(made).items():
             assert torch.equal(value, labels_of(expected)[field]), field
+
+
+def labelled(plan: StudyPlan, density: str) -> Cache:
+    """The cache of a study's variant, its nodes labelled by a setting of density."""
+    variation = Variation((("density", density),))
+    return controlled_cache(plan, base_cache(plan, ENCODER, ()), ENCODER, Control(), 0, variation)
 
 
 def planned(data: Path) -> StudyPlan:
@@ -236,7 +242,7 @@ def test_a_control_leaves_density_of_pixels_and_needs_no_thumbnail(by_pixels: Pa
 
 
 def test_padding_gets_no_label(folder: Path, cache: Cache) -> None:
-    labelling = read_labelling(folder, ENCODER, PLAN.buckets, {})
+    labelling = read_labelling(folder, ENCODER, PLAN.buckets, {}, {})
     short, nodes = 3, cache.part(Nodes)
     mask = nodes.mask.clone()
     mask[::2, short:] = False
@@ -436,7 +442,7 @@ def test_what_is_missing_is_said_in_one_line(cache: Cache, folder: Path, tmp_pat
     def change(name: str) -> Cache:
         return apply_control(cache, request(tmp_path, name))
 
-    assert read_labelling(tmp_path, ENCODER, PLAN.buckets, {}) == Labelling(SETTINGS, Reference(), SCALE)
+    assert read_labelling(tmp_path, ENCODER, PLAN.buckets, {}, {}) == Labelling(SETTINGS, Reference(), SCALE)
     with pytest.raises(UserError, match=r"controls\.parquet: is missing; add tiny to `controls`"):
         change("unrelated_texts")
     write_controls(tmp_path, encoder="another")
@@ -452,7 +458,7 @@ def test_what_is_missing_is_said_in_one_line(cache: Cache, folder: Path, tmp_pat
     table = store.read_table(tmp_path / labels, "labels/1")
     store.write_table(table, tmp_path / labels, "labels/1", said, header.fingerprint)
     with pytest.raises(UserError, match=r"do not say what labels\.mode was, .*; run label_patches again"):
-        read_labelling(tmp_path, ENCODER, PLAN.buckets, {})
+        read_labelling(tmp_path, ENCODER, PLAN.buckets, {}, {})
 
 
 def test_each_file_of_controls_says_what_it_is() -> None:

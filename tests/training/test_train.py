@@ -235,6 +235,7 @@ def test_few_shots_leave_val_nothing_to_choose(params: Path, tmp_path: Path) -> 
     [
         ("regime: {kind: shots, shot: 1}", "train.regime.shot: unknown key; did you mean `shots`?"),
         ("regime: {kind: few}", "train.regime: names no regime; give a `kind`, one of: full, shots"),
+        ("regime: {kind: folds}", "train.regime: folds are of a study, not of one run; put them in studies/NAME.yaml"),
         ("control: {name: edges_remove}", "there is no training/controls/edges_remove.py; did you mean edges_removed?"),
     ],
 )

@@ -96,6 +96,8 @@ class Cache:
 
     classes: list[str]
     paths: list[str]
+    image_ids: list[str]
+    groups: list[str]  # what no split takes apart: the group that the index names for an image, else its image_id
     split: np.ndarray  # (n,) str
     y: Tensor  # (n,) int64
     target: Tensor  # y, unless a regime tells training otherwise: (n,) int64, or (n, C) float32 whose rows sum to 1
@@ -147,6 +149,8 @@ class Cache:
         return replace(
             self,
             paths=[self.paths[image] for image in images.tolist()],
+            image_ids=[self.image_ids[image] for image in images.tolist()],
+            groups=[self.groups[image] for image in images.tolist()],
             split=self.split[images.numpy()],
             y=self.y[images],
             target=self.target[images],
@@ -185,9 +189,8 @@ def read_cache(
     folder = Path(folder)
     fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
     classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
-    index = read_table(
-        folder / "index/images.parquet", "index.images/1", ["path", "image_id", "class_id", "split", "status"]
-    )
+    columns = ["path", "image_id", "class_id", "split", "group", "status"]
+    index = read_table(folder / "index/images.parquet", "index.images/1", columns)
     index = index.filter(pc.equal(index["status"], "ok")).sort_by("path")
     split = np.array(index["split"].to_pylist(), dtype=str)
     for name in SPLITS:
@@ -211,6 +214,8 @@ def read_cache(
     return Cache(
         classes=classes,
         paths=index["path"].to_pylist(),
+        image_ids=image_ids.to_pylist(),
+        groups=pc.coalesce(index["group"], index["image_id"]).to_pylist(),
         split=split,
         y=labels,
         target=labels,

@@ -8,7 +8,8 @@ that it looks at under any settings; a torch module whose `forward(batch)` retur
 What READS names (`training/data/` has the parts) decides what is read, what a run's identity and its controls are, and
 what a second machine has to fetch; nothing else can be seen. A method may hold two things more: `reads(settings)`, what
 of READS these settings leave, and `ALSO`, the parts that it reads of other encoders. A method without ALSO takes one
-encoder alone. A method that finds that this data leaves it nothing to do raises `NotPossible`.
+encoder alone. A method that finds that this data leaves it nothing to do raises `NotPossible`. What val chose of knobs
+with several values stands in `Fitted.chosen`: folds are fitted again with it (training/folds.py).
 """
 
 import difflib

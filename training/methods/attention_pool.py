@@ -7,13 +7,15 @@ two parts apart. The first starts as the tuned linear probe, the second at zero,
 over it is due to those.
 """
 
+from dataclasses import replace
+
 from torch import nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import GatedAttention, Standardise
-from training.loop import NotNegative, Schedule, fit_epochs, starting_point
+from training.loop import NotNegative, Positive, Schedule, fit_epochs, starting_point
 from training.methods import Fitted, Output
 
 SEEDED = True
@@ -28,6 +30,7 @@ class LossWeights(Block):
 
 
 class Settings(Schedule):
+    start_l2: Positive | None = None  # strength of the probe that it starts from; null: val chooses
     hidden: Count = 256  # width of the patch stream
     dropout: Fraction = 0.3  # share of activations dropped in training
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
@@ -66,11 +69,12 @@ class AttentionPool(nn.Module):
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    start = starting_point(cache)
-    return fit_epochs(
+    start = starting_point(cache, settings.start_l2)
+    fitted = fit_epochs(
         lambda: AttentionPool(start.standardise_global, start.standardise_nodes, start.probe, settings),
         cache,
         settings,
         seed,
         settings.loss_weights.model_dump(),
     )
+    return replace(fitted, chosen={**fitted.chosen, "start_l2": start.l2})

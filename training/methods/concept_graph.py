@@ -38,7 +38,7 @@ and not by the image itself.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -55,7 +55,7 @@ from training.data.labels import Labels
 from training.layers.blocks import Dropout, GatedAttention, Standardise
 from training.layers.graphs import GraphNetwork, Kind, nearest_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
-from training.loop import EVALUATION_BATCH, NotNegative, Schedule, fit_epochs, starting_point
+from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs, starting_point
 from training.methods import Fitted, Output
 
 SEEDED = True
@@ -80,6 +80,7 @@ class LossWeights(Block):
 
 class Settings(Schedule):
     batch_size: Count = 256  # images a step
+    start_l2: Positive | None = None  # strength of the probe that it starts from; null: val chooses
     hidden: Count = 128  # width of the graph stream
     dropout: Fraction = 0.3  # share of activations dropped in training
     texts: Whole = 5  # concepts that make a node's text; 0: none
@@ -311,7 +312,7 @@ class ConceptGraph(nn.Module):
     def __init__(self, cache: Cache, settings: Settings) -> None:
         """Starts as the tuned linear probe. Raises UserError where labels lack the rings that settings ask for."""
         super().__init__()
-        start, bank, weights = starting_point(cache), cache.part(Bank), settings.loss_weights
+        start, bank, weights = starting_point(cache, settings.start_l2), cache.part(Bank), settings.loss_weights
         dimension, hidden, classes = bank.K.shape[1], settings.hidden, len(cache.classes)
         self.settings = settings
         self.epoch = 0  # training's; see train()
@@ -507,5 +508,7 @@ def pool(x: Tensor, attention: Tensor) -> Tensor:
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     if settings.description != "none":
         cache = link_texts(cache, settings.neighbours)
-    starting_point(cache)  # before the seed is set: what it draws must not depend on whether it is remembered
-    return fit_epochs(lambda: ConceptGraph(cache, settings), cache, settings, seed, settings.loss_weights.model_dump())
+    # Before the seed is set: what it draws must not depend on whether it is remembered.
+    start, weights = starting_point(cache, settings.start_l2), settings.loss_weights.model_dump()
+    fitted = fit_epochs(lambda: ConceptGraph(cache, settings), cache, settings, seed, weights)
+    return replace(fitted, chosen={**fitted.chosen, "start_l2": start.l2})

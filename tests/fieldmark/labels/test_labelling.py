@@ -24,6 +24,7 @@ from fieldmark.labels.labelling import (
     select_nodes,
     softmax_weights,
 )
+from fieldmark.labels.splits import read_split
 from fieldmark.params import Labels
 from tests.project import image_id, unit, write_index, write_nodes
 
@@ -215,8 +216,9 @@ def test_training_images_alone_are_learnt_from(project: Path) -> None:
     means = node_means(folder, 16, dict.fromkeys([image_id(0), image_id(2)], "a"))
     torch.testing.assert_close(means[0], torch.from_numpy(np.mean([each[0] for each in seen], axis=0)))
     torch.testing.assert_close(means[1], torch.from_numpy(np.concatenate([each[1:] for each in seen]).mean(axis=0)))
-    assert read_reference(folder, index, 16, Labels()) == Reference()
-    reference = read_reference(folder, index, 16, Labels(mode="splice", density="product"))
+    train = read_split(index, "train")
+    assert read_reference(folder, train, 16, Labels()) == Reference()
+    reference = read_reference(folder, train, 16, Labels(mode="splice", density="product"))
     assert reference.means is not None
     assert torch.equal(reference.means, means)
     assert reference.centres is not None

@@ -1,0 +1,60 @@
+"""What the runs of one row of a study predict, as a table reads it: folds put together, clean images alone.
+
+Each table has the rows of run.predictions/1, sorted by path. An image that a study's `clean` does not name is judged
+nowhere: its split becomes NOT_CLEAN.
+"""
+
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from evaluation.plan import RIVAL, Cell, Plan
+from fieldmark.command import UserError
+from fieldmark.store import read_table
+from training.folds import HELD_OUT
+from training.regimes import Folds
+from training.runs import SCHEMA
+
+NOT_CLEAN = "not_clean"
+
+
+def read_predictions(plan: Plan, runs: Sequence[Cell]) -> list[pa.Table]:
+    """A table for each run; for folds one for all of them, each image as the fold that held it out has it.
+
+    Raises UserError where runs are of different images, or an image is not held out once.
+    """
+    runs = [chosen_rival(plan, cell) if cell.method == RIVAL else cell for cell in runs]
+    tables = [read_table(plan.folder / cell.run / "predictions.parquet", SCHEMA).sort_by("path") for cell in runs]
+    for cell, table in zip(runs, tables, strict=True):
+        if not table["path"].equals(tables[0]["path"]):
+            remedy = f"run `make study NAME={plan.name}`"
+            raise UserError(f"{plan.folder / cell.run}: is of other images than {runs[0].run}; {remedy}")
+    if isinstance(runs[0].regime, Folds):
+        held = pa.concat_tables([table.filter(pc.field("split") == HELD_OUT) for table in tables]).sort_by("path")
+        if held["path"].to_pylist() != tables[0]["path"].to_pylist():
+            raise UserError(f"{plan.folder}: folds of {runs[0].method} do not hold each image out once; remove them")
+        # Every fold says which classes its logits are of, and in what order.
+        tables = [held.replace_schema_metadata(tables[0].schema.metadata)]
+    return [mark_clean(table, plan.clean) for table in tables]
+
+
+def chosen_rival(plan: Plan, cell: Cell) -> Cell:
+    """The run of the fold that is best on the images that chose settings in it, by accuracy and then by log loss."""
+    scores: dict[Cell, tuple[float, float]] = {}
+    for name in plan.study.rival:
+        rival = cell._replace(method=name)
+        config = json.loads((plan.folder / rival.run / "config.json").read_text(encoding="utf-8"))
+        if "inner" in config:  # else it is not possible on this data
+            scores[rival] = config["inner"]["accuracy"], -config["inner"]["log_loss"]
+    return max(scores, key=scores.__getitem__)
+
+
+def mark_clean(table: pa.Table, clean: frozenset[str] | None) -> pa.Table:
+    """The table where only these paths are judged; None: all. Images that train keep their split."""
+    if clean is None:
+        return table
+    splits, is_clean = table["split"], pc.is_in(table["path"], value_set=pa.array(sorted(clean), pa.string()))
+    judged = pc.if_else(pc.or_(is_clean, pc.equal(splits, "train")), splits, NOT_CLEAN)
+    return table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), judged)
