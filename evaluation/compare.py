@@ -311,7 +311,16 @@ def split_notes(plan: Plan, split: str) -> list[str]:
             f"few-shot: settings were chosen on {len(plan.development)} other classes{left_out}; val had no part in the"
             " fits; each run is a draw of shots"
         )
+    notes += idle_notes(plan)
     return notes + (contamination_note(plan) if split == "test" else [])
+
+
+def idle_notes(plan: Plan) -> list[str]:
+    """A line for each control that changes nothing that some methods compute, which so have no run under it."""
+    return [
+        f"left out: {control} changes nothing that is computed by {', '.join(methods)}: the plain run stands for it"
+        for control, methods in plan.idle().items()
+    ]
 
 
 def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[RowKey, str]:

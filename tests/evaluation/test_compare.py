@@ -51,6 +51,9 @@ def test_three_files_of_one_table(project: Path) -> None:
     assert (plan.folder / "tables.txt").read_text() == text
     assert text.startswith("study small, read on val")
     assert "val also chose settings and epochs under full, long-tail-0.5" in text
+    # Its plain run stands for the probe under a control that it does not read, and the table says so.
+    idle = "left out: random_vectors changes nothing that is computed by linear_probe: the plain run stands for it"
+    assert idle in text
     titles = [
         "tiny, full: val, 36 images of 6 classes, 2 runs",
         "tiny, long-tail-0.5: val, 36 images of 6 classes, 2 runs",

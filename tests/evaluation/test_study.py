@@ -408,7 +408,15 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
         "linear_probe": ["none"],
         "zero_shot": ["none", "owners_permuted", "random_vectors-5"],
         "concept_bottleneck": ["none", "unrelated_texts", "none-5", "random_vectors-5"],
-        "concept_graph": ["none", "edges_removed", "owners_permuted", "unrelated_texts", "none-5", "random_vectors-5"],
+        "concept_graph": ["none", "edges_removed", "unrelated_texts", "none-5", "random_vectors-5"],
+    }
+    # What is left out is told beside the tables.
+    assert plan.idle() == {
+        "edges_removed": ["linear_probe", "zero_shot", "concept_bottleneck"],
+        "owners_permuted": ["linear_probe", "concept_bottleneck", "concept_graph"],
+        "unrelated_texts": ["linear_probe", "zero_shot"],
+        "none-5": ["linear_probe", "zero_shot"],
+        "random_vectors-5": ["linear_probe"],
     }
 
 
@@ -743,7 +751,7 @@ def test_two_processes_do_not_work_at_one_study(project: Path) -> None:
         ),
         (
             {"variants": {"v": {"method": "mlp", "labels": {"mode": "splice"}}}},
-            "small.yaml: variants.v.labels: mlp reads no labels; remove it",
+            "small.yaml: variants.v.labels: mlp reads no labels under its settings; remove it",
         ),
         (
             {"variants": {"v": {"method": "concept_graph", "labels": {"inside_object": True}}}},

@@ -254,7 +254,7 @@ def test_rings_reach_the_decision(cache: Cache, entry: str) -> None:
 
 @pytest.mark.parametrize("knobs", [{"rings": "node"}, {"loss_weights": {"rings": 0.1}}])
 def test_rings_that_labels_lack_are_refused(planted: Callable[[Plan], Cache], knobs: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"bank/tiny.parquet: its labels hold no ring gains .*run label_patches"):
+    with pytest.raises(UserError, match=r"labels/tiny: hold no ring gains .*run label_patches"):
         ConceptGraph(planted(Plan()), Settings.model_validate(knobs))
 
 
