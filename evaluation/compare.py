@@ -304,7 +304,7 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     notes = []
     by_val = [regime.label for regime in plan.study.regimes if not isinstance(regime, Shots)]
     if by_val and split == "val":
-        notes.append(f"val also chose settings and epochs under {', '.join(by_val)}: there its figures are too high")
+        notes.append(f"the other half of val chose settings and epochs under {', '.join(by_val)}; it is in no figure")
     if any(isinstance(regime, Shots) for regime in plan.study.regimes):
         left_out = f", {len(plan.left_out)} more are left out" if plan.left_out else ""
         notes.append(

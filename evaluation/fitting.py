@@ -55,7 +55,7 @@ def controlled_cache(plan: Plan, encoder: str, control: Control, draw: int, vari
 
 
 class Prepared(NamedTuple):
-    told: Cache  # what fit gets: the training images of the regime's draw, val unless it is few-shot, no test
+    told: Cache  # what fit gets: training images of the regime's draw, the half of val that chooses unless few-shot
     whole: Cache  # what is predicted: all images and the truth, with the splits that are reported
 
 
@@ -68,10 +68,10 @@ def prepare(plan: Plan, encoder: str, control: Control, regime: Regime, draw: in
         whole = restrict_classes(whole, [name for name in whole.classes if name not in apart])
     # A control may draw where the regime does not: its splits stay those of the plain run.
     told = regime.apply(whole, draw if regime.draws else 0)
-    # Few-shot fits get no val image, so that these may be reported like test images.
+    # Few-shot fits get no val image, so that both halves may be reported like test images.
     shown = told
     if isinstance(regime, Shots):
-        shown = replace(told, split=np.where(whole.split == "val", "val", told.split))
+        shown = replace(told, split=np.where(np.isin(whole.split, ("choose", "val")), "val", told.split))
     return Prepared(hide_test(told), shown)
 
 
@@ -130,8 +130,9 @@ def write_not_possible(folder: Path, config: dict[str, Any], reason: str) -> Non
 def measure_run(logits: np.ndarray, cache: Cache) -> dict[str, Any]:
     """metrics.json: what the logits (n, C) are worth on train and val; a split without images has its count only.
 
-    The temperature is fitted on val, so that what is left of the calibration error compares methods whose logits have
-    different scales. Few, medium and many are thirds of the classes by their training images.
+    Val is the half that chose nothing. The temperature is fitted on it, so that what is left of the calibration error
+    compares methods whose logits have different scales. Few, medium and many are thirds of the classes by their
+    training images.
     """
     y = cache.y.numpy()
     chosen = {split: cache.split == split for split in SPLITS}
@@ -195,7 +196,7 @@ def try_points(plan: Plan, cell: Cell, points: list[Block]) -> list[list[dict[st
         whole = controlled_cache(plan, cell.encoder, cell.control, control_seed, entry.variation)
         few = restrict_classes(whole, plan.development)
         drawn = cell.regime.apply(few, draw)
-        told = hide_test(replace(drawn, split=np.where(drawn.split == "unused", "val", drawn.split)))
+        told = hide_test(replace(drawn, split=np.where(drawn.split == "unused", "choose", drawn.split)))
         told = told.only(reads_of(entry.method, entry.settings))
         val = told.images("val")
         for point, found in zip(points, tried, strict=True):

@@ -264,7 +264,8 @@ ABOUT = {
         "Pages of this file carry no checksums.",
         {
             "path": "of index.images",
-            "split": "of index.images, or as a study's regime has it",
+            "split": "train, test, and of val the half that chose (choose) and the half that is reported (val);"
+            " or as a study's regime has it",
             "seed": "of the fit",
             "class_id": "the true class",
             "logits": "one a class",
@@ -277,7 +278,7 @@ def schemas() -> dict[str, pa.Schema]:
     """Every contract by name; a dimension that is known when a table is written counts as 1."""
     found = {name: arrow_schema(name, 1 if has_vectors(name) else None) for name in COLUMNS}
     nothing = Cache(
-        classes=["one"], paths=[], split=np.zeros(0, dtype=str), y=torch.zeros(0, dtype=torch.long),
+        classes=["one"], paths=[], groups=[], split=np.zeros(0, dtype=str), y=torch.zeros(0, dtype=torch.long),
         target=torch.zeros(0, dtype=torch.long), views=1, parts=Parts([]), fingerprints={},
     )  # fmt: skip
     return {**found, PREDICTIONS: predictions_table({}, nothing).schema}

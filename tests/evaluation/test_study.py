@@ -175,7 +175,9 @@ def test_every_run_is_written_whole(project: Path) -> None:
         few = cell.regime.label == "2-shot"
         assert len(table) == 16 * (10 - len(plan.development) * few)
         assert set(table["seed"].to_pylist()) == {cell.seed}
-        assert set(table["split"].to_pylist()) == {"train", "val", "test"} | ({"unused"} if few else set())
+        assert set(table["split"].to_pylist()) == {"train", "val", "test"} | ({"unused"} if few else {"choose"})
+        # Few-shot fits choose nothing on val, so that all of it is reported; others report one half.
+        assert table["split"].to_pylist().count("val") == (4 if few else 2) * len(config["classes"])
         # The figures are those of the predictions, and none is of test.
         classes, logits = np.array(config["classes"]), np.array(table["logits"].to_pylist())
         right = classes[logits.argmax(1)] == np.array(table["class_id"].to_pylist())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fieldmark.command import UserError
 from fieldmark.store import Header, read_folder_header, read_header, read_table
+from training.data.halves import halve
 from training.data.nodes import Globals, Nodes
 from training.data.part import P, Part, Parts, part_kinds
 from training.data.rows import EncoderFiles
@@ -96,7 +97,8 @@ class Cache:
 
     classes: list[str]
     paths: list[str]
-    split: np.ndarray  # (n,) str
+    groups: list[str]  # n: what no split and no half of val cuts in two; the path of an image without a group
+    split: np.ndarray  # (n,) str: train, choose, val, test; a regime has unused ones, and a fit hidden ones
     y: Tensor  # (n,) int64
     target: Tensor  # y, unless a regime tells training otherwise: (n,) int64, or (n, C) float32 whose rows sum to 1
     views: int  # V
@@ -147,6 +149,7 @@ class Cache:
         return replace(
             self,
             paths=[self.paths[image] for image in images.tolist()],
+            groups=[self.groups[image] for image in images.tolist()],
             split=self.split[images.numpy()],
             y=self.y[images],
             target=self.target[images],
@@ -179,14 +182,15 @@ def read_cache(
 ) -> Cache:
     """Read the parts `reads` of what the stages wrote for an encoder into `folder` (data/), and `also_reads` of others.
 
-    Raises UserError, naming the file and the stage to run: a file missing or broken, an image without rows, files that
-    were made from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
+    The images that the index has in val are `choose` or `val` (halves.py). Raises UserError, naming the file and the
+    stage to run: a file missing or broken, an image without rows, a val that has no two halves, files that were made
+    from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
     """
     folder = Path(folder)
     fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
     classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
     index = read_table(
-        folder / "index/images.parquet", "index.images/1", ["path", "image_id", "class_id", "split", "status"]
+        folder / "index/images.parquet", "index.images/1", ["path", "image_id", "class_id", "group", "split", "status"]
     )
     index = index.filter(pc.equal(index["status"], "ok")).sort_by("path")
     split = np.array(index["split"].to_pylist(), dtype=str)
@@ -195,10 +199,17 @@ def read_cache(
             raise UserError(
                 f"{folder / 'index/images.parquet'}: holds no {name} image; correct dataset.* and run index_images"
             )
+    groups = pc.coalesce(index["group"], index["path"]).to_pylist()
     y = pc.index_in(index["class_id"], value_set=pa.array(classes))
     if y.null_count:
         raise UserError(f"{folder / 'index/classes.parquet'}: lacks a class of images.parquet; run index_images again")
     labels = torch.from_numpy(y.to_numpy().astype(np.int64))
+    split = halve(split, split == "val", groups, labels.numpy())
+    if not {"choose", "val"} <= set(split):
+        raise UserError(
+            f"{folder / 'index/images.parquet'}: val is of one image or group, and no half of it is left to report on"
+            " where the other chooses; put more into val (dataset.val_fraction) and run index_images"
+        )
     image_ids = index["image_id"].combine_chunks()
     source = EncoderFiles(folder, encoder, buckets, classes, image_ids)
     parts = Parts([kind.read(source) for kind in kinds_of(reads)])
@@ -211,6 +222,7 @@ def read_cache(
     return Cache(
         classes=classes,
         paths=index["path"].to_pylist(),
+        groups=groups,
         split=split,
         y=labels,
         target=labels,

@@ -186,7 +186,7 @@ def test_6_evaluation_does_not_look_at_labels(models: dict[str, torch.nn.Module]
 
 @pytest.mark.parametrize("method", BY_HEART)
 def test_7_it_can_learn_32_images_by_heart(planted: Planted, method: str) -> None:
-    cache = planted(Plan(train=8, val=8, test=1, cue="none", concepts=10))  # more concepts than dimensions
+    cache = planted(Plan(train=8, val=16, test=1, cue="none", concepts=10))  # more concepts than dimensions
     assert len(cache.images("train")) == 32
     # Val holds the training images, so that the choice of the epoch and of l2 favours what is learned by heart.
     by_heart = with_val(cache, cache.images("train"))
