@@ -295,7 +295,8 @@ def edited(file: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("file", "anew"),
     [
-        ("training/methods/linear_probe.py", {("linear_probe", "none")}),
+        ("training/methods/linear_probe.py", EVERY),  # where the others start
+        ("training/start.py", EVERY - {("linear_probe", "none")}),
         ("training/methods/attention_pool.py", {("attention_pool", "none")}),
         ("training/layers/logistic.py", EVERY),  # by way of the method
         ("training/layers/graphs.py", GRAPHS),

@@ -56,8 +56,9 @@ from training.data.labels import Labels
 from training.layers.blocks import Dropout, GatedAttention, Standardise
 from training.layers.graphs import GraphNetwork, Kind, nearest_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
-from training.loop import EVALUATION_BATCH, NotNegative, Schedule, fit_epochs, starting_point
+from training.loop import EVALUATION_BATCH, NotNegative, Schedule, fit_epochs
 from training.methods import Fitted, Output
+from training.start import starting_point
 
 SEEDED = True
 READS = frozenset({"nodes", "concepts", "owners", "labels", "edges", "descriptions"})

@@ -15,7 +15,7 @@ from training.data import Batch, Cache, Parts
 from training.data.bank import Bank
 from training.data.descriptions import Descriptions
 from training.data.nodes import Nodes
-from training.loop import assess_split, decayed_groups, starting_point, total_loss
+from training.loop import assess_split, decayed_groups, total_loss
 from training.methods.concept_graph import (
     ConceptGraph,
     Interference,
@@ -26,6 +26,7 @@ from training.methods.concept_graph import (
     text_edges,
     text_mask,
 )
+from training.start import starting_point
 
 LOSSES = ("image", "graph", "contrast", "bottleneck", "recovery", "rings")
 ALL: dict[str, Any] = {

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan
+from training import loop, methods
 from training.data import Batch, Cache, Part, part_kinds
 from training.data.bank import Bank
 from training.data.boxes import Boxes
@@ -26,8 +27,11 @@ from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.nodes import Globals, Nodes
 from training.knobs import say_knobs
+from training.layers import logistic
+from training.layers.logistic import assess
 from training.loop import assess_split, decayed_groups, predict, total_loss
 from training.methods import BUDGET, Fitted, load_method, reads_of, search_points, single_points
+from training.start import starting_point
 
 METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"))
 UNTRAINED = ["zero_shot", "description_zero_shot"]
@@ -386,3 +390,24 @@ def test_the_search_keeps_to_the_budget(method: str) -> None:
     assert len(points) == search_points(settings) <= BUDGET
     assert all(search_points(point) == 1 for point in points)
     assert len({point.model_dump_json() for point in points}) == len(points)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_12_it_looks_at_val_no_more_often_than_its_rivals(
+    cache: Cache, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings times the moments at which val is looked at; a start at the rival is the rival's own search."""
+    looks, labels = 0, cache.y[cache.images("val")]
+
+    def counted(logits: Tensor, y: Tensor) -> tuple[float, float]:
+        nonlocal looks
+        looks += torch.equal(y, labels)
+        return assess(logits, y)
+
+    starting_point(cache)  # and is remembered
+    for module in (logistic, loop, methods):
+        monkeypatch.setattr(module, "assess", counted)
+    module = load_method(method)
+    small = {"hidden": 8, "batch_size": 48} if method in LOOPED and method != "tip_adapter" else {}
+    module.fit(cache, module.Settings(**small), 0)
+    assert (method in LOOPED) <= looks <= BUDGET
