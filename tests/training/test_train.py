@@ -253,6 +253,17 @@ def test_few_shots_leave_val_nothing_to_choose(params: Path, tmp_path: Path) -> 
     assert {row["val_loss"] for row in rows} == {"nan"}
 
 
+def test_a_half_of_val_may_lack_classes(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan(val=1))
+    folder = tmp_path / "data/runs/concept_graph"
+    config = config_of(params, tmp_path / "data", "concept_graph")
+    splits = pq.read_table(folder / "predictions.parquet")["split"].to_pylist()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 1 <= metrics["val"]["images"] == splits.count("val") / 2 < len(config["classes"])
+    assert splits.count("val") + splits.count("choose") == 2 * len(config["classes"])
+    assert all(0 <= metrics["val"][name] <= 1 for name in ("accuracy", "macro_accuracy", "top5_accuracy"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
