@@ -306,7 +306,7 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     notes = []
     by_val = [regime.label for regime in plan.study.regimes if not isinstance(regime, Shots | Folds)]
     if by_val and split == "val":
-        notes.append(f"val also chose settings and epochs under {', '.join(by_val)}: there its figures are too high")
+        notes.append(f"the other half of val chose settings and epochs under {', '.join(by_val)}; it is in no figure")
     if any(isinstance(regime, Shots) for regime in plan.study.regimes):
         left_out = f", {len(plan.left_out)} more are left out" if plan.left_out else ""
         notes.append(
@@ -316,7 +316,16 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     if plan.clean is not None:
         clean = [plan.study.clean] if isinstance(plan.study.clean, str) else plan.study.clean
         notes.append(f"judged on clean images alone: {', '.join(clean or [])}")
+    notes += idle_notes(plan)
     return notes + (contamination_note(plan) if split == "test" else [])
+
+
+def idle_notes(plan: Plan) -> list[str]:
+    """A line for each control that changes nothing that some methods compute, which so have no run under it."""
+    return [
+        f"left out: {control} changes nothing that is computed by {', '.join(methods)}: the plain run stands for it"
+        for control, methods in plan.idle().items()
+    ]
 
 
 def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[RowKey, str]:

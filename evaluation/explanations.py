@@ -281,7 +281,7 @@ def as_text(content: Mapping[str, Any], tables: Mapping[str, Sequence[Comparison
         "95 % bootstrap intervals; p: two-sided, over images, Holm-corrected for the rows of a table",
         f"concepts that name one part alone: {counts}",
         f"without any local node the probability falls by {fall}, and {flip} % of the decisions flip",
-        f"{SPLIT} also chose the model's settings and epoch",
+        f"{SPLIT}: the half of it that had no part in the choice of the model's settings and epoch",
     ]
     return "\n\n".join([*blocks, "\n".join(foot)]) + "\n"
 

@@ -23,7 +23,7 @@ from training.controls import Control, Request, apply_control
 from training.data import SPLITS, Cache, read_cache
 from training.folds import HELD_OUT, refit, settle
 from training.layers.logistic import assess
-from training.loop import START_L2_WITHOUT_VAL, predict
+from training.loop import predict
 from training.methods import Fitted, NotPossible, load_method, reads_of, single_points
 from training.metrics import (
     calibration_error,
@@ -36,6 +36,7 @@ from training.metrics import (
 )
 from training.regimes import Folds, Full, Regime, Shots, hide_test, restrict_classes
 from training.runs import write_json, write_predictions
+from training.start import L2_WITHOUT_VAL
 
 SEARCH_DRAWS = 5
 
@@ -51,7 +52,7 @@ def base_cache(plan: Plan, encoder: str, also: tuple[str, ...]) -> Cache:
 def development_cache(plan: Plan, encoder: str, also: tuple[str, ...]) -> Cache:
     """That of train and val alone, for folds."""
     cache = base_cache(plan, encoder, also)
-    return cache.take(torch.from_numpy(np.flatnonzero(np.isin(cache.split, ("train", "val")))))
+    return cache.take(torch.from_numpy(np.flatnonzero(np.isin(cache.split, ("train", "choose", "val")))))
 
 
 def controlled_cache(
@@ -77,7 +78,7 @@ def controlled_cache(
 
 
 class Prepared(NamedTuple):
-    told: Cache  # what fit gets: the training images of the regime's draw, val unless it is few-shot, no test
+    told: Cache  # what fit gets: training images of the regime's draw, the half of val that chooses unless few-shot
     whole: Cache  # what is predicted: all images and the truth, with the splits that are reported
 
 
@@ -100,10 +101,10 @@ def prepare(
     drawn = regime.apply(whole, draw if regime.draws else 0)
     told, inner = (refit(drawn), drawn) if last else (drawn, None)
     told = controlled_cache(plan, told, encoder, control, draw, variation, anew=regime != Full(), inner=inner)
-    # Few-shot fits get no val image, so that these may be reported like test images.
+    # Few-shot fits get no val image, so that both halves may be reported like test images.
     shown = told
     if isinstance(regime, Shots):
-        shown = replace(told, split=np.where(whole.split == "val", "val", told.split))
+        shown = replace(told, split=np.where(np.isin(whole.split, ("choose", "val")), "val", told.split))
     return Prepared(hide_test(told), shown)
 
 
@@ -144,7 +145,7 @@ def fit_cell(plan: Plan, cell: Cell, settings: Block, last: bool = False) -> Fit
 
 def score_val(fit: Fit) -> dict[str, float]:
     """How good a fit is on the images that chose its settings."""
-    val = fit.whole.images("val")
+    val = fit.whole.images("choose")
     accuracy, loss = assess(predict(fit.fitted.model, fit.whole, val), fit.whole.y[val])
     return {"accuracy": accuracy, "log_loss": loss}
 
@@ -201,8 +202,9 @@ def write_not_possible(folder: Path, config: dict[str, Any], reason: str) -> Non
 def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]:
     """metrics.json: what the logits (n, C) are worth on train and on the split `judged`; of other splits, their sizes.
 
-    The temperature is fitted on val, where there is one, so that what is left of the calibration error compares methods
-    whose logits have different scales. Few, medium and many are thirds of the classes by their training images.
+    Val is the half that chose nothing. The temperature is fitted on it, where there is one, so that what is left of the
+    calibration error compares methods whose logits have different scales. Few, medium and many are thirds of the
+    classes by their training images.
     """
     y = cache.y.numpy()
     tier = tiers(np.bincount(y[cache.split == "train"], minlength=len(cache.classes)), limits=None)
@@ -268,7 +270,7 @@ def with_start(settings: Block) -> Block:
     """The settings as few-shot runs, which have no val, start: no image that scores a point chooses its start."""
     if getattr(settings, "start_l2", 0.0) is not None:
         return settings
-    return settings.model_copy(update={"start_l2": START_L2_WITHOUT_VAL})
+    return settings.model_copy(update={"start_l2": L2_WITHOUT_VAL})
 
 
 def try_points(plan: Plan, cell: Cell, points: list[Block]) -> list[list[Scores]]:
@@ -280,7 +282,7 @@ def try_points(plan: Plan, cell: Cell, points: list[Block]) -> list[list[Scores]
     for draw in range(SEARCH_DRAWS):
         drawn, control_seed = cell.regime.apply(few, draw), draw if cell.control.draws else 0
         made = controlled_cache(plan, drawn, cell.encoder, cell.control, control_seed, entry.variation, anew=True)
-        told = hide_test(replace(made, split=np.where(made.split == "unused", "val", made.split)))
+        told = hide_test(replace(made, split=np.where(made.split == "unused", "choose", made.split)))
         told = told.only(reads_of(entry.method, entry.settings))
         val = told.images("val")
         for point, found in zip(points, tried, strict=True):

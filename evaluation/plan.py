@@ -176,6 +176,18 @@ class Plan:
         """Whether its bank, and with it labels, are made in memory from the images that its regime shows."""
         return cell.regime != Full() and self.reads(cell, FROM_IMAGES)
 
+    def idle(self) -> dict[str, list[str]]:
+        """By control that changes nothing that some entries look at: these."""
+        found = {
+            control.label: [
+                name
+                for name, entry in self.entries.items()
+                if control.changes and control.changes.isdisjoint(reads_of(entry.method, entry.settings))
+            ]
+            for control in self.study.controls
+        }
+        return {control: names for control, names in found.items() if names}
+
     def reading(self, cell: Cell) -> Reading:
         """What its run reads."""
         entry = self.entries[cell.method]
@@ -363,8 +375,8 @@ def read_entry(
     check_also(file, f"{key}.also", method, variant.also)
     if variant.labels:
         labels = read_block(file, f"{key}.labels", variant.labels, Labels)
-        if "labels" not in module.READS:
-            raise UserError(f"{file}: {key}.labels: {method} reads no labels; remove it")
+        if "labels" not in reads_of(method, settings):
+            raise UserError(f"{file}: {key}.labels: {method} reads no labels under its settings; remove it")
         if labels.inside_object:
             raise UserError(f"{file}: {key}.labels.inside_object: no study can label nodes so; remove it")
     return Entry(method, settings, Variation(tuple(sorted(variant.labels.items())), tuple(variant.also)))

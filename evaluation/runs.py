@@ -25,10 +25,10 @@ class Run(NamedTuple):
     name: str
     encoder: str
     seeds: list[int]
-    model_seed: int  # the one that is best on val, whose model is kept
+    model_seed: int  # the one that is best where val chooses, whose model is kept
     classes: list[str]
     paths: list[str]
-    split: np.ndarray  # (n,) str
+    split: np.ndarray  # (n,) str: train, test, and of val `choose`, which chose, and `val`, which is reported
     y: Ints  # (n,) positions in classes
     predicted: Ints  # (S, n)
     fingerprints: dict[str, str]  # of what it was trained on, by file or folder under data/
@@ -113,7 +113,8 @@ def check_same_images(data: Path, runs: Sequence[Run], index: pa.Table) -> None:
     usable = index.filter(pc.field("status") == "ok").sort_by("path")
     expected = [usable[name].to_pylist() for name in ("path", "split", "class_id")]
     for found in runs:
-        own = [found.paths, found.split.tolist(), [found.classes[label] for label in found.y]]
+        split = np.where(found.split == "choose", "val", found.split)
+        own = [found.paths, split.tolist(), [found.classes[label] for label in found.y]]
         if own != expected:
             raise UserError(
                 f"{data}/runs/{found.name}: was made from other images than {data}/index holds;"

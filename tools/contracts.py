@@ -264,7 +264,8 @@ ABOUT = {
         "Pages of this file carry no checksums.",
         {
             "path": "of index.images",
-            "split": "of index.images, or as a study's regime has it; held_out in a fold",
+            "split": "train, test, and of val the half that chose (choose) and the half that is reported (val);"
+            " or as a study's regime has it; held_out in a fold",
             "seed": "of the fit",
             "class_id": "the true class",
             "logits": "one a class",

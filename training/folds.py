@@ -4,8 +4,8 @@ Development images are dealt to `folds` outer folds by sha256 of their group, or
 names none. So groups stay whole, and an image more moves no other image. A class's groups spread over the folds by a
 binomial law, which is as even as that allows. Of fold k the images outside it train. One further split of these
 chooses settings and epochs: the groups that come first by another hash, until one image in INNER is among them, are
-`val`, the rest `train`. Then all of them train under the settings that were chosen (`refit`, `settle`), and the images
-of the fold, `held_out`, are judged.
+`choose`, the rest `train`. Then all of them train under the settings that were chosen (`refit`, `settle`), and the
+images of the fold, `held_out`, are judged.
 
 Test images are `unused`: they stay out.
 """
@@ -32,7 +32,7 @@ def deal(unit: str, hands: int) -> int:
 
 def split_fold(cache: Cache, folds: int, number: int) -> Cache:
     """The cache with the splits of one fold. Raises UserError where a part of it is left without an image."""
-    development = np.isin(cache.split, ("train", "val"))
+    development = np.isin(cache.split, ("train", "choose", "val"))
     held = np.array([deal(f"fold {group}", folds) == number for group in cache.groups], dtype=bool)
     split = np.where(development, np.where(held, HELD_OUT, "train"), "unused")
     sizes = Counter(np.array(cache.groups)[split == "train"].tolist())
@@ -41,8 +41,8 @@ def split_fold(cache: Cache, folds: int, number: int) -> Cache:
         if left > 0:
             choose.add(group)
             left -= sizes[group]
-    split = np.where((split == "train") & np.isin(cache.groups, sorted(choose)), "val", split)
-    for part in ("train", "val", HELD_OUT):
+    split = np.where((split == "train") & np.isin(cache.groups, sorted(choose)), "choose", split)
+    for part in ("train", "choose", HELD_OUT):
         if not (split == part).any():
             count = len({group for group, within in zip(cache.groups, development, strict=True) if within})
             raise UserError(
@@ -54,7 +54,7 @@ def split_fold(cache: Cache, folds: int, number: int) -> Cache:
 
 def refit(cache: Cache) -> Cache:
     """A fold's cache where those that chose train too: nothing is left to choose."""
-    return replace(cache, split=np.where(cache.split == "val", "train", cache.split))
+    return replace(cache, split=np.where(cache.split == "choose", "train", cache.split))
 
 
 def settle(settings: Block, chosen: dict[str, float | str]) -> Block:

@@ -2,16 +2,16 @@
 
 AdamW with a cosine schedule; every epoch shuffles the training images and draws a view for each; the loss is cross
 entropy plus the method's own losses by weight. Val alone chooses: the epoch within a run, and the run within the
-grid of learning rates and weight decays (accuracy first, then log loss). Where val holds no image (few-shot) there is
-nothing to choose by: the grid has to be of one point, and the last epoch is kept. Everything follows from the seed.
+grid of learning rates and weight decays (accuracy first, then log loss). It is looked at as often as for any method:
+BUDGET times in all, so that a grid of two points is looked at after eight epochs each, epoch 0 among them. Where val
+holds no image (few-shot) there is nothing to choose by: the grid has to be of one point, and the last epoch is kept.
+Everything follows from the seed.
 """
 
 import copy
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Annotated, Literal
 
@@ -24,22 +24,18 @@ from tqdm import tqdm
 from fieldmark.memory import keep_memory
 from fieldmark.params import Block, Count
 from training.data import Cache
-from training.layers.blocks import Standardise
-from training.layers.logistic import STRENGTHS, assess, fit_logistic, require_val
-from training.methods import Fitted, Output
+from training.layers.logistic import assess, require_val
+from training.methods import BUDGET, Fitted, Output, search_points
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 EVALUATION_BATCH = 512
-# Of the probe that methods start from, where no val chooses it: on cub100's development classes, 1 and 4 shots, within
-# .004 of the best of 100 .. 1e-4.
-START_L2_WITHOUT_VAL = 0.01
 
 
 class Schedule(Block):
     """The knobs of the loop; a method's `Settings` adds its own."""
 
-    epochs: Annotated[int, Field(ge=0)] = 30  # val chooses the epoch; 0 leaves the model as it starts
+    epochs: Annotated[int, Field(ge=0)] = 30  # val chooses one of some; 0 leaves the model as it starts
     stop: Annotated[int, Field(ge=0)] | None = None  # the epoch to stop at, in a schedule of `epochs`; null: the last
     batch_size: Count = 128  # images a step
     lr: list[Positive] = Field(default=[1e-3], min_length=1)  # learning rates that val chooses from
@@ -67,32 +63,6 @@ def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, obje
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-@dataclass(frozen=True)
-class StartingPoint:
-    """What a method with a global stream starts from, equal for all of them."""
-
-    standardise_global: Standardise
-    standardise_nodes: Standardise
-    probe: nn.Linear  # (D -> C), on standardised global vectors: the tuned linear probe
-    l2: float  # the probe's strength
-
-
-@functools.lru_cache(maxsize=2)  # the seeds of a run share it, and the variants of a fold's two fits
-def starting_point(cache: Cache, l2: float | None = None) -> StartingPoint:
-    """Standardisation of global vectors and of nodes by training images, and the probe val chose, all of view 0.
-
-    With `l2` it is the probe of that strength, and val has no say.
-    """
-    train, val = cache.images("train"), cache.images("val")
-    standardise_global = Standardise(cache.globals(train))
-    sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
-    x, x_val = standardise_global(cache.globals(train)), standardise_global(cache.globals(val))
-    strengths = STRENGTHS if len(val) else [START_L2_WITHOUT_VAL]
-    strengths = strengths if l2 is None else [l2]
-    probe = fit_logistic(x, cache.target[train], x_val, cache.y[val], len(cache.classes), strengths)
-    return StartingPoint(standardise_global, Standardise(sample.nodes[sample.mask]), probe.linear, probe.l2)
 
 
 @torch.no_grad()
@@ -131,6 +101,11 @@ def total_loss(output: Output, target: Tensor, weights: Mapping[str, float]) -> 
     return loss
 
 
+def epochs_to_look(epochs: int, looks: int) -> set[int]:
+    """The epochs behind which val is looked at: at most `looks`, evenly spread from 0 to the last; of one, the last."""
+    return {round(step * epochs / (looks - 1)) for step in range(looks)} if looks > 1 else {epochs}
+
+
 def fit_epochs(
     build: Callable[[], nn.Module],
     cache: Cache,
@@ -140,15 +115,17 @@ def fit_epochs(
 ) -> Fitted:
     """Train one model for every learning rate and weight decay of the grid; return the one that val prefers.
 
-    `build` makes a fresh model; it is called after the seed is set. `weights` are those of the method's losses. Raises
+    `build` makes a fresh model; it is called after the seed is set. `weights` are those of the method's losses. Every
+    list of numbers in `schedule` is a grid, whoever goes through it: the more points, the fewer looks has each. Raises
     UserError for a grid of several points and no val.
     """
+    looks = max(1, BUDGET // search_points(schedule))
     require_val(len(cache.images("val")), len(schedule.lr) * len(schedule.weight_decay), "lr, weight_decay")
     keep_memory()  # of a step for the next one; before, what loading took was given back
     best: tuple[tuple[float, float], Fitted] | None = None
     for lr, weight_decay in itertools.product(schedule.lr, schedule.weight_decay):
         torch.manual_seed(seed)
-        score, fitted = fit_once(build(), cache, schedule, seed, lr, weight_decay, weights or {})
+        score, fitted = fit_once(build(), cache, schedule, seed, lr, weight_decay, weights or {}, looks)
         if best is None or score > best[0]:
             best = score, fitted
     assert best is not None
@@ -163,10 +140,11 @@ def fit_once(
     lr: float,
     weight_decay: float,
     weights: Mapping[str, float],
+    looks: int,
 ) -> tuple[tuple[float, float], Fitted]:
-    """One run of the loop: the best epoch's (val accuracy, -val loss), and the model as it was then.
+    """One run of the loop: the (val accuracy, -val loss) of the best epoch of `epochs_to_look`, and the model of then.
 
-    Without val images it is the last epoch's, and the two numbers are nan.
+    History has a row for each of these epochs. Without val images the last one is kept, and the two numbers are nan.
     """
     generator = torch.Generator().manual_seed(seed)
     train, has_val = cache.images("train"), len(cache.images("val")) > 0
@@ -175,39 +153,27 @@ def fit_once(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
     precision = ("bf16" if has_bf16() else "fp32") if schedule.precision == "auto" else schedule.precision
 
-    # Epoch 0 counts too: a model that starts from a fitted one may be best as it starts.
-    accuracy, log_loss = assess_split(model, cache, "val")
-    history = [state_row(0, assess_split(model, cache, "train")[1], (accuracy, log_loss))]
-    best, best_epoch, best_state = (accuracy, -log_loss), 0, copy.deepcopy(model.state_dict())
-    seconds = []
     last = schedule.epochs if schedule.stop is None else min(schedule.stop, schedule.epochs)
+    looked, history, seconds = epochs_to_look(schedule.epochs, looks) | {last}, [], []
+    best, best_epoch, best_state = (-math.inf, -math.inf), 0, model.state_dict()
     progress = tqdm(
-        range(1, last + 1), desc=f"lr {lr:g} weight_decay {weight_decay:g}", leave=False, disable=None
+        range(last + 1), desc=f"lr {lr:g} weight_decay {weight_decay:g}", leave=False, disable=None
     )
     for epoch in progress:
-        started = perf_counter()
-        order = train[torch.randperm(len(train), generator=generator)]
-        views = torch.randint(cache.views, (len(train),), generator=generator)
-        model.train()
-        loss_sum = 0.0
-        for images, view in zip(order.split(schedule.batch_size), views.split(schedule.batch_size), strict=True):
-            batch = cache.batch(images, view)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                output = model(batch)
-            loss = total_loss(output, batch.target, weights)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
-            optimiser.step()
-            scheduler.step()
-            loss_sum += loss.item() * len(images)
-        seconds.append(perf_counter() - started)
-
-        accuracy, log_loss = assess_split(model, cache, "val")
-        history.append(state_row(epoch, loss_sum / len(train), (accuracy, log_loss)))
-        progress.set_postfix(val_accuracy=f"{accuracy:.3f}")
-        if (accuracy, -log_loss) > best or not has_val:
-            best, best_epoch, best_state = (accuracy, -log_loss), epoch, copy.deepcopy(model.state_dict())
+        if epoch:
+            started = perf_counter()
+            order = train[torch.randperm(len(train), generator=generator)]
+            views = torch.randint(cache.views, (len(train),), generator=generator)
+            loss = train_epoch(model, cache, schedule, order, views, optimiser, scheduler, weights, precision)
+            seconds.append(perf_counter() - started)
+        if epoch in looked:
+            # Epoch 0 counts too: a model that starts from a fitted one may be best as it starts.
+            train_loss = loss if epoch else assess_split(model, cache, "train")[1]
+            accuracy, log_loss = assess_split(model, cache, "val")
+            history.append(state_row(epoch, train_loss, (accuracy, log_loss)))
+            progress.set_postfix(val_accuracy=f"{accuracy:.3f}")
+            if (accuracy, -log_loss) > best or not has_val:
+                best, best_epoch, best_state = (accuracy, -log_loss), epoch, copy.deepcopy(model.state_dict())
 
     model.load_state_dict(best_state)
     chosen: dict[str, float | str] = {
@@ -217,3 +183,31 @@ def fit_once(
         "precision": precision,
     }
     return best, Fitted(model, history, chosen, sum(seconds) / max(len(seconds), 1))
+
+
+def train_epoch(
+    model: nn.Module,
+    cache: Cache,
+    schedule: Schedule,
+    order: Tensor,
+    views: Tensor,
+    optimiser: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    weights: Mapping[str, float],
+    precision: str,
+) -> float:
+    """One pass over the training images in this order (n,), each in its view (n,); returns the mean loss."""
+    model.train()
+    loss_sum = 0.0
+    for images, view in zip(order.split(schedule.batch_size), views.split(schedule.batch_size), strict=True):
+        batch = cache.batch(images, view)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = model(batch)
+        loss = total_loss(output, batch.target, weights)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+        optimiser.step()
+        scheduler.step()
+        loss_sum += loss.item() * len(images)
+    return loss_sum / len(order)

@@ -5,15 +5,16 @@ training may not use become `unused`) and `target` (what training is told); vect
 the index is never touched. Everything drawn follows from `draw` and from paths and class ids, so that all methods share
 a draw, and one image more moves no other. `Cache.y` stays the truth.
 
-What val is: `long_tail`, `partial` and `noise` keep all of it, with clean labels: their figures say what a method
-reaches that was tuned on clean images. `shots` has none: k images a class leave nothing to tune on, so its settings
-come from other classes (`restrict_classes`). `unseen` has val images of the seen classes, and of development classes,
-which training does not see either.
+What val is: `long_tail`, `partial` and `noise` keep both halves of it (training/data/halves.py), with clean labels:
+their figures say what a method reaches that was tuned on clean images. `shots` has none: k images a class leave nothing
+to tune on, so its settings come from other classes (`restrict_classes`). `unseen` has val images of the seen classes,
+and of development classes, which training does not see either.
 
 `folds` judges train and val by cross-fitting (training/folds.py). Whatever a regime hides, a study hides from bank and
 labels too (evaluation/other_labels.py); a single run under `train.regime` reads those on disk.
 
-`hide_test` makes the cache that a method's fit is given: it holds no label of an image that is evaluated.
+`hide_test` makes the cache that a method's fit is given: it holds no label of an image that is evaluated, and the half
+of val that chooses is all its val.
 """
 
 import functools
@@ -33,6 +34,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Fraction, read_block
 from fieldmark.store import class_id_of, sha256
 from training.data import Cache
+from training.data.halves import halve
 from training.folds import split_fold
 from training.layers.blocks import Standardise
 from training.layers.logistic import fit_logistic
@@ -99,7 +101,7 @@ class Shots(RegimeBlock):
 
     def apply(self, cache: Cache, draw: int) -> Cache:
         few = keep_first(cache, draw, dict.fromkeys(range(len(cache.classes)), self.shots))
-        return replace(few, split=np.where(few.split == "val", "unused", few.split))
+        return replace(few, split=np.where(np.isin(few.split, ("choose", "val")), "unused", few.split))
 
 
 class LongTail(RegimeBlock):
@@ -171,10 +173,10 @@ class Noise(RegimeBlock):
 class Unseen(RegimeBlock):
     """Train on the seen classes, test on the others by their texts. `label_spaces` says how to evaluate.
 
-    Of the classes that are not seen, those of `development` are for choosing: their training and val images are val,
-    beside those of the seen classes, and their test images are unused. A choice on seen classes alone would tell how
-    well texts fit images that training saw; one on the classes that are reported would leak. The others' training and
-    val images are unused.
+    Of the classes that are not seen, those of `development` are for choosing: their training and val images are val, in
+    its two halves, beside those of the seen classes, and their test images are unused. A choice on seen classes alone
+    would tell how well texts fit images that training saw; one on the classes that are reported would leak. The others'
+    training and val images are unused.
     """
 
     kind: Literal["unseen"] = "unseen"
@@ -270,7 +272,7 @@ def cross_fitted(cache: Cache) -> Tensor:
 
     Logistic regression on global vectors of view 0, fitted on four of five folds; sha256(path) says which fold.
     """
-    train, val = cache.images("train"), cache.images("val")
+    train, val = cache.images("train"), cache.images("choose")
     fold = torch.tensor([int(sha256(cache.paths[image])[:8], 16) % FOLDS for image in train.tolist()])
     x, y, x_val = cache.globals(train), cache.y[train], cache.globals(val)
     p = torch.zeros(len(train), len(cache.classes))
@@ -331,9 +333,9 @@ def unseen_split(cache: Cache, regime: Unseen, draw: int) -> np.ndarray:
     is_seen, is_development = (np.isin(class_of, sorted(chosen)) for chosen in (seen, development))
     test = cache.split == "test"
     split = np.where(is_seen | test, cache.split, "unused")
-    split = np.where(is_development, np.where(test, "unused", "val"), split)
+    split = halve(np.where(is_development, "unused", split), is_development & ~test, cache.groups, cache.y.numpy())
     # What another reason has put aside stays there.
-    return np.where(np.isin(cache.split, ("train", "val", "test")), split, cache.split)
+    return np.where(np.isin(cache.split, ("train", "choose", "val", "test")), split, cache.split)
 
 
 def choose_classes(classes: Sequence[str], among: Sequence[str], wanted: Classes, draw: int) -> set[str]:
@@ -410,20 +412,23 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
 
 
 def hide_test(cache: Cache) -> Cache:
-    """What a method's fit is given: no label of an image outside train and val, be it as class, target, path or group.
+    """What a method's fit is given: no label of an image that does not train or choose, be it as class, target or path.
 
-    Test images have split `hidden`. Hidden and unused images have y -1, a target of -1 (or of zeros) and a path and a
-    group without meaning. Evaluate on the cache as it was.
+    The half of val that chooses (`choose`) is `val` here. The other one, which is reported, has split `hidden`, as test
+    has. Hidden and unused images have y -1, a target of -1 (or of zeros), and a path and group without meaning.
+    Evaluate on the cache as it was.
     """
-    hidden, names = ~np.isin(cache.split, ("train", "val")), [f"hidden/{n}" for n in range(len(cache.paths))]
-    rows = torch.from_numpy(hidden)
+    hidden = ~np.isin(cache.split, ("train", "choose"))
+    rows, names = torch.from_numpy(hidden), [f"hidden/{n}" for n in range(len(hidden))]
     y, target = cache.y.masked_fill(rows, -1), cache.target
     target = target.masked_fill(rows, -1) if target.ndim == 1 else target.masked_fill(rows[:, None], 0.0)
     return replace(
         cache,
         paths=np.where(hidden, names, cache.paths).tolist(),
         groups=np.where(hidden, names, cache.groups).tolist(),
-        split=np.where(cache.split == "test", "hidden", cache.split),
+        split=np.select(
+            [cache.split == "choose", np.isin(cache.split, ("val", "test"))], ["val", "hidden"], cache.split
+        ),
         y=y,
         target=target,
     )

@@ -4,7 +4,7 @@ Which concepts tell classes apart, whether they carry signal, and what stands in
 regime or a fold hides images or their labels, the bank on disk knows more than training may; this is what it would have
 been. It is made of vectors of view 0 and of the classes that training is told: of several candidates by their
 probability, and for the gate and for prototypes the most probable one, the first of equals. Texts of classes that the
-cache does not have are left out. The gate is asked where `select.fallback` is auto, on the cache's val images.
+cache does not have are left out. The gate is asked where `select.fallback` is auto, on the cache's images that choose.
 """
 
 from functools import partial
@@ -51,7 +51,7 @@ def select(cache: Cache, request: Request, judged: Row | None = None) -> Selecte
     """The bank that the cache's training images select; `judged` is what the gate says, where it has been asked."""
     data, encoder, classes = request.data, request.encoder, np.array(cache.classes, dtype=object)
     settings, text = read_selection(data, encoder), data / f"embed/{encoder}/text.parquet"
-    train, val = cache.images("train"), cache.images("val")
+    train, val = cache.images("train"), cache.images("choose")
     x, told = cache.globals(train), classes_told(cache)
     values = as_probabilities(cache.target[train], len(classes))
     weight = values.sum(0)

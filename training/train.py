@@ -3,15 +3,16 @@
 Reads   data/index/{images,classes}.parquet and, of what the stages wrote for the run's encoder E, the parts that the
         method declares (READS): data/embed/E/{images/,text.parquet}, data/bank/E.parquet, data/labels/E/,
         data/graphs/E/, data/descriptions/descriptions.parquet. data/inputs/RUN.json lists them (training/plan_runs.py).
-Writes  data/runs/RUN/: metrics.json (accuracies by split, the mean over seeds), history.csv (one row an epoch),
+Writes  data/runs/RUN/: metrics.json (accuracies by split, the mean over seeds), history.csv (a row a look at val),
         timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best
-        on val), config.json (settings, class order, fingerprints of what was read). Where the method cannot work on
-        this data, metrics.json and config.json say why (`not_possible`) and the others are empty.
+        on the half of val that chooses), config.json (settings, class order, fingerprints of what was read). Where the
+        method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others are empty.
 Costs   processor time only: none to speak of for the zero-shot methods; an epoch's seconds stand in timing.json. Memory
         holds the vectors that the method reads as float16, one bucket of data/embed/E/images beside them, and a batch.
 
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
-stands for all seeds. Val chooses, test is only read out: fit is told no label of it. `train.regime` limits what fit
+stands for all seeds. One half of val chooses (training/data/halves.py); the other, `val` in what is written, and test
+are only read out: fit is told no label of them. `train.regime` limits what fit
 sees (training/regimes.py), `train.control` takes something away before (training/controls/); both are drawn once, by
 train.seed, and the splits of what is written stay those of the index. Many draws are a study (evaluation/study.py). On
 one machine and with one thread count (OMP_NUM_THREADS), a second run writes the same bytes, timing.json apart.
@@ -103,10 +104,10 @@ def fit_seeds(method: str, cache: Cache, settings: Block, seeds: list[int]) -> d
 
 
 def figures_by_split(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
-    """By split: how good logits (n, C) of all images are."""
+    """By split, the half of val that chooses among them: how good logits (n, C) of all images are."""
     numbers = {}
     y = cache.y.numpy()
-    for split in SPLITS:
+    for split in (*SPLITS, "choose"):
         chosen = cache.split == split
         numbers[split] = {
             "accuracy": accuracy(logits[chosen], y[chosen]),
@@ -118,7 +119,7 @@ def figures_by_split(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
 
 
 def summarise(measured: Mapping[int, dict[str, Numbers]], fits: Mapping[int, Fitted], cache: Cache) -> dict[str, Any]:
-    """metrics.json: means over seeds, the accuracy's standard deviation (0 for one seed), sizes, what val chose."""
+    """metrics.json: means over seeds, the accuracy's standard deviation (0 for one seed), sizes, what was chosen."""
     metrics: dict[str, Any] = {}
     for split in SPLITS:
         runs = [numbers[split] for numbers in measured.values()]
@@ -157,7 +158,8 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         measured = {seed: figures_by_split(values, cache) for seed, values in logits.items()}
         for seed, numbers in measured.items():
             print(f"{name} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
-        best = max(seeds, key=lambda seed: (measured[seed]["val"]["accuracy"], -measured[seed]["val"]["log_loss"]))
+        chosen_by = {seed: numbers["choose"] for seed, numbers in measured.items()}
+        best = max(seeds, key=lambda seed: (chosen_by[seed]["accuracy"], -chosen_by[seed]["log_loss"]))
         state = {key: value.contiguous() for key, value in fits[best].model.state_dict().items()}
         config["model_seed"] = best
         write_run(folder, logits, fits, cache, config, summarise(measured, fits, cache), state, mark)

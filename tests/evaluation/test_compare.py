@@ -28,7 +28,7 @@ from training.data import SPLITS
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
-    write_cache(folder / "data", Planted(classes=6, train=8, val=6, test=6, noise=1.5))
+    write_cache(folder / "data", Planted(classes=6, train=8, val=12, test=6, noise=1.5))
     return folder
 
 
@@ -50,7 +50,10 @@ def test_three_files_of_one_table(project: Path) -> None:
     text = compare(plan, grid)
     assert (plan.folder / "tables.txt").read_text() == text
     assert text.startswith("study small, read on val")
-    assert "val also chose settings and epochs under full, long-tail-0.5" in text
+    assert "the other half of val chose settings and epochs under full, long-tail-0.5" in text
+    # Its plain run stands for the probe under a control that it does not read, and the table says so.
+    idle = "left out: random_vectors changes nothing that is computed by linear_probe: the plain run stands for it"
+    assert idle in text
     titles = [
         "tiny, full: val, 36 images of 6 classes, 2 runs",
         "tiny, long-tail-0.5: val, 36 images of 6 classes, 2 runs",
@@ -106,7 +109,7 @@ def test_answers_stand_on_a_page(project: Path, monkeypatch: pytest.MonkeyPatch)
     assert page.startswith(
         "# What study small answers\n\nRead on val, code abc1234; made by `make compare NAME=small`."
     )
-    assert "val also chose settings and epochs under full, long-tail-0.5" in page
+    assert "the other half of val chose settings and epochs under full, long-tail-0.5" in page
     heads = re.findall("^## (.*)$", page, re.MULTILINE)
     titles = [f"tiny, {name}: val, 36 images of 6 classes, 2 runs" for name in ("full", "long-tail-0.5")]
     assert heads == [*titles, "Not answered"]
@@ -170,7 +173,7 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
     text = compare(plan, grid)
     assert text.startswith("study small, read on test")
     assert "warning: 2 of 36 test images are contaminated: 2 with a near duplicate in train or val" in text
-    assert "val also chose" not in text
+    assert "half of val" not in text
     assert json.loads((plan.folder / MARKER).read_text())["methods"] == STUDY["methods"]
     assert compare(plan, grid) == text
     fewer, fewer_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]}, declared_test=True)

@@ -178,7 +178,7 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
     assert content["model"].startswith(f"of {data / 'runs/concept_graph'}")
     assert content["concepts"].keys() == content["random"].keys() - {"all parts"} == {"bill", "tail"}
     assert [len(content["rows"][name]) for name in ("parts", "decisions")] == [9, 24]
-    assert all(row["images"] == content["images"] == 32 for row in content["rows"]["parts"])
+    assert all(row["images"] == content["images"] == 16 for row in content["rows"]["parts"])
     assert all(row["what"] in text for row in content["rows"]["parts"])
 
     planned = plan_run(str(path), load_params(path), "concept_graph")

@@ -43,9 +43,10 @@ from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.inputs import hash_path
-from training.loop import START_L2_WITHOUT_VAL, untrained
+from training.loop import untrained
 from training.methods import Fitted, Output, load_method
 from training.regimes import Full
+from training.start import L2_WITHOUT_VAL
 
 PARAMS: dict[str, Any] = {
     "domain": {"noun": "fish", "group": "fish"},
@@ -175,7 +176,9 @@ def test_every_run_is_written_whole(project: Path) -> None:
         few = cell.regime.label == "2-shot"
         assert len(table) == 16 * (10 - len(plan.development) * few)
         assert set(table["seed"].to_pylist()) == {cell.seed}
-        assert set(table["split"].to_pylist()) == {"train", "val", "test"} | ({"unused"} if few else set())
+        assert set(table["split"].to_pylist()) == {"train", "val", "test"} | ({"unused"} if few else {"choose"})
+        # Few-shot fits choose nothing on val, so that all of it is reported; others report one half.
+        assert table["split"].to_pylist().count("val") == (4 if few else 2) * len(config["classes"])
         # The figures are those of the predictions, and none is of test.
         classes, logits = np.array(config["classes"]), np.array(table["logits"].to_pylist())
         right = classes[logits.argmax(1)] == np.array(table["class_id"].to_pylist())
@@ -203,7 +206,7 @@ def test_few_shot_settings_come_from_development_classes_only(project: Path) -> 
     # The schedule is the searched one, stopped; and no image that scores an epoch has chosen where it starts.
     assert config["settings"]["epochs"] == 2
     assert config["settings"]["stop"] in (0, 1, 2)
-    assert config["settings"]["start_l2"] == START_L2_WITHOUT_VAL
+    assert config["settings"]["start_l2"] == L2_WITHOUT_VAL
 
 
 def test_the_search_is_scored_on_all_that_a_draw_leaves_over_but_test(
@@ -301,7 +304,8 @@ def edited(file: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("file", "anew"),
     [
-        ("training/methods/linear_probe.py", {("linear_probe", "none")}),
+        ("training/methods/linear_probe.py", EVERY),  # where the others start
+        ("training/start.py", EVERY - {("linear_probe", "none")}),
         ("training/methods/attention_pool.py", {("attention_pool", "none")}),
         ("training/layers/logistic.py", EVERY),  # by way of the method
         ("training/layers/graphs.py", GRAPHS),
@@ -423,7 +427,15 @@ def test_no_run_is_made_that_its_control_cannot_change(project: Path) -> None:
         "linear_probe": ["none"],
         "zero_shot": ["none", "owners_permuted", "random_vectors-5"],
         "concept_bottleneck": ["none", "unrelated_texts", "none-5", "random_vectors-5"],
-        "concept_graph": ["none", "edges_removed", "owners_permuted", "unrelated_texts", "none-5", "random_vectors-5"],
+        "concept_graph": ["none", "edges_removed", "unrelated_texts", "none-5", "random_vectors-5"],
+    }
+    # What is left out is told beside the tables.
+    assert plan.idle() == {
+        "edges_removed": ["linear_probe", "zero_shot", "concept_bottleneck"],
+        "owners_permuted": ["linear_probe", "concept_bottleneck", "concept_graph"],
+        "unrelated_texts": ["linear_probe", "zero_shot"],
+        "none-5": ["linear_probe", "zero_shot"],
+        "random_vectors-5": ["linear_probe"],
     }
 
 
@@ -784,7 +796,7 @@ def test_two_processes_do_not_work_at_one_study(project: Path) -> None:
         ),
         (
             {"variants": {"v": {"method": "mlp", "labels": {"mode": "splice"}}}},
-            "small.yaml: variants.v.labels: mlp reads no labels; remove it",
+            "small.yaml: variants.v.labels: mlp reads no labels under its settings; remove it",
         ),
         (
             {"variants": {"v": {"method": "concept_graph", "labels": {"inside_object": True}}}},

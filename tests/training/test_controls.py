@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.fitting import base_cache, controlled_cache
-from evaluation.plan import Entry, Study, Variation
+from evaluation.plan import Cell, Entry, Study, Variation
 from evaluation.plan import Plan as StudyPlan
 from fieldmark import store
 from fieldmark.command import UserError
@@ -30,12 +30,22 @@ from training.controls.owners_permuted import cycle
 from training.data import Cache, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
+from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.labels import Labels
-from training.data.nodes import Nodes
+from training.data.nodes import Globals, Nodes
 from training.loop import predict
-from training.methods import concept_graph, description_zero_shot, zero_shot
-from training.regimes import LongTail, Partial, restrict_classes
+from training.methods import (
+    concept_graph,
+    description_zero_shot,
+    load_method,
+    lpp,
+    method_names,
+    reads_of,
+    single_points,
+    zero_shot,
+)
+from training.regimes import Full, LongTail, Partial, restrict_classes
 from training.relabelling import Labelling, read_labelling, relabel
 
 PLAN = Plan(classes=5, train=6, val=2, test=20, nodes=7, dimension=24, views=2, noise=1.0, concepts=4, ragged=False)
@@ -51,6 +61,8 @@ CHANGED: dict[str, set[str]] = {
     "unrelated_texts": {*OF_LABELS, "Bank.K", "Bank.kept", "Bank.owners"},
     "random_descriptors": {*OF_LABELS, "Bank.K", "Bank.kept", "Bank.owners"},
     "owners_permuted": {"Bank.owners"},
+    "vectors_shuffled": {"Bank.owners"},
+    "same_text": {*OF_LABELS, "Bank.K"},
 }
 NAMES = control_names()
 PARTS = {"edges": "Edges.", "labels": "Labels.", "names": "Bank.", "concepts": "Bank.", "owners": "Bank."}
@@ -154,9 +166,7 @@ def test_a_control_changes_what_it_says_and_nothing_else(
     for field in ("classes", "paths", "split", "views"):
         assert getattr(made, field) is getattr(cache, field)
     chosen = Control(name=name)
-    # random_descriptors draw which words stand behind every name, and yet the study takes one draw of them.
-    if chosen.draws or name == "random_descriptors":
-        assert any(not torch.equal(value, tensors(other)[field]) for field, value in after.items())
+    assert chosen.draws == any(not torch.equal(value, tensors(other)[field]) for field, value in after.items())
     if name in ("none", "edges_removed", "edges_rewired"):
         assert made.part(Bank) is cache.part(Bank)
     assert (chosen.changes == frozenset()) == (name == "none")
@@ -272,6 +282,122 @@ def test_edges_are_removed(cache: Cache, control: Callable[..., Cache]) -> None:
     images = torch.arange(len(cache.paths))
     assert cache.batch(images).adjacency.any()
     assert not control("edges_removed").batch(images).adjacency.any()
+
+
+@pytest.mark.parametrize("graph", ["gcn", "gat", "sage"])
+@pytest.mark.parametrize("rings", ["none", "node"])
+def test_without_edges_no_message_passes(cache: Cache, control: Callable[..., Cache], graph: str, rings: Any) -> None:
+    with_rings = cache.change(Labels, ring_gains=torch.rand(len(cache.part(Labels).density), 3))
+    chosen = concept_graph.Settings(graph=graph, rings=rings, hidden=16, epochs=0, weight_decay=[0.1])
+    model = concept_graph.fit(with_rings, chosen, 0).model
+    generator, images = torch.Generator().manual_seed(0), cache.images("test")
+
+    def reached(read: Cache) -> Tensor:
+        """(N+1, N+1) bool: whether what a node holds (row) changes what the layers make of another (column)."""
+        batch = read.batch(images)
+        x = torch.randn(*batch.mask.shape, 16, generator=generator)
+        before = model.propagate(x, batch, batch.mask)
+        found = []
+        for node in range(x.shape[1]):
+            changed = x.clone()
+            changed[:, node] += 1 + x[:, node].roll(1, dims=-1)
+            found.append((model.propagate(changed, batch, batch.mask) != before).flatten(2).any(2).any(0))
+        return torch.stack(found)
+
+    nodes = cache.part(Nodes).mask.shape[1]
+    assert reached(with_rings).all()
+    assert torch.equal(reached(control("edges_removed", of=with_rings)), torch.eye(nodes, dtype=torch.bool))
+
+
+# Under settings with which it reads more than by default, or less.
+MORE_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "concept_graph": [
+        {"graph": "mlp"},
+        {"texts": 0},
+        {"texts": 0, "graph": "mlp"},
+        {"texts": 0, "nodes": "selected"},
+        {"texts": 0, "interference": 4},
+        {"streams": ["global"]},
+        {"streams": ["global", "concept"]},
+        {"streams": ["global", "local", "concept"], "graph": "mlp"},
+        {"description": "gate"},  # no stream reads it
+        {"description": "gate", "streams": ["fused"], "texts": 0},
+        {"loss_weights": {"contrast": 0.5}},
+        {"rings": "readout", "texts": 0},
+    ],
+    "lpp": [{"text_scale": [0.0]}],
+    "description_zero_shot": [{"class_names": True}],
+}
+CASES = [(method, given) for method in method_names() for given in ({}, *MORE_SETTINGS.get(method, []))]
+
+
+@pytest.fixture(scope="module")
+def every_part(folder: Path, cache: Cache) -> Cache:
+    """With gains of rings, sentences, and the global vectors by themselves, and no val: the last epoch is kept."""
+    rows, generator = len(cache.part(Labels).density), torch.Generator().manual_seed(3)
+    said = F.normalize(torch.randn(len(cache.paths), 2, 24, generator=generator), dim=-1).half()
+    described = Descriptions(said, torch.ones(said.shape[:2], dtype=torch.bool))
+    with_all = cache.change(Labels, ring_gains=torch.rand(rows, 3, generator=generator)).with_part(described)
+    with_all = with_all.with_part(Globals(cache.part(Nodes).nodes[:, 0].clone()))
+    split = np.where(np.isin(cache.split, ("choose", "val")), "unused", cache.split)
+    return dataclasses.replace(with_all, split=split)
+
+
+@pytest.mark.parametrize(("method", "given"), CASES, ids=lambda value: str(value))
+def test_a_control_changes_the_logits_where_the_plan_says_so_and_no_bit_elsewhere(
+    folder: Path, every_part: Cache, control: Callable[..., Cache], method: str, given: dict[str, Any]
+) -> None:
+    module = load_method(method)
+    quick = {"epochs": 1, "hidden": 16, "batch_size": 16, "precision": "fp32", "lr": [1e-2]}
+    known = {name: value for name, value in quick.items() if name in module.Settings.model_fields}
+    chosen = single_points(module.Settings(**(known | given)))[0]
+    entries, study = {method: Entry(method, chosen)}, Study(methods=[method])
+    plan = StudyPlan("one", study, (ENCODER,), folder, PLAN.buckets, entries, (), ())
+    images = torch.arange(len(every_part.paths))
+
+    def logits(of: Cache) -> Tensor:
+        """Of a method that sees what it declares under these settings, and nothing else."""
+        seen = of.only(reads_of(method, chosen))
+        return predict(module.fit(seen, chosen, 0).model, seen, images)
+
+    plain, bites = logits(every_part), set()
+    for name in NAMES:
+        cell = Cell(ENCODER, Control(name=name), Full(), 0, method, 0)
+        differs = not torch.equal(logits(control(name, of=every_part)), plain)
+        assert differs == plan.reads(cell, cell.control.changes), name
+        bites |= {name} if differs else set()
+    assert bool(bites) == bool(reads_of(method, chosen) - {"globals", "nodes"})
+
+
+def test_shuffled_vectors_are_the_same_ones_in_other_classes(cache: Cache, control: Callable[..., Cache]) -> None:
+    bank, spread = cache.part(Bank), []
+    for seed in range(20):
+        made = control("vectors_shuffled", seed).part(Bank)
+        assert made.K is bank.K
+        assert made.kept is bank.kept
+        for kind in set(bank.kind):  # each class owns as many names, and as many texts, as before
+            assert torch.equal(made.own[bank.of_kind(kind)].sum(0), bank.own[bank.of_kind(kind)].sum(0))
+        assert torch.equal(made.own[~bank.own.any(1)], bank.own[~bank.own.any(1)])
+        texts = concepts_of(bank) & bank.own.any(1)
+        # A class's texts go to several classes, not to one as under owners_permuted.
+        spread += [int(made.own[texts & bank.own[:, label]].any(0).sum()) for label in range(PLAN.classes)]
+    assert np.mean(spread) > 2
+    mean = np.mean([accuracy(description_zero_shot, control("vectors_shuffled", seed)) for seed in range(20)])
+    assert mean == pytest.approx(1 / 5, abs=0.08)
+
+
+def test_one_text_for_all_tells_no_class_from_another(cache: Cache, control: Callable[..., Cache]) -> None:
+    made = control("same_text")
+    names = made.part(Bank).of_kind("name")
+    for rows in (names, ~names):
+        assert (made.part(Bank).K[rows] == made.part(Bank).K[rows][0]).all()
+    mean = F.normalize(cache.part(Bank).K[concepts_of(cache.part(Bank))].mean(0), dim=0)
+    torch.testing.assert_close(made.part(Bank).K[~names][0], mean)
+    # What is left of the method that leans on texts is the probe, whatever the strength.
+    images = torch.arange(len(made.paths))
+    told = [predict(lpp.fit(made, lpp.Settings(l2=[0.1], text_scale=[s]), 0).model, made, images) for s in (0.0, 10.0)]
+    torch.testing.assert_close(*told, atol=2e-2, rtol=0)
+    assert accuracy(zero_shot, made) == pytest.approx(1 / 5, abs=0.05)
 
 
 def adjacency(cache: Cache, rows: Tensor) -> Tensor:

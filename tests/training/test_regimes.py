@@ -77,8 +77,9 @@ def test_only_split_and_target_change_and_a_draw_can_be_repeated(cache: Cache, r
     # Nothing that is evaluated was trained on, and nothing of test is chosen on.
     assert paths(made, "train") <= paths(cache, "train")
     assert paths(made, "test") <= paths(cache, "test")
-    assert not paths(made, "val") & (paths(cache, "test") | paths(made, "train"))
-    assert set(made.split) <= {"train", "val", "test", "unused"}
+    for half in ("choose", "val"):
+        assert not paths(made, half) & (paths(cache, "test") | paths(made, "train"))
+    assert set(made.split) <= {"train", "choose", "val", "test", "unused"}
     told = made.target if made.target.ndim == 1 else made.target.argmax(1)
     judged = made.split != "train"
     assert torch.equal(told[judged], cache.y[judged])
@@ -113,7 +114,7 @@ def test_shots_are_nested_and_balanced(cache: Cache, draw: int) -> None:
         made = Shots(shots=shots).apply(cache, draw)
         assert train_counts(made) == [shots] * 6
         assert smaller < paths(made, "train")
-        assert not paths(made, "val")
+        assert not paths(made, "choose") | paths(made, "val")
         assert paths(made, "test") == paths(cache, "test")
         smaller = paths(made, "train")
 
@@ -338,17 +339,18 @@ def test_a_planted_leak_is_closed(cache: Cache, regime: Regime) -> None:
         by_path = torch.tensor([given.classes.index(name) if name in given.classes else -1 for name in folder])
         return [given.y, by_target, by_path]
 
-    evaluated = torch.from_numpy(~np.isin(made.split, ("train", "val")))
+    evaluated = torch.from_numpy(~np.isin(made.split, ("train", "choose")))
     for found in cheat(made):
         assert torch.equal(found[evaluated], made.y[evaluated])
     for found in cheat(hidden):
         assert (found[evaluated] == -1).all()
     assert not paths(hidden, "test")
-    assert len(hidden.images("hidden")) == len(made.images("test"))
+    assert len(hidden.images("hidden")) == len(made.images("test")) + len(made.images("val"))
+    assert not set(hidden.groups) & {made.groups[image] for image in evaluated.nonzero().flatten().tolist()}
     assert hidden.part(Nodes).nodes.data_ptr() == made.part(Nodes).nodes.data_ptr()
-    for split in ("train", "val"):
+    for split, told in (("train", "train"), ("choose", "val")):
         images = made.images(split)
-        assert torch.equal(hidden.images(split), images)
+        assert torch.equal(hidden.images(told), images)
         assert torch.equal(hidden.target[images], made.target[images])
         assert torch.equal(hidden.y[images], made.y[images])
 
@@ -356,7 +358,7 @@ def test_a_planted_leak_is_closed(cache: Cache, regime: Regime) -> None:
 def test_a_method_that_trains_on_test_labels_gains_nothing(cache: Cache) -> None:
     def cheat(given: Cache) -> float:
         """Accuracy on test of a probe fitted to every image that has a label but is not for training or choosing."""
-        images = torch.from_numpy(np.flatnonzero(~np.isin(given.split, ("train", "val"))))
+        images = torch.from_numpy(np.flatnonzero(~np.isin(given.split, ("train", "choose", "val"))))
         images = images[given.y[images] >= 0]
         if not len(images):
             return 0.0

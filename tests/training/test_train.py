@@ -17,6 +17,7 @@ from fieldmark.command import UserError
 from fieldmark.params import load_params
 from tests.training.cache import Plan, write_cache, write_other
 from training.methods import concept_graph
+from training.metrics import accuracy, log_loss
 from training.train import plan_run, train
 
 PARAMS = """
@@ -82,10 +83,13 @@ def test_a_run_holds_what_its_readers_need(params: Path, tmp_path: Path) -> None
     assert classes == config["classes"] == sorted(classes)
     logits = np.array(table["logits"].to_pylist())
     right = np.array(classes)[logits.argmax(1)] == np.array(table["class_id"].to_pylist())
-    for split, images in (("train", 96), ("val", 32), ("test", 32)):
+    for split, images in (("train", 96), ("val", 16), ("test", 32)):
         chosen = np.array(table["split"].to_pylist()) == split
         assert chosen.sum() == 2 * images == 2 * metrics[split]["images"]
         assert metrics[split]["accuracy"] == pytest.approx(right[chosen].mean())
+    # The other half of val chose: it is in no figure.
+    assert table["split"].to_pylist().count("choose") == 2 * 16
+    assert "choose" not in metrics
     assert set(table["seed"].to_pylist()) == {3, 4} == set(config["seeds"])
     rows = list(csv.DictReader((folder / "history.csv").open()))
     assert [(row["seed"], row["epoch"]) for row in rows] == [(seed, str(epoch)) for seed in "34" for epoch in range(4)]
@@ -93,6 +97,25 @@ def test_a_run_holds_what_its_readers_need(params: Path, tmp_path: Path) -> None
     assert "descriptions/descriptions.parquet" not in config["fingerprints"]  # the second graph is off
     assert json.loads((folder / "timing.json").read_text())["epoch_seconds"] > 0
     assert not any(str(tmp_path) in (folder / name).read_text(errors="ignore") for name in WRITTEN)
+
+
+def test_the_model_that_is_kept_is_best_where_val_chooses(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan(noise=2.5, val=20))
+    params.write_text(PARAMS.replace("seeds: 2", "seeds: 6"))
+    train(load_params(params), str(params), "concept_graph", tmp_path / "data")
+    folder = tmp_path / "data/runs/concept_graph"
+    table = pq.read_table(folder / "predictions.parquet")
+    config = json.loads((folder / "config.json").read_text())
+    logits, seeds, splits = (np.array(table[name].to_pylist()) for name in ("logits", "seed", "split"))
+    y = np.array([config["classes"].index(name) for name in table["class_id"].to_pylist()])
+    score = {}
+    for half in ("choose", "val"):
+        images = {seed: (splits == half) & (seeds == seed) for seed in range(3, 9)}
+        score[half] = {
+            seed: (accuracy(logits[rows], y[rows]), -log_loss(logits[rows], y[rows])) for seed, rows in images.items()
+        }
+    best = {half: max(of_half, key=of_half.__getitem__) for half, of_half in score.items()}
+    assert config["model_seed"] == best["choose"] != best["val"]  # the halves disagree here
 
 
 def test_a_method_that_draws_nothing_stands_for_every_seed(params: Path, tmp_path: Path) -> None:
@@ -230,6 +253,17 @@ def test_few_shots_leave_val_nothing_to_choose(params: Path, tmp_path: Path) -> 
     assert {row["val_loss"] for row in rows} == {"nan"}
 
 
+def test_a_half_of_val_may_lack_classes(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan(val=1))
+    folder = tmp_path / "data/runs/concept_graph"
+    config = config_of(params, tmp_path / "data", "concept_graph")
+    splits = pq.read_table(folder / "predictions.parquet")["split"].to_pylist()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 1 <= metrics["val"]["images"] == splits.count("val") / 2 < len(config["classes"])
+    assert splits.count("val") + splits.count("choose") == 2 * len(config["classes"])
+    assert all(0 <= metrics["val"][name] <= 1 for name in ("accuracy", "macro_accuracy", "top5_accuracy"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -253,7 +287,7 @@ def test_a_run_on_several_encoders(tmp_path: Path) -> None:
       method: concept_graph
       encoder: tiny
       also: [wide]
-      settings: {epochs: 8, hidden: 16, weight_decay: [0.1]}
+      settings: {epochs: 16, hidden: 16, weight_decay: [0.1]}
     probe: {method: linear_probe, encoder: tiny, also: [wide]}
 """
     encoders = "encoders: {tiny: {model: none}, wide: {model: none}}"

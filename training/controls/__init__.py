@@ -3,22 +3,24 @@
 A control is a file of this folder, registered by its name. It takes one thing away and touches nothing else:
 
     none                as it is; there is no file
-    edges_removed       no image has an edge
+    edges_removed       no image has an edge: no message passes
     edges_rewired       the same edges, weights and degrees, between other nodes
     random_vectors      every vector of the bank, names too, is a random unit vector
     unrelated_texts     kept concepts become texts about things that are neither animals nor plants
     random_descriptors  each class owns as many texts as before, of words or characters drawn at random
     owners_permuted     a class's texts and names belong to another class
+    vectors_shuffled    the same vectors, shuffled between classes text by text
+    same_text           every class has one and the same text: a prior without content
 
 `concepts: M` keeps M of the kept concepts first (fewer_concepts.py).
 
 A file holds `CHANGES`, what it changes in the words of a method's READS: a study makes no run of a method that reads
-nothing of it; `NEEDS`, the parts that it reads itself; `DRAWS`, whether another seed makes another cache; `SUBJECT`,
-what it takes away, as a verdict words it; `apply(cache, request)`; and, where it has to read files beside the cache,
-`files(encoder)`, as a part has. `AFTER`, where a file has it, is done once when all is changed: where vectors or kept
-concepts change, the nodes' labels are made anew as label_patches makes them. The bank of a control that replaces texts
-holds names and the control's texts alone: none of those it stands against is left to be read. Descriptions of images
-are not concepts, and stay.
+nothing of it under its own settings, and its tables say so; `NEEDS`, the parts that it reads itself; `DRAWS`, whether
+another seed makes another cache; `SUBJECT`, what it takes away, as a verdict words it; `apply(cache, request)`; and,
+where it has to read files beside the cache, `files(encoder)`, as a part has. `AFTER`, where a file has it, is done once
+when all is changed: where vectors or kept concepts change, the nodes' labels are made anew as label_patches makes them.
+The bank of a control that replaces texts holds names and the control's texts alone: none of those it stands against is
+left to be read. Descriptions of images are not concepts, and stay.
 
 Controls change bank, labels and edges, regimes (training/regimes.py) change split and target: they can be applied in
 either order.

@@ -1,4 +1,8 @@
-"""No image has an edge."""
+"""No image has an edge, and no message passes between its nodes.
+
+concept_graph links the whole image to every node only where an image has edges. Its second graph links texts by their
+own vectors: that is no part of this control.
+"""
 
 import torch
 

@@ -23,7 +23,7 @@ from training.data.bank import Bank
 __all__ = ["AFTER", "files"]
 CHANGES = frozenset({"concepts", "labels"})
 NEEDS = frozenset({"names", "concepts", "owners"})
-DRAWS = False
+DRAWS = True
 SUBJECT = "what the texts say does"
 
 

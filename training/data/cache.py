@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fieldmark.command import UserError
 from fieldmark.store import Header, read_folder_header, read_header, read_table
+from training.data.halves import halve
 from training.data.nodes import Globals, Nodes
 from training.data.part import P, Part, Parts, part_kinds
 from training.data.rows import EncoderFiles
@@ -97,8 +98,8 @@ class Cache:
     classes: list[str]
     paths: list[str]
     image_ids: list[str]
-    groups: list[str]  # what no split takes apart: the group that the index names for an image, else its image_id
-    split: np.ndarray  # (n,) str
+    groups: list[str]  # what no split and no half of val takes apart: the group that the index names, else the image_id
+    split: np.ndarray  # (n,) str: train, choose, val, test; a regime has unused ones, and a fit hidden ones
     y: Tensor  # (n,) int64
     target: Tensor  # y, unless a regime tells training otherwise: (n,) int64, or (n, C) float32 whose rows sum to 1
     views: int  # V
@@ -183,14 +184,16 @@ def read_cache(
 ) -> Cache:
     """Read the parts `reads` of what the stages wrote for an encoder into `folder` (data/), and `also_reads` of others.
 
-    Raises UserError, naming the file and the stage to run: a file missing or broken, an image without rows, files that
-    were made from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
+    The images that the index has in val are `choose` or `val` (halves.py). Raises UserError, naming the file and the
+    stage to run: a file missing or broken, an image without rows, a val that has no two halves, files that were made
+    from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
     """
     folder = Path(folder)
     fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
     classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
-    columns = ["path", "image_id", "class_id", "split", "group", "status"]
-    index = read_table(folder / "index/images.parquet", "index.images/1", columns)
+    index = read_table(
+        folder / "index/images.parquet", "index.images/1", ["path", "image_id", "class_id", "group", "split", "status"]
+    )
     index = index.filter(pc.equal(index["status"], "ok")).sort_by("path")
     split = np.array(index["split"].to_pylist(), dtype=str)
     for name in SPLITS:
@@ -198,10 +201,17 @@ def read_cache(
             raise UserError(
                 f"{folder / 'index/images.parquet'}: holds no {name} image; correct dataset.* and run index_images"
             )
+    groups = pc.coalesce(index["group"], index["image_id"]).to_pylist()
     y = pc.index_in(index["class_id"], value_set=pa.array(classes))
     if y.null_count:
         raise UserError(f"{folder / 'index/classes.parquet'}: lacks a class of images.parquet; run index_images again")
     labels = torch.from_numpy(y.to_numpy().astype(np.int64))
+    split = halve(split, split == "val", groups, labels.numpy())
+    if not {"choose", "val"} <= set(split):
+        raise UserError(
+            f"{folder / 'index/images.parquet'}: val is of one image or group, and no half of it is left to report on"
+            " where the other chooses; put more into val (dataset.val_fraction) and run index_images"
+        )
     image_ids = index["image_id"].combine_chunks()
     source = EncoderFiles(folder, encoder, buckets, classes, image_ids)
     parts = Parts([kind.read(source) for kind in kinds_of(reads)])
@@ -215,7 +225,7 @@ def read_cache(
         classes=classes,
         paths=index["path"].to_pylist(),
         image_ids=image_ids.to_pylist(),
-        groups=pc.coalesce(index["group"], index["image_id"]).to_pylist(),
+        groups=groups,
         split=split,
         y=labels,
         target=labels,

@@ -28,7 +28,7 @@ from fieldmark.params import Block, Params, read_block
 from training.data import Cache, part_kinds
 from training.layers.logistic import assess, require_val
 
-BUDGET = 16  # settings that val may choose among, the same for every method
+BUDGET = 16  # times that val may be looked at to choose, settings times epochs: the same for every method
 METHODS = Path(__file__).parent
 
 
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A model and how it was come by. `history` has one row an epoch (or a step of the search), equal keys in each."""
+    """A model and how it was come by. `history` has a row a look at val, with equal keys in each."""
 
     model: nn.Module
     history: list[dict[str, float]]

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import GatedAttention, Standardise
-from training.loop import NotNegative, Positive, Schedule, fit_epochs, starting_point
+from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
+from training.start import starting_point
 
 SEEDED = True
 READS = frozenset({"nodes"})

@@ -10,6 +10,7 @@ and 1..N (patches):
     x_n   = U z_n, z_n ~ N(mu_n, s_n), [mu; log s^2] = Linear(GELU(x_n))    `bottleneck` *; z is mu at evaluation
     x_n  += U' ELU(Linear(standardised v_n . a_c over classes c))     `interference` *; a_c: mean of c's concepts
     W     = spatial and semantic edges; global linked to all with 1; self loops 1             G1
+            (an image without an edge has self loops alone: no message passes)
     x     = x + dropout(GELU(layer(LN(x), W))), `layers` times        `graph`: gcn, gat, sage, mlp
     r_1   = sum of a_n x_n, a = gated attention over the nodes        (h); a is `node_scores`
 
@@ -55,8 +56,9 @@ from training.data.labels import Labels
 from training.layers.blocks import Dropout, GatedAttention, Standardise
 from training.layers.graphs import GraphNetwork, Kind, nearest_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
-from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs, starting_point
+from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
+from training.start import starting_point
 
 SEEDED = True
 READS = frozenset({"nodes", "concepts", "owners", "labels", "edges", "descriptions"})
@@ -106,9 +108,32 @@ class Settings(Schedule):
         return value
 
 
+def has_graph(settings: Settings) -> bool:
+    """Whether the logits, or a loss, depend on G1; without it neither edges nor texts of nodes are looked at."""
+    weights = settings.loss_weights
+    by_loss = weights.contrast or weights.recovery or weights.rings or (settings.bottleneck and weights.bottleneck)
+    return bool(by_loss) or not set(GRAPH_STREAMS).isdisjoint(settings.streams)
+
+
+def has_second_graph(settings: Settings) -> bool:
+    """Whether the logits depend on G2: the stream `fused` alone reads it."""
+    return settings.description != "none" and "fused" in settings.streams
+
+
 def reads(settings: Settings) -> frozenset[str]:
-    """Descriptions are read for the second graph alone."""
-    return READS if settings.description != "none" else READS - {"descriptions"}
+    """What of READS the logits depend on, exactly: a control that changes nothing of it changes no bit."""
+    weights, graph, second = settings.loss_weights, has_graph(settings), has_second_graph(settings)
+    anchored = bool((graph and settings.interference) or "concept" in settings.streams or weights.contrast)
+    labelled = bool(settings.texts) or settings.nodes == "selected" or settings.rings != "none" or bool(weights.rings)
+    wanted = {
+        "nodes": True,
+        "concepts": (graph and bool(settings.texts)) or second or anchored,
+        "owners": anchored,
+        "labels": (graph and labelled) or second or bool(weights.contrast),
+        "edges": graph and settings.graph != "mlp",
+        "descriptions": second,
+    }
+    return frozenset(name for name, is_read in wanted.items() if is_read)
 
 
 def class_anchors(bank: Bank) -> Tensor:
@@ -312,49 +337,22 @@ class ConceptGraph(nn.Module):
     def __init__(self, cache: Cache, settings: Settings) -> None:
         """Starts as the tuned linear probe. Raises UserError where labels lack the rings that settings ask for."""
         super().__init__()
-        start, bank, weights = starting_point(cache, settings.start_l2), cache.part(Bank), settings.loss_weights
-        dimension, hidden, classes = bank.K.shape[1], settings.hidden, len(cache.classes)
-        self.settings = settings
+        start, weights = starting_point(cache, settings.start_l2), settings.loss_weights
+        dimension, hidden, classes = start.probe.in_features, settings.hidden, len(cache.classes)
+        self.settings, self.has_graph, self.has_second_graph = settings, has_graph(settings), has_second_graph(settings)
         self.epoch = 0  # training's; see train()
         self.standardise_global, self.standardise_nodes = start.standardise_global, start.standardise_nodes
-        self.register_buffer("K", bank.K)
-        self.register_buffer("K_narrow", bank.K.bfloat16(), persistent=False)
-        self.in_vector, self.norm_vector = nn.Linear(dimension, hidden), nn.LayerNorm(hidden)
-        if settings.texts:
-            self.in_text, self.norm_text = nn.Linear(dimension, hidden, bias=False), nn.LayerNorm(hidden)
-        self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, 2, settings.dropout)
-        train = cache.images("train")
-        sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
-        self.in_others = nn.ModuleList(Projection(other.nodes[sample.mask], hidden) for other in sample.also)
-        self.attention = GatedAttention(hidden, hidden // 2)
         self.dropout = Dropout(settings.dropout)
-
-        anchors = class_anchors(bank)
-        if settings.bottleneck:
-            self.bottleneck = Bottleneck(hidden, settings.bottleneck)
-        if settings.interference:
-            nodes = sample.nodes[sample.mask]
-            self.interference = Interference(anchors, nodes, settings.interference, hidden, settings.dropout)
-        if settings.description != "none":
-            self.description = DescriptionGraph(dimension, hidden // 2, settings)
-            self.fusion = (
-                Gate(hidden, hidden // 2)
-                if settings.description == "gate"
-                else CrossAttention(hidden, hidden // 2, settings.heads)
-            )
-        gains = cache.part(Labels).ring_gains.shape[1]
-        if (settings.rings != "none" or weights.rings) and not gains:
-            raise UserError(f"{bank.path}: its labels hold no ring gains (column ring_gains); run label_patches again")
-        if settings.rings != "none" or weights.rings:
-            self.standardise_rings = Standardise(sample.ring_gains)
-        if settings.rings == "readout":
-            self.with_rings = nn.Sequential(nn.Linear(hidden + gains, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-        if settings.rings == "node":
-            self.in_rings = nn.Linear(gains, hidden)
-        if weights.rings:
-            self.predict_rings = nn.Sequential(nn.Linear(hidden, hidden // 2), nn.GELU(), nn.Linear(hidden // 2, gains))
+        train, wanted = cache.images("train"), reads(settings)
+        anchors = class_anchors(cache.part(Bank)) if "owners" in wanted else torch.zeros(classes, dimension)
+        if "concepts" in wanted:
+            self.register_buffer("K", cache.part(Bank).K)
+            self.register_buffer("K_narrow", self.K.bfloat16(), persistent=False)
+        if self.has_graph:
+            self.build_graph(cache, anchors)
 
         if weights.contrast:  # what only training reads is not saved
+            bank = cache.part(Bank)
             self.to_concepts = nn.Linear(hidden, dimension)
             self.register_buffer("own", bank.own & bank.kept[:, None], persistent=False)
             self.register_buffer("anchors", anchors, persistent=False)
@@ -377,6 +375,43 @@ class ConceptGraph(nn.Module):
                 case "concept":
                     streams[stream] = ConceptStream(anchors, cache.globals(train))
         self.streams = streams
+
+    def build_graph(self, cache: Cache, anchors: Tensor) -> None:
+        """The parts of G1 and of G2."""
+        settings, dimension, hidden = self.settings, anchors.shape[1], self.settings.hidden
+        self.in_vector, self.norm_vector = nn.Linear(dimension, hidden), nn.LayerNorm(hidden)
+        if settings.texts:
+            self.in_text, self.norm_text = nn.Linear(dimension, hidden, bias=False), nn.LayerNorm(hidden)
+        self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, 2, settings.dropout)
+        train = cache.images("train")
+        sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
+        self.in_others = nn.ModuleList(Projection(other.nodes[sample.mask], hidden) for other in sample.also)
+        self.attention = GatedAttention(hidden, hidden // 2)
+        if settings.bottleneck:
+            self.bottleneck = Bottleneck(hidden, settings.bottleneck)
+        if settings.interference:
+            nodes = sample.nodes[sample.mask]
+            self.interference = Interference(anchors, nodes, settings.interference, hidden, settings.dropout)
+        if self.has_second_graph:
+            self.description = DescriptionGraph(dimension, hidden // 2, settings)
+            self.fusion = (
+                Gate(hidden, hidden // 2)
+                if settings.description == "gate"
+                else CrossAttention(hidden, hidden // 2, settings.heads)
+            )
+        if settings.rings != "none" or settings.loss_weights.rings:
+            labels = cache.part(Labels)
+            gains = labels.ring_gains.shape[1]
+            if not gains:
+                raise UserError(f"{labels.path}: hold no ring gains (column ring_gains); run label_patches again")
+            self.standardise_rings = Standardise(sample.ring_gains)
+            if settings.rings == "readout":
+                self.with_rings = nn.Sequential(nn.Linear(hidden + gains, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+            if settings.rings == "node":
+                self.in_rings = nn.Linear(gains, hidden)
+            if settings.loss_weights.rings:
+                narrow = nn.Linear(hidden, hidden // 2)
+                self.predict_rings = nn.Sequential(narrow, nn.GELU(), nn.Linear(hidden // 2, gains))
 
     def train(self, mode: bool = True) -> "ConceptGraph":
         """Training mode or not. The loop asks for training once an epoch: so epochs are counted for recovery_epoch."""
@@ -401,12 +436,15 @@ class ConceptGraph(nn.Module):
 
     def propagate(self, x: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         """The layers of G1 (B, N+1, h); the node of the rings is there only meanwhile."""
-        edges = batch.adjacency.clone()
-        edges[:, 0, 1:] = edges[:, 1:, 0] = 1.0
+        by_edges = self.settings.graph != "mlp"
+        edges = batch.adjacency.clone() if by_edges else torch.zeros(*mask.shape, mask.shape[1], 2, device=x.device)
+        # An image without an edge has no graph: its nodes are not linked by way of the whole image either.
+        linked = edges.flatten(1).any(1)[:, None, None].to(edges.dtype)
+        edges[:, 0, 1:] = edges[:, 1:, 0] = linked
         if self.settings.rings == "node":
             x = torch.cat([x, self.in_rings(self.standardise_rings(batch.ring_gains))[:, None].to(x.dtype)], dim=1)
             edges, mask = F.pad(edges, (0, 0, 0, 1, 0, 1)), F.pad(mask, (0, 1), value=True)
-            edges[:, 0, -1] = edges[:, -1, 0] = 1.0
+            edges[:, 0, -1] = edges[:, -1, 0] = linked[:, 0]
         out: Tensor = self.network(x, edges, mask)
         return out[:, : batch.mask.shape[1]]
 
@@ -421,43 +459,18 @@ class ConceptGraph(nn.Module):
         return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), edges, mask), mask
 
     def forward(self, batch: Batch) -> Output:
-        settings, weights = self.settings, self.settings.loss_weights
         losses: dict[str, Tensor] = {}
-        mask = batch.mask
-        if settings.nodes == "selected":
-            mask = mask & batch.selected
-            mask[:, 0] = True
-        g, nodes = batch.g.float(), batch.nodes.to(self.texts().dtype)
+        g = batch.g.float()
         centred = self.dropout(self.standardise_global(g))
-
-        # in_vector(standardise_nodes(nodes)), standardised in the weights and not in a copy of all nodes.
-        weight = self.in_vector.weight / self.standardise_nodes.scale
-        bias = self.in_vector.bias - (weight * self.standardise_nodes.mean).sum(-1)
-        x = self.norm_vector(F.linear(nodes, weight, bias))
-        if settings.texts:
-            x = x + self.norm_text(self.in_text(self.node_text(batch)))
-        for project, other in zip(self.in_others, batch.also, strict=True):
-            x = x + project(other.nodes)
-        if settings.bottleneck:
-            x, mean, log_variance = self.bottleneck(x)
-            if self.training and weights.bottleneck:
-                losses["bottleneck"] = kl_from_normal(mean, log_variance, mask)
-        if settings.interference:
-            x = x + self.interference(nodes)
-        x = self.propagate(x, batch, mask)
-
-        attention = self.attention(x, mask)
-        patches = pool(x, attention)
-        if settings.rings == "readout":
-            gains = self.standardise_rings(batch.ring_gains)
-            patches = patches + self.with_rings(torch.cat([patches, gains.to(patches.dtype)], dim=-1))
-        fused = patches
-        if settings.description != "none":
-            texts, text_mask = self.describe(batch)
-            if settings.description == "gate":
-                fused = self.fusion(patches, texts, text_mask)
-            else:
-                fused = patches + pool(self.fusion(x, texts, text_mask), attention)
+        x = attention = patches = fused = None
+        mask = batch.mask
+        if self.has_graph:
+            if self.settings.nodes == "selected":
+                mask = mask & batch.selected
+                mask[:, 0] = True
+            x, losses = self.read_nodes(batch, mask)
+            attention = self.attention(x, mask)
+            patches, fused = self.read_out(batch, x, attention)
 
         by_stream: dict[str, Tensor] = {}
         for name, stream in self.streams.items():
@@ -474,19 +487,59 @@ class ConceptGraph(nn.Module):
                     by_stream[name] = stream(g)
         logits = torch.stack([value.float() for value in by_stream.values()]).sum(0)
         if self.training:
-            losses |= self.losses(batch, mask, x, patches, logits, by_stream)
+            losses |= self.stream_losses(batch, by_stream)
+            if x is not None and patches is not None:
+                losses |= self.graph_losses(batch, mask, x, patches, logits)
         return Output(logits, losses, attention)
 
-    def losses(
-        self, batch: Batch, mask: Tensor, x: Tensor, patches: Tensor, logits: Tensor, by_stream: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Those of `loss_weights` that have a weight, the bottleneck's apart."""
+    def read_nodes(self, batch: Batch, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The nodes of G1 (B, N+1, h) behind its layers, and in training the loss of the bottleneck."""
+        settings, losses = self.settings, {}
+        nodes = batch.nodes.to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
+        # in_vector(standardise_nodes(nodes)), standardised in the weights and not in a copy of all nodes.
+        weight = self.in_vector.weight / self.standardise_nodes.scale
+        bias = self.in_vector.bias - (weight * self.standardise_nodes.mean).sum(-1)
+        x = self.norm_vector(F.linear(nodes, weight, bias))
+        if settings.texts:
+            x = x + self.norm_text(self.in_text(self.node_text(batch)))
+        for project, other in zip(self.in_others, batch.also, strict=True):
+            x = x + project(other.nodes)
+        if settings.bottleneck:
+            x, mean, log_variance = self.bottleneck(x)
+            if self.training and settings.loss_weights.bottleneck:
+                losses["bottleneck"] = kl_from_normal(mean, log_variance, mask)
+        if settings.interference:
+            x = x + self.interference(nodes)
+        return self.propagate(x, batch, mask), losses
+
+    def read_out(self, batch: Batch, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """r_1 and r (B, h)."""
+        patches = pool(x, attention)
+        if self.settings.rings == "readout":
+            gains = self.standardise_rings(batch.ring_gains)
+            patches = patches + self.with_rings(torch.cat([patches, gains.to(patches.dtype)], dim=-1))
+        if not self.has_second_graph:
+            return patches, patches
+        texts, text_mask = self.describe(batch)
+        if self.settings.description == "gate":
+            return patches, self.fusion(patches, texts, text_mask)
+        return patches, patches + pool(self.fusion(x, texts, text_mask), attention)
+
+    def stream_losses(self, batch: Batch, by_stream: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cross entropy of the global stream alone and of the graph's streams alone, where they have a weight."""
         weights, losses = self.settings.loss_weights, {}
         if weights.image and "global" in by_stream:
             losses["image"] = F.cross_entropy(by_stream["global"].float(), batch.target)
         of_graph = [by_stream[name].float() for name in GRAPH_STREAMS if name in by_stream]
         if weights.graph and of_graph:
             losses["graph"] = F.cross_entropy(torch.stack(of_graph).sum(0), batch.target)
+        return losses
+
+    def graph_losses(
+        self, batch: Batch, mask: Tensor, x: Tensor, patches: Tensor, logits: Tensor
+    ) -> dict[str, Tensor]:
+        """Contrast, recovery and rings, where they have a weight."""
+        weights, losses = self.settings.loss_weights, {}
         if weights.contrast:
             densest = x[torch.arange(len(x)), densest_node(batch.density, mask)]
             query = F.normalize(self.to_concepts(densest).float(), dim=-1)
@@ -506,7 +559,7 @@ def pool(x: Tensor, attention: Tensor) -> Tensor:
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    if settings.description != "none":
+    if has_second_graph(settings):
         cache = link_texts(cache, settings.neighbours)
     # Before the seed is set: what it draws must not depend on whether it is remembered.
     start, weights = starting_point(cache, settings.start_l2), settings.loss_weights.model_dump()

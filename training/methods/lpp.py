@@ -10,6 +10,7 @@ full-batch L-BFGS (layers/logistic.py), the problem being convex, from zero and 
 Left free, alpha fits the training images at the cost of val where there are many.
 """
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,11 +24,22 @@ from training.methods import Fitted, Output, search_points
 
 SEEDED = False
 READS = frozenset({"globals", "names", "owners"})
+NO_DIRECTION = 1e-4  # texts that are shorter than this when centred are all alike, and what is left of them is rounding
 
 
 class Settings(ProbeSettings):
     l2: list[Positive] = Field(default=[1.0, 0.1, 0.0316, 0.01, 0.001], min_length=1)  # strengths that val chooses from
     text_scale: list[NotNegative] = Field(default=[1.0, 3.0, 10.0], min_length=1)  # more: texts are cheaper to lean on
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return READS if any(settings.text_scale) else frozenset({"globals"})
+
+
+def text_directions(cache: Cache) -> Tensor:
+    """t (C, D): each class's text less the mean over classes, of unit length; near 0 where all have the same text."""
+    text = class_text(cache)
+    return F.normalize(text - text.mean(0), dim=-1, eps=NO_DIRECTION)
 
 
 class BlendedLinear(nn.Linear):
@@ -58,8 +70,9 @@ class LPPlusPlus(nn.Module):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     require_val(len(cache.images("val")), search_points(settings), "l2 and text_scale")
-    standardise, text = Standardise(training_globals(cache)[0]), class_text(cache)
-    text = F.normalize(text - text.mean(0), dim=-1)
+    vectors = training_globals(cache)[0]
+    standardise = Standardise(vectors)
+    text = text_directions(cache) if any(settings.text_scale) else torch.zeros(len(cache.classes), vectors.shape[1])
     best: tuple[tuple[float, float], float, Chosen] | None = None
     history: list[dict[str, float]] = []
     for text_scale in settings.text_scale:

@@ -15,7 +15,7 @@ from training.data import Batch, Cache, Parts
 from training.data.bank import Bank
 from training.data.descriptions import Descriptions
 from training.data.nodes import Nodes
-from training.loop import assess_split, decayed_groups, starting_point, total_loss
+from training.loop import assess_split, decayed_groups, total_loss
 from training.methods.concept_graph import (
     ConceptGraph,
     Interference,
@@ -26,6 +26,7 @@ from training.methods.concept_graph import (
     text_edges,
     text_mask,
 )
+from training.start import starting_point
 
 LOSSES = ("image", "graph", "contrast", "bottleneck", "recovery", "rings")
 ALL: dict[str, Any] = {
@@ -254,7 +255,7 @@ def test_rings_reach_the_decision(cache: Cache, entry: str) -> None:
 
 @pytest.mark.parametrize("knobs", [{"rings": "node"}, {"loss_weights": {"rings": 0.1}}])
 def test_rings_that_labels_lack_are_refused(planted: Callable[[Plan], Cache], knobs: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"bank/tiny.parquet: its labels hold no ring gains .*run label_patches"):
+    with pytest.raises(UserError, match=r"labels/tiny: hold no ring gains .*run label_patches"):
         ConceptGraph(planted(Plan()), Settings.model_validate(knobs))
 
 

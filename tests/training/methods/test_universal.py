@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan
+from training import loop, methods
 from training.data import Batch, Cache, Part, part_kinds
 from training.data.bank import Bank
 from training.data.boxes import Boxes
@@ -26,8 +27,11 @@ from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.nodes import Globals, Nodes
 from training.knobs import say_knobs
+from training.layers import logistic
+from training.layers.logistic import assess
 from training.loop import assess_split, decayed_groups, predict, total_loss
 from training.methods import BUDGET, Fitted, load_method, reads_of, search_points, single_points
+from training.start import starting_point
 
 METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"))
 UNTRAINED = ["zero_shot", "description_zero_shot"]
@@ -187,7 +191,7 @@ def test_6_evaluation_does_not_look_at_labels(models: dict[str, torch.nn.Module]
 
 @pytest.mark.parametrize("method", BY_HEART)
 def test_7_it_can_learn_32_images_by_heart(planted: Planted, method: str) -> None:
-    cache = planted(Plan(train=8, val=8, test=1, cue="none", concepts=10))  # more concepts than dimensions
+    cache = planted(Plan(train=8, val=16, test=1, cue="none", concepts=10))  # more concepts than dimensions
     assert len(cache.images("train")) == 32
     # Val holds the training images, so that the choice of the epoch and of l2 favours what is learned by heart.
     by_heart = with_val(cache, cache.images("train"))
@@ -387,3 +391,24 @@ def test_the_search_keeps_to_the_budget(method: str) -> None:
     assert len(points) == search_points(settings) <= BUDGET
     assert all(search_points(point) == 1 for point in points)
     assert len({point.model_dump_json() for point in points}) == len(points)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_12_it_looks_at_val_no_more_often_than_its_rivals(
+    cache: Cache, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings times the moments at which val is looked at; a start at the rival is the rival's own search."""
+    looks, labels = 0, cache.y[cache.images("val")]
+
+    def counted(logits: Tensor, y: Tensor) -> tuple[float, float]:
+        nonlocal looks
+        looks += torch.equal(y, labels)
+        return assess(logits, y)
+
+    starting_point(cache)  # and is remembered
+    for module in (logistic, loop, methods):
+        monkeypatch.setattr(module, "assess", counted)
+    module = load_method(method)
+    small = {"hidden": 8, "batch_size": 48} if method in LOOPED and method != "tip_adapter" else {}
+    module.fit(cache, module.Settings(**small), 0)
+    assert (method in LOOPED) <= looks <= BUDGET

@@ -1,0 +1,43 @@
+"""Where a method with a global stream starts: at the tuned linear probe itself, its rival."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from training.data import Cache
+from training.layers.blocks import Standardise
+from training.loop import EVALUATION_BATCH
+from training.methods import linear_probe
+
+# The probe's strength where no val chooses it: on cub100's development classes, 1 and 4 shots, within .004 of the best
+# of 100 .. 1e-4.
+L2_WITHOUT_VAL = 0.01
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a method with a global stream starts from, equal for all of them."""
+
+    standardise_global: Standardise
+    standardise_nodes: Standardise
+    probe: nn.Linear  # (D -> C), on standardised global vectors: what the method linear_probe fits by its defaults
+    l2: float  # the probe's strength
+
+
+@functools.lru_cache(maxsize=2)  # the seeds of a run share it, and the variants of a fold's two fits
+def starting_point(cache: Cache, l2: float | None = None) -> StartingPoint:
+    """The fit of linear_probe, over all views, and the standardisation of nodes by training images in view 0.
+
+    With `l2` it is the probe of that strength, and val has no say.
+    """
+    train = cache.images("train")
+    if l2 is None and not len(cache.images("val")):
+        l2 = L2_WITHOUT_VAL
+    fitted = linear_probe.fit(cache, linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2]), 0)
+    probe = cast(linear_probe.LinearProbe, fitted.model)
+    sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
+    nodes = Standardise(sample.nodes[sample.mask])
+    return StartingPoint(probe.standardise, nodes, probe.linear, float(fitted.chosen["l2"]))
