@@ -81,7 +81,7 @@ def with_groups(folder: Path, groups: list[str]) -> None:
 def test_a_cache_has_val_in_halves_with_groups_whole(tmp_path: Path) -> None:
     write_cache(tmp_path, Plan(val=6))
     plain = read_cache(tmp_path, ENCODER, 3, {"globals"})
-    assert plain.groups == plain.paths
+    assert plain.groups == plain.image_ids
     assert {half: int((plain.split == half).sum()) for half in ("choose", "val")} == {"choose": 12, "val": 12}
     with_groups(tmp_path, [f"track {number // 3}" for number in range(24)])
     grouped = read_cache(tmp_path, ENCODER, 3, {"globals"})
