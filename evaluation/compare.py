@@ -11,11 +11,12 @@ seeds and questions that the study names at that moment: test_was_read.json reme
 from then on.
 
 A difference is a method's accuracy minus that of linear_probe under the same encoder, regime and draw, image by image.
-Its intervals are over images, classes and groups, and they are wide enough for what other seeds or draws would change
-(evaluation.statistics.paired_differences). p is two-sided, over images, and corrected by Holm for the methods of a
-table. Where a study has controls, each method is also compared with itself under each control that changes something
-it reads; these p are corrected for the number of such comparisons in the table, and the p of its questions for the
-number of questions.
+Its intervals are over images, classes and groups, and they are wide enough for what other seeds or draws would change.
+The coarsest unit decides: groups where images name them, else images; with few shots and for unseen classes the class.
+Over it are p and the verdict (evaluation.statistics.paired_differences), which takes 20 of them. For unseen classes
+the accuracy on these and the harmonic mean are judged, each in a table. Where a study has controls, each method is also
+compared with itself under each control that changes something it reads. p is corrected by Holm for all comparisons
+that the study publishes: of methods with the probe, of methods with their controls, of questions.
 
     python -m evaluation.compare --name baselines
 """
@@ -27,24 +28,25 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 
 from evaluation.health import contamination, read_health
 from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan
+from evaluation.runs import group_numbers, groups_of
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
-from evaluation.verdicts import REFERENCE, Table, Verdict, again, answer, judge, read_results
-from evaluation.words import lay_out, percent_of_runs, points, points_range, written_p
+from evaluation.verdicts import REFERENCE, WITHIN, Table, Verdict, again, answer, judge, read_results, too_few
+from evaluation.words import lay_out, percent, percent_of_runs, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import load_params
 from fieldmark.store import read_table, write_text
 from training.controls import Control
 from training.data import SPLITS
-from training.metrics import Ints, mean_and_deviation
-from training.regimes import LongTail, Regime, Shots, Unseen
+from training.metrics import mean_and_deviation
+from training.regimes import LongTail, Shots, Unseen
 from training.runs import write_json
 
 MARKER = "test_was_read.json"
@@ -54,61 +56,99 @@ Judged = Sequence[tuple[Table, list[Verdict]]]
 # Words and files.
 
 
-def shown_figures(regime: Regime) -> list[str]:
-    """The figures that the text and LaTeX tables of a regime have; tables.csv has all."""
-    more = {LongTail: ["few", "medium", "many"], Unseen: ["seen", "unseen", "harmonic"]}
-    return ["accuracy", "macro", "top-5", "ECE", "ECE, scaled", *more.get(type(regime), [])]
+def shown_figures(table: Table) -> list[str]:
+    """The figures that the text and LaTeX tables have; tables.csv has all."""
+    if table.measure == "unseen":
+        return ["unseen"]
+    more = {LongTail: ["few", "medium", "many"], Unseen: ["seen", "harmonic"]}
+    return ["accuracy", "macro", "top-5", "ECE", "ECE, scaled", *more.get(type(table.regime), [])]
 
 
-def columns_of(table: Table, groups: Ints | None) -> list[str]:
+def columns_of(table: Table) -> list[str]:
     """The head of the text and LaTeX tables."""
-    over = intervals_over(groups is not None)
-    return ["method", "control", *shown_figures(table.regime), "- probe", *over, "p (Holm)", "verdict"]
+    over = intervals_over(table.groups is not None)
+    return ["method", "control", *shown_figures(table), "- probe", *over, "p (Holm)", "verdict"]
 
 
 def intervals_over(groups: bool) -> list[str]:
-    return ["over images", "over classes", *(["over groups"] if groups else [])]
+    return ["over images", "over classes", *(["over groups"] if groups else []), "could show"]
 
 
 def paired_fields(paired: Paired) -> list[str]:
-    """A difference and its intervals, in points."""
+    """A difference, its intervals and what it could have been shown to be, in points."""
     ends = [paired.images, paired.classes, *([paired.groups] if paired.groups else [])]
-    return [points(paired.difference), *map(points_range, ends)]
+    return [points(paired.difference), *map(points_range, ends), percent(paired.half_width)]
 
 
-def fields_of(verdict: Verdict, regime: Regime, groups: Ints | None) -> list[str]:
+def fields_of(verdict: Verdict, table: Table) -> list[str]:
     """A row of the text and LaTeX tables."""
     result, paired, figures = verdict.result, verdict.paired, []
-    for name in shown_figures(regime):
+    for name in shown_figures(table):
         values = [of_run[name] for of_run in result.figures if name in of_run]
         figures.append(percent_of_runs(values) if values else "")
-    intervals = [""] * (3 if groups is None else 4) if paired is None else paired_fields(paired)
-    p = "" if verdict.p is None else written_p(verdict.p)
+    intervals = [""] * (1 + len(intervals_over(table.groups is not None)))
+    intervals = intervals if paired is None else paired_fields(paired)
+    p = "" if verdict.p is None or verdict.gain is not None else written_p(verdict.p)
     return [result.method, result.control.label, *figures, *intervals, p, verdict.words]
 
 
+MEASURES = {
+    "accuracy": "",
+    "unseen": ", accuracy on unseen classes, among these",
+    "harmonic": ", harmonic mean of the accuracies on seen and on unseen classes, among all",
+}
+
+
 def title_of(table: Table, split: str) -> str:
-    classes, runs = len(np.unique(table.y)), max(len(result.correct) for result in table.results)
-    images = f"{len(table.paths)} images of {classes} classes"
-    return f"{table.encoder}, {table.regime.label}: {split}, {images}, {runs} run{'s' * (runs > 1)}"
+    counted = np.full(len(table.y), True) if table.part is None else (table.part >= 0).any(0)
+    classes, runs = len(np.unique(table.y[counted])), max(len(result.correct) for result in table.results)
+    images = f"{counted.sum()} images of {classes} classes"
+    of = f"{table.encoder}, {table.regime.label}{MEASURES[table.measure]}"
+    return f"{of}: {split}, {images}, {runs} run{'s' * (runs > 1)}"
 
 
-def as_text(judged: Judged, split: str, groups: Mapping[str, str] | None, heading: str, foot: Sequence[str]) -> str:
+class Families(NamedTuple):
+    """How many comparisons stand in all tables of a study together: what p is corrected for."""
+
+    methods: int
+    controls: int
+
+
+def families_of(judged: Judged) -> Families:
+    """Comparisons with too few units have no p, and count for none."""
+    corrected = [verdict for _, verdicts in judged for verdict in verdicts if verdict.p is not None]
+    controls = sum(verdict.gain is not None for verdict in corrected)
+    return Families(len(corrected) - controls, controls)
+
+
+def foot_of(table: Table, verdicts: list[Verdict], study: Families) -> str:
+    """The line under a table: the unit that decides, and what p is corrected for."""
+    paired = next((verdict.paired for verdict in verdicts if verdict.paired is not None), None)
+    if paired is None:
+        return "nothing to compare with the probe"
+    if not paired.judged:
+        return f"{too_few(paired)}: intervals alone"
+    own = families_of([(table, verdicts)])
+    families = [f"the {study.methods} comparisons with the probe in this study ({own.methods} of them here)"]
+    if study.controls:
+        families.append(f"of controls over the {study.controls} with these ({own.controls} here)")
+    return f"decided over {paired.units} {paired.unit}; p: Holm over {', '.join(families)}"
+
+
+def as_text(judged: Judged, split: str, heading: str, foot: Sequence[str]) -> str:
     """The tables as columns of text, under a heading and with notes at the foot."""
-    blocks = [heading]
+    blocks, study = [heading], families_of(judged)
     for table, verdicts in judged:
-        own = group_numbers(table, groups)
-        lines = [columns_of(table, own), *(fields_of(verdict, table.regime, own) for verdict in verdicts)]
-        blocks.append(f"{title_of(table, split)}\n{lay_out(lines)}")
+        lines = [columns_of(table), *(fields_of(verdict, table) for verdict in verdicts)]
+        blocks.append(f"{title_of(table, split)}\n{lay_out(lines)}\n{foot_of(table, verdicts, study)}")
     return "\n\n".join([*blocks, "\n".join(foot)]) + "\n"
 
 
-def as_latex(judged: Judged, split: str, groups: Mapping[str, str] | None, heading: str, foot: Sequence[str]) -> str:
+def as_latex(judged: Judged, split: str, heading: str, foot: Sequence[str]) -> str:
     """The same tables in LaTeX, each a tabular that needs the package booktabs."""
-    blocks = [f"% {heading}"]
+    blocks, study = [f"% {heading}"], families_of(judged)
     for table, verdicts in judged:
-        own = group_numbers(table, groups)
-        head, *body = [columns_of(table, own), *(fields_of(verdict, table.regime, own) for verdict in verdicts)]
+        head, *body = [columns_of(table), *(fields_of(verdict, table) for verdict in verdicts)]
         lines = [" & ".join(map(escape_latex, fields)) + r" \\" for fields in (head, *body)]
         blocks.append(
             "\n".join(
@@ -121,6 +161,7 @@ def as_latex(judged: Judged, split: str, groups: Mapping[str, str] | None, headi
                     *lines[1:],
                     r"\bottomrule",
                     r"\end{tabular}",
+                    f"% {foot_of(table, verdicts, study)}",
                 ]
             )
         )
@@ -132,26 +173,28 @@ def escape_latex(text: str) -> str:
     return escaped.replace("+-", r"$\pm$")
 
 
-def as_markdown(tables: Sequence[Table], plan: Plan, split: str, groups: Mapping[str, str] | None, commit: str) -> str:
+def as_markdown(tables: Sequence[Table], plan: Plan, split: str, commit: str) -> str:
     """answers.md: a table of answers for each encoder and regime, and what the study leaves open."""
+    found = answer(tables, plan.study.questions)
+    groups = any(table.groups is not None for table in tables)
+    count = sum(one.p is not None for of_table in found for one in of_table)
     blocks = [
         f"# What study {plan.name} answers",
         f"Read on {split}" + (f", code {commit}" if commit else "") + f"; made by `make compare NAME={plan.name}`.",
-        "\n".join(f"- {note}" for note in answer_notes(plan, split, groups is not None)),
+        "\n".join(f"- {note}" for note in answer_notes(plan, split, groups, count)),
     ]
-    for table in tables:
-        own = group_numbers(table, groups)
-        rows = [["question", "compared", "difference", *intervals_over(groups is not None), "p (Holm)", "answer"]]
-        there = {result.method for result in table.results if result.control == Control()}
-        asked = [question for question in plan.study.questions if {question.of, question.against} <= there]
-        for found in answer(table, asked, own):
-            fields = [*paired_fields(found.paired), written_p(found.p), found.words]
-            rows.append([found.question.ask, compared(found.question), *fields])
+    for table, answers in zip(tables, found, strict=True):
+        rows = [["question", "compared", "difference", *intervals_over(groups), "p (Holm)", "answer"]]
+        for one in answers:
+            fields = [*paired_fields(one.paired), "" if one.p is None else written_p(one.p), one.words]
+            rows.append([one.question.ask, compared(one.question), *fields])
+        asked = [one.question for one in answers]
         for question in plan.study.questions:
             if question not in asked:
                 empty = [""] * (len(rows[0]) - 3)
                 rows.append([question.ask, compared(question), *empty, "none: a method cannot work on this data"])
-        blocks += [f"## {title_of(table, split)}", pipe_table(rows)]
+        decided = [f"Decided over {one.paired.units} {one.paired.unit}." for one in answers[:1] if one.paired.judged]
+        blocks += [f"## {title_of(table, split)}", *decided, pipe_table(rows)]
     if plan.study.open:
         rows = [["question", "why not"], *([one.ask, one.because] for one in plan.study.open)]
         blocks += ["## Not answered", pipe_table(rows)]
@@ -172,57 +215,46 @@ def as_csv(judged: Judged, split: str) -> str:
     """All figures, as fractions; a row for each result of the tables."""
     of_runs = [of_run for _, verdicts in judged for verdict in verdicts for of_run in verdict.result.figures]
     figures = list(dict.fromkeys(name for of_run in of_runs for name in of_run))
-    over = ["images", "classes", "groups"]
-    head = ["encoder", "regime", "split", "method", "control", "runs"]
+    over = ["images", "classes", "groups", "narrow"]
+    head = ["encoder", "regime", "measure", "split", "method", "control", "runs"]
     head += [f"{name} {what}" for name in figures for what in ("mean", "deviation")]
-    head += ["difference", *(f"{unit} {end}" for unit in over for end in ("low", "high")), "p", "p_holm", "verdict"]
+    head += ["unit", "units", "difference", *(f"{unit} {end}" for unit in over for end in ("low", "high"))]
+    head += ["could show", "p", "p_holm", "ahead of control", "ahead low", "ahead high"]
+    head += ["ahead p", "ahead p_holm", "verdict"]
     text = io.StringIO()
     writer = csv.DictWriter(text, head, lineterminator="\n")
     writer.writeheader()
     for table, verdicts in judged:
         for verdict in verdicts:
-            result, paired = verdict.result, verdict.paired
+            result, paired, gain = verdict.result, verdict.paired, verdict.gain
             fields: dict[str, Any] = {
                 "encoder": table.encoder,
                 "regime": table.regime.label,
+                "measure": table.measure,
                 "split": split,
                 "method": result.method,
                 "control": result.control.label,
                 "runs": len(result.correct),
-                "p_holm": verdict.p,
+                "p_holm" if gain is None else "ahead p_holm": verdict.p,
                 "verdict": verdict.words,
             }
             for name in figures:
                 if values := [of_run[name] for of_run in result.figures if name in of_run]:
                     fields[f"{name} mean"], fields[f"{name} deviation"] = mean_and_deviation(values)
             if paired is not None:
-                fields |= {"difference": paired.difference, "p": paired.p}
+                fields |= {"unit": paired.unit, "units": paired.units, "difference": paired.difference, "p": paired.p}
+                fields["could show"] = paired.half_width
                 for unit in over:
                     if (ends := getattr(paired, unit)) is not None:
                         fields[f"{unit} low"], fields[f"{unit} high"] = ends
+            if gain is not None:
+                fields |= {"ahead of control": gain.difference, "ahead p": gain.p}
+                fields["ahead low"], fields["ahead high"] = gain.over
             writer.writerow(fields)
     return text.getvalue()
 
 
 # What is read, and when.
-
-
-def read_groups(data: Path) -> dict[str, str] | None:
-    """By path, the group of each usable image: its track, camera or site, or the image itself where it names none.
-
-    None where no image names a group.
-    """
-    index = read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
-    index = index.filter(pc.equal(index["status"], "ok"))
-    if index["group"].null_count == len(index):
-        return None
-    rows = zip(index["path"].to_pylist(), index["group"].to_pylist(), strict=True)
-    return {path: f"image {path}" if group is None else f"group {group}" for path, group in rows}
-
-
-def group_numbers(table: Table, groups: Mapping[str, str] | None) -> Ints | None:
-    """(n,): which group each image of a table is of."""
-    return None if groups is None else np.unique([groups[path] for path in table.paths], return_inverse=True)[1]
 
 
 def declare_test(plan: Plan) -> None:
@@ -283,18 +315,28 @@ def footnotes(plan: Plan, split: str, groups: bool) -> list[str]:
     return [
         "accuracies and ECE in %, mean +- standard deviation over runs; scaled: after a temperature fitted on val",
         f"- probe: difference to {REFERENCE} in points, 95 % bootstrap intervals over {over}, with the runs' spread",
-        "p: two-sided, over images, Holm-corrected for the methods of the table; of controls, for the controls",
+        *verdict_notes(),
         *split_notes(plan, split),
     ]
 
 
-def answer_notes(plan: Plan, split: str, groups: bool) -> list[str]:
-    """The notes above the answers."""
+def verdict_notes() -> list[str]:
+    """What p, verdict and `could show` mean, under tables and above answers."""
+    return [
+        "p: two-sided, exact or by 10,000 random signs, over the coarsest unit there is, which decides",
+        f"equivalent: the 90 % interval over that unit lies within {WITHIN} (two tests at 5 %, not corrected)",
+        "could show: half the 95 % interval over that unit: about the smallest difference that could have been shown",
+    ]
+
+
+def answer_notes(plan: Plan, split: str, groups: bool, count: int) -> list[str]:
+    """The notes above the answers, of which `count` have a p."""
     over = "images, classes and groups" if groups else "images and classes"
     return [
         f"difference: in points of accuracy, paired, 95 % bootstrap intervals over {over}, with the runs' spread",
-        "p: two-sided, over images, Holm-corrected for the questions of the table; an answer is yes or no under"
-        f" {LEVEL:g}, and without a difference shown there may still be one: as large as the interval allows",
+        *verdict_notes(),
+        f"p is corrected (Holm) over the {count} answers on this page; an answer is yes or no under {LEVEL:g}, and"
+        " where nothing is shown there may still be a difference: as large as the interval allows",
         *split_notes(plan, split),
     ]
 
@@ -311,7 +353,9 @@ def split_notes(plan: Plan, split: str) -> list[str]:
             f"few-shot: settings were chosen on {len(plan.development)} other classes{left_out}; val had no part in the"
             " fits; each run is a draw of shots"
         )
-    return notes + (contamination_note(plan) if split == "test" else [])
+    if split == "test":
+        notes += contamination_note(plan)
+    return notes
 
 
 def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[RowKey, str]:
@@ -341,31 +385,32 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     """Write the tables of a study; returns them as text. Raises UserError where a run is missing or stale."""
     if REFERENCE not in plan.study.methods or Control() not in plan.study.controls:
         raise UserError(f"studies/{plan.name}.yaml: lacks {REFERENCE} or control none, to compare with; add it")
+    split = "test" if plan.study.declared_test else "val"
     stale = [cell.run for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]
     if stale:
         raise UserError(f"{plan.folder}: lacks {len(stale)} of {len(grid)} runs (first {stale[0]}); {again(plan)}")
-    split = "test" if plan.study.declared_test else "val"
     if plan.study.declared_test:
         declare_test(plan)
-    groups = read_groups(plan.data)
+    index = read_table(plan.data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
+    groups = groups_of(index)
     left_out = read_not_possible(plan, grid)
-    judged = []
+    tables = []
     for encoder in plan.encoders:
         for regime in plan.study.regimes:
             of_table = [cell for cell in grid if (cell.encoder, cell.regime) == (encoder, regime)]
             of_table = [cell for cell in of_table if cell.row not in left_out]
-            table = read_results(plan, of_table, split)
-            judged.append((table, judge(table, group_numbers(table, groups))))
+            found = read_results(plan, of_table, split)
+            tables += [table._replace(groups=group_numbers(table.paths, groups)) for table in found]
+    judged = list(zip(tables, judge(tables), strict=True))
     commit = describe_commit()
     heading = f"study {plan.name}, read on {split}" + (f", code {commit}" if commit else "")
     foot = [*footnotes(plan, split, groups is not None), *not_possible_notes(left_out)]
-    text = as_text(judged, split, groups, heading, foot)
+    text = as_text(judged, split, heading, foot)
     if plan.study.questions:
-        tables = [table for table, _ in judged]
-        write_text(plan.folder / "answers.md", as_markdown(tables, plan, split, groups, commit))
+        write_text(plan.folder / "answers.md", as_markdown(tables, plan, split, commit))
     write_text(plan.folder / "tables.txt", text)
     write_text(plan.folder / "tables.csv", as_csv(judged, split))
-    write_text(plan.folder / "tables.tex", as_latex(judged, split, groups, heading, foot))
+    write_text(plan.folder / "tables.tex", as_latex(judged, split, heading, foot))
     return text
 
 

@@ -147,6 +147,23 @@ def check_marks(data: Path, found: Run, marks: Mapping[str, str]) -> None:
             )
 
 
+def groups_of(index: pa.Table) -> dict[str, str] | None:
+    """By path, the group of each usable image: its track, camera or site, or the image itself where it names none.
+
+    `index` has path, group and status. None where no image names a group.
+    """
+    index = index.filter(pc.equal(index["status"], "ok"))
+    if index["group"].null_count == len(index):
+        return None
+    rows = zip(index["path"].to_pylist(), index["group"].to_pylist(), strict=True)
+    return {path: f"image {path}" if group is None else f"group {group}" for path, group in rows}
+
+
+def group_numbers(paths: Sequence[str], groups: Mapping[str, str] | None) -> Ints | None:
+    """(n,): which group each of these images is of."""
+    return None if groups is None else np.unique([groups[path] for path in paths], return_inverse=True)[1]
+
+
 def query(sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
     """The rows of a DuckDB query over Arrow tables."""
     with duckdb.connect() as connection:

@@ -56,6 +56,11 @@ def test_three_files_of_one_table(project: Path) -> None:
         "tiny, long-tail-0.5: val, 36 images of 6 classes, 2 runs",
     ]
     assert [line for line in text.splitlines() if line.startswith("tiny, ")] == titles
+    foot = (
+        "decided over 36 images; p: Holm over the 4 comparisons with the probe in this study (2 of them here), of"
+        " controls over the 4 with these (2 here)"
+    )
+    assert text.count(f"\n{foot}\n") == 2
     assert "few" in text.split(titles[1])[1].splitlines()[1]
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
     assert len(rows) == 2 * (1 + 2 + 2)  # the probe reads nothing that random vectors change
@@ -80,6 +85,10 @@ def test_three_files_of_one_table(project: Path) -> None:
     assert float(described["difference"]) == pytest.approx(
         float(described["accuracy mean"]) - float(probe["accuracy mean"])
     )
+    assert (described["unit"], described["units"]) == ("images", "36")
+    ends = float(described["images low"]), float(described["images high"])
+    assert float(described["could show"]) == pytest.approx((ends[1] - ends[0]) / 2)
+    assert f"{100 * float(described['could show']):.1f}" in text
     latex = (plan.folder / "tables.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
     assert r"description\_zero\_shot & random\_vectors" in latex
@@ -111,9 +120,12 @@ def test_answers_stand_on_a_page(project: Path, monkeypatch: pytest.MonkeyPatch)
     titles = [f"tiny, {name}: val, 36 images of 6 classes, 2 runs" for name in ("full", "long-tail-0.5")]
     assert heads == [*titles, "Not answered"]
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["question", "compared", "difference", "over images", "over classes", "p (Holm)", "answer"]
+    over = ["over images", "over classes", "could show"]
+    assert rows[0] == ["question", "compared", "difference", *over, "p (Holm)", "answer"]
     assert rows[1][:2] == ["Do names &#124; help?", "named - description_zero_shot"]
-    assert {len(row) for row in rows[:6]} == {7}
+    assert {len(row) for row in rows[:6]} == {8}
+    assert page.count("\n\nDecided over 36 images.\n\n") == 2
+    assert "p is corrected (Holm) over the 4 answers on this page" in page
     assert rows[-1] == ["Are mountains high?", "no picture shows one"]
     means = {
         row["method"]: 100 * float(row["accuracy mean"])
@@ -185,6 +197,30 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
     assert compare(on_val, val_grid).startswith("study small, read on val")
 
 
+def test_unseen_classes_have_a_table_for_each_measure(project: Path) -> None:
+    regime = {"kind": "unseen", "seen": 0.5, "development": 0.7}
+    changes = STUDY | {"regimes": [regime], "questions": QUESTIONS["questions"][1:]}
+    plan, grid = planned(project, **changes)
+    run_study(plan, grid, 1)
+    text = compare(plan, grid)
+    # Three classes are seen; two are for development, whose training and val images are val.
+    assert re.findall("^tiny, .*$", text, re.MULTILINE) == [
+        "tiny, unseen-0.5, accuracy on unseen classes, among these: val, 28 images of 2 classes, 2 runs",
+        "tiny, unseen-0.5, harmonic mean of the accuracies on seen and on unseen classes, among all: val,"
+        " 46 images of 5 classes, 2 runs",
+    ]
+    assert text.count("no verdict: 2 classes, and it takes 20") > 2
+    rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
+    assert [row["measure"] for row in rows] == ["unseen"] * 5 + ["harmonic"] * 5
+    for row in (rows[1], rows[6]):
+        [probe] = [other for other in rows if other["measure"] == row["measure"] and other["method"] == "linear_probe"]
+        figure = f"{row['measure']} mean"
+        assert row["method"] == "zero_shot"
+        assert float(row["difference"]) == pytest.approx(float(row[figure]) - float(probe[figure]), abs=1e-6)
+    page = (plan.folder / "answers.md").read_text()
+    assert page.count("no verdict: 2 classes, and it takes 20 |") == 2
+
+
 def test_a_method_that_cannot_work_is_left_out_with_a_note(tmp_path: Path) -> None:
     write_cache(tmp_path / "data", Planted(classes=6, train=8, val=6, test=6, noise=1.5, concepts=0))
     regimes = ["full", {"kind": "shots", "shots": 1}]
@@ -207,7 +243,7 @@ def test_a_method_that_cannot_work_is_left_out_with_a_note(tmp_path: Path) -> No
                 assert len(found) == 1
     page = (plan.folder / "answers.md").read_text()
     assert page.count("none: a method cannot work on this data |") == 2 * 2
-    assert len(re.findall(r"^\| Do names say more\? .* (no difference shown|yes|no)", page, re.M)) == 2
+    assert len(re.findall(r"^\| Do names say more\? .* (not shown|yes|no)", page, re.M)) == 2
     # What is known to be impossible is not tried again.
     again, again_grid = planned(tmp_path, **changes)
     assert run_study(again, again_grid, 1) == 0
@@ -252,7 +288,11 @@ def test_groups_have_an_interval_of_their_own(tmp_path: Path) -> None:
     changes = {"methods": ["linear_probe", "zero_shot"], "controls": ["none"], "regimes": ["full"]}
     plan, grid = planned(tmp_path, **changes)
     run_study(plan, grid, 1)
-    assert "over classes  over groups" in compare(plan, grid)
+    text = compare(plan, grid)
+    assert re.search(r"over classes +over groups +could show", text)
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
     assert [bool(row["groups low"]) for row in rows] == [False, True]
+    assert (rows[1]["unit"], rows[1]["units"], rows[1]["p_holm"]) == ("groups", "13", "")
+    assert rows[1]["verdict"] == "no verdict: 13 groups, and it takes 20"
+    assert "\nno verdict: 13 groups, and it takes 20: intervals alone\n" in text
     assert pq.read_schema(plan.folder / grid[0].run / "predictions.parquet").metadata[b"schema"] == b"run.predictions/1"
