@@ -1,14 +1,14 @@
 """Put a study's runs into tables: what each method reaches, and whether it beats the tuned probe and its own controls.
 
 Reads   studies/NAME.yaml; data/studies/NAME/RUN/ of every run; data/index/images.parquet; where test is
-        declared, data/index/metrics.json.
+        declared, data/index/metrics.json and data/studies/test_was_read.json.
 Writes  data/studies/NAME/tables.txt, tables.csv and tables.tex: a table for each encoder and regime, a row for each
         method and control; where the study asks questions, answers.md; where test is declared, test_was_read.json.
 Costs   seconds; memory for the logits of one run at a time.
 
-All figures are of val, unless the study declares test. Then test is read for the methods, variants, controls, regimes,
-seeds and questions that the study names at that moment: test_was_read.json remembers them, and another list is refused
-from then on.
+All figures are of val, unless the study declares test. Then test is read, once: test_was_read.json holds the study's
+name and list, the fingerprint of each run (its settings, inputs and code) and the test images. Whatever would read any
+of these images again for something else, a changed study or another one, is refused from then on.
 
 A difference is a method's accuracy minus that of linear_probe under the same encoder, regime and draw, image by image.
 Its intervals are over images, classes and groups, and they are wide enough for what other seeds or draws would change.
@@ -49,7 +49,7 @@ from training.metrics import mean_and_deviation
 from training.regimes import LongTail, Shots, Unseen
 from training.runs import write_json
 
-MARKER = "test_was_read.json"
+MARKER = "studies/test_was_read.json"  # under data/: what is read of test binds all studies
 Judged = Sequence[tuple[Table, list[Verdict]]]
 
 
@@ -257,10 +257,9 @@ def as_csv(judged: Judged, split: str) -> str:
 # What is read, and when.
 
 
-def declare_test(plan: Plan) -> None:
-    """Write down what test is read for, once. Raises UserError where it was read for another list."""
-    path = plan.folder / MARKER
-    declared = {
+def declared(plan: Plan) -> dict[str, Any]:
+    """What a study asks of test, by the keys of its file."""
+    return {
         "encoders": list(plan.encoders),
         "methods": plan.study.methods,
         "variants": list(plan.study.variants),
@@ -269,17 +268,55 @@ def declare_test(plan: Plan) -> None:
         "seeds": plan.study.seeds,
         "questions": [compared(question) for question in plan.study.questions],
     }
-    if not path.is_file():
-        write_json(path, declared)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in declared.items():
-        then = before.get(key, [])  # there were studies before there were variants and questions
-        if then != value:
+
+
+def read_test_images(data: Path) -> set[str]:
+    """The first 16 digits of image_id of each usable test image."""
+    index = read_table(data / "index/images.parquet", "index.images/1", ["image_id", "split", "status"]).to_pylist()
+    return {row["image_id"][:16] for row in index if (row["status"], row["split"]) == ("ok", "test")}
+
+
+def check_test(plan: Plan, grid: Sequence[Cell]) -> dict[str, Any] | None:
+    """What is to be written down before test is read for these runs, or None where it is written down already.
+
+    A reading is the same where the study's name and list and every run's fingerprint are. Another one of the same
+    images, or of some of them, is refused: UserError says what differs, and what to do.
+    """
+    path, file, images = plan.data / MARKER, f"studies/{plan.name}.yaml", read_test_images(plan.data)
+    reading = {"study": plan.name, **declared(plan), "runs": {cell.run: plan.mark(cell) for cell in grid}}
+    readings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    choose = "or choose on val (declared_test: false)"
+    for then in readings:
+        if images.isdisjoint(then["images"].split()):
+            continue
+        if then["study"] != plan.name:
             raise UserError(
-                f"studies/{plan.name}.yaml: {key}: test was read for {then} already ({path}), and now it is {value};"
-                " go back to that list, or choose on val (declared_test: false)"
+                f"{file}: declared_test: these test images were read already, for study {then['study']} ({path}), whose"
+                f" tables lie in {plan.folder.with_name(then['study'])}; go back to that name, {choose}"
             )
+        for key, value in declared(plan).items():
+            if then[key] != value:
+                raise UserError(
+                    f"{file}: {key}: test was read for {then[key]} already ({path}), and now it is {value}; go back to"
+                    f" that list, {choose}"
+                )
+        changed = [run for run, mark in reading["runs"].items() if then["runs"].get(run) != mark]
+        if changed:
+            was = f", which was {then['code']}" if then["code"] else ""
+            raise UserError(
+                f"{file}: declared_test: test was read already ({path}), and since then the settings, the inputs or the"
+                f" code{was} of {len(changed)} of {len(grid)} runs have changed (first {changed[0]}); go back to"
+                f" those, {choose}"
+            )
+        return None
+    return reading | {"code": describe_commit(), "images": " ".join(sorted(images))}
+
+
+def write_reading(data: Path, reading: Mapping[str, Any]) -> None:
+    """Add a reading of test to those that are written down."""
+    path = data / MARKER
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_json(path, [*before, reading])
 
 
 def contamination_note(plan: Plan) -> list[str]:
@@ -354,7 +391,7 @@ def split_notes(plan: Plan, split: str) -> list[str]:
             " fits; each run is a draw of shots"
         )
     if split == "test":
-        notes += contamination_note(plan)
+        notes += ["test was read once, for this list (data/studies/test_was_read.json)", *contamination_note(plan)]
     return notes
 
 
@@ -386,11 +423,12 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     if REFERENCE not in plan.study.methods or Control() not in plan.study.controls:
         raise UserError(f"studies/{plan.name}.yaml: lacks {REFERENCE} or control none, to compare with; add it")
     split = "test" if plan.study.declared_test else "val"
+    reading = check_test(plan, grid) if plan.study.declared_test else None
     stale = [cell.run for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]
     if stale:
         raise UserError(f"{plan.folder}: lacks {len(stale)} of {len(grid)} runs (first {stale[0]}); {again(plan)}")
-    if plan.study.declared_test:
-        declare_test(plan)
+    if reading is not None:
+        write_reading(plan.data, reading)
     index = read_table(plan.data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     groups = groups_of(index)
     left_out = read_not_possible(plan, grid)

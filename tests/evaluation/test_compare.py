@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from evaluation.report import HEALTH
 from evaluation.study import run_study
 from fieldmark.command import UserError
 from fieldmark.store import make_table, read_header, read_table, write_table
-from tests.evaluation.test_study import planned
+from tests.evaluation.test_study import planned, with_run
 from tests.training.cache import Plan as Planted
 from tests.training.cache import write_cache
 from training.data import SPLITS
@@ -178,12 +179,14 @@ def write_health(data: Path, contaminated: int) -> None:
 def test_test_is_read_for_one_list_only(project: Path) -> None:
     write_health(project / "data", contaminated=2)
     plan, grid = made(project, declared_test=True)
-    (plan.folder / MARKER).unlink(missing_ok=True)
+    (plan.data / MARKER).unlink(missing_ok=True)
     text = compare(plan, grid)
     assert text.startswith("study small, read on test")
     assert "warning: 2 of 36 test images are contaminated: 2 with a near duplicate in train or val" in text
     assert "val also chose" not in text
-    assert json.loads((plan.folder / MARKER).read_text())["methods"] == STUDY["methods"]
+    [reading] = json.loads((plan.data / MARKER).read_text())
+    assert (reading["study"], reading["methods"]) == ("small", STUDY["methods"])
+    assert reading["runs"] == {cell.run: plan.mark(cell) for cell in grid}
     assert compare(plan, grid) == text
     fewer, fewer_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]}, declared_test=True)
     with pytest.raises(
@@ -195,6 +198,74 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
         compare(more, more_grid)
     on_val, val_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]})
     assert compare(on_val, val_grid).startswith("study small, read on val")
+
+
+@pytest.fixture
+def declared(project: Path, tmp_path: Path) -> Path:
+    """A folder with the cache in which a study of two runs has read test."""
+    shutil.copytree(project / "data", tmp_path / "data", ignore=shutil.ignore_patterns("studies"))
+    write_health(tmp_path / "data", contaminated=0)
+    plan, grid = planned(tmp_path, **DECLARED)
+    run_study(plan, grid, 1)
+    compare(plan, grid)
+    return tmp_path
+
+
+DECLARED: dict[str, Any] = {
+    "methods": ["linear_probe", "zero_shot"],
+    "controls": ["none"],
+    "regimes": ["full"],
+    "declared_test": True,
+}
+
+
+def refused(plan: Plan, grid: list[Cell], why: str) -> None:
+    """Refused before the study is run, and after it; what was read stays as it was."""
+    files = plan.data / MARKER, plan.folder / "tables.txt"
+    before = [file.read_bytes() if file.is_file() else None for file in files]
+    for _ in range(2):
+        with pytest.raises(UserError, match=why):
+            compare(plan, grid)
+        run_study(plan, grid, 1)
+    assert [file.read_bytes() if file.is_file() else None for file in files] == before
+
+
+def test_a_changed_setting_does_not_read_test_again(declared: Path) -> None:
+    plan, grid = planned(declared, with_run("linear_probe", l2=[0.3]), **DECLARED)
+    changed = r"small\.yaml: declared_test: .* of 1 of 2 runs have changed \(first tiny\.linear_probe\.none\.full\.0\)"
+    refused(plan, grid, rf"{changed}; go back to those, or choose on val \(declared_test: false\)")
+    plan, grid = planned(declared, **DECLARED)
+    run_study(plan, grid, 1)
+    assert compare(plan, grid).startswith("study small, read on test")
+
+
+def test_a_changed_input_does_not_read_test_again(declared: Path) -> None:
+    path = declared / "data/bank/tiny.parquet"
+    header, table = read_header(path, "bank/1"), read_table(path, "bank/1")
+    write_table(table, path, "bank/1", header.params, "edited")
+    refused(*planned(declared, **DECLARED), r"of 1 of 2 runs have changed \(first tiny\.zero_shot\.none\.full\.0\)")
+
+
+def test_a_renamed_study_does_not_read_test_again(declared: Path) -> None:
+    plan, grid = planned(declared, **DECLARED)
+    why = r"studies/other\.yaml: .* read already, for study small .* go back to that name, or choose on val"
+    refused(replace(plan, name="other"), grid, why)
+    plan, grid = planned(declared, with_run("linear_probe", l2=[0.3]), **DECLARED)
+    refused(replace(plan, name="other"), grid, why)
+
+
+def test_other_test_images_are_another_reading(declared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, grid = planned(declared, **DECLARED)
+    other = replace(plan, name="other")
+    run_study(other, grid, 1)
+    images = module.read_test_images(plan.data)
+    assert len(images) == 36
+    monkeypatch.setattr(module, "read_test_images", lambda data: {"0" * 16, min(images)})  # one of them is known
+    with pytest.raises(UserError, match="for study small"):
+        compare(other, grid)
+    monkeypatch.setattr(module, "read_test_images", lambda data: {"0" * 16})
+    compare(other, grid)
+    assert [reading["study"] for reading in json.loads((plan.data / MARKER).read_text())] == ["small", "other"]
 
 
 def test_unseen_classes_have_a_table_for_each_measure(project: Path) -> None:
