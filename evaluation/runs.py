@@ -33,6 +33,7 @@ class Run(NamedTuple):
     predicted: Ints  # (S, n)
     fingerprints: dict[str, str]  # of what it was trained on, by file or folder under data/
     mark: str  # its own fingerprint
+    by_class: bool  # whether its regime makes its accuracy a claim about other classes: few shots, unseen classes
 
     @property
     def right(self) -> Bools:
@@ -91,6 +92,7 @@ def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
         predicted=store.vectors_of(table, "logits").argmax(axis=1).reshape(len(seeds), images),
         fingerprints=config["fingerprints"],
         mark=header.fingerprint,
+        by_class=config["regime"]["kind"] in ("shots", "unseen"),
     )
     for split in SPLITS:
         if not found.on(split).size or abs(metrics[split]["accuracy"] - found.accuracy(split)[0]) > 1e-6:
