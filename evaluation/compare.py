@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 
 from evaluation.health import contamination, read_health
 from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan
-from evaluation.runs import group_numbers, groups_of
+from evaluation.runs import group_numbers, groups_of, read_json
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
 from evaluation.verdicts import REFERENCE, WITHIN, Table, Verdict, again, answer, judge, read_results, too_few
@@ -129,10 +129,10 @@ def foot_of(table: Table, verdicts: list[Verdict], study: Families) -> str:
     if not paired.judged:
         return f"{too_few(paired)}: intervals alone"
     own = families_of([(table, verdicts)])
-    families = [f"the {study.methods} comparisons with the probe in this study ({own.methods} of them here)"]
+    families = [f"for the {study.methods} comparisons with the probe in this study ({own.methods} here)"]
     if study.controls:
-        families.append(f"of controls over the {study.controls} with these ({own.controls} here)")
-    return f"decided over {paired.units} {paired.unit}; p: Holm over {', '.join(families)}"
+        families.append(f"for the {study.controls} with controls ({own.controls} here)")
+    return f"decided over {paired.units} {paired.unit}; p corrected (Holm) {' and, apart, '.join(families)}"
 
 
 def as_text(judged: Judged, split: str, heading: str, foot: Sequence[str]) -> str:
@@ -284,9 +284,8 @@ def check_test(plan: Plan, grid: Sequence[Cell]) -> dict[str, Any] | None:
     """
     path, file, images = plan.data / MARKER, f"studies/{plan.name}.yaml", read_test_images(plan.data)
     reading = {"study": plan.name, **declared(plan), "runs": {cell.run: plan.mark(cell) for cell in grid}}
-    readings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     choose = "or choose on val (declared_test: false)"
-    for then in readings:
+    for then in read_readings(plan.data):
         if images.isdisjoint(then["images"].split()):
             continue
         if then["study"] != plan.name:
@@ -312,11 +311,11 @@ def check_test(plan: Plan, grid: Sequence[Cell]) -> dict[str, Any] | None:
     return reading | {"code": describe_commit(), "images": " ".join(sorted(images))}
 
 
-def write_reading(data: Path, reading: Mapping[str, Any]) -> None:
-    """Add a reading of test to those that are written down."""
+def read_readings(data: Path) -> list[dict[str, Any]]:
+    """What test was read for so far."""
     path = data / MARKER
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    write_json(path, [*before, reading])
+    found: list[dict[str, Any]] = read_json(path, "it says what test was read for: restore it") if path.exists() else []
+    return found
 
 
 def contamination_note(plan: Plan) -> list[str]:
@@ -362,7 +361,7 @@ def verdict_notes() -> list[str]:
     return [
         "p: two-sided, exact or by 10,000 random signs, over the coarsest unit there is, which decides",
         f"equivalent: the 90 % interval over that unit lies within {WITHIN} (two tests at 5 %, not corrected)",
-        "could show: half the 95 % interval over that unit: about the smallest difference that could have been shown",
+        "could show: half the 95 % interval over that unit: about the smallest difference to be shown, before Holm",
     ]
 
 
@@ -391,7 +390,7 @@ def split_notes(plan: Plan, split: str) -> list[str]:
             " fits; each run is a draw of shots"
         )
     if split == "test":
-        notes += ["test was read once, for this list (data/studies/test_was_read.json)", *contamination_note(plan)]
+        notes += ["test was read once, for these runs (data/studies/test_was_read.json)", *contamination_note(plan)]
     return notes
 
 
@@ -428,7 +427,7 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     if stale:
         raise UserError(f"{plan.folder}: lacks {len(stale)} of {len(grid)} runs (first {stale[0]}); {again(plan)}")
     if reading is not None:
-        write_reading(plan.data, reading)
+        write_json(plan.data / MARKER, [*read_readings(plan.data), reading])
     index = read_table(plan.data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     groups = groups_of(index)
     left_out = read_not_possible(plan, grid)

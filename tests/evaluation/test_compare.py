@@ -58,8 +58,8 @@ def test_three_files_of_one_table(project: Path) -> None:
     ]
     assert [line for line in text.splitlines() if line.startswith("tiny, ")] == titles
     foot = (
-        "decided over 36 images; p: Holm over the 4 comparisons with the probe in this study (2 of them here), of"
-        " controls over the 4 with these (2 here)"
+        "decided over 36 images; p corrected (Holm) for the 4 comparisons with the probe in this study (2 here) and,"
+        " apart, for the 4 with controls (2 here)"
     )
     assert text.count(f"\n{foot}\n") == 2
     assert "few" in text.split(titles[1])[1].splitlines()[1]
@@ -184,6 +184,7 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
     assert text.startswith("study small, read on test")
     assert "warning: 2 of 36 test images are contaminated: 2 with a near duplicate in train or val" in text
     assert "val also chose" not in text
+    assert "test was read once, for these runs (data/studies/test_was_read.json)" in text
     [reading] = json.loads((plan.data / MARKER).read_text())
     assert (reading["study"], reading["methods"]) == ("small", STUDY["methods"])
     assert reading["runs"] == {cell.run: plan.mark(cell) for cell in grid}
@@ -196,6 +197,9 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
     more, more_grid = made(project, declared_test=True, questions=QUESTIONS["questions"][1:])
     with pytest.raises(UserError, match=r"studies/small\.yaml: questions: test was read for \[\] already"):
         compare(more, more_grid)
+    (plan.data / MARKER).write_text("[")
+    with pytest.raises(UserError, match=r"test_was_read\.json: is not readable JSON .*: restore it"):
+        compare(plan, grid)
     on_val, val_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]})
     assert compare(on_val, val_grid).startswith("study small, read on val")
 
