@@ -110,7 +110,7 @@ def paired_differences(
     kinds = [(part == p).any(0) for p in range(part.max() + 1)]
     count = {unit: min(len(np.unique(of[kind])) for kind in kinds) for unit, of in units.items()}
     deciding = min((unit for unit in units if unit != "classes" or by_class), key=lambda unit: count[unit])
-    means = {unit: bootstrap(gain, of, draws, seed, part) for unit, of in units.items()}
+    means = {unit: bootstrap(gain, of, draws, seed, part, whole=unit == "groups") for unit, of in units.items()}
     p = flip_p(gain, units[deciding], draws, seed, part)
     difference = weighed(gain, part).mean((1, 2))
     found = []
@@ -125,20 +125,22 @@ def paired_differences(
 def gains(correct_a: Floats, correct_b: Floats, part: Ints) -> Floats:
     """(R, S, n): what each image adds to the difference, so that this is the sum over parts of the mean within each.
 
-    With one part that is 1 for an image that a alone has right and -1 for one that b alone has. With two, the images of
-    part p count w_p times as much. With A_p, B_p the accuracies on p and q the other part, w_p = 2 A_q / (A_0 + A_1) *
-    B_q / (B_0 + B_1) makes the difference of the harmonic means H(A) - H(B) = w_0 (A_0 - B_0) + w_1 (A_1 - B_1), not
-    approximately. Resampling holds w_p fixed (the delta method).
+    With one part that is 1 for an image that a alone has right and -1 for one that b alone has. With two, the harmonic
+    mean H of a method's accuracies is taken to first order (the delta method): an image of a part counts dH/dA = 2 (A'
+    / (A + A'))^2, A being the method's accuracy on this part and A' on the other. The sum is H itself, for H(2A, 2A') =
+    2 H(A, A') (Euler's theorem).
     """
-    gain = correct_a - correct_b
     if part.max() == 0:
-        return gain
-    weight = np.full((len(gain), 2), 2.0, dtype=np.float32)
-    for correct in (correct_a, correct_b):
-        on = np.stack([weighed(correct, np.where(part == p, 0, -1)).mean((-2, -1)) for p in (0, 1)], -1)  # ([R,] 2)
-        both = on.sum(-1, keepdims=True)
-        weight *= np.where(both > 0, on[..., ::-1] / np.where(both > 0, both, 1), 0.5)
-    return gain * np.where(part >= 0, weight[:, np.maximum(part, 0)], 0)
+        return correct_a - correct_b
+    a, b = (correct * slopes(correct, part) for correct in (correct_a, correct_b))
+    return a - b
+
+
+def slopes(correct: Floats, part: Ints) -> Floats:
+    """(..., S, n): how much the harmonic mean of the accuracies on parts 0 and 1 rises with that on an image's part."""
+    on = [weighed(correct, np.where(part == p, 0, -1)).mean((-2, -1), keepdims=True) for p in (0, 1)]
+    both = np.maximum(on[0] + on[1], 1e-9)  # where it is 0 no image is right, and none counts
+    return np.where(part == 0, 2 * np.square(on[1] / both), np.where(part == 1, 2 * np.square(on[0] / both), 0))
 
 
 def weighed(values: Floats, part: Ints) -> Floats:
@@ -173,7 +175,9 @@ def seed_spread(sums: Floats) -> Floats:
     return np.sqrt(np.maximum(by_seed[..., 0].var(1, ddof=1) - of_rest / units, 0) / seeds)
 
 
-def bootstrap(gain: Floats, units: Ints, draws: int, seed: int, part: Ints | None = None) -> Floats:
+def bootstrap(
+    gain: Floats, units: Ints, draws: int, seed: int, part: Ints | None = None, whole: bool = False
+) -> Floats:
     """(draws, R): what the means of gain (R, S, n) might have been with other units (n,) and other seeds.
 
     Units (images, or whole classes or groups) are drawn anew with replacement, their gains averaged over seeds:
@@ -184,8 +188,9 @@ def bootstrap(gain: Floats, units: Ints, draws: int, seed: int, part: Ints | Non
       chi2 of U - 1 degrees of freedom, so that of normal means come draws of Student's t with the unbiased variance
       (the expanded percentiles of Hesterberg, American Statistician 2015 [mem]).
     - Few units that differ, in the extreme none: that others would not differ either is not known. Two units are
-      added, one in favour of each method, as far as the units that differ do (root mean square), or as a whole where
-      none does; with images and one seed that is Bonett and Price, JEBS 2012 [mem].
+      added, one in favour of each method: as far as the units that differ are from the mean (root mean square); where
+      none is, by an image, or, where the images of a unit may be right or wrong together (`whole`: groups), by all it
+      has. With images and one seed that is Bonett and Price, JEBS 2012 [mem].
     - Seeds are too few to be drawn anew: to every draw is added a Student's t of S - 1 degrees of freedom, as wide as
       `seed_spread`. One seed says nothing of others.
 
@@ -202,7 +207,8 @@ def bootstrap(gain: Floats, units: Ints, draws: int, seed: int, part: Ints | Non
     by_seed = unit_sums(gain, units, part)
     own = by_seed.mean(1)
     centre, differ = own.sum(1), np.maximum((own != 0).sum(1), 1)
-    added = np.where(own.any(1), np.sqrt(np.square(own).sum(1) / differ), 1 / count)
+    added = np.sqrt(np.square(own - own.mean(1, keepdims=True)).sum(1) / differ)
+    added = np.where(added > 1e-9, added, 1 / (count if whole else images))
     added = np.copysign(added, centre)  # so that b - a is a - b with other signs, draw by draw
     found = np.empty((draws, rows), dtype=np.float32)
     for start in range(0, draws, 256):  # 256 draws at a time keep the memory flat

@@ -208,27 +208,34 @@ def test_harmonic_means_are_compared_as_they_are() -> None:
     a, b = rng.random((4, 3, 300)) < 0.6, rng.random((3, 300)) < 0.5
     b[:, part == 1] &= rng.random((3, 60)) < 0.3
 
-    def harmonic(right: np.ndarray) -> float:
-        one, two = (right[:, part == of].mean() for of in (0, 1))
+    def harmonic(right: np.ndarray, gone: int = -1) -> float:
+        one, two = (right[:, (part == of) & (classes != gone)].mean() for of in (0, 1))
         return float(2 * one * two / (one + two))
 
     found = paired_differences(a, b, classes, part=part)
     assert [one.difference for one in found] == pytest.approx([harmonic(row) - harmonic(b) for row in a], abs=1e-6)
     assert {(one.unit, one.units) for one in found} == {("images", 60)}
-    # Jackknife over classes: the delta method's own check.
-    left = []
-    for gone in range(30):
-        stays = classes != gone
-        of_part = np.where(stays, part, -1)
-        left.append(paired_difference(a[0], b, classes, part=of_part, draws=2).difference)
-    error = np.sqrt(29 / 30 * np.square(np.array(left) - np.mean(left)).sum())
-    low, high = paired_difference(a[0], b, classes, part=part, by_class=True).classes
-    assert (high - low) / 2 == pytest.approx(2.05 * error, rel=0.2)
     # A method that knows no unseen class, and one that knows nothing.
     nothing = np.zeros((3, 300), bool)
     blind = np.where(part == 1, False, b)
+    # The delta method against a jackknife over classes, of one run each: other seeds are no part of it.
+    for other in (b, blind):
+        left = [harmonic(a[0, :1], gone) - harmonic(other[:1], gone) for gone in range(30)]
+        error = np.sqrt(29 / 30 * np.square(np.array(left) - np.mean(left)).sum())
+        low, high = paired_difference(a[0, :1], other[:1], classes, part=part, by_class=True).classes
+        assert (high - low) / 2 == pytest.approx(2.05 * error, rel=0.2)
     assert paired_difference(a[0], blind, classes, part=part).difference == pytest.approx(harmonic(a[0]))
     assert paired_difference(nothing, b, classes, part=part).difference == pytest.approx(-harmonic(b), abs=1e-6)
+
+
+def test_groups_that_never_differ_may_differ_as_a_whole() -> None:
+    """Where frames are right or wrong together, 24 tracks without a difference are 24 observations, and not 1,200."""
+    tracks, right = np.arange(1200) // 50, np.ones(1200, bool)
+    found = paired_difference(right, right, tracks, tracks)
+    assert (found.difference, found.p, found.equivalent) == (0, 1, False)
+    assert found.half_width > 0.1
+    by_class = paired_difference(right, right, tracks, by_class=True)
+    assert (by_class.unit, by_class.equivalent) == ("classes", True)
 
 
 def test_a_part_may_differ_from_run_to_run() -> None:
