@@ -1,21 +1,22 @@
 """Put a study's runs into tables: what each method reaches, and whether it beats the tuned probe and its own controls.
 
 Reads   studies/NAME.yaml; data/studies/NAME/RUN/ of every run; data/index/images.parquet; where test is
-        declared, data/index/metrics.json.
+        declared, data/index/metrics.json and data/studies/test_was_read.json.
 Writes  data/studies/NAME/tables.txt, tables.csv and tables.tex: a table for each encoder and regime, a row for each
         method and control; where the study asks questions, answers.md; where test is declared, test_was_read.json.
 Costs   seconds; memory for the logits of one run at a time.
 
-All figures are of val, unless the study declares test. Then test is read for the methods, variants, controls, regimes,
-seeds and questions that the study names at that moment: test_was_read.json remembers them, and another list is refused
-from then on.
+All figures are of val, unless the study declares test. Then test is read, once: test_was_read.json holds the study's
+name and list, the fingerprint of each run (its settings, inputs and code) and the test images. Whatever would read any
+of these images again for something else, a changed study or another one, is refused from then on.
 
 A difference is a method's accuracy minus that of linear_probe under the same encoder, regime and draw, image by image.
-Its intervals are over images, classes and groups, and they are wide enough for what other seeds or draws would change
-(evaluation.statistics.paired_differences). p is two-sided, over images, and corrected by Holm for the methods of a
-table. Where a study has controls, each method is also compared with itself under each control that changes something
-it reads; these p are corrected for the number of such comparisons in the table, and the p of its questions for the
-number of questions.
+Its intervals are over images, classes and groups, and they are wide enough for what other seeds or draws would change.
+The coarsest unit decides: groups where images name them, else images; with few shots and for unseen classes the class.
+Over it are p and the verdict (evaluation.statistics.paired_differences), which takes 20 of them. For unseen classes
+the accuracy on these and the harmonic mean are judged, each in a table. Where a study has controls, each method is also
+compared with itself under each control that changes something it reads. p is corrected by Holm for all comparisons
+that the study publishes: of methods with the probe, of methods with their controls, of questions.
 
     python -m evaluation.compare --name baselines
 """
@@ -27,7 +28,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -35,82 +36,121 @@ import pyarrow.compute as pc
 from evaluation.choices import choice_notes
 from evaluation.health import contamination, read_health
 from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan, rival_cells
+from evaluation.runs import group_numbers, groups_of, read_json
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
-from evaluation.verdicts import REFERENCE, Table, Verdict, again, answer, judge, read_results
-from evaluation.words import lay_out, percent_of_runs, points, points_range, written_p
+from evaluation.verdicts import REFERENCE, WITHIN, Table, Verdict, again, answer, judge, read_results, too_few
+from evaluation.words import lay_out, percent, percent_of_runs, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import load_params
 from fieldmark.store import read_table, write_text
 from training.controls import Control
 from training.data import SPLITS
-from training.metrics import Ints, mean_and_deviation
-from training.regimes import Folds, LongTail, Regime, Shots, Unseen
+from training.metrics import mean_and_deviation
+from training.regimes import Folds, LongTail, Shots, Unseen
 from training.runs import write_json
 
-MARKER = "test_was_read.json"
+MARKER = "studies/test_was_read.json"  # under data/: what is read of test binds all studies
 Judged = Sequence[tuple[Table, list[Verdict]]]
 
 
 # Words and files.
 
 
-def shown_figures(regime: Regime) -> list[str]:
-    """The figures that the text and LaTeX tables of a regime have; tables.csv has all."""
-    more = {LongTail: ["few", "medium", "many"], Unseen: ["seen", "unseen", "harmonic"]}
-    return ["accuracy", "macro", "top-5", "ECE", "ECE, scaled", *more.get(type(regime), [])]
+def shown_figures(table: Table) -> list[str]:
+    """The figures that the text and LaTeX tables have; tables.csv has all."""
+    if table.measure == "unseen":
+        return ["unseen"]
+    more = {LongTail: ["few", "medium", "many"], Unseen: ["seen", "harmonic"]}
+    return ["accuracy", "macro", "top-5", "ECE", "ECE, scaled", *more.get(type(table.regime), [])]
 
 
-def columns_of(table: Table, groups: Ints | None) -> list[str]:
+def columns_of(table: Table) -> list[str]:
     """The head of the text and LaTeX tables."""
-    over = intervals_over(groups is not None)
-    return ["method", "control", *shown_figures(table.regime), "- probe", *over, "p (Holm)", "verdict"]
+    over = intervals_over(table.groups is not None)
+    return ["method", "control", *shown_figures(table), "- probe", *over, "p (Holm)", "verdict"]
 
 
 def intervals_over(groups: bool) -> list[str]:
-    return ["over images", "over classes", *(["over groups"] if groups else [])]
+    return ["over images", "over classes", *(["over groups"] if groups else []), "could show"]
 
 
 def paired_fields(paired: Paired) -> list[str]:
-    """A difference and its intervals, in points."""
+    """A difference, its intervals and what it could have been shown to be, in points."""
     ends = [paired.images, paired.classes, *([paired.groups] if paired.groups else [])]
-    return [points(paired.difference), *map(points_range, ends)]
+    return [points(paired.difference), *map(points_range, ends), percent(paired.half_width)]
 
 
-def fields_of(verdict: Verdict, regime: Regime, groups: Ints | None) -> list[str]:
+def fields_of(verdict: Verdict, table: Table) -> list[str]:
     """A row of the text and LaTeX tables."""
     result, paired, figures = verdict.result, verdict.paired, []
-    for name in shown_figures(regime):
+    for name in shown_figures(table):
         values = [of_run[name] for of_run in result.figures if name in of_run]
         figures.append(percent_of_runs(values) if values else "")
-    intervals = [""] * (3 if groups is None else 4) if paired is None else paired_fields(paired)
-    p = "" if verdict.p is None else written_p(verdict.p)
+    intervals = [""] * (1 + len(intervals_over(table.groups is not None)))
+    intervals = intervals if paired is None else paired_fields(paired)
+    p = "" if verdict.p is None or verdict.gain is not None else written_p(verdict.p)
     return [result.method, result.control.label, *figures, *intervals, p, verdict.words]
+
+
+MEASURES = {
+    "accuracy": "",
+    "unseen": ", accuracy on unseen classes, among these",
+    "harmonic": ", harmonic mean of the accuracies on seen and on unseen classes, among all",
+}
 
 
 def title_of(table: Table, split: str) -> str:
     split = "out of fold" if isinstance(table.regime, Folds) else split
-    classes, runs = len(np.unique(table.y)), max(len(result.correct) for result in table.results)
-    images = f"{len(table.paths)} images of {classes} classes"
-    return f"{table.encoder}, {table.regime.label}: {split}, {images}, {runs} run{'s' * (runs > 1)}"
+    counted = np.full(len(table.y), True) if table.part is None else (table.part >= 0).any(0)
+    classes, runs = len(np.unique(table.y[counted])), max(len(result.correct) for result in table.results)
+    images = f"{counted.sum()} images of {classes} classes"
+    of = f"{table.encoder}, {table.regime.label}{MEASURES[table.measure]}"
+    return f"{of}: {split}, {images}, {runs} run{'s' * (runs > 1)}"
 
 
-def as_text(judged: Judged, split: str, groups: Mapping[str, str] | None, heading: str, foot: Sequence[str]) -> str:
+class Families(NamedTuple):
+    """How many comparisons stand in all tables of a study together: what p is corrected for."""
+
+    methods: int
+    controls: int
+
+
+def families_of(judged: Judged) -> Families:
+    """Comparisons with too few units have no p, and count for none."""
+    corrected = [verdict for _, verdicts in judged for verdict in verdicts if verdict.p is not None]
+    controls = sum(verdict.gain is not None for verdict in corrected)
+    return Families(len(corrected) - controls, controls)
+
+
+def foot_of(table: Table, verdicts: list[Verdict], study: Families) -> str:
+    """The line under a table: the unit that decides, and what p is corrected for."""
+    paired = next((verdict.paired for verdict in verdicts if verdict.paired is not None), None)
+    if paired is None:
+        return "nothing to compare with the probe"
+    if not paired.judged:
+        return f"{too_few(paired)}: intervals alone"
+    own = families_of([(table, verdicts)])
+    families = [f"for the {study.methods} comparisons with the probe in this study ({own.methods} here)"]
+    if study.controls:
+        families.append(f"for the {study.controls} with controls ({own.controls} here)")
+    return f"decided over {paired.units} {paired.unit}; p corrected (Holm) {' and, apart, '.join(families)}"
+
+
+def as_text(judged: Judged, split: str, heading: str, foot: Sequence[str]) -> str:
     """The tables as columns of text, under a heading and with notes at the foot."""
-    blocks = [heading]
+    blocks, study = [heading], families_of(judged)
     for table, verdicts in judged:
-        own = group_numbers(table, groups)
-        lines = [columns_of(table, own), *(fields_of(verdict, table.regime, own) for verdict in verdicts)]
-        blocks.append(f"{title_of(table, split)}\n{lay_out(lines)}")
+        lines = [columns_of(table), *(fields_of(verdict, table) for verdict in verdicts)]
+        blocks.append(f"{title_of(table, split)}\n{lay_out(lines)}\n{foot_of(table, verdicts, study)}")
     return "\n\n".join([*blocks, "\n".join(foot)]) + "\n"
 
 
-def as_latex(judged: Judged, split: str, groups: Mapping[str, str] | None, heading: str, foot: Sequence[str]) -> str:
+def as_latex(judged: Judged, split: str, heading: str, foot: Sequence[str]) -> str:
     """The same tables in LaTeX, each a tabular that needs the package booktabs."""
-    blocks = [f"% {heading}"]
+    blocks, study = [f"% {heading}"], families_of(judged)
     for table, verdicts in judged:
-        own = group_numbers(table, groups)
-        head, *body = [columns_of(table, own), *(fields_of(verdict, table.regime, own) for verdict in verdicts)]
+        head, *body = [columns_of(table), *(fields_of(verdict, table) for verdict in verdicts)]
         lines = [" & ".join(map(escape_latex, fields)) + r" \\" for fields in (head, *body)]
         blocks.append(
             "\n".join(
@@ -123,6 +163,7 @@ def as_latex(judged: Judged, split: str, groups: Mapping[str, str] | None, headi
                     *lines[1:],
                     r"\bottomrule",
                     r"\end{tabular}",
+                    f"% {foot_of(table, verdicts, study)}",
                 ]
             )
         )
@@ -134,26 +175,28 @@ def escape_latex(text: str) -> str:
     return escaped.replace("+-", r"$\pm$")
 
 
-def as_markdown(tables: Sequence[Table], plan: Plan, split: str, groups: Mapping[str, str] | None, commit: str) -> str:
+def as_markdown(tables: Sequence[Table], plan: Plan, split: str, commit: str) -> str:
     """answers.md: a table of answers for each encoder and regime, and what the study leaves open."""
+    found = answer(tables, plan.study.questions)
+    groups = any(table.groups is not None for table in tables)
+    count = sum(one.p is not None for of_table in found for one in of_table)
     blocks = [
         f"# What study {plan.name} answers",
         f"Read on {split}" + (f", code {commit}" if commit else "") + f"; made by `make compare NAME={plan.name}`.",
-        "\n".join(f"- {note}" for note in answer_notes(plan, split, groups is not None)),
+        "\n".join(f"- {note}" for note in answer_notes(plan, split, groups, count)),
     ]
-    for table in tables:
-        own = group_numbers(table, groups)
-        rows = [["question", "compared", "difference", *intervals_over(groups is not None), "p (Holm)", "answer"]]
-        there = {result.method for result in table.results if result.control == Control()}
-        asked = [question for question in plan.study.questions if {question.of, question.against} <= there]
-        for found in answer(table, asked, own):
-            fields = [*paired_fields(found.paired), written_p(found.p), found.words]
-            rows.append([found.question.ask, compared(found.question), *fields])
+    for table, answers in zip(tables, found, strict=True):
+        rows = [["question", "compared", "difference", *intervals_over(groups), "p (Holm)", "answer"]]
+        for one in answers:
+            fields = [*paired_fields(one.paired), "" if one.p is None else written_p(one.p), one.words]
+            rows.append([one.question.ask, compared(one.question), *fields])
+        asked = [one.question for one in answers]
         for question in plan.study.questions:
             if question not in asked:
                 empty = [""] * (len(rows[0]) - 3)
                 rows.append([question.ask, compared(question), *empty, "none: a method cannot work on this data"])
-        blocks += [f"## {title_of(table, split)}", pipe_table(rows)]
+        decided = [f"Decided over {one.paired.units} {one.paired.unit}." for one in answers[:1] if one.paired.judged]
+        blocks += [f"## {title_of(table, split)}", *decided, pipe_table(rows)]
     if plan.study.open:
         rows = [["question", "why not"], *([one.ask, one.because] for one in plan.study.open)]
         blocks += ["## Not answered", pipe_table(rows)]
@@ -174,34 +217,41 @@ def as_csv(judged: Judged, split: str) -> str:
     """All figures, as fractions; a row for each result of the tables."""
     of_runs = [of_run for _, verdicts in judged for verdict in verdicts for of_run in verdict.result.figures]
     figures = list(dict.fromkeys(name for of_run in of_runs for name in of_run))
-    over = ["images", "classes", "groups"]
-    head = ["encoder", "regime", "split", "method", "control", "runs"]
+    over = ["images", "classes", "groups", "narrow"]
+    head = ["encoder", "regime", "measure", "split", "method", "control", "runs"]
     head += [f"{name} {what}" for name in figures for what in ("mean", "deviation")]
-    head += ["difference", *(f"{unit} {end}" for unit in over for end in ("low", "high")), "p", "p_holm", "verdict"]
+    head += ["unit", "units", "difference", *(f"{unit} {end}" for unit in over for end in ("low", "high"))]
+    head += ["could show", "p", "p_holm", "ahead of control", "ahead low", "ahead high"]
+    head += ["ahead p", "ahead p_holm", "verdict"]
     text = io.StringIO()
     writer = csv.DictWriter(text, head, lineterminator="\n")
     writer.writeheader()
     for table, verdicts in judged:
         for verdict in verdicts:
-            result, paired = verdict.result, verdict.paired
+            result, paired, gain = verdict.result, verdict.paired, verdict.gain
             fields: dict[str, Any] = {
                 "encoder": table.encoder,
                 "regime": table.regime.label,
+                "measure": table.measure,
                 "split": split,
                 "method": result.method,
                 "control": result.control.label,
                 "runs": len(result.correct),
-                "p_holm": verdict.p,
+                "p_holm" if gain is None else "ahead p_holm": verdict.p,
                 "verdict": verdict.words,
             }
             for name in figures:
                 if values := [of_run[name] for of_run in result.figures if name in of_run]:
                     fields[f"{name} mean"], fields[f"{name} deviation"] = mean_and_deviation(values)
             if paired is not None:
-                fields |= {"difference": paired.difference, "p": paired.p}
+                fields |= {"unit": paired.unit, "units": paired.units, "difference": paired.difference, "p": paired.p}
+                fields["could show"] = paired.half_width
                 for unit in over:
                     if (ends := getattr(paired, unit)) is not None:
                         fields[f"{unit} low"], fields[f"{unit} high"] = ends
+            if gain is not None:
+                fields |= {"ahead of control": gain.difference, "ahead p": gain.p}
+                fields["ahead low"], fields["ahead high"] = gain.over
             writer.writerow(fields)
     return text.getvalue()
 
@@ -209,28 +259,9 @@ def as_csv(judged: Judged, split: str) -> str:
 # What is read, and when.
 
 
-def read_groups(data: Path) -> dict[str, str] | None:
-    """By path, the group of each usable image: its track, camera or site, or the image itself where it names none.
-
-    None where no image names a group.
-    """
-    index = read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
-    index = index.filter(pc.equal(index["status"], "ok"))
-    if index["group"].null_count == len(index):
-        return None
-    rows = zip(index["path"].to_pylist(), index["group"].to_pylist(), strict=True)
-    return {path: f"image {path}" if group is None else f"group {group}" for path, group in rows}
-
-
-def group_numbers(table: Table, groups: Mapping[str, str] | None) -> Ints | None:
-    """(n,): which group each image of a table is of."""
-    return None if groups is None else np.unique([groups[path] for path in table.paths], return_inverse=True)[1]
-
-
-def declare_test(plan: Plan) -> None:
-    """Write down what test is read for, once. Raises UserError where it was read for another list."""
-    path = plan.folder / MARKER
-    declared = {
+def declared(plan: Plan) -> dict[str, Any]:
+    """What a study asks of test, by the keys of its file."""
+    return {
         "encoders": list(plan.encoders),
         "methods": plan.study.methods,
         "variants": list(plan.study.variants),
@@ -239,17 +270,54 @@ def declare_test(plan: Plan) -> None:
         "seeds": plan.study.seeds,
         "questions": [compared(question) for question in plan.study.questions],
     }
-    if not path.is_file():
-        write_json(path, declared)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in declared.items():
-        then = before.get(key, [])  # there were studies before there were variants and questions
-        if then != value:
+
+
+def read_test_images(data: Path) -> set[str]:
+    """The first 16 digits of image_id of each usable test image."""
+    index = read_table(data / "index/images.parquet", "index.images/1", ["image_id", "split", "status"]).to_pylist()
+    return {row["image_id"][:16] for row in index if (row["status"], row["split"]) == ("ok", "test")}
+
+
+def check_test(plan: Plan, grid: Sequence[Cell]) -> dict[str, Any] | None:
+    """What is to be written down before test is read for these runs, or None where it is written down already.
+
+    A reading is the same where the study's name and list and every run's fingerprint are. Another one of the same
+    images, or of some of them, is refused: UserError says what differs, and what to do.
+    """
+    path, file, images = plan.data / MARKER, f"studies/{plan.name}.yaml", read_test_images(plan.data)
+    reading = {"study": plan.name, **declared(plan), "runs": {cell.run: plan.mark(cell) for cell in grid}}
+    choose = "or choose on val (declared_test: false)"
+    for then in read_readings(plan.data):
+        if images.isdisjoint(then["images"].split()):
+            continue
+        if then["study"] != plan.name:
             raise UserError(
-                f"studies/{plan.name}.yaml: {key}: test was read for {then} already ({path}), and now it is {value};"
-                " go back to that list, or choose on val (declared_test: false)"
+                f"{file}: declared_test: these test images were read already, for study {then['study']} ({path}), whose"
+                f" tables lie in {plan.folder.with_name(then['study'])}; go back to that name, {choose}"
             )
+        for key, value in declared(plan).items():
+            if then[key] != value:
+                raise UserError(
+                    f"{file}: {key}: test was read for {then[key]} already ({path}), and now it is {value}; go back to"
+                    f" that list, {choose}"
+                )
+        changed = [run for run, mark in reading["runs"].items() if then["runs"].get(run) != mark]
+        if changed:
+            was = f", which was {then['code']}" if then["code"] else ""
+            raise UserError(
+                f"{file}: declared_test: test was read already ({path}), and since then the settings, the inputs or the"
+                f" code{was} of {len(changed)} of {len(grid)} runs have changed (first {changed[0]}); go back to"
+                f" those, {choose}"
+            )
+        return None
+    return reading | {"code": describe_commit(), "images": " ".join(sorted(images))}
+
+
+def read_readings(data: Path) -> list[dict[str, Any]]:
+    """What test was read for so far."""
+    path = data / MARKER
+    found: list[dict[str, Any]] = read_json(path, "it says what test was read for: restore it") if path.exists() else []
+    return found
 
 
 def contamination_note(plan: Plan) -> list[str]:
@@ -285,18 +353,28 @@ def footnotes(plan: Plan, split: str, groups: bool) -> list[str]:
     return [
         "accuracies and ECE in %, mean +- standard deviation over runs; scaled: after a temperature fitted on val",
         f"- probe: difference to {REFERENCE} in points, 95 % bootstrap intervals over {over}, with the runs' spread",
-        "p: two-sided, over images, Holm-corrected for the methods of the table; of controls, for the controls",
+        *verdict_notes(),
         *split_notes(plan, split),
     ]
 
 
-def answer_notes(plan: Plan, split: str, groups: bool) -> list[str]:
-    """The notes above the answers."""
+def verdict_notes() -> list[str]:
+    """What p, verdict and `could show` mean, under tables and above answers."""
+    return [
+        "p: two-sided, exact or by 10,000 random signs, over the coarsest unit there is, which decides",
+        f"equivalent: the 90 % interval over that unit lies within {WITHIN} (two tests at 5 %, not corrected)",
+        "could show: half the 95 % interval over that unit: about the smallest difference to be shown, before Holm",
+    ]
+
+
+def answer_notes(plan: Plan, split: str, groups: bool, count: int) -> list[str]:
+    """The notes above the answers, of which `count` have a p."""
     over = "images, classes and groups" if groups else "images and classes"
     return [
         f"difference: in points of accuracy, paired, 95 % bootstrap intervals over {over}, with the runs' spread",
-        "p: two-sided, over images, Holm-corrected for the questions of the table; an answer is yes or no under"
-        f" {LEVEL:g}, and without a difference shown there may still be one: as large as the interval allows",
+        *verdict_notes(),
+        f"p is corrected (Holm) over the {count} answers on this page; an answer is yes or no under {LEVEL:g}, and"
+        " where nothing is shown there may still be a difference: as large as the interval allows",
         *split_notes(plan, split),
     ]
 
@@ -317,7 +395,9 @@ def split_notes(plan: Plan, split: str) -> list[str]:
         clean = [plan.study.clean] if isinstance(plan.study.clean, str) else plan.study.clean
         notes.append(f"judged on clean images alone: {', '.join(clean or [])}")
     notes += idle_notes(plan)
-    return notes + (contamination_note(plan) if split == "test" else [])
+    if split == "test":
+        notes += ["test was read once, for these runs (data/studies/test_was_read.json)", *contamination_note(plan)]
+    return notes
 
 
 def idle_notes(plan: Plan) -> list[str]:
@@ -355,32 +435,34 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     """Write the tables of a study; returns them as text. Raises UserError where a run is missing or stale."""
     if REFERENCE not in plan.study.methods or Control() not in plan.study.controls:
         raise UserError(f"studies/{plan.name}.yaml: lacks {REFERENCE} or control none, to compare with; add it")
+    split = "test" if plan.study.declared_test else "val"
+    reading = check_test(plan, grid) if plan.study.declared_test else None
     stale = [cell.run for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]
     if stale:
         raise UserError(f"{plan.folder}: lacks {len(stale)} of {len(grid)} runs (first {stale[0]}); {again(plan)}")
-    split = "test" if plan.study.declared_test else "val"
-    if plan.study.declared_test:
-        declare_test(plan)
-    groups = read_groups(plan.data)
+    if reading is not None:
+        write_json(plan.data / MARKER, [*read_readings(plan.data), reading])
+    index = read_table(plan.data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
+    groups = groups_of(index)
     left_out = read_not_possible(plan, grid)
-    judged = []
+    tables = []
     for encoder in plan.encoders:
         for regime in plan.study.regimes:
             rows = [*grid, *rival_cells(plan, grid)]
             of_table = [cell for cell in rows if (cell.encoder, cell.regime) == (encoder, regime)]
             of_table = [cell for cell in of_table if cell.row not in left_out]
-            table = read_results(plan, of_table, split)
-            judged.append((table, judge(table, group_numbers(table, groups))))
+            found = read_results(plan, of_table, split)
+            tables += [table._replace(groups=group_numbers(table.paths, groups)) for table in found]
+    judged = list(zip(tables, judge(tables), strict=True))
     commit = describe_commit()
     heading = f"study {plan.name}, read on {split}" + (f", code {commit}" if commit else "")
     foot = [*footnotes(plan, split, groups is not None), *choice_notes(plan, grid), *not_possible_notes(left_out)]
-    text = as_text(judged, split, groups, heading, foot)
+    text = as_text(judged, split, heading, foot)
     if plan.study.questions:
-        tables = [table for table, _ in judged]
-        write_text(plan.folder / "answers.md", as_markdown(tables, plan, split, groups, commit))
+        write_text(plan.folder / "answers.md", as_markdown(tables, plan, split, commit))
     write_text(plan.folder / "tables.txt", text)
     write_text(plan.folder / "tables.csv", as_csv(judged, split))
-    write_text(plan.folder / "tables.tex", as_latex(judged, split, groups, heading, foot))
+    write_text(plan.folder / "tables.tex", as_latex(judged, split, heading, foot))
     return text
 
 

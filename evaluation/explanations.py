@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.pointing import PARTS, RIVALS, Hits, PartWords, judge_parts, judged_patches, others, part_concepts
-from evaluation.statistics import LEVEL, bootstrap, holm, interval, p_value
+from evaluation.statistics import LEVEL, bootstrap, flip_p, holm, interval
 from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Params, load_params
@@ -191,6 +191,7 @@ def against_rivals(
     """
     gain = (sign * (own - theirs))[:, None].astype(np.float32)
     over_images, over_classes = (bootstrap(gain, units, DRAWS, 0) for units in (images, y[images]))
+    p = flip_p(gain, images, DRAWS, 0)
     return [
         Comparison(
             what,
@@ -201,7 +202,7 @@ def against_rivals(
             float(gain[number].mean()),
             interval(over_images[:, number], 0.95),
             interval(over_classes[:, number], 0.95),
-            p_value(over_images[:, number]),
+            float(p[number]),
         )
         for number, name in enumerate(names)
     ]

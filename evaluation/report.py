@@ -8,7 +8,9 @@ Writes  data/report/index.html (one page that loads nothing else) and data/repor
 Costs   seconds; memory for the logits of one run at a time.
 
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are paired, image
-by image, with the intervals of evaluation.statistics.paired_difference. The run shown in detail, and its seed, are
+by image, with the intervals of evaluation.statistics.paired_difference over the coarsest unit there is: groups where
+images name them, else images. They stand on val first; on test they are a single reading, not corrected for the number
+of runs, and no verdict (evaluation.compare gives those). The run shown in detail, and its seed, are
 those that are best on val. What the page calls a patch or a concept comes from label_patches: it says what the encoder
 sees in the picture, not why a method decided as it did. A run whose method cannot work on this data is a row that says
 why. Where test images have a near duplicate, or other images of their group, in train or val, the page and its summary
@@ -27,8 +29,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evaluation.examples import make_examples, name_concept
 from evaluation.health import HEALTH, contamination, near_pairs, read_health
-from evaluation.runs import SPLITS, NotMade, Row, Run, check_marks, check_same_images, query, read_marks, read_run
-from evaluation.statistics import Paired, paired_difference
+from evaluation.runs import (
+    SPLITS,
+    NotMade,
+    Row,
+    Run,
+    check_marks,
+    check_same_images,
+    group_numbers,
+    groups_of,
+    query,
+    read_marks,
+    read_run,
+)
+from evaluation.statistics import UNITS, Paired, paired_difference
 from evaluation.words import lay_out, percent, percent_and_deviation, points, points_range
 from fieldmark import store
 from fieldmark.command import UserError, printable, run, stage_parser
@@ -39,6 +53,7 @@ MATRIX_CLASSES = 60  # a confusion matrix of more classes is not readable
 PAIRS = 15  # most confused pairs listed
 TELLING = 10  # concepts listed
 REASONS = 20  # kinds of unused files listed
+COMPARED = ("val", "test")  # where runs are held against the reference
 
 
 def count_dataset(index: pa.Table, classes: pa.Table) -> Row:
@@ -121,20 +136,33 @@ def count_concepts(concepts: pa.Table, bank: pa.Table, names: Mapping[str, str])
     return {**counts, "dropped": dropped, "telling": telling}
 
 
-def accuracy_rows(runs: Sequence[Run], reference: Run) -> list[Row]:
-    """A row for each run: its accuracies by split and, on test, its difference to the reference.
+def accuracy_rows(runs: Sequence[Run], reference: Run, groups: Mapping[str, str] | None) -> list[Row]:
+    """A row for each run: its accuracies by split and, on val and test, its differences to the reference (`paired`).
 
-    The reference itself has None for a difference.
+    The reference itself has none. `groups` says which group each image is of.
     """
     rows = []
     for found in runs:
-        paired: Paired | None = None
-        if found is not reference:
-            paired = paired_difference(found.on("test"), reference.on("test"), found.y[found.split == "test"])
+        paired: dict[str, Paired] = {}
+        for split in COMPARED if found is not reference else ():
+            of_split = found.split == split
+            numbers = group_numbers([path for path, own in zip(found.paths, of_split, strict=True) if own], groups)
+            right = found.on(split), reference.on(split)
+            paired[split] = paired_difference(*right, found.y[of_split], numbers, by_class=found.by_class)
         splits = {split: found.accuracy(split) for split in SPLITS}
         row = {"name": found.name, "encoder": found.encoder, "seeds": len(found.seeds), "paired": paired}
         rows.append({**row, **splits})
     return rows
+
+
+def units_of(rows: Sequence[Row]) -> str:
+    """What the intervals on val and test are over, in words; empty where nothing is compared."""
+    paired = next((row["paired"] for row in rows if row["paired"]), None)
+    if paired is None:
+        return ""
+    said = " and ".join(f"{paired[split].units} {paired[split].unit} of {split}" for split in COMPARED)
+    few = not all(paired[split].judged for split in COMPARED)
+    return said + (f": fewer than {UNITS} say nothing of others" if few else "")
 
 
 def number(value: float | None) -> str:
@@ -142,21 +170,28 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}".removesuffix(".0")
 
 
-def summarise(
-    rows: Sequence[Row], not_made: Sequence[NotMade], reference: str, warning: Row | None, page: Path
-) -> str:
+def summarise(rows: Sequence[Row], not_made: Sequence[NotMade], reference: str, warning: Row | None, page: Path) -> str:
     """summary.txt: the table in % and points, and the notes that it must not be read without."""
-    lines = [["run", *SPLITS, f"test - {reference} [95 %]"]]
+    lines = [["run", *(head for split in COMPARED for head in (split, f"{split} - {reference} [95 %]")), "train"]]
     for row in rows:
-        splits = [percent_and_deviation(*row[split]) for split in SPLITS]
-        paired = row["paired"]
-        compared = "reference" if paired is None else f"{points(paired.difference)} {points_range(paired.images)}"
-        lines.append([row["name"], *splits, compared])
+        fields = [row["name"]]
+        for split in COMPARED:
+            paired = row["paired"].get(split)
+            difference = f"{points(paired.difference)} {points_range(paired.over)}" if paired else "reference"
+            fields += [percent_and_deviation(*row[split]), difference]
+        lines.append([*fields, percent_and_deviation(*row["train"])])
     counts = sorted({row["seeds"] for row in rows})
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"accuracy in %, mean +- standard deviation over seeds ({seeds}); paired difference in points"
     missing = [f"{one.name}: cannot work on this data: {one.reason}" for one in not_made]
-    lasts = [note, *missing, f"report: {page.as_posix()}"]
+    over = units_of(rows)
+    lasts = [
+        note + (f", intervals over {over}" if over else ""),
+        "val also chose settings and epochs: its figures are too high",
+        "test: a single, uncorrected reading of every run here; verdicts are a study's (docs/studies.md)",
+        *missing,
+        f"report: {page.as_posix()}",
+    ]
     if warning is not None:
         reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
         counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
@@ -214,7 +249,7 @@ def report(params: Params, data: Path) -> str:
         columns = ["concept_idx", "text", "class_ids", "kind", "discriminability", "kept", "drop_reason"]
         bank = store.read_table(data / f"bank/{shown.encoder}.parquet", "bank/1", columns)
     concepts = store.read_table(data / "concepts/concepts.parquet", "concepts/1", ["kind", "kept", "drop_reason"])
-    rows = accuracy_rows(runs, reference)
+    rows = accuracy_rows(runs, reference, groups_of(index))
 
     test = shown.split == "test"
     guesses = shown.predicted[shown.seeds.index(shown.model_seed), test]
@@ -231,7 +266,8 @@ def report(params: Params, data: Path) -> str:
         "rows": rows,
         "not_made": not_made,
         "reference": reference.name,
-        "reach": max([0.01, *(abs(end) for row in rows if row["paired"] for end in row["paired"].images)]),
+        "reach": max([0.01, *(abs(end) for row in rows if row["paired"] for end in row["paired"]["val"].over)]),
+        "units": units_of(rows),
         "shown": shown,
         "names": names,
         "test_images": int(test.sum()),

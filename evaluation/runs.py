@@ -33,6 +33,7 @@ class Run(NamedTuple):
     predicted: Ints  # (S, n)
     fingerprints: dict[str, str]  # of what it was trained on, by file or folder under data/
     mark: str  # its own fingerprint
+    by_class: bool  # whether its regime makes its accuracy a claim about other classes: few shots, unseen classes
 
     @property
     def right(self) -> Bools:
@@ -91,6 +92,7 @@ def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
         predicted=store.vectors_of(table, "logits").argmax(axis=1).reshape(len(seeds), images),
         fingerprints=config["fingerprints"],
         mark=header.fingerprint,
+        by_class=config["regime"]["kind"] in ("shots", "unseen"),
     )
     for split in SPLITS:
         if not found.on(split).size or abs(metrics[split]["accuracy"] - found.accuracy(split)[0]) > 1e-6:
@@ -146,6 +148,23 @@ def check_marks(data: Path, found: Run, marks: Mapping[str, str]) -> None:
                 f"{data}/runs/{found.name}: was trained on another {data / name} than is there now;"
                 f" run train@{found.name} again (dvc repro)"
             )
+
+
+def groups_of(index: pa.Table) -> dict[str, str] | None:
+    """By path, the group of each usable image: its track, camera or site, or the image itself where it names none.
+
+    `index` has path, group and status. None where no image names a group.
+    """
+    index = index.filter(pc.equal(index["status"], "ok"))
+    if index["group"].null_count == len(index):
+        return None
+    rows = zip(index["path"].to_pylist(), index["group"].to_pylist(), strict=True)
+    return {path: f"image {path}" if group is None else f"group {group}" for path, group in rows}
+
+
+def group_numbers(paths: Sequence[str], groups: Mapping[str, str] | None) -> Ints | None:
+    """(n,): which group each of these images is of."""
+    return None if groups is None else np.unique([groups[path] for path in paths], return_inverse=True)[1]
 
 
 def query(sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:

@@ -5,7 +5,7 @@ tables.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from evaluation.plan import RIVAL, Cell, Plan, Question
 from evaluation.predictions import read_predictions
-from evaluation.statistics import LEVEL, Paired, holm, paired_differences
+from evaluation.statistics import LEVEL, MARGIN, UNITS, Paired, holm, paired_differences
 from evaluation.words import on_these_classes, points, points_range, written_p
 from fieldmark.command import UserError
 from fieldmark.store import vectors_of
@@ -33,9 +33,10 @@ from training.metrics import (
     tiers,
     top_k_accuracy,
 )
-from training.regimes import Folds, Regime, Unseen, harmonic_mean
+from training.regimes import Folds, Regime, Shots, Unseen, harmonic_mean
 
 REFERENCE = "linear_probe"
+WITHIN = f"{100 * MARGIN:g} point"
 
 
 class Result(NamedTuple):
@@ -49,24 +50,41 @@ class Result(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The results of one encoder under one regime, all on the same n images."""
+    """The results of one encoder under one regime by one measure, all on the same n images.
+
+    `part` (S, n) or (1, n) says how the measure counts images: see evaluation.statistics.paired_difference.
+    """
 
     encoder: str
     regime: Regime
     paths: list[str]  # n
     y: Ints  # (n,) positions in the classes
     results: list[Result]
+    groups: Ints | None = None  # (n,) which group each image is of
+    measure: str = "accuracy"
+    part: Ints | None = None
+
+    def compare(self, a: Bools, b: Bools) -> list[Paired]:
+        """The difference of each row of a (R, S, n) to b (S, n), or to the same row of b (R, S, n).
+
+        Few shots and unseen classes make a claim about other classes: there these are a unit.
+        """
+        by_class = isinstance(self.regime, Shots | Unseen)
+        return paired_differences(a, b, self.y, self.groups, self.part, by_class)
 
 
 class Verdict(NamedTuple):
     """What may be said of a result.
 
-    `paired` is its difference to the probe, None for the probe itself. `p` is that difference's p, corrected for the
-    methods of the table; None for the probe and for results under a control.
+    `paired` is its difference to the probe, None for the probe itself. `gain` is what a control takes away: what the
+    method without it is ahead by, None for methods and where the table lacks the method without it. `p` is that of
+    `gain`, else that of `paired`, corrected for all such that the study publishes; None for the probe, and for a
+    control without `gain`.
     """
 
     result: Result
     paired: Paired | None
+    gain: Paired | None
     p: float | None
     words: str
 
@@ -74,25 +92,29 @@ class Verdict(NamedTuple):
 # What the runs reach.
 
 
-def read_results(plan: Plan, grid: Sequence[Cell], split: str) -> Table:
+def read_results(plan: Plan, grid: Sequence[Cell], split: str) -> list[Table]:
     """The results of one encoder and regime on a split, in the order in which the study lists methods and controls.
 
-    Raises UserError where runs are of different images, or where the split has none.
+    One table, of accuracy; for unseen classes one of the accuracy on these alone, and one of the harmonic mean. Raises
+    UserError where runs are of different images, or where the split has none.
     """
-    y: Ints = np.zeros(0, np.int64)
-    results: list[Result] = []
-    paths: list[str] | None = None
     place = place_in_study(plan)
-    for _, runs in groupby(sorted(grid, key=place), place):
-        own_paths, y, result = read_result(plan, list(runs), split)
-        paths = own_paths if paths is None else paths
-        if own_paths != paths:
+    read = [read_result(plan, list(runs), split) for _, runs in groupby(sorted(grid, key=place), place)]
+    first = read[0]
+    for other in read:
+        if other.paths != first.paths or (other.part != first.part).any():
             raise UserError(f"{plan.folder}: its runs are of different images; {again(plan)}")
-        results.append(result)
-    assert paths is not None
-    if not paths:
+    if not first.paths:
         raise UserError(f"{plan.folder}: regime {grid[0].regime.label} leaves no {split} image to compare on")
-    return Table(grid[0].encoder, grid[0].regime, paths, y, results)
+    table = Table(grid[0].encoder, grid[0].regime, first.paths, first.y, [one.result for one in read])
+    if not isinstance(grid[0].regime, Unseen):
+        return [table]
+    part = max((one.part for one in read), key=len)
+    among_unseen = [one.result._replace(correct=one.among_unseen) for one in read if one.among_unseen is not None]
+    return [
+        table._replace(measure="unseen", part=np.where(part == 1, 0, -1), results=among_unseen),
+        table._replace(measure="harmonic", part=part),
+    ]
 
 
 def place_in_study(plan: Plan) -> Callable[[Cell], tuple[int, int]]:
@@ -100,35 +122,57 @@ def place_in_study(plan: Plan) -> Callable[[Cell], tuple[int, int]]:
     return lambda cell: ([*plan.entries, RIVAL].index(cell.method), plan.study.controls.index(cell.control))
 
 
-def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> tuple[list[str], Ints, Result]:
-    """The paths and classes of a split's images, and what the runs of one method and control reach on them.
+class Read(NamedTuple):
+    """What the runs of one method and control say of n images."""
+
+    paths: list[str]
+    y: Ints  # (n,)
+    result: Result
+    part: Ints  # (S, n): -1 where an image is not of the split in that run, 1 where its class is an unseen one, else 0
+    among_unseen: Bools | None  # (S, n): right where the unseen classes alone compete; under the regime Unseen
+
+
+def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> Read:
+    """What the runs of one method and control reach on the images that are of a split in any of them.
 
     Raises UserError where the runs are of different images.
     """
     paths: list[str] = []
     y: Ints = np.zeros(0, np.int64)
-    correct, figures = [], []
+    correct, among_unseen, parts, figures = [], [], [], []
     # The folds of a method are one run of all their held-out images.
     split = HELD_OUT if isinstance(runs[0].regime, Folds) else split
     for cell, table in zip(runs, read_predictions(plan, runs), strict=False):
         classes = json.loads(table.schema.metadata[b"params"])["classes"]
         labels = pc.index_in(table["class_id"], value_set=pa.array(classes)).to_numpy().astype(np.int64)
         splits = np.array(table["split"].to_pylist(), dtype=str)
-        logits, of_split = vectors_of(table, "logits"), splits == split
+        logits, part = vectors_of(table, "logits"), np.where(splits == split, 0, -1)
+        own: dict[str, float] = {}
         if isinstance(cell.regime, Unseen):
-            logits, found = figures_of_unseen(logits, labels, splits, split)
-        else:
-            found = {}
-        figures.append(found | figures_of(logits, labels, splits, split))
-        own_paths = [path for path, chosen in zip(table["path"].to_pylist(), of_split, strict=True) if chosen]
+            logits, part, unseen, own = read_unseen(logits, labels, splits, split)
+            among_unseen.append(unseen)
+        figures.append(own | figures_of(logits, labels, splits, split))
+        own_paths = table["path"].to_pylist()
         if cell is not runs[0] and own_paths != paths:
             raise UserError(f"{plan.folder / cell.run}: is of other images than {runs[0].run}; {again(plan)}")
-        paths, y = own_paths, labels[of_split]
-        correct.append(logits[of_split].argmax(1) == y)
+        paths, y = own_paths, labels
+        parts.append(part)
+        correct.append(logits.argmax(1) == y)
     method, control = runs[0].method, runs[0].control
     plain = Control(concepts=control.concepts)
     plain = plain if plan.reads(runs[0], plain.changes) else Control()
-    return paths, y, Result(method, control, plain, np.stack(correct), figures)
+    part = np.stack(parts)
+    shown: Bools = np.asarray((part >= 0).any(0))
+    if not among_unseen and (part[:, shown] < 0).any():
+        raise UserError(f"{plan.folder}: the runs of {method} are of different images; {again(plan)}")
+    result = Result(method, control, plain, np.stack(correct)[:, shown], figures)
+    return Read(
+        [path for path, chosen in zip(paths, shown, strict=True) if chosen],
+        y[shown],
+        result,
+        part[:, shown],
+        np.stack(among_unseen)[:, shown] if among_unseen else None,
+    )
 
 
 def figures_of(logits: Floats, y: Ints, splits: np.ndarray, split: str) -> dict[str, float]:
@@ -151,23 +195,36 @@ def figures_of(logits: Floats, y: Ints, splits: np.ndarray, split: str) -> dict[
     return figures | tier_accuracy(z, truth, tiers(counts, limits=None))
 
 
-def figures_of_unseen(logits: Floats, y: Ints, splits: np.ndarray, split: str) -> tuple[Floats, dict[str, float]]:
-    """Logits (n, C) of the classes that compete, and the figures of one run on seen and on unseen classes.
+class ReadUnseen(NamedTuple):
+    """What a run says of seen and unseen classes.
 
-    Classes compete that were trained on (seen) or that have images in the split (unseen if not trained on); the logits
-    of the others become -inf. The figure `seen` is the accuracy on images of seen classes where seen classes alone
-    compete, `unseen` likewise; `harmonic` is the harmonic mean of the accuracies on both kinds of images where all
-    classes compete.
+    Classes compete that were trained on (seen) or that have images in the split (unseen if not trained on).
+    """
+
+    joint: Floats  # (n, C) the logits; those of classes that do not compete are -inf
+    part: Ints  # (n,): 0 for the split's images of seen classes, 1 for those of unseen ones, -1 for all others
+    among_unseen: Bools  # (n,): right where the unseen classes alone compete
+    figures: dict[str, float]
+
+
+def read_unseen(logits: Floats, y: Ints, splits: np.ndarray, split: str) -> ReadUnseen:
+    """Seen and unseen classes in one run's logits (n, C), classes y (n,) and splits (n,).
+
+    The figure `seen` is the accuracy on images of seen classes where seen classes alone compete, `unseen` likewise;
+    `harmonic` is the harmonic mean of the accuracies on both kinds of images where all classes compete.
     """
     seen, present = (np.isin(np.arange(logits.shape[1]), y[splits == name]) for name in ("train", split))
     unseen = present & ~seen
-    joint = np.where(seen | unseen, logits, -np.inf).astype(np.float32)
-    figures, competing = {}, []
-    for name, space in (("seen", seen), ("unseen", unseen)):
-        images = (splits == split) & space[y]
-        figures[name] = accuracy(np.where(space, logits, -np.inf)[images], y[images])
-        competing.append(accuracy(joint[images], y[images]))
-    return joint, figures | {"harmonic": harmonic_mean(*competing)}
+    joint, of_seen, of_unseen = (
+        np.where(space, logits, -np.inf).astype(np.float32) for space in (seen | unseen, seen, unseen)
+    )
+    part = np.where(splits != split, -1, np.where(seen[y], 0, 1))
+    figures = {
+        "seen": accuracy(of_seen[part == 0], y[part == 0]),
+        "unseen": accuracy(of_unseen[part == 1], y[part == 1]),
+        "harmonic": harmonic_mean(*(accuracy(joint[part == of], y[part == of]) for of in (0, 1))),
+    }
+    return ReadUnseen(joint, part, of_unseen.argmax(1) == y, figures)
 
 
 def again(plan: Plan) -> str:
@@ -178,11 +235,17 @@ def again(plan: Plan) -> str:
 # Verdicts.
 
 
-def judge(table: Table, groups: Ints | None) -> list[Verdict]:
-    """A verdict on each result: every method against the probe, and against itself under its controls.
+class Compared(NamedTuple):
+    """A table's results (by their number) against the probe, and against themselves under their controls."""
 
-    `groups` (n,) says which group each image is of. Raises KeyError where the table lacks the probe without a control.
-    """
+    reference: int  # the number of the probe
+    to_probe: dict[int, Paired]  # of all results but the probe
+    own: dict[int, int]  # by the number of a result under a control: that of its method's plain result
+    gains: dict[int, Paired]  # the same: what the plain result is ahead by
+
+
+def compare_table(table: Table) -> Compared:
+    """Raises KeyError where the table lacks the probe without a control."""
     seeds = max(len(result.correct) for result in table.results)
     images = len(table.paths)
     correct = np.stack([np.broadcast_to(result.correct, (seeds, images)) for result in table.results])
@@ -191,58 +254,105 @@ def judge(table: Table, groups: Ints | None) -> list[Verdict]:
         for number, result in enumerate(table.results)
         if result.control == result.plain
     }
-    reference = plain[REFERENCE, Control()]
-    paired = paired_differences(correct, correct[reference], table.y, groups)
-    rivals = [number for number in plain.values() if number != reference]
-    p = dict(zip(rivals, holm([paired[number].p for number in rivals]), strict=True))
-
-    # By the number of a result under a control: the number of its method's plain result, and what that is ahead by.
     own = {
         number: plain[result.method, result.plain]
         for number, result in enumerate(table.results)
         if result.control != result.plain and (result.method, result.plain) in plain
     }
-    gains: dict[int, tuple[Paired, float]] = {}
-    if own:
-        found = paired_differences(correct[list(own.values())], correct[list(own)], table.y, groups)
-        gains = dict(zip(own, zip(found, holm([gain.p for gain in found]), strict=True), strict=True))
-
-    verdicts = []
-    for number, result in enumerate(table.results):
-        if number == reference:
-            words = ["the probe"]
-        elif result.control == result.plain:
-            words = [against_probe(paired[number], p[number])]
-        elif number in gains:
-            words = [against_control(*gains[number])]
-        else:
-            words = [f"control of {result.plain.label}, which the table does not have"]
-        for other, (gain, corrected) in gains.items():
-            control = table.results[other].control
-            if own[other] == number and not is_ahead(gain, corrected):
-                words.append(f"does not beat its control {control.label}: {control.subject} nothing here")
-        difference = None if number == reference else paired[number]
-        verdicts.append(Verdict(result, difference, p.get(number), "; ".join(words)))
-    return verdicts
+    reference = plain[REFERENCE, Control()]
+    to_probe = dict(enumerate(table.compare(correct, correct[reference])))
+    del to_probe[reference]
+    gains = table.compare(correct[list(own.values())], correct[list(own)]) if own else []
+    return Compared(reference, to_probe, own, dict(zip(own, gains, strict=True)))
 
 
-def is_ahead(paired: Paired, p: float) -> bool:
-    """Whether a difference is above 0 by its corrected p."""
-    return p < LEVEL and paired.difference > 0
+def corrected(families: Sequence[Mapping[int, Paired]]) -> list[dict[int, float]]:
+    """p of each comparison that may have a verdict, corrected (Holm) for the number of these in all tables together."""
+    places = [(table, number) for table, of in enumerate(families) for number, one in of.items() if one.judged]
+    found: list[dict[int, float]] = [{} for _ in families]
+    for (table, number), p in zip(places, holm([families[t][n].p for t, n in places]), strict=True):
+        found[table][number] = p
+    return found
 
 
-def against_probe(paired: Paired, p: float) -> str:
+def judge(tables: Sequence[Table]) -> list[list[Verdict]]:
+    """For each table a verdict on each result: every method against the probe, and against itself under its controls.
+
+    p is corrected over all tables, for they are published together: of the methods' differences to the probe for the
+    number of these, of the controls' for theirs. Raises KeyError where a table lacks the probe without a control.
+    """
+    compared = [compare_table(table) for table in tables]
+    plain = [{n for n, one in enumerate(table.results) if one.control == one.plain} for table in tables]
+    of_methods = corrected(
+        [
+            {number: one for number, one in found.to_probe.items() if number in of_table}
+            for found, of_table in zip(compared, plain, strict=True)
+        ]
+    )
+    of_controls = corrected([found.gains for found in compared])
+    return [
+        [verdict(table, found, number, p, gain_p) for number in range(len(table.results))]
+        for table, found, p, gain_p in zip(tables, compared, of_methods, of_controls, strict=True)
+    ]
+
+
+def verdict(table: Table, found: Compared, number: int, p: Mapping[int, float], gain_p: Mapping[int, float]) -> Verdict:
+    """What may be said of a table's result of this number; p and gain_p are corrected."""
+    result = table.results[number]
+    if number == found.reference:
+        words = ["the probe"]
+    elif result.control == result.plain:
+        words = [against_probe(found.to_probe[number], p.get(number))]
+    elif number in found.gains:
+        words = [of_control(found.gains[number], gain_p.get(number))]
+    else:
+        words = [f"control of {result.plain.label}, which the table does not have"]
+    for other, plain in found.own.items():
+        if plain == number and other in gain_p:
+            words += against_control(table.results[other].control, found.gains[other], gain_p[other])
+    gain = found.gains.get(number)
+    own_p = p.get(number) if gain is None else gain_p.get(number)
+    return Verdict(result, found.to_probe.get(number), gain, own_p, "; ".join(words))
+
+
+def too_few(paired: Paired) -> str:
+    """Why there is no verdict."""
+    return f"no verdict: {paired.units} {paired.unit}, and it takes {UNITS}"
+
+
+def aside(paired: Paired) -> str:
+    """What limits a difference that is shown: to these classes, to less than the margin."""
+    these = on_these_classes(paired.classes) if paired.unit != "classes" else ""
+    return these + (f", by less than {WITHIN}" if paired.equivalent else "")
+
+
+def against_probe(paired: Paired, p: float | None) -> str:
     """The verdict on a method, `paired` being its difference to the probe and p corrected."""
-    if p >= LEVEL:
-        return "no difference shown"
-    found = "beats the probe" if paired.difference > 0 else "worse than the probe"
-    return found + on_these_classes(paired.classes)
+    if p is None:
+        return too_few(paired)
+    if p < LEVEL:
+        return ("beats the probe" if paired.difference > 0 else "worse than the probe") + aside(paired)
+    return f"equivalent to the probe within {WITHIN}" if paired.equivalent else "no difference shown"
 
 
-def against_control(gain: Paired, p: float) -> str:
+def of_control(gain: Paired, p: float | None) -> str:
     """The verdict on a control: `gain` is what the method without it is ahead by, p corrected."""
-    words = f"control: the method is {points(gain.difference)} {points_range(gain.images)} ahead, p {written_p(p)}"
-    return words if is_ahead(gain, p) else f"{words}: not shown to be"
+    words = f"control: the method is {points(gain.difference)} {points_range(gain.over)} ahead"
+    if p is None:
+        return f"{words}; {too_few(gain)}"
+    words += f", p {written_p(p)}"
+    if p < LEVEL:
+        return words if gain.difference > 0 else f"{words}: it is behind"
+    return f"{words}: equivalent within {WITHIN}" if gain.equivalent else f"{words}: not shown to be"
+
+
+def against_control(control: Control, gain: Paired, p: float) -> list[str]:
+    """What a control adds to the verdict on its method: nothing where the method beats it."""
+    if p < LEVEL:
+        return [] if gain.difference > 0 else [f"worse than its control {control.label}"]
+    if gain.equivalent:
+        return [f"equivalent to its control {control.label} within {WITHIN}: {control.subject} nothing here"]
+    return [f"not shown to beat its control {control.label}: not shown that {control.subject} anything here"]
 
 
 # Answers.
@@ -251,30 +361,42 @@ def against_control(gain: Paired, p: float) -> str:
 class Answer(NamedTuple):
     """What a table says of a question.
 
-    `paired` is the difference of the question's `of` to its `against`, p is corrected for the questions of the table.
+    `paired` is the difference of the question's `of` to its `against`, p is corrected for all answers of the study;
+    None where there are too few units.
     """
 
     question: Question
     paired: Paired
-    p: float
+    p: float | None
 
     @property
     def words(self) -> str:
-        if self.p >= LEVEL:
-            return f"no difference shown: the interval holds {points_range(self.paired.images)}"
-        found = "yes" if self.paired.difference > 0 else "no: the other way round"
-        return found + on_these_classes(self.paired.classes)
+        if self.p is None:
+            return too_few(self.paired)
+        if self.p < LEVEL:
+            return ("yes" if self.paired.difference > 0 else "no: the other way round") + aside(self.paired)
+        if self.paired.equivalent:
+            return f"no: equivalent within {WITHIN}"
+        return f"not shown: the interval holds {points_range(self.paired.over)}"
 
 
-def answer(table: Table, questions: Sequence[Question], groups: Ints | None) -> list[Answer]:
-    """An answer to each question, which compares two methods without a control; `groups` as in `judge`."""
-    if not questions:
-        return []
-    correct = {result.method: result.correct for result in table.results if result.control == Control()}
-    shape = max(len(runs) for runs in correct.values()), len(table.paths)
-    of, against = (
-        np.stack([np.broadcast_to(correct[name], shape) for name in names])
-        for names in ([question.of for question in questions], [question.against for question in questions])
-    )
-    paired = paired_differences(of, against, table.y, groups)
-    return [Answer(*found) for found in zip(questions, paired, holm([one.p for one in paired]), strict=True)]
+def answer(tables: Sequence[Table], questions: Sequence[Question]) -> list[list[Answer]]:
+    """For each table an answer to each question that compares two methods which it has, both without a control."""
+    asked, found = [], []
+    for table in tables:
+        correct = {result.method: result.correct for result in table.results if result.control == Control()}
+        own = [question for question in questions if {question.of, question.against} <= correct.keys()]
+        paired: list[Paired] = []
+        if own:
+            shape = max(len(runs) for runs in correct.values()), len(table.paths)
+            of, against = (
+                np.stack([np.broadcast_to(correct[name], shape) for name in names])
+                for names in ([question.of for question in own], [question.against for question in own])
+            )
+            paired = table.compare(of, against)
+        asked.append(own)
+        found.append(dict(enumerate(paired)))
+    return [
+        [Answer(question, one[number], p.get(number)) for number, question in enumerate(own)]
+        for own, one, p in zip(asked, found, corrected(found), strict=True)
+    ]

@@ -216,6 +216,7 @@ def write_run(
         "model_seed": model_seed,
         "seeds": list(range(len(wrong))),
         "fingerprints": marks,
+        "regime": {"kind": "full"},
     }
     (folder / "config.json").write_text(json.dumps(config))
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from evaluation.report import HEALTH
 from evaluation.study import run_study
 from fieldmark.command import UserError
 from fieldmark.store import make_table, read_header, read_table, write_table
-from tests.evaluation.test_study import planned
+from tests.evaluation.test_study import planned, with_run
 from tests.training.cache import Plan as Planted
 from tests.training.cache import write_cache
 from training.data import SPLITS
@@ -59,6 +60,11 @@ def test_three_files_of_one_table(project: Path) -> None:
         "tiny, long-tail-0.5: val, 36 images of 6 classes, 2 runs",
     ]
     assert [line for line in text.splitlines() if line.startswith("tiny, ")] == titles
+    foot = (
+        "decided over 36 images; p corrected (Holm) for the 4 comparisons with the probe in this study (2 here) and,"
+        " apart, for the 4 with controls (2 here)"
+    )
+    assert text.count(f"\n{foot}\n") == 2
     assert "few" in text.split(titles[1])[1].splitlines()[1]
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
     assert len(rows) == 2 * (1 + 2 + 2)  # the probe reads nothing that random vectors change
@@ -83,6 +89,10 @@ def test_three_files_of_one_table(project: Path) -> None:
     assert float(described["difference"]) == pytest.approx(
         float(described["accuracy mean"]) - float(probe["accuracy mean"])
     )
+    assert (described["unit"], described["units"]) == ("images", "36")
+    ends = float(described["images low"]), float(described["images high"])
+    assert float(described["could show"]) == pytest.approx((ends[1] - ends[0]) / 2)
+    assert f"{100 * float(described['could show']):.1f}" in text
     latex = (plan.folder / "tables.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
     assert r"description\_zero\_shot & random\_vectors" in latex
@@ -114,9 +124,12 @@ def test_answers_stand_on_a_page(project: Path, monkeypatch: pytest.MonkeyPatch)
     titles = [f"tiny, {name}: val, 36 images of 6 classes, 2 runs" for name in ("full", "long-tail-0.5")]
     assert heads == [*titles, "Not answered"]
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["question", "compared", "difference", "over images", "over classes", "p (Holm)", "answer"]
+    over = ["over images", "over classes", "could show"]
+    assert rows[0] == ["question", "compared", "difference", *over, "p (Holm)", "answer"]
     assert rows[1][:2] == ["Do names &#124; help?", "named - description_zero_shot"]
-    assert {len(row) for row in rows[:6]} == {7}
+    assert {len(row) for row in rows[:6]} == {8}
+    assert page.count("\n\nDecided over 36 images.\n\n") == 2
+    assert "p is corrected (Holm) over the 4 answers on this page" in page
     assert rows[-1] == ["Are mountains high?", "no picture shows one"]
     means = {
         row["method"]: 100 * float(row["accuracy mean"])
@@ -169,12 +182,15 @@ def write_health(data: Path, contaminated: int) -> None:
 def test_test_is_read_for_one_list_only(project: Path) -> None:
     write_health(project / "data", contaminated=2)
     plan, grid = made(project, declared_test=True)
-    (plan.folder / MARKER).unlink(missing_ok=True)
+    (plan.data / MARKER).unlink(missing_ok=True)
     text = compare(plan, grid)
     assert text.startswith("study small, read on test")
     assert "warning: 2 of 36 test images are contaminated: 2 with a near duplicate in train or val" in text
     assert "half of val" not in text
-    assert json.loads((plan.folder / MARKER).read_text())["methods"] == STUDY["methods"]
+    assert "test was read once, for these runs (data/studies/test_was_read.json)" in text
+    [reading] = json.loads((plan.data / MARKER).read_text())
+    assert (reading["study"], reading["methods"]) == ("small", STUDY["methods"])
+    assert reading["runs"] == {cell.run: plan.mark(cell) for cell in grid}
     assert compare(plan, grid) == text
     fewer, fewer_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]}, declared_test=True)
     with pytest.raises(
@@ -184,8 +200,103 @@ def test_test_is_read_for_one_list_only(project: Path) -> None:
     more, more_grid = made(project, declared_test=True, questions=QUESTIONS["questions"][1:])
     with pytest.raises(UserError, match=r"studies/small\.yaml: questions: test was read for \[\] already"):
         compare(more, more_grid)
+    (plan.data / MARKER).write_text("[")
+    with pytest.raises(UserError, match=r"test_was_read\.json: is not readable JSON .*: restore it"):
+        compare(plan, grid)
     on_val, val_grid = planned(project, **STUDY | {"methods": ["linear_probe", "zero_shot"]})
     assert compare(on_val, val_grid).startswith("study small, read on val")
+
+
+@pytest.fixture
+def declared(project: Path, tmp_path: Path) -> Path:
+    """A folder with the cache in which a study of two runs has read test."""
+    shutil.copytree(project / "data", tmp_path / "data", ignore=shutil.ignore_patterns("studies"))
+    write_health(tmp_path / "data", contaminated=0)
+    plan, grid = planned(tmp_path, **DECLARED)
+    run_study(plan, grid, 1)
+    compare(plan, grid)
+    return tmp_path
+
+
+DECLARED: dict[str, Any] = {
+    "methods": ["linear_probe", "zero_shot"],
+    "controls": ["none"],
+    "regimes": ["full"],
+    "declared_test": True,
+}
+
+
+def refused(plan: Plan, grid: list[Cell], why: str) -> None:
+    """Refused before the study is run, and after it; what was read stays as it was."""
+    files = plan.data / MARKER, plan.folder / "tables.txt"
+    before = [file.read_bytes() if file.is_file() else None for file in files]
+    for _ in range(2):
+        with pytest.raises(UserError, match=why):
+            compare(plan, grid)
+        run_study(plan, grid, 1)
+    assert [file.read_bytes() if file.is_file() else None for file in files] == before
+
+
+def test_a_changed_setting_does_not_read_test_again(declared: Path) -> None:
+    plan, grid = planned(declared, with_run("linear_probe", l2=[0.3]), **DECLARED)
+    changed = r"small\.yaml: declared_test: .* of 1 of 2 runs have changed \(first tiny\.linear_probe\.none\.full\.0\)"
+    refused(plan, grid, rf"{changed}; go back to those, or choose on val \(declared_test: false\)")
+    plan, grid = planned(declared, **DECLARED)
+    run_study(plan, grid, 1)
+    assert compare(plan, grid).startswith("study small, read on test")
+
+
+def test_a_changed_input_does_not_read_test_again(declared: Path) -> None:
+    path = declared / "data/bank/tiny.parquet"
+    header, table = read_header(path, "bank/1"), read_table(path, "bank/1")
+    write_table(table, path, "bank/1", header.params, "edited")
+    refused(*planned(declared, **DECLARED), r"of 1 of 2 runs have changed \(first tiny\.zero_shot\.none\.full\.0\)")
+
+
+def test_a_renamed_study_does_not_read_test_again(declared: Path) -> None:
+    plan, grid = planned(declared, **DECLARED)
+    why = r"studies/other\.yaml: .* read already, for study small .* go back to that name, or choose on val"
+    refused(replace(plan, name="other"), grid, why)
+    plan, grid = planned(declared, with_run("linear_probe", l2=[0.3]), **DECLARED)
+    refused(replace(plan, name="other"), grid, why)
+
+
+def test_other_test_images_are_another_reading(declared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, grid = planned(declared, **DECLARED)
+    other = replace(plan, name="other")
+    run_study(other, grid, 1)
+    images = module.read_test_images(plan.data)
+    assert len(images) == 36
+    monkeypatch.setattr(module, "read_test_images", lambda data: {"0" * 16, min(images)})  # one of them is known
+    with pytest.raises(UserError, match="for study small"):
+        compare(other, grid)
+    monkeypatch.setattr(module, "read_test_images", lambda data: {"0" * 16})
+    compare(other, grid)
+    assert [reading["study"] for reading in json.loads((plan.data / MARKER).read_text())] == ["small", "other"]
+
+
+def test_unseen_classes_have_a_table_for_each_measure(project: Path) -> None:
+    regime = {"kind": "unseen", "seen": 0.5, "development": 0.7}
+    changes = STUDY | {"regimes": [regime], "questions": QUESTIONS["questions"][1:]}
+    plan, grid = planned(project, **changes)
+    run_study(plan, grid, 1)
+    text = compare(plan, grid)
+    # Three classes are seen; two are for development, whose training and val images are val.
+    assert re.findall("^tiny, .*$", text, re.MULTILINE) == [
+        "tiny, unseen-0.5, accuracy on unseen classes, among these: val, 28 images of 2 classes, 2 runs",
+        "tiny, unseen-0.5, harmonic mean of the accuracies on seen and on unseen classes, among all: val,"
+        " 46 images of 5 classes, 2 runs",
+    ]
+    assert text.count("no verdict: 2 classes, and it takes 20") > 2
+    rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
+    assert [row["measure"] for row in rows] == ["unseen"] * 5 + ["harmonic"] * 5
+    for row in (rows[1], rows[6]):
+        [probe] = [other for other in rows if other["measure"] == row["measure"] and other["method"] == "linear_probe"]
+        figure = f"{row['measure']} mean"
+        assert row["method"] == "zero_shot"
+        assert float(row["difference"]) == pytest.approx(float(row[figure]) - float(probe[figure]), abs=1e-6)
+    page = (plan.folder / "answers.md").read_text()
+    assert page.count("no verdict: 2 classes, and it takes 20 |") == 2
 
 
 def test_a_method_that_cannot_work_is_left_out_with_a_note(tmp_path: Path) -> None:
@@ -210,7 +321,7 @@ def test_a_method_that_cannot_work_is_left_out_with_a_note(tmp_path: Path) -> No
                 assert len(found) == 1
     page = (plan.folder / "answers.md").read_text()
     assert page.count("none: a method cannot work on this data |") == 2 * 2
-    assert len(re.findall(r"^\| Do names say more\? .* (no difference shown|yes|no)", page, re.M)) == 2
+    assert len(re.findall(r"^\| Do names say more\? .* (not shown|yes|no)", page, re.M)) == 2
     # What is known to be impossible is not tried again.
     again, again_grid = planned(tmp_path, **changes)
     assert run_study(again, again_grid, 1) == 0
@@ -255,7 +366,11 @@ def test_groups_have_an_interval_of_their_own(tmp_path: Path) -> None:
     changes = {"methods": ["linear_probe", "zero_shot"], "controls": ["none"], "regimes": ["full"]}
     plan, grid = planned(tmp_path, **changes)
     run_study(plan, grid, 1)
-    assert "over classes  over groups" in compare(plan, grid)
+    text = compare(plan, grid)
+    assert re.search(r"over classes +over groups +could show", text)
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
     assert [bool(row["groups low"]) for row in rows] == [False, True]
+    assert (rows[1]["unit"], rows[1]["units"], rows[1]["p_holm"]) == ("groups", "13", "")
+    assert rows[1]["verdict"] == "no verdict: 13 groups, and it takes 20"
+    assert "\nno verdict: 13 groups, and it takes 20: intervals alone\n" in text
     assert pq.read_schema(plan.folder / grid[0].run / "predictions.parquet").metadata[b"schema"] == b"run.predictions/1"

@@ -106,7 +106,7 @@ def test_removing_the_planted_patch_flips_the_decision(cue: Cache) -> None:
         assert kept < 0.05
     rows = with_verdicts(compare_decisions(found, cue.y[asked[0]].numpy()))
     assert len(rows) == 2 * 2 * 2 * 3
-    assert {row.verdict for row in rows} == {"won"}
+    assert {row.verdict for row in rows} <= {"won", "won on these classes"}  # four classes say little of others
 
 
 def test_where_patches_do_nothing_there_is_no_effect(cue: Cache) -> None:

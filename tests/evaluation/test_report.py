@@ -1,5 +1,6 @@
 """The report on tiny tables: numbers worked out by hand, a page that parses, escapes and loads nothing."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from evaluation.report import confused_pairs, report
 from fieldmark.command import UserError
+from fieldmark.store import read_table
 from tests.evaluation.reported import NASTY, RUNS, Page, make_params, rewrite, write_not_made, write_run
 from tests.training.cache import ENCODER, write_other
 
@@ -16,22 +18,51 @@ from tests.training.cache import ENCODER, write_other
 def test_summary_says_what_a_hand_computes(data: Path) -> None:
     lines = report(make_params(), data).splitlines()
     assert lines[0].split("  ")[0] == "run"
-    assert lines[0].endswith("test - linear_probe [95 %]")
+    compared = [f"{split} - linear_probe [95 %]" for split in ("val", "test")]
+    assert re.split(r"  +", lines[0]) == ["run", "val", compared[0], "test", compared[1], "train"]
     # train 1 and 11/12, val 11/12 and 1: mean 23/24, deviation sqrt(2)/24; test 9/12 and 8/12: 17/24.
     row = re.split(r"  +", lines[1])
-    assert row[:4] == ["zero_shot", "95.8 +- 5.9", "95.8 +- 5.9", "70.8 +- 5.9"]
-    difference, low, high = map(float, re.findall(r"[+-]\d+\.\d", row[4]))
-    assert difference == -20.8  # 17/24 - 22/24
-    assert -50 < low < difference < high <= 0
+    assert row[:2] + row[3:4] + row[5:] == ["zero_shot", "95.8 +- 5.9", "70.8 +- 5.9", "95.8 +- 5.9"]
+    for field, expected in ((row[2], -4.2), (row[4], -20.8)):  # 23/24 - 1; 17/24 - 22/24
+        difference, low, high = map(float, re.findall(r"[+-]\d+\.\d", field))
+        assert difference == expected
+        assert -60 < low < difference < high < 20
     assert re.split(r"  +", lines[2]) == [
         "linear_probe",
         "100.0 +- 0.0",
-        "100.0 +- 0.0",
+        "reference",
         "91.7 +- 0.0",
         "reference",
+        "100.0 +- 0.0",
     ]
+    assert "intervals over 12 images of val and 12 images of test: fewer than 20 say nothing of others" in lines[4]
+    assert "val also chose settings and epochs: its figures are too high" in lines
+    assert lines[6].startswith("test: a single, uncorrected reading")
     assert lines[-1] == f"report: {data}/report/index.html"
     assert (data / "report/summary.txt").read_text().splitlines() == lines
+
+
+def test_tracks_are_what_the_intervals_are_over(data: Path) -> None:
+    index = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
+    tracks = {row: {"group": f"{index[row]['split']} {row // 3}"} for row in range(len(index)) if row % 12 > 2}
+    images, tracked = report(make_params(), data).splitlines(), tracks
+    rewrite(data / "index/images.parquet", "index.images/1", tracked)
+    groups = report(make_params(), data).splitlines()
+    assert "intervals over 6 groups of val and 6 groups of test" in groups[4]
+    (before, after) = (
+        list(map(float, re.findall(r"[+-]\d+\.\d", re.split(r"  +", of[1])[4]))) for of in (images, groups)
+    )
+    assert before[0] == after[0]
+    assert after[2] - after[1] > before[2] - before[1]
+    assert "6 groups of val" in Page((data / "report/index.html").read_text()).text
+
+
+def test_few_shots_are_judged_over_classes(data: Path) -> None:
+    for name in RUNS:
+        path = data / f"runs/{name}/config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "regime": {"kind": "shots", "shots": 1}}))
+    assert "intervals over 3 classes of val and 3 classes of test" in report(make_params(), data)
 
 
 def test_page_holds_every_part_and_loads_nothing(data: Path) -> None:
@@ -134,9 +165,10 @@ def test_a_run_on_a_tower_is_a_row_like_any_other(data: Path) -> None:
     write_other(data, "dino", 12)
     write_run(data, "knn", [{"val/class-00/0000.png": "class-01"}], encoder="dino")
     lines = report(make_params(runs={**RUNS, "knn": "dino"}, towers=["dino"]), data).splitlines()
-    assert re.split(r"  +", lines[3])[:4] == ["knn", "100.0 +- 0.0", "91.7 +- 0.0", "100.0 +- 0.0"]
+    name, _, on_val, _, on_test, _ = re.split(r"  +", lines[3])
+    assert (name, on_val[:6], on_test[:6]) == ("knn", "-8.3 [", "+8.3 [")
     page = Page((data / "report/index.html").read_text())
-    assert "knn dino 100.0 ± 0.0" in page.text
+    assert "knn dino 91.7 ± 0.0 -8.3" in page.text
     # linear_probe is better on val: the page is about it, with its patches and concepts.
     assert page.of_class("patch")
     assert "Concepts Of 4 concepts" in page.text
