@@ -281,13 +281,14 @@ def test_unseen_classes_have_a_table_for_each_measure(project: Path) -> None:
     plan, grid = planned(project, **changes)
     run_study(plan, grid, 1)
     text = compare(plan, grid)
-    # Three classes are seen; two are for development, whose training and val images are val.
+    # Of six classes three are seen in a draw, and two are for development: half of their training and val images is
+    # val. The two draws have three of the latter between them.
     assert re.findall("^tiny, .*$", text, re.MULTILINE) == [
-        "tiny, unseen-0.5, accuracy on unseen classes, among these: val, 28 images of 2 classes, 2 runs",
+        "tiny, unseen-0.5, accuracy on unseen classes, among these: val, 30 images of 3 classes, 2 runs",
         "tiny, unseen-0.5, harmonic mean of the accuracies on seen and on unseen classes, among all: val,"
-        " 46 images of 5 classes, 2 runs",
+        " 51 images of 6 classes, 2 runs",
     ]
-    assert text.count("no verdict: 2 classes, and it takes 20") > 2
+    assert text.count("no verdict: 3 classes, and it takes 20") > 2
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
     assert [row["measure"] for row in rows] == ["unseen"] * 5 + ["harmonic"] * 5
     for row in (rows[1], rows[6]):
@@ -296,7 +297,7 @@ def test_unseen_classes_have_a_table_for_each_measure(project: Path) -> None:
         assert row["method"] == "zero_shot"
         assert float(row["difference"]) == pytest.approx(float(row[figure]) - float(probe[figure]), abs=1e-6)
     page = (plan.folder / "answers.md").read_text()
-    assert page.count("no verdict: 2 classes, and it takes 20 |") == 2
+    assert page.count("no verdict: 3 classes, and it takes 20 |") == 2
 
 
 def test_a_method_that_cannot_work_is_left_out_with_a_note(tmp_path: Path) -> None:
@@ -357,7 +358,7 @@ def test_a_probe_that_cannot_work_leaves_nothing_to_compare_with(project: Path) 
 
 
 def test_groups_have_an_interval_of_their_own(tmp_path: Path) -> None:
-    write_cache(tmp_path / "data", Planted(classes=4, train=6, val=6, test=4))
+    write_cache(tmp_path / "data", Planted(classes=4, train=6, val=12, test=4))
     path = tmp_path / "data/index/images.parquet"
     header, rows = read_header(path, "index.images/1"), read_table(path, "index.images/1").to_pylist()
     for number, row in enumerate(rows):
@@ -370,7 +371,7 @@ def test_groups_have_an_interval_of_their_own(tmp_path: Path) -> None:
     assert re.search(r"over classes +over groups +could show", text)
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
     assert [bool(row["groups low"]) for row in rows] == [False, True]
-    assert (rows[1]["unit"], rows[1]["units"], rows[1]["p_holm"]) == ("groups", "13", "")
-    assert rows[1]["verdict"] == "no verdict: 13 groups, and it takes 20"
-    assert "\nno verdict: 13 groups, and it takes 20: intervals alone\n" in text
+    assert (rows[1]["unit"], rows[1]["units"], rows[1]["p_holm"]) == ("groups", "12", "")
+    assert rows[1]["verdict"] == "no verdict: 12 groups, and it takes 20"
+    assert "\nno verdict: 12 groups, and it takes 20: intervals alone\n" in text
     assert pq.read_schema(plan.folder / grid[0].run / "predictions.parquet").metadata[b"schema"] == b"run.predictions/1"

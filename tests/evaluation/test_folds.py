@@ -189,7 +189,7 @@ def test_folds_make_one_row_with_each_image_once(staged: Path) -> None:
     assert len({group_of[path] for path in right}) < len(right) / 2
     for group in set(group_of.values()):
         assert len({fold_of[path] for path in right if group_of[path] == group}) <= 1
-    table = read_results(plan, grid, "val")
+    [table] = read_results(plan, grid, "val")
     (result,) = [one for one in table.results if one.method == "concept_graph"]
     assert dict(zip(table.paths, result.correct[0].tolist(), strict=True)) == right
     assert result.figures[0]["accuracy"] == pytest.approx(np.mean(list(right.values())))
@@ -229,13 +229,14 @@ def test_clean_images_alone_are_judged(project: Path) -> None:
     some, rest = str(project / "some.txt"), f"not {project / 'most.txt'}"
     grid: dict[str, Any] = {"methods": ["linear_probe"], "controls": ["none"], "regimes": [FOLDS]}
     plan = ran(project, **grid, clean=[some, "val", rest])
-    table = read_results(plan, cells(plan, 0), "val")
+    [table] = read_results(plan, cells(plan, 0), "val")
     assert len(table.paths) == 10 * 4 + 6 + 1 + 6  # all val, and of train: class 3, one of class 5, class 9
     trained = {path.split("/")[1] for path in table.paths if path.startswith("train")}
     assert trained == {"class-03", "class-05", "class-09"}
     assert f"judged on clean images alone: {some}, val, {rest}" in compare(plan, cells(plan, 0))
     alone, _ = planned(project, **grid, clean=some)
-    assert len(read_results(alone, cells(alone, 0), "val").paths) == 6 + 4 + 1
+    [table] = read_results(alone, cells(alone, 0), "val")
+    assert len(table.paths) == 6 + 4 + 1
     (project / "some.txt").write_text("class-03\nclass-77\n")
     with pytest.raises(UserError, match=r"some\.txt: line 2: 'class-77' names no image; write a class's folder"):
         planned(project, **grid, clean=some)
@@ -254,7 +255,7 @@ def test_the_rival_is_chosen_inside_folds(project: Path) -> None:
         inner = [json.loads((plan.folder / cell.run / "config.json").read_text())["inner"] for cell in of_fold]
         best = max(zip(inner, of_fold, strict=True), key=lambda one: (one[0]["accuracy"], -one[0]["log_loss"]))[1]
         expected |= held_out(plan, [best])[0]
-    table = read_results(plan, [*runs, *rival_cells(plan, runs)], "val")
+    [table] = read_results(plan, [*runs, *rival_cells(plan, runs)], "val")
     (rival,) = [result for result in table.results if result.method == "rival"]
     assert dict(zip(table.paths, rival.correct[0].tolist(), strict=True)) == expected
     text = compare(plan, runs)
