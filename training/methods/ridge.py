@@ -28,7 +28,7 @@ READS = feature_parts()
 
 class Settings(FeatureSettings):
     penalty: list[Positive] = Field(
-        default=[100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01], min_length=1
+        default=[100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001], min_length=1
     )  # strengths that leaving out chooses from
 
 

@@ -3,12 +3,14 @@
     S      = covariance within the other classes, shrunk as in lda
     m_0, T = mean and covariance of the other classes' means
     tau    = strength tr(S) / tr(T)
-    mu_c   = (k_c m_c + tau m_0) / (k_c + tau)
-    logits = w_c x + b_c,   w_c = S^-1 mu_c,   b_c = -mu_c S^-1 mu_c / 2
+    s_c    = k_c / (k_c + tau),   d_c = s_c (m_c - m_0)
+    logits = (w_c (x - m_0) - w_c d_c / 2) / s,   w_c = S^-1 d_c,   s the mean of s_c
 
-m_c is the mean of the k_c training images of class c. mu_c is its posterior mean where class means are drawn around m_0
-with covariance S / tau: at strength 1 they spread as much, in all, as those of the other classes do [design; the prior
-is the conjugate one]. Nothing of the covariance is learned from the few images, and no text is read.
+m_c is the mean of the k_c training images of class c. m_0 + d_c is its posterior mean where class means are drawn
+around m_0 with covariance S / tau: at strength 1 they spread as much, in all, as those of the other classes do [design;
+the prior is the conjugate one]. s makes up for what the pull takes from all logits alike, so that no strong prior is
+chosen for being less sure of itself; it changes no prediction. Nothing of the covariance is learned from the few
+images, and no text is read.
 
 The other classes are `Cache.others`: all training images of classes that are not told apart here. They should be
 classes that nothing is reported on. Val, or development classes, choose both knobs. Without other classes the method is
@@ -39,7 +41,7 @@ class Settings(FeatureSettings):
         default=[0.1, 0.3, 0.6], min_length=1
     )  # of the covariance towards a round one, that val chooses from
     strength: list[Positive] = Field(
-        default=[0.3, 1.0, 3.0, 10.0, 30.0], min_length=1
+        default=[1.0, 3.0, 10.0, 30.0, 100.0], min_length=1
     )  # of the prior on class means, that val chooses from
 
 
@@ -61,16 +63,18 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     spread, centres, images = Spread(covariance, features.size), centres[taught], told.sum(0) / cache.views
     ratio = (covariance.trace() / centres.var(0, correction=0).sum()).item()
 
+    centre = centres.mean(0)
+
     def layer(shrinkage: float, strength: float) -> nn.Linear:
-        pulled = posterior_means(means, images, centres.mean(0), strength * ratio)
-        weight, bias = discriminant(pulled, spread, shrinkage, known)
-        return linear_layer(weight @ axes.T, bias)
+        trusted = trust(images, strength * ratio)
+        weight, bias = discriminant(trusted[:, None] * (means - centre), spread, shrinkage, known)
+        scale = trusted[known].mean()
+        return linear_layer(weight @ axes.T / scale, (bias - weight @ centre) / scale)
 
     point, history = search(cache, settings, lambda shrinkage, strength: layer(shrinkage, strength)(x_val))
     return Fitted(Probe(features, layer(**point)), history, dict(point))
 
 
-def posterior_means(means: Tensor, images: Tensor, centre: Tensor, strength: float) -> Tensor:
-    """Means (C, r) of so many images (C,), pulled to `centre` (r,) as by `strength` images that lie there."""
-    share = (images / (images + strength))[:, None]
-    return share * means + (1 - share) * centre
+def trust(images: Tensor, strength: float) -> Tensor:
+    """The share (C,) that k images (C,) have in a class's posterior mean, beside a prior worth `strength` images."""
+    return images / (images + strength)

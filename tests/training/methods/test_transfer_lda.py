@@ -11,7 +11,7 @@ from training.data import Cache
 from training.data.nodes import Globals, Nodes
 from training.loop import predict
 from training.methods import NotPossible, lda, transfer_lda
-from training.methods.transfer_lda import Settings, posterior_means
+from training.methods.transfer_lda import Settings, trust
 from training.regimes import Shots, hide_test, restrict_classes
 
 Planted = Callable[[Plan], Cache]
@@ -44,8 +44,8 @@ def test_the_posterior_mean_by_the_rule_of_bayes() -> None:
     grid = np.linspace(-3, 5, 80_001)
     log = multivariate_normal(centre, within / tau).logpdf(grid)
     log += sum(multivariate_normal(0, within).logpdf(image - grid) for image in images)
-    found = posterior_means(torch.tensor([[images.mean()]]), torch.tensor([3.0]), torch.tensor([centre]), tau)
-    assert found.item() == pytest.approx(grid[log.argmax()], abs=1e-4)
+    found = centre + trust(torch.tensor([3.0]), tau).item() * (images.mean() - centre)
+    assert found == pytest.approx(grid[log.argmax()], abs=1e-4)
 
 
 def test_equals_a_loop_over_classes(planted: Planted) -> None:
@@ -65,12 +65,25 @@ def test_equals_a_loop_over_classes(planted: Planted) -> None:
     within = sum(np.outer(row, row) for row in residual) / len(residual)
     tau = np.trace(within) / np.trace(np.cov(centres.T, bias=True))
     inverse = np.linalg.inv(0.8 * within + 0.2 * np.trace(within) / 32 * np.eye(32))
-    expected = []
+    share, m_0, expected = 2 / (2 + tau), centres.mean(0), []  # two images, each in two views
     for label in range(4):
-        mu = (2 * x[y == label].mean(0) + tau * centres.mean(0)) / (2 + tau)  # two images, each in two views
-        expected.append(test @ inverse @ mu - mu @ inverse @ mu / 2)
+        mu = share * x[y == label].mean(0) + (1 - share) * m_0
+        expected.append((test @ inverse @ mu - mu @ inverse @ mu / 2) / share)  # the logarithm of a Gaussian, in part
     found = predict(fitted.model, cache, cache.images("test")).numpy()
-    np.testing.assert_allclose(found, np.array(expected).T, atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(centred(found), centred(np.array(expected).T), atol=2e-3, rtol=2e-3)
+
+
+def centred(logits: np.ndarray) -> np.ndarray:
+    """Less what is the same for all classes of an image."""
+    return logits - logits.mean(1, keepdims=True)
+
+
+def test_a_stronger_prior_is_no_less_sure_of_itself(planted: Planted) -> None:
+    """Else a search by log loss would take the prior for a temperature."""
+    cache = few(spread(planted), 1)
+    models = [transfer_lda.fit(cache, Settings(shrinkage=[0.3], strength=[s]), 0).model for s in (30.0, 3000.0)]
+    weak, strong = (predict(model, cache, cache.images("test")) for model in models)
+    assert strong.std(1).mean() > 0.8 * weak.std(1).mean()
 
 
 def test_other_classes_teach_what_one_image_cannot(planted: Planted) -> None:
