@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from fieldmark.store import bucket_path
 from training.data import INDEX, Cache, files_of, part_kinds, read_cache
 from training.data.nodes import Nodes
-from training.methods import load_method
+from training.methods import load_method, reads_of
 
 PARTS = {
-    "linear_probe": load_method("linear_probe").READS,
+    "linear_probe": reads_of("linear_probe", load_method("linear_probe").Settings()),
     "all parts": frozenset(part_kinds()) - {"globals"},  # the nodes hold them too
 }
 

@@ -390,8 +390,10 @@ def harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a and b else 0.0
 
 
-def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
+def restrict_classes(cache: Cache, class_ids: Sequence[str], others: Sequence[str] = ()) -> Cache:
     """Only these classes and their images, in the order of `cache.classes`: for settings from development classes.
+
+    `others` are classes that a method may learn from and is never asked about (`Cache.others`): no regime touches them.
 
     Concepts whose owners are all gone are no longer kept: they weigh nothing in the nodes' labels and are none of an
     image's selected concepts. So labels cannot be restricted without owners. Restrict before a regime or hide_test,
@@ -403,6 +405,10 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str]) -> Cache:
     if cache.target.shape != cache.y.shape or not torch.equal(cache.target, cache.y):
         raise ValueError("restrict classes before a regime")
     columns = torch.tensor([class_id in wanted for class_id in cache.classes])
+    if others:
+        if both := wanted & set(others):
+            raise ValueError(f"classes that are told apart and lent: {sorted(both)}")
+        return replace(restrict_classes(cache, class_ids), others=restrict_classes(cache, others))
     if columns.all():
         return cache
     few = cache.take(columns[cache.y].nonzero().flatten())
@@ -431,4 +437,5 @@ def hide_test(cache: Cache) -> Cache:
         ),
         y=y,
         target=target,
+        others=None if cache.others is None else hide_test(cache.others),
     )

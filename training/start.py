@@ -37,7 +37,9 @@ def starting_point(cache: Cache, l2: float | None = None) -> StartingPoint:
     if l2 is None and not len(cache.images("val")):
         l2 = L2_WITHOUT_VAL
     fitted = linear_probe.fit(cache, linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2]), 0)
-    probe = cast(linear_probe.LinearProbe, fitted.model)
+    probe = cast(linear_probe.Probe, fitted.model)
     sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
     nodes = Standardise(sample.nodes[sample.mask])
-    return StartingPoint(probe.standardise, nodes, probe.linear, float(fitted.chosen["l2"]))
+    # Of one block of features, the global vector, the weight is 1.
+    of_global, linear = cast(Standardise, probe.features.standardise[0]), cast(nn.Linear, probe.layer)
+    return StartingPoint(of_global, nodes, linear, float(fitted.chosen["l2"]))

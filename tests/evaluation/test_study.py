@@ -872,6 +872,7 @@ def test_a_missing_file_is_one_line(project: Path) -> None:
     assert path.is_file()
 
 
+OF_NODES = {"method": "linear_probe", "settings": {"features": ["nodes"]}}
 TOWER: dict[str, Any] = {"encoders": {"clip": {"model": "none"}}, "towers": {"tiny": {"model": "none"}}}
 
 
@@ -885,8 +886,8 @@ def without_texts(project: Path) -> None:
 
 def test_a_study_over_a_tower(project: Path) -> None:
     without_texts(project)
-    methods = ["linear_probe", "knn", "nodes_probe", "attention_pool"]
-    plan = ran(project, TOWER, methods=methods, controls=["none", "edges_removed", "random_vectors"])
+    methods, variants = ["linear_probe", "knn", "attention_pool"], {"nodes_probe": OF_NODES}
+    plan = ran(project, TOWER, methods=methods, variants=variants, controls=["none", "edges_removed", "random_vectors"])
     assert {cell.control for cell in cells(plan, 0)} == {Control()}  # no control takes anything from these
     assert all((plan.folder / cell.run / "metrics.json").is_file() for cell in cells(plan, 0))
     text = compare(plan, cells(plan, 0))
@@ -908,13 +909,13 @@ def test_a_method_that_reads_texts_has_no_study_on_a_tower(project: Path) -> Non
 def test_a_study_reads_what_its_methods_declare_and_no_more(project: Path) -> None:
     for name in ("labels", "descriptions"):
         (project / "data" / name).unlink()
-    probes = ["linear_probe", "knn", "nodes_probe", "attention_pool"]
-    plan = ran(project, methods=probes, controls=["none", "random_vectors", "edges_rewired"])
+    probes, variants = ["linear_probe", "knn", "attention_pool"], {"nodes_probe": OF_NODES}
+    plan = ran(project, methods=probes, variants=variants, controls=["none", "random_vectors", "edges_rewired"])
     read = {path for cell in cells(plan, 0) for path in plan.reading(cell).files}
     assert read == {"index/images.parquet", "index/classes.parquet", "embed/tiny/images"}
     assert run_study(plan, cells(plan, 0), 1) == 0
     with pytest.raises(UserError, match=r"labels/tiny/b000\.parquet: is missing"):
-        ran(project, methods=[*probes, "concept_graph"])
+        ran(project, methods=[*probes, "concept_graph"], variants=variants)
 
 
 @pytest.mark.parametrize(

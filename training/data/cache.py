@@ -106,6 +106,7 @@ class Cache:
     parts: Parts
     fingerprints: dict[str, str]  # of what was read, by file or folder
     also: tuple[Parts, ...] = ()  # what is read of other encoders
+    others: "Cache | None" = None  # images of other classes, for a method that learns from them (BORROWS)
 
     def part(self, kind: type[P]) -> P:
         """One part. Raises UserError where the method does not declare it."""
@@ -125,7 +126,8 @@ class Cache:
 
     def only(self, reads: Collection[str]) -> "Cache":
         """The cache as a method sees it that reads these parts, in the words of READS, and no others."""
-        return replace(self, parts=self.parts.only(reads))
+        others = None if self.others is None else self.others.only(reads)
+        return replace(self, parts=self.parts.only(reads), others=others)
 
     def images(self, split: str) -> Tensor:
         """The positions of a split's images, in the order of their paths."""

@@ -1,8 +1,9 @@
 """The vectors of an image's nodes, the whole picture first; and the pictures' own vectors without the other nodes."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,12 +18,21 @@ from training.data.rows import EncoderFiles, column, make_room
 NEAR = 0.01  # of the image's side: the boxes that two encoders have of one node differ by no more
 
 
+def mean_and_max(batch: Any) -> tuple[Tensor, Tensor]:
+    """Mean and maximum by dimension (B, D) over the nodes of an image that exist, the global one among them."""
+    gone = ~batch.mask[..., None]
+    nodes = batch.nodes.float()
+    mean = nodes.masked_fill(gone, 0.0).sum(1) / batch.mask.sum(1, keepdim=True)
+    return mean, nodes.masked_fill(gone, float("-inf")).amax(1)
+
+
 @dataclass(frozen=True)
 class Nodes(Part):
     """Node 0 is the whole picture, nodes 1..N its local ones, zero and not in `mask` where an image has fewer."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"nodes"})
     shows: ClassVar[tuple[str, ...]] = ("nodes", "mask")
+    features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {"nodes": mean_and_max}
 
     nodes: Tensor  # (n V, N+1, D) float16, unit length; a batch has float32
     mask: Tensor  # (n V, N+1) bool, true for node 0
@@ -47,6 +57,7 @@ class Globals(Part):
 
     provides: ClassVar[frozenset[str]] = frozenset({"globals"})
     shows: ClassVar[tuple[str, ...]] = ("g",)
+    features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {"global": lambda batch: (batch.g.float(),)}
 
     g: Tensor  # (n V, D) float16, unit length; a batch has float32
 

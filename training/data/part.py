@@ -8,7 +8,7 @@ integers to int64. A part that is laid out otherwise says how it is cut (`cut`) 
 import functools
 import importlib
 import pkgutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -36,6 +36,8 @@ class Part:
     shows: ClassVar[tuple[str, ...]] = ()  # the fields of a batch that come from it
     of_text: ClassVar[bool] = False  # whether it comes from texts: a tower has none
     by_image: ClassVar[bool] = False  # whether its tensors have a row an image, and not one an image and view
+    # The vectors of whole images that probes may take, by the name in their `features`: from a batch, blocks (B, F).
+    features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {}
 
     @classmethod
     def files(cls, encoder: str) -> dict[str, str]:

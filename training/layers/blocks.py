@@ -25,6 +25,13 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.scale
 
 
+def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """x -> weight x + bias in float32, from what was found in closed form: weight (C, F), bias (C,)."""
+    layer = nn.Linear(weight.shape[1], len(weight))
+    layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return layer
+
+
 def normalise_adjacency(weight: Tensor, mask: Tensor) -> Tensor:
     """D^-1/2 (W + I) D^-1/2 for symmetric weights (B, n, n) without self loops; rows and columns of padding are 0.
 

@@ -6,10 +6,11 @@ that it looks at under any settings; a torch module whose `forward(batch)` retur
 `fit(cache, settings, seed)`, which returns a `Fitted`. There is no list of methods to extend.
 
 What READS names (`training/data/` has the parts) decides what is read, what a run's identity and its controls are, and
-what a second machine has to fetch; nothing else can be seen. A method may hold two things more: `reads(settings)`, what
+what a second machine has to fetch; nothing else can be seen. A method may hold more: `reads(settings)`, what
 of READS these settings leave, and `ALSO`, the parts that it reads of other encoders. A method without ALSO takes one
-encoder alone. A method that finds that this data leaves it nothing to do raises `NotPossible`. What val chose of knobs
-with several values stands in `Fitted.chosen`: folds are fitted again with it (training/folds.py).
+encoder alone. `BORROWS` says that it learns from images of other classes too, where it is lent some (`Cache.others`).
+A method that finds that this data leaves it nothing to do raises `NotPossible`. What val chose of knobs with several
+values stands in `Fitted.chosen`: folds are fitted again with it (training/folds.py).
 """
 
 import difflib

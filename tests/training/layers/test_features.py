@@ -1,0 +1,124 @@
+"""What probes see of an image: the same from a batch as from the cache, each block with its weight."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fieldmark.command import UserError
+from tests.training.cache import Plan
+from training.data import Batch, Cache, Part
+from training.data.nodes import Globals, Nodes, mean_and_max
+from training.data.rows import EncoderFiles
+from training.layers.blocks import Standardise
+from training.layers.features import Features, FeatureSettings, feature_kinds, feature_parts, parts_of
+from training.methods import linear_probe, read_settings, reads_of
+
+Planted = Callable[[Plan], Cache]
+
+
+def test_mean_and_maximum_by_hand() -> None:
+    nodes = torch.tensor([[[1.0, -2.0], [3.0, -4.0], [9.0, 9.0]], [[-1.0, 5.0], [9.0, 9.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    y = torch.zeros(2, dtype=torch.long)
+    mean, highest = mean_and_max(Batch(y, y, {"nodes": nodes, "mask": mask}))
+    assert mean.tolist() == [[2.0, -3.0], [-1.0, 5.0]]
+    assert highest.tolist() == [[3.0, -2.0], [-1.0, 5.0]]
+
+
+def test_the_global_vector_alone_is_standardised_and_no_more(planted: Planted) -> None:
+    cache = planted(Plan(views=2))
+    features, train = Features(cache, FeatureSettings()), cache.images("train")
+    vectors = torch.cat([cache.globals(train, view) for view in range(2)])
+    assert torch.equal(features.of_training(cache), Standardise(vectors)(vectors))
+    assert torch.equal(features.of(cache, train, 1), Standardise(vectors)(cache.globals(train, 1)))
+
+
+@pytest.mark.parametrize("transform", ["none", "signed_sqrt"])
+def test_blocks_have_equal_weight_whatever_their_sizes(planted: Planted, transform: str) -> None:
+    cache = planted(Plan(views=2))
+    settings = FeatureSettings.model_validate({"features": ["global", "nodes"], "transform": transform})
+    features = Features(cache, settings)
+    x = features.of_training(cache)
+    assert x.shape[1] == features.size == 3 * 32
+    for block in x.split(32, dim=1):
+        torch.testing.assert_close(block.mean(0), torch.zeros(32), atol=1e-5, rtol=0)
+        assert block.var(0, correction=0).sum().item() == pytest.approx(32, rel=1e-4)
+    # As if the global vector came twice as wide: its weight in the sum stays what it was.
+    wide = replace(cache, parts=cache.parts.with_part(doubled(cache)))
+    x = Features(wide, settings).of_training(wide)
+    sums = [block.var(0, correction=0).sum().item() for block in x.split([64, 32, 32], dim=1)]
+    assert sums == pytest.approx([128 / 3] * 3, rel=1e-4)
+
+
+def doubled(cache: Cache) -> Globals:
+    nodes = cache.part(Nodes).nodes[:, 0]
+    return Globals(torch.cat([nodes, nodes.flip(1)], dim=1))
+
+
+def test_signed_roots_of_unit_length_by_a_loop(planted: Planted) -> None:
+    cache = planted(Plan())
+    features = Features(cache, FeatureSettings(transform="signed_sqrt"))
+    batch = cache.batch(cache.images("test")[:3])
+    [found] = features.blocks(batch)
+    for vector, said in zip(batch.g.tolist(), found.tolist(), strict=True):
+        roots = [(value > 0) * abs(value) ** 0.5 - (value < 0) * abs(value) ** 0.5 for value in vector]
+        length = sum(root**2 for root in roots) ** 0.5
+        assert said == pytest.approx([root / length for root in roots], abs=1e-6)
+
+
+def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
+    cache = planted(Plan(views=2))
+    features = Features(cache, FeatureSettings(features=["nodes", "global"]))
+    images = cache.images("train")[:7]
+    shown = features(cache.batch(images, torch.ones(7, dtype=torch.long)))
+    assert torch.equal(features.of(cache, images, 1), shown)
+    mean, highest = mean_and_max(cache.batch(images, torch.ones(7, dtype=torch.long)))
+    for block, raw in zip(shown.split(32, dim=1), (mean, highest, cache.globals(images, 1)), strict=True):
+        torch.testing.assert_close(F.normalize(block - block.mean(0)), F.normalize(raw - raw.mean(0)))
+
+
+def test_what_a_probe_reads_follows_from_its_features() -> None:
+    assert feature_parts() == {"globals", "nodes"}
+    assert parts_of(["global"]) == {"globals"}
+    # Node 0 is the global vector: it is not read twice.
+    assert parts_of(["nodes"]) == parts_of(["global", "nodes"]) == {"nodes"}
+    assert reads_of("linear_probe", linear_probe.Settings(features=["nodes"])) == {"nodes"}
+
+
+@pytest.mark.parametrize("given", [["moment"], ["global", "moment"]])
+def test_a_vector_that_is_not_there_is_named(given: list[str]) -> None:
+    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*: global, nodes, but it is 'moment'"
+    with pytest.raises(UserError, match=what):
+        read_settings("p.yaml", "runs.a", "linear_probe", {"features": given})
+
+
+def test_a_later_part_brings_its_vector_by_itself(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = planted(Plan(cue="none"))
+
+    @dataclass(frozen=True)
+    class Answer(Part):
+        """One dimension that says the class."""
+
+        provides: ClassVar[frozenset[str]] = frozenset({"answer"})
+        features = {"answer": lambda batch: (batch.answer,)}  # noqa: RUF012
+
+        answer: Tensor
+
+        @classmethod
+        def read(cls, source: EncoderFiles) -> Self:
+            raise NotImplementedError
+
+    kinds = feature_kinds() | {"answer": Answer}
+    monkeypatch.setattr("training.layers.features.feature_kinds", lambda: kinds)
+    cache = cache.with_part(Answer(F.one_hot(cache.y).float()))
+    settings = linear_probe.Settings(features=["answer"], l2=[1e-4])
+    assert linear_probe.reads(settings) == {"answer"}
+    told = cache.only(linear_probe.reads(settings))
+    model = linear_probe.fit(told, settings, 0).model
+    test = told.images("test")
+    assert (model(told.batch(test)).logits.argmax(1) == told.y[test]).all()

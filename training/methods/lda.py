@@ -1,0 +1,51 @@
+"""Linear discriminant analysis on cached vectors: every class a Gaussian, all of one covariance.
+
+    S      = covariance within classes, over all training images and views
+    S_a    = (1 - shrinkage) S + shrinkage tr(S)/F I
+    logits = w_c x + b_c,   w_c = S_a^-1 m_c,   b_c = -m_c S_a^-1 m_c / 2
+
+m_c is the mean of class c. The same as scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=a) less its
+log prior: classes are taken as equally likely, as Wang et al., ICLR 2024 [web] do with CLIP's vectors. Val chooses the
+shrinkage. What training is told in probabilities weighs images by them; a class without images is never said. x is the
+probe's vector (layers/features.py).
+"""
+
+from pydantic import Field
+from torch import nn
+
+from training.data import Cache
+from training.layers.blocks import linear_layer
+from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.gaussian import Share, Spread, discriminant, span
+from training.layers.ridge import training_targets
+from training.methods import Fitted, search
+from training.methods.linear_probe import Probe
+from training.methods.prototypes import class_means
+
+SEEDED = False
+READS = feature_parts()
+
+
+class Settings(FeatureSettings):
+    shrinkage: list[Share] = Field(
+        default=[0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0], min_length=1
+    )  # of the covariance towards a round one, that val chooses from
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return parts_of(settings.features)
+
+
+def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
+    features = Features(cache, settings)
+    x, x_val = features.of_training(cache).double(), features.of(cache, cache.images("val"))
+    axes = span(x)
+    means, covariance, known = class_means(x @ axes, training_targets(cache))
+    spread = Spread(covariance, features.size)
+
+    def layer(shrinkage: float) -> nn.Linear:
+        weight, bias = discriminant(means, spread, shrinkage, known)
+        return linear_layer(weight @ axes.T, bias)
+
+    point, history = search(cache, settings, lambda shrinkage: layer(shrinkage)(x_val))
+    return Fitted(Probe(features, layer(**point)), history, dict(point))

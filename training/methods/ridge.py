@@ -1,0 +1,51 @@
+"""Ridge regression of the classes on cached vectors, its penalty chosen by leaving each training image out.
+
+    minimise   sum over images and views of |y - W z - b|^2 + penalty |W|^2         b is free
+
+y is what training is told of an image, as probabilities; z the probe's vector (layers/features.py) on the scale where
+its squared length is 1 on average. Leaving out is exact (layers/ridge.py): all views of an image at once, intercept
+refitted, mean and scale of the vectors held. So val chooses nothing here. logits = scale (W z + b), the scale by which
+the left-out scores have the least log loss; it changes no prediction.
+"""
+
+import math
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import nn
+
+from training.data import Cache
+from training.layers.blocks import linear_layer
+from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.logistic import Positive
+from training.layers.ridge import Judged, basis_of_rows, choose_left_out, training_targets
+from training.methods import Fitted, grid
+from training.methods.linear_probe import Probe
+
+SEEDED = False
+READS = feature_parts()
+
+
+class Settings(FeatureSettings):
+    penalty: list[Positive] = Field(
+        default=[100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001], min_length=1
+    )  # strengths that leaving out chooses from
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return parts_of(settings.features)
+
+
+def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
+    features = Features(cache, settings)
+    unit = math.sqrt(features.size)
+    z, told = features.of_training(cache).double() / unit, training_targets(cache)
+    mean, basis = z.mean(0), basis_of_rows(z)
+
+    def build(point: Mapping[str, float], judged: Judged) -> nn.Linear:
+        weight = (z - mean).T @ basis.coefficients(told, point["penalty"])  # (F, C)
+        bias = told.mean(0) - mean @ weight
+        return linear_layer(judged.scale * weight.T / unit, judged.scale * bias)
+
+    linear, chosen, history = choose_left_out(cache, features, grid(settings), lambda point: basis, build)
+    return Fitted(Probe(features, linear), history, chosen)

@@ -1,0 +1,80 @@
+"""LDA for few images: what images of a class look like, and where classes lie, is learned from other classes.
+
+    S      = covariance within the other classes, shrunk as in lda
+    m_0, T = mean and covariance of the other classes' means
+    tau    = strength tr(S) / tr(T)
+    s_c    = k_c / (k_c + tau),   d_c = s_c (m_c - m_0)
+    logits = (w_c (x - m_0) - w_c d_c / 2) / s,   w_c = S^-1 d_c,   s the mean of s_c
+
+m_c is the mean of the k_c training images of class c. m_0 + d_c is its posterior mean where class means are drawn
+around m_0 with covariance S / tau: at strength 1 they spread as much, in all, as those of the other classes do [design;
+the prior is the conjugate one]. s makes up for what the pull takes from all logits alike, so that no strong prior is
+chosen for being less sure of itself; it changes no prediction. Nothing of the covariance is learned from the few
+images, and no text is read.
+
+The other classes are `Cache.others`: all training images of classes that are not told apart here. They should be
+classes that nothing is reported on. Val, or development classes, choose both knobs. Without other classes the method is
+not possible: it would be lda.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from training.data import Cache
+from training.layers.blocks import linear_layer
+from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.gaussian import Share, Spread, discriminant, span
+from training.layers.logistic import Positive
+from training.layers.ridge import training_targets
+from training.methods import Fitted, NotPossible, search
+from training.methods.linear_probe import Probe
+from training.methods.prototypes import class_means
+
+SEEDED = False
+READS = feature_parts()
+BORROWS = True  # it reads the images and labels of `Cache.others`
+
+
+class Settings(FeatureSettings):
+    shrinkage: list[Share] = Field(
+        default=[0.1, 0.3, 0.6], min_length=1
+    )  # of the covariance towards a round one, that val chooses from
+    strength: list[Positive] = Field(
+        default=[1.0, 3.0, 10.0, 30.0, 100.0], min_length=1
+    )  # of the prior on class means, that val chooses from
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return parts_of(settings.features)
+
+
+def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
+    """Raises NotPossible where the cache has no images of other classes, or those of one alone."""
+    others = cache.others
+    if others is None or training_targets(others).any(0).sum() < 2:
+        raise NotPossible("no images of two other classes are lent to it, so there is nothing to transfer; take lda")
+    features = Features(others, settings)  # few images say little of mean and scale too
+    x_others, x = features.of_training(others).double(), features.of_training(cache).double()
+    told, x_val = training_targets(cache), features.of(cache, cache.images("val"))
+    axes = span(torch.cat([x_others, x]))
+    centres, covariance, taught = class_means(x_others @ axes, training_targets(others))
+    means, _, known = class_means(x @ axes, told)
+    spread, centres, images = Spread(covariance, features.size), centres[taught], told.sum(0) / cache.views
+    ratio = (covariance.trace() / centres.var(0, correction=0).sum()).item()
+
+    centre = centres.mean(0)
+
+    def layer(shrinkage: float, strength: float) -> nn.Linear:
+        trusted = trust(images, strength * ratio)
+        weight, bias = discriminant(trusted[:, None] * (means - centre), spread, shrinkage, known)
+        scale = trusted[known].mean()
+        return linear_layer(weight @ axes.T / scale, (bias - weight @ centre) / scale)
+
+    point, history = search(cache, settings, lambda shrinkage, strength: layer(shrinkage, strength)(x_val))
+    return Fitted(Probe(features, layer(**point)), history, dict(point))
+
+
+def trust(images: Tensor, strength: float) -> Tensor:
+    """The share (C,) that k images (C,) have in a class's posterior mean, beside a prior worth `strength` images."""
+    return images / (images + strength)
