@@ -37,8 +37,11 @@ def test_a_run_reads_what_its_method_declares(method: str) -> None:
 
 def test_settings_control_and_regime_add_what_they_need() -> None:
     graph = load_method("concept_graph").Settings
-    told = reading_of("concept_graph", graph.model_validate({"description": "gate"}), "tiny", [], Control(), Full())
-    assert {"descriptions/descriptions.parquet", "embed/tiny/text.parquet"} <= set(told.files)
+    described, both = {"description": "gate"}, {"descriptions/descriptions.parquet", "embed/tiny/text.parquet"}
+    told = graph.model_validate(described | {"streams": ["global", "fused"]})
+    assert both <= set(reading_of("concept_graph", told, "tiny", [], Control(), Full()).files)
+    unheard = graph.model_validate(described)  # a second graph that no stream reads is not read
+    assert not both & set(reading_of("concept_graph", unheard, "tiny", [], Control(), Full()).files)
     beside = reading_of("concept_graph", graph(), "tiny", ["wide"], Control(), Full())
     assert "embed/wide/images" in beside.files
     assert beside.also_reads == {"nodes"}

@@ -90,7 +90,7 @@ class Settings(Schedule):
     heads: Count = 8  # of graph: gat, and of description: attention
     graph: Kind = "gcn"  # gcn, gat, sage, or mlp: no edges
     layers: Count = 2  # of the graph network
-    description: Literal["none", "gate", "attention"] = "none"  # the second graph, of texts: none, gate or attention
+    description: Literal["none", "gate", "attention"] = "none"  # graph of texts, read by fused: none, gate, attention
     neighbours: Count = 5  # nearest texts that each is linked to in the second graph
     streams: list[Stream] = Field(default=["global", "local"], min_length=1)  # logits that are summed
     bottleneck: Whole = 0  # dimensions of the information bottleneck on nodes; 0: none
