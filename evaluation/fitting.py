@@ -24,7 +24,7 @@ from training.data import SPLITS, Cache, read_cache
 from training.folds import HELD_OUT, refit, settle
 from training.layers.logistic import assess
 from training.loop import predict
-from training.methods import Fitted, NotPossible, load_method, reads_of, single_points
+from training.methods import Fitted, NotPossible, borrows_others, load_method, reads_of, single_points
 from training.metrics import (
     calibration_error,
     class_accuracy,
@@ -96,7 +96,7 @@ def prepare(
         whole = base_cache(plan, encoder, variation.also)
     if isinstance(regime, Shots):
         apart = {*plan.development, *plan.left_out}
-        whole = restrict_classes(whole, [name for name in whole.classes if name not in apart])
+        whole = restrict_classes(whole, [name for name in whole.classes if name not in apart], plan.left_out)
     # A control may draw where the regime does not: its splits stay those of the plain run.
     drawn = regime.apply(whole, draw if regime.draws else 0)
     told, inner = (refit(drawn), drawn) if last else (drawn, None)
@@ -117,11 +117,15 @@ def seen_by(
     draw: int,
     variation: Variation,
     reads: frozenset[str],
+    borrows: bool,
     last: bool = False,
 ) -> Prepared:
-    """The two caches as a method sees them that reads these parts alone."""
-    told, whole = prepare(plan, encoder, control, regime, draw, variation, last)
-    return Prepared(told.only(reads), whole.only(reads))
+    """The two caches as a method sees them that reads these parts alone.
+
+    Of classes that the study leaves out nothing is seen, unless the method borrows.
+    """
+    told, whole = (one.only(reads) for one in prepare(plan, encoder, control, regime, draw, variation, last))
+    return Prepared(told if borrows else replace(told, others=None), replace(whole, others=None))
 
 
 class Fit(NamedTuple):
@@ -137,7 +141,8 @@ def fit_cell(plan: Plan, cell: Cell, settings: Block, last: bool = False) -> Fit
     """Fit a cell's method under these settings; `last` as in `prepare`."""
     started = perf_counter()
     entry = plan.entries[cell.method]
-    told, whole = seen_by(plan, *cell[:4], entry.variation, reads_of(entry.method, settings), last)
+    reads, borrows = reads_of(entry.method, settings), borrows_others(entry.method)
+    told, whole = seen_by(plan, *cell[:4], entry.variation, reads, borrows, last)
     prepared = perf_counter()
     fitted = load_method(entry.method).fit(told, settings, cell.seed)
     return Fit(fitted, whole, prepared - started, perf_counter() - prepared)
@@ -278,7 +283,8 @@ def try_points(plan: Plan, cell: Cell, points: list[Block]) -> list[list[Scores]
     entry = plan.entries[cell.method]
     module = load_method(entry.method)
     tried: list[list[Scores]] = [[] for _ in points]
-    few = restrict_classes(base_cache(plan, cell.encoder, entry.variation.also), plan.development)
+    lent = plan.left_out if borrows_others(entry.method) else []
+    few = restrict_classes(base_cache(plan, cell.encoder, entry.variation.also), plan.development, lent)
     for draw in range(SEARCH_DRAWS):
         drawn, control_seed = cell.regime.apply(few, draw), draw if cell.control.draws else 0
         made = controlled_cache(plan, drawn, cell.encoder, cell.control, control_seed, entry.variation, anew=True)

@@ -949,7 +949,8 @@ def test_development_classes_from_a_file(project: Path) -> None:
 
 def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
     (project / "seen.txt").write_text("class-02\nclass-05\nclass-06\n")
-    plan = ran(project, controls=["none"], methods=["linear_probe"], left_out=str(project / "seen.txt"))
+    methods = ["linear_probe", "transfer_lda"]
+    plan = ran(project, controls=["none"], methods=methods, left_out=str(project / "seen.txt"))
     assert plan.left_out == ("class-02", "class-05", "class-06")
     assert not set(plan.left_out) & set(plan.development)
     sizes = set()

@@ -93,6 +93,12 @@ def reads_of(name: str, settings: Block) -> frozenset[str]:
     return found
 
 
+def borrows_others(name: str) -> bool:
+    """Whether a method learns from images of other classes, where a study lends it some."""
+    found: bool = getattr(load_method(name), "BORROWS", False)
+    return found
+
+
 def also_reads_of(name: str) -> frozenset[str]:
     """The parts that a method reads of other encoders; none where it takes one encoder alone."""
     found: frozenset[str] = getattr(load_method(name), "ALSO", frozenset())
