@@ -2,7 +2,7 @@
 
 Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet} of every run in train.runs;
         data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/,
-        data/concepts/concepts.parquet; for the encoder of the run that is best on val also data/bank/E.parquet,
+        data/concepts/concepts.parquet; for the encoder of the run that is shown also data/bank/E.parquet,
         data/labels/E/ and the boxes in data/embed/E/images/ (a tower has no texts, and so no bank and no labels).
 Writes  data/report/index.html (one page that loads nothing else) and data/report/summary.txt (its table as text).
 Costs   seconds; memory for the logits of one run at a time.
@@ -10,11 +10,11 @@ Costs   seconds; memory for the logits of one run at a time.
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are paired, image
 by image, with the intervals of evaluation.statistics.paired_difference over the coarsest unit there is: groups where
 images name them, else images. They stand on val first; on test they are a single reading, not corrected for the number
-of runs, and no verdict (evaluation.compare gives those). The run shown in detail, and its seed, are
-those that are best on val. What the page calls a patch or a concept comes from label_patches: it says what the encoder
-sees in the picture, not why a method decided as it did. A run whose method cannot work on this data is a row that says
-why. Where test images have a near duplicate, or other images of their group, in train or val, the page and its summary
-warn.
+of runs, and no verdict (evaluation.compare gives those). The run shown in detail, and its seed, are those that are best
+on the half of val that chooses. What the page calls a patch or a concept comes from label_patches: it says what the
+encoder sees in the picture, not why a method decided as it did. A run whose method cannot work on this data is a row
+that says why. Where test images have a near duplicate, or other images of their group, in train or val, the page and
+its summary warn.
 
     python -m evaluation.report
 """
@@ -187,7 +187,7 @@ def summarise(rows: Sequence[Row], not_made: Sequence[NotMade], reference: str, 
     over = units_of(rows)
     lasts = [
         note + (f", intervals over {over}" if over else ""),
-        "val also chose settings and epochs: its figures are too high",
+        "val: the half of it that chose no setting and no epoch",
         "test: a single, uncorrected reading of every run here; verdicts are a study's (docs/studies.md)",
         *missing,
         f"report: {page.as_posix()}",
@@ -195,7 +195,7 @@ def summarise(rows: Sequence[Row], not_made: Sequence[NotMade], reference: str, 
     if warning is not None:
         reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
         counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
-        lasts.insert(1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
+        lasts.insert(-1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
     return printable("\n".join([lay_out(lines), "", *lasts])) + "\n"
 
 
@@ -240,7 +240,7 @@ def report(params: Params, data: Path) -> str:
     warning = contamination(health, dataset["images"]["test"])
 
     # Of equals, the first in params.yaml.
-    shown = max(runs, key=lambda one: one.accuracy("val")[0])
+    shown = max(runs, key=lambda one: one.accuracy("choose")[0])
     has_texts = shown.encoder in params.encoders
     marks = read_marks(data, shown.encoder, buckets, has_texts)
     check_marks(data, shown, marks)

@@ -26,7 +26,7 @@ from fieldmark.store import (
 )
 from tests.training.cache import ENCODER, Plan, with_vectors
 
-PLAN = Plan(classes=3, train=4, val=4, test=4, nodes=6, dimension=8, buckets=2)
+PLAN = Plan(classes=3, train=4, val=8, test=4, nodes=6, dimension=8, buckets=2)
 RUNS = {"zero_shot": ENCODER, "linear_probe": ENCODER}
 NASTY = """<script src="https://evil.example/x.js">'&"</script>"""
 Row = dict[str, Any]
@@ -149,7 +149,7 @@ def write_health(data: Path, pairs: Sequence[tuple[str, str, int]] = (), **chang
     }
     metrics = {
         "classes": PLAN.classes,
-        "images": {"train": 12, "val": 12, "test": 12},
+        "images": {"train": 12, "val": 24, "test": 12},
         "unused": {"broken": 1, "duplicate": 0, "conflict": 0},
         "health": {**health, **changes},
     }
@@ -159,18 +159,25 @@ def write_health(data: Path, pairs: Sequence[tuple[str, str, int]] = (), **chang
     write_table(make_table(schema, rows), data / "index/near_duplicates.parquet", schema, {}, "index")
 
 
+def half_of(path: str, split: str) -> str:
+    return "choose" if split == "val" and int(path[-5]) > 3 else split
+
+
 def write_run(
     data: Path, name: str, wrong: Sequence[dict[str, str]], model_seed: int = 0, encoder: str = ENCODER
 ) -> None:
     """A run whose seed s gets everything right but `wrong[s]`, from path to the class it predicts.
 
-    On ENCODER it has read texts; another encoder is a tower, without any.
+    Of val 0000 to 0003 of a class are reported, and 0004 to 0007, which choose, are judged as these are. On ENCODER it
+    has read texts; another encoder is a tower, without any.
     """
     index = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
-    images = [row for row in index if row["status"] == "ok"]
+    images = [{**row, "split": half_of(row["path"], row["split"])} for row in index if row["status"] == "ok"]
     classes = [f"class-{number:02d}" for number in range(PLAN.classes)]
     rows, accuracies = [], []
-    for seed, mistakes in enumerate(wrong):
+    for seed, made in enumerate(wrong):
+        twins = {f"{path[:-5]}{int(path[-5]) + 4}.png": to for path, to in made.items() if "val" in path}
+        mistakes = made | twins
         for row in images:
             logits = np.zeros(PLAN.classes, dtype=np.float32)
             logits[classes.index(mistakes.get(row["path"], row["class_id"]))] = 1
