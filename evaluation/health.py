@@ -33,16 +33,21 @@ class Finding(NamedTuple):
 # What the page's table of health shows, by subject.
 HEALTH = {
     "Contaminated test images": [
-        Finding("near duplicate", "health.contaminated_test.near_duplicates", "with one in train or val", alarm=True),
-        Finding("group", "health.contaminated_test.groups", "of one that train or val has too", alarm=True),
+        Finding(
+            "near duplicate",
+            "health.contaminated_test.near_duplicates",
+            "a picture like it is in train or val",
+            alarm=True,
+        ),
+        Finding("group", "health.contaminated_test.groups", "train or val has pictures of the same group", alarm=True),
         Finding("in all", "health.contaminated_test.images", "for one reason or both", alarm=True),
     ],
     "Near-duplicate pairs": [
-        Finding("within a split", "health.near_duplicates.within_split", "of one class; one picture counts twice"),
+        Finding("within a split", "health.near_duplicates.within_split", "two of one class: one picture counts twice"),
         Finding(
             "across splits",
             "health.near_duplicates.across_splits",
-            "of one class; one gives away the other",
+            "two of one class: one gives away the other",
             alarm=True,
         ),
         Finding(
@@ -55,7 +60,7 @@ HEALTH = {
     "Files with equal bytes": [
         Finding("within a split", "health.byte_duplicates.within_split", "left out; an equal file is used"),
         Finding(
-            "across splits", "health.byte_duplicates.across_splits", "left out; test has the one used, or else val"
+            "across splits", "health.byte_duplicates.across_splits", "left out; a copy in test is used, else in val"
         ),
         Finding(
             "across classes", "health.byte_duplicates.across_classes", "none is used; one label is wrong", alarm=True
@@ -72,8 +77,8 @@ HEALTH = {
     "Classes": [
         Finding("without images", "health.classes_without.images", "no usable one in any split"),
         Finding("missing in train", "health.classes_without.train", "images, but none to learn from", alarm=True),
-        Finding("missing in val", "health.classes_without.val", "no say in what is chosen on val"),
-        Finding("missing in test", "health.classes_without.test", "no part in test accuracy"),
+        Finding("missing in val", "health.classes_without.val", "nothing is chosen for them"),
+        Finding("missing in test", "health.classes_without.test", "test accuracy says nothing of them"),
     ],
     "Images a class": [
         Finding(split, f"health.images_a_class.{split}", "median (fewest to most)", spread=True) for split in SPLITS

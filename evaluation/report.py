@@ -108,9 +108,11 @@ def count_concepts(concepts: pa.Table, bank: pa.Table, names: Mapping[str, str])
     count = "SELECT count(*), count(*) FILTER (kept) FROM t WHERE kind <> 'name'"
     [(written, clean)] = query(count, t=concepts)
     [(candidates, kept)] = query(count, t=bank)
-    # A reason may name the concept that was preferred behind a colon.
+    # A reason may name the concept that was preferred behind a colon: "near duplicate of: a fish with ..."
     dropped = query(
-        """SELECT stage, count(*) AS n, split_part(coalesce(drop_reason, 'no reason given'), ':', 1) AS reason
+        """SELECT stage, count(*) AS n,
+                  regexp_replace(split_part(coalesce(drop_reason, 'no reason given'), ':', 1), ' of$', ' of another')
+                  AS reason
            FROM (
              SELECT 'clean_concepts' AS stage, drop_reason FROM concepts WHERE NOT kept AND kind <> 'name'
              UNION ALL
