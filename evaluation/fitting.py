@@ -22,7 +22,7 @@ from fieldmark.params import Block
 from training.controls import Control, Request, apply_control
 from training.data import SPLITS, Cache, read_cache
 from training.folds import HELD_OUT, refit, settle
-from training.layers.logistic import assess
+from training.layers.logistic import L2_WITHOUT_VAL, assess
 from training.loop import predict
 from training.methods import Fitted, NotPossible, borrows_others, load_method, reads_of, single_points
 from training.metrics import (
@@ -36,7 +36,6 @@ from training.metrics import (
 )
 from training.regimes import Folds, Full, Regime, Shots, hide_test, restrict_classes
 from training.runs import write_json, write_predictions
-from training.start import L2_WITHOUT_VAL
 
 SEARCH_DRAWS = 5
 

@@ -36,6 +36,7 @@ from training.data.labels import Labels
 from training.data.nodes import Globals, Nodes
 from training.loop import predict
 from training.methods import (
+    borrows_others,
     concept_graph,
     description_zero_shot,
     load_method,
@@ -356,8 +357,8 @@ def test_a_control_changes_the_logits_where_the_plan_says_so_and_no_bit_elsewher
     images = torch.arange(len(every_part.paths))
 
     def logits(of: Cache) -> Tensor:
-        """Of a method that sees what it declares under these settings, and nothing else."""
-        seen = of.only(reads_of(method, chosen))
+        """Of a method that sees what it declares under these settings, and nothing else; lent are the same classes."""
+        seen = dataclasses.replace(of, others=of if borrows_others(method) else None).only(reads_of(method, chosen))
         return predict(module.fit(seen, chosen, 0).model, seen, images)
 
     plain, bites = logits(every_part), set()

@@ -12,7 +12,7 @@ from tests.training.cache import Plan
 from training.data import Cache
 from training.folds import HELD_OUT, deal, refit, settle, split_fold
 from training.layers.logistic import STRENGTHS
-from training.methods import load_method, method_names
+from training.methods import borrows_others, load_method, method_names
 from training.methods.attention_pool import Settings, fit
 from training.regimes import Folds, Shots, hide_test
 from training.start import starting_point
@@ -83,7 +83,7 @@ def test_fit_is_told_no_label_of_an_image_that_is_held_out(cache: Cache) -> None
 
 @pytest.mark.parametrize("name", method_names())
 def test_what_was_chosen_is_fitted_again_without_val(cache: Cache, name: str) -> None:
-    module, fold = load_method(name), split_fold(cache, 3, 0)
+    module, fold = load_method(name), split_fold(replace(cache, others=cache if borrows_others(name) else None), 3, 0)
     settings = module.Settings()
     if hasattr(settings, "epochs"):
         settings = settings.model_copy(update={"epochs": 2, "lr": [1e-3, 1e-2]})

@@ -55,6 +55,7 @@ def noise(seed: int) -> Cache:
     return Cache(
         classes=[f"class-{number}" for number in range(CLASSES)],
         paths=paths,
+        image_ids=paths,
         groups=paths,
         split=halve(split, split == "val", paths, y.numpy()),
         y=y,

@@ -7,10 +7,10 @@ import torch
 
 from tests.training.cache import Plan
 from training.data import Cache
+from training.layers.logistic import L2_WITHOUT_VAL
 from training.loop import predict
 from training.methods import attention_pool, concept_graph, linear_probe
 from training.regimes import hide_test
-from training.start import L2_WITHOUT_VAL
 
 STARTED = pytest.mark.parametrize("method", [attention_pool, concept_graph], ids=lambda module: module.__name__)
 

@@ -428,10 +428,10 @@ def test_12_it_looks_at_val_no_more_often_than_its_rivals(
         looks += torch.equal(y, labels)
         return assess(logits, y)
 
-    starting_point(cache)  # and is remembered
+    starting_point(cache, None)  # and is remembered
     for module in (logistic, loop, methods):
         monkeypatch.setattr(module, "assess", counted)
     module = load_method(method)
     small = {"hidden": 8, "batch_size": 48} if method in LOOPED and method != "tip_adapter" else {}
-    module.fit(cache, module.Settings(**small), 0)
+    module.fit(lend(method, cache), module.Settings(**small), 0)
     assert (method in LOOPED) <= looks <= BUDGET
