@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from evaluation.plan import Cell, Plan, rival_cells
+from evaluation.plan import REFERENCE, Cell, Plan, rival_cells
 from evaluation.predictions import chosen_rival
-from evaluation.verdicts import REFERENCE
 from fieldmark.store import read_table
 from training.controls import Control
 from training.methods import grid

@@ -35,16 +35,25 @@ import pyarrow.compute as pc
 
 from evaluation.choices import choice_notes
 from evaluation.health import contamination, read_health
-from evaluation.plan import Cell, Plan, Question, RowKey, cells, make_plan, rival_cells
+from evaluation.plan import (
+    REFERENCE,
+    Cell,
+    Plan,
+    Question,
+    RowKey,
+    cells,
+    check_comparable,
+    make_plan,
+    rival_cells,
+)
 from evaluation.runs import group_numbers, groups_of, read_json
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
-from evaluation.verdicts import REFERENCE, WITHIN, Table, Verdict, again, answer, judge, read_results, too_few
+from evaluation.verdicts import WITHIN, Table, Verdict, again, answer, judge, read_results, too_few
 from evaluation.words import lay_out, percent, percent_of_runs, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import load_params
 from fieldmark.store import read_table, write_text
-from training.controls import Control
 from training.data import SPLITS
 from training.metrics import mean_and_deviation
 from training.regimes import Folds, LongTail, Shots, Unseen
@@ -433,8 +442,7 @@ def not_possible_notes(left_out: Mapping[RowKey, str]) -> list[str]:
 
 def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     """Write the tables of a study; returns them as text. Raises UserError where a run is missing or stale."""
-    if REFERENCE not in plan.study.methods or Control() not in plan.study.controls:
-        raise UserError(f"studies/{plan.name}.yaml: lacks {REFERENCE} or control none, to compare with; add it")
+    check_comparable(plan)
     split = "test" if plan.study.declared_test else "val"
     reading = check_test(plan, grid) if plan.study.declared_test else None
     stale = [cell.run for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]

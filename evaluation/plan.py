@@ -33,6 +33,7 @@ from training.methods import (
 from training.regimes import Classes, Folds, Full, Regime, Shots, read_classes, read_lines, read_regime
 
 STUDIES = Path("studies")
+REFERENCE = "linear_probe"  # what every row of a table is compared with
 RIVAL = "rival"  # the row of what a study's `rival` chooses inside folds
 DEVELOPMENT_SHARE = 5  # one class in five, where no file names them
 MAIN = ROOT / "evaluation/fitting.py"  # what makes a run
@@ -445,6 +446,15 @@ def read_clean(entries: str | Sequence[str], data: Path) -> frozenset[str]:
             named |= images or set()
         found |= named if entry == file else {row["path"] for row in rows} - named
     return frozenset(found)
+
+
+def check_comparable(plan: Plan) -> None:
+    """Raise UserError where a study lacks what its rows are compared with, before its runs are made."""
+    where = f"studies/{plan.name}.yaml"
+    if REFERENCE not in plan.study.methods:
+        raise UserError(f"{where}: methods: lacks {REFERENCE}, which the others are compared with; add it")
+    if Control() not in plan.study.controls:
+        raise UserError(f"{where}: controls: lacks `none`, the runs that a control is compared with; add it")
 
 
 def cells(plan: Plan, first_seed: int) -> list[Cell]:

@@ -54,7 +54,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.fitting import make_run, make_search
-from evaluation.plan import Cell, Overrides, Plan, cells, make_plan
+from evaluation.plan import Cell, Overrides, Plan, cells, check_comparable, make_plan
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.selection import read_texts
 from fieldmark.labels.splits import read_split
@@ -213,6 +213,7 @@ def main() -> None:
         raise UserError(f"--jobs {arguments.jobs}: it takes at least 1")
     params = load_params(arguments.params)
     plan = make_plan(arguments.params, params, arguments.name, Path(arguments.data))
+    check_comparable(plan)
     grid = cells(plan, params.train.seed)
     made = run_study(plan, grid, arguments.jobs)
     print(f"{plan.folder}: {made} runs made, {len(grid) - made} were there")

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evaluation.plan import RIVAL, Cell, Plan, Question
+from evaluation.plan import REFERENCE, RIVAL, Cell, Plan, Question
 from evaluation.predictions import read_predictions
 from evaluation.statistics import LEVEL, MARGIN, UNITS, Paired, holm, paired_differences
 from evaluation.words import on_these_classes, points, points_range, written_p
@@ -35,7 +35,6 @@ from training.metrics import (
 )
 from training.regimes import Folds, Regime, Shots, Unseen, harmonic_mean
 
-REFERENCE = "linear_probe"
 WITHIN = f"{100 * MARGIN:g} point"
 
 

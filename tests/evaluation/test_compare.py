@@ -157,7 +157,7 @@ def test_a_missing_or_stale_run_is_named(project: Path) -> None:
 
 def test_a_study_without_the_probe_cannot_be_compared(project: Path) -> None:
     plan, grid = planned(project, **STUDY | {"methods": ["zero_shot"]})
-    with pytest.raises(UserError, match="lacks linear_probe or control none"):
+    with pytest.raises(UserError, match="methods: lacks linear_probe, which the others"):
         compare(plan, grid)
 
 
