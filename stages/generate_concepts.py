@@ -36,12 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark import store
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError, name_some, run, stage_parser
 from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
 from fieldmark.llm.imported import EDITS, Own, read_own, row_of, start_edit
 from fieldmark.llm.prompts import load_prompt
 from fieldmark.llm.questions import Question, Questions, ask, foresee, write_metrics
-from fieldmark.llm.replay import name_some, replay
+from fieldmark.llm.replay import replay
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import NONE, Params, load_params
 
