@@ -65,13 +65,13 @@ def data_of(name: str) -> list[str]:
 
 def unknown(name: str, stages: dict[str, dict[str, Any]]) -> str:
     """What to say of a stage that is not there; of a run where a run was meant, as `make pull RUN=` does."""
-    what, known, wanted = "stage", list(stages), name
+    what, known, wanted = "has no stage", list(stages), name
     if name.startswith(RUN):
-        what, wanted = "run", name.removeprefix(RUN)
+        what, wanted = "has no run", name.removeprefix(RUN)
         known = [stage.removeprefix(RUN) for stage in stages if stage.startswith(RUN)]
     close = difflib.get_close_matches(wanted, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"it knows {', '.join(known) or 'none'}"
-    return f"{LOCK}: has no {what} {wanted!r}; {hint}"
+    return f"{LOCK}: {what} {wanted!r}; {hint}"
 
 
 def files_of(path: Path) -> list[str]:
