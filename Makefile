@@ -1,5 +1,6 @@
 # make repro   the whole pipeline, from nothing to data/report/index.html; PROFILE=NAME takes profiles/NAME.yaml for
 #              params.yaml first, `git checkout params.yaml` is the way back
+# make profile PROFILE=NAME lays the profile over params.yaml and runs nothing
 # make test    what CI runs: lint, types, tests
 # VENV=DIR reuses an environment; it is rebuilt when pyproject.toml or constraints.txt change.
 VENV ?= .venv

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -40,6 +40,10 @@ SAYS_NO_MEMORY = re.compile(r"out of memory|not enough memory|(?:can't|cannot|fa
 NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub", "ssl", "socket"}
 # Set to anything, it shows where an error came from.
 TRACE = "FIELDMARK_TRACE"
+# How a params.yaml begins that tools/profiles.py made; the profile's name follows.
+LAID_OVER = "# params.yaml with profiles/"
+# What speaks of a value in params.yaml, but not of the file itself.
+OF_A_VALUE = re.compile(r"^params\.yaml: [a-z_]+[`.:][^\n]*$|^[^\n]* in params\.yaml\b[^\n]*$")
 HOW_TO_TELL = f"report it with what the same command prints under {TRACE}=1"
 PROJECT = Path(__file__).parents[1]
 
@@ -101,6 +105,17 @@ def redact(text: str) -> str:
     if "://" not in text:
         return text
     return QUERY.sub(r"\1***", USER_PART.sub(r"\1***@", text))
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number and what follows it: `1 file is` or `2 files are`."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def name_some(names: Sequence[str], most: int = 10) -> str:
+    """The first of these names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -166,7 +181,7 @@ def process(number: int) -> tuple[str, int]:
 def explain(error: BaseException) -> str:
     """What went wrong and what to do: a UserError's own line, or one made for a failure of the surroundings."""
     if isinstance(error, UserError):
-        return str(error)
+        return str(error) + where_to_edit(str(error))
     own = error.strerror if isinstance(error, OSError) else None
     said = " ".join(str(own or error).split())[:300]
     path = getattr(error, "filename2", None) or getattr(error, "filename", None)
@@ -191,6 +206,19 @@ def explain(error: BaseException) -> str:
         return f"{where}{said or type(error).__name__}; mend that and run again: what is finished is kept"
     remedy = f"this is a fault of the code: mend it where it is yours, else {HOW_TO_TELL}"
     return f"{type(error).__name__} in {place_of(error)} ({said}); {remedy}"
+
+
+def where_to_edit(message: str) -> str:
+    """What to add to a message of a value in params.yaml where that was made of a profile: an edit there is refused."""
+    if not OF_A_VALUE.match(message):
+        return ""
+    try:
+        with open("params.yaml", encoding="utf-8") as file:
+            first = file.readline()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    name = first.removeprefix(LAID_OVER).partition(" ")[0]
+    return f" (in profiles/{name}, which params.yaml was made of)" if first.startswith(LAID_OVER) else ""
 
 
 def place_of(error: BaseException) -> str:

@@ -40,7 +40,7 @@ class Listing:
     parts: list[Row] = field(default_factory=list)
     attributes: list[Row] = field(default_factory=list)
     in_pixels: bool = False
-    passed_over: int = 0  # files that are no images, or do not stand where images stand
+    passed_over: list[str] = field(default_factory=list)  # files that are no images, or not where images stand
     empty: list[str] = field(default_factory=list)  # class folders without an image
     warnings: list[str] = field(default_factory=list)  # what a person should know of the tables
 

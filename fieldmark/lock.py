@@ -1,13 +1,16 @@
-"""What dvc.lock knows of outputs that are not here, read as plain YAML: no import of DVC."""
+"""What dvc.lock knows of outputs that are not here, or made otherwise, read as plain YAML: no import of DVC."""
 
+import hashlib
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fieldmark.command import UserError
+from fieldmark.params import Dataset
 
 LOCK = Path("dvc.lock")
 
@@ -42,4 +45,31 @@ def refuse_cold_start(path: Path) -> None:
         raise UserError(
             f"{path}: dvc.lock lists it but it is not here; fetch the answers that are paid for with `dvc pull {path}`,"
             " or set FIELDMARK_COLD=1 to pay for them again"
+        )
+
+
+def refuse_old_index(path: Path, dataset: Dataset, params: str) -> None:
+    """Raises UserError where `path`, a file of the index, was made with other settings than `dataset` of file `params`.
+
+    Whoever looks at a prompt or a price after a change of data set would see the former one's classes. dvc.lock knows
+    the settings of what DVC made; of an index that was made by hand since, nobody does.
+    """
+    if not LOCK.exists() or not path.exists():
+        return
+    stage = read_stages().get("index_images", {})
+    made = {out["path"]: out.get("md5") for out in stage.get("outs", [])}
+    with open(path, "rb") as file:
+        if made.get(path.as_posix()) != hashlib.file_digest(file, "md5").hexdigest():
+            return
+    try:
+        before = Dataset.model_validate(stage["params"]["params.yaml"]["dataset"]).model_dump()
+    except (KeyError, TypeError, ValidationError):
+        return
+    now = dataset.model_dump()
+    changed = [key for key in now if now[key] != before[key]]
+    if changed:
+        key = "root" if "root" in changed else changed[0]
+        raise UserError(
+            f"{path.parent}: is of dataset.{key} {before[key]}, and {params} says {now[key]}; run"
+            " `dvc repro index_images` first"
         )

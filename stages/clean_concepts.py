@@ -6,19 +6,20 @@ Writes  data/concepts/concepts.parquet (concepts/1): every candidate of every cl
         of the answer about no class, if there is one (class_id null, kind generic).
 Costs   nothing but a second or two.
 
-The reasons to drop a text stand in fieldmark/concepts/cleaning.py. A class that keeps no visual text is named on
-stderr.
+The reasons to drop a text stand in fieldmark/concepts/cleaning.py. Classes that keep no visual text are named on
+stderr; so is domain.noun, where texts were imported and none of them says it.
 
     python -m stages.clean_concepts
 """
 
+import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from fieldmark import store
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError, counted, name_some, run, stage_parser, where_to_edit
 from fieldmark.concepts.cleaning import clean_class, clean_generic
 from fieldmark.params import load_params
 
@@ -41,7 +42,18 @@ def report(concepts: list[Row], classes: list[Row]) -> None:
     served = {row["class_id"] for row in texts if row["kept"] and row["kind"] == "visual"}
     bare = [row["name"] for row in classes if row["class_id"] not in served]
     if bare:
-        print(f"warning: {len(bare)} classes keep no visual concept: {', '.join(bare)}", file=sys.stderr)
+        keep = counted(len(bare), "class keeps", "classes keep")
+        print(f"warning: {keep} no visual concept: {name_some(bare)}", file=sys.stderr)
+
+
+def check_noun(answers: dict[str, list[Row]], noun: str, params: str) -> None:
+    """Warn where no text of one's own says the noun: it may still be that of another data set."""
+    own = [row for rows in answers.values() for row in rows if row["source"] == "import"]
+    texts = [concept["text"] for row in own for concept in json.loads(row["response_json"])["concepts"]]
+    if texts and not any(noun.casefold() in text.casefold() for text in texts):
+        what = f"none of {len(texts)} imported texts says {noun!r}; is it what your pictures show?"
+        said = f"{params}: domain.noun: {what}"
+        print(f"warning: {said}{where_to_edit(said)}", file=sys.stderr)
 
 
 def read_answers() -> dict[str, list[Row]]:
@@ -54,7 +66,8 @@ def read_answers() -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    params = load_params(stage_parser(__doc__).parse_args().params)
+    file = stage_parser(__doc__).parse_args().params
+    params = load_params(file)
     header = store.read_header(ANSWERS, "llm.answers/1")
     upstream = [header.fingerprint, store.read_header(CLASSES, "index.classes/1").fingerprint]
     # What the answers were to hold is written with them, where anybody was asked.
@@ -67,6 +80,7 @@ def main() -> None:
             for row in classes
             for concept in clean_class(row, answers[row["class_id"]], params.domain, params.clean, asked)
         ]
+        check_noun(answers, params.domain.noun, file)
         concepts += clean_generic(answers[GENERIC], classes, params.domain, params.clean, generic)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(

@@ -32,7 +32,7 @@ from fieldmark.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_
 from fieldmark.llm.prompts import Message, Prompt, load_prompt
 from fieldmark.llm.questions import Question, ask, foresee, write_metrics
 from fieldmark.llm.replay import replay
-from fieldmark.lock import refuse_cold_start
+from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.decode import BadImage, open_rgb
 
@@ -125,6 +125,8 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params(args.params)
     prompt = load_prompt(params.describe.prompt)
+    for table in (IMAGES, CLASSES):
+        refuse_old_index(table, params.dataset, args.params)
     upstream = store.read_header(IMAGES, "index.images/1").fingerprint
     images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status"]).to_pylist()
     classes_mark = store.read_header(CLASSES, "index.classes/1").fingerprint

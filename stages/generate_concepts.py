@@ -36,13 +36,13 @@ from pathlib import Path
 from typing import Any
 
 from fieldmark import store
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError, name_some, run, stage_parser
 from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
 from fieldmark.llm.imported import EDITS, Own, read_own, row_of, start_edit
 from fieldmark.llm.prompts import load_prompt
 from fieldmark.llm.questions import Question, Questions, ask, foresee, write_metrics
-from fieldmark.llm.replay import name_some, replay
-from fieldmark.lock import refuse_cold_start
+from fieldmark.llm.replay import replay
+from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import NONE, Params, load_params
 
 STAGE = "generate_concepts"
@@ -210,6 +210,7 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params(args.params)
     llm = params.llm
+    refuse_old_index(CLASSES, params.dataset, args.params)
     upstream = store.read_header(CLASSES, "index.classes/1").fingerprint
     classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
     if args.edit:

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fieldmark import store
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import UserError, name_some, run, stage_parser
 from fieldmark.formats import read_listing
 from fieldmark.listing import SPLITS, Listing, Row, hint, list_classes, read_lines
 from fieldmark.params import Dataset, Params, load_params
@@ -175,10 +175,10 @@ def leave_out_imageless(classes: list[Row], dataset: Dataset) -> list[Row]:
     left = [row["name"] for row in classes if not row["from_images"]]
     if not left or dataset.without_images:
         return classes
-    some = f"{', '.join(left[:10])}{f' and {len(left) - 10} more' if len(left) > 10 else ''}"
+    verbs, them = ("has no image and is", "it") if len(left) == 1 else ("have no image and are", "them")
     print(
-        f"{len(left)} of {len(classes)} classes have no image and are left out ({some}); dataset.without_images: true"
-        " asks about them and ranks them, too",
+        f"{len(left)} of {len(classes)} classes {verbs} left out ({name_some(left)}); dataset.without_images: true"
+        f" asks about {them} and ranks {them}, too",
         file=sys.stderr,
     )
     return [row for row in classes if row["from_images"]]
@@ -303,7 +303,7 @@ def index(params: Params) -> dict[str, Any]:
         mark = store.fingerprint(schema, made_by)
         store.write_table(store.make_table(schema, content), INDEX / f"{name}.parquet", schema, made_by, mark)
     counts = {**count_rows(rows, classes), "health": found}
-    for warning in [*health.warnings(found, counts, listing), *listing.warnings]:
+    for warning in [*health.warnings(found, rows, classes, listing), *listing.warnings]:
         print(f"warning: {warning}", file=sys.stderr)
     return counts
 

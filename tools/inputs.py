@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -22,6 +23,7 @@ from fieldmark.lock import LOCK, covers, paths_of, read_stages
 PIPELINE = Path("dvc.yaml")
 PARAMS = Path("params.yaml")
 INPUTS = Path("data/inputs")
+RUN = "train@"  # how the stage of a run begins
 
 
 def defined_stages() -> set[str]:
@@ -45,9 +47,7 @@ def data_of(name: str) -> list[str]:
     defined = defined_stages()
     stages = {stage: entry for stage, entry in read_stages().items() if stage in defined}
     if name not in stages:
-        close = difflib.get_close_matches(name, stages, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it knows {', '.join(stages) or 'none'}"
-        raise UserError(f"{LOCK}: has no stage {name!r}; {hint}")
+        raise UserError(unknown(name, stages))
     deps = paths_of(stages[name], "deps")
     outs = [out for other, stage in stages.items() if other != name for out in paths_of(stage, "outs")]
     found: list[str] = []
@@ -61,6 +61,17 @@ def data_of(name: str) -> list[str]:
             # A dependency on a whole folder of outputs.
             found.extend(out for out in outs if covers(dep, out))
     return sorted(set(found))
+
+
+def unknown(name: str, stages: dict[str, dict[str, Any]]) -> str:
+    """What to say of a stage that is not there; of a run where a run was meant, as `make pull RUN=` does."""
+    what, known, wanted = "has no stage", list(stages), name
+    if name.startswith(RUN):
+        what, wanted = "has no run", name.removeprefix(RUN)
+        known = [stage.removeprefix(RUN) for stage in stages if stage.startswith(RUN)]
+    close = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"it knows {', '.join(known) or 'none'}"
+    return f"{LOCK}: {what} {wanted!r}; {hint}"
 
 
 def files_of(path: Path) -> list[str]:

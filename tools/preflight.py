@@ -70,7 +70,8 @@ def named_paths(params: Params) -> Iterator[tuple[str, str, str]]:
 def check_path(where: str, path: str, kind: str) -> None:
     """Raises UserError, beginning with `where`, unless `path` is a readable file or folder, as `kind` says."""
     if not os.path.lexists(path):
-        what = "is not there; correct it: paths start from the project's folder, and ~ stands for nothing"
+        home = "; write your home folder out, ~ is not replaced by it" if path.startswith("~") else ""
+        what = f"is not there; correct it (a path counts from the project's folder){home}"
     elif not os.path.exists(path):
         what = "is a link that leads nowhere; restore its target, or correct the path"
     elif not (("file" in kind and os.path.isfile(path)) or ("folder" in kind and os.path.isdir(path))):

@@ -25,12 +25,11 @@ from typing import Any, get_origin
 from ruamel.yaml import YAML
 
 from fieldmark import store
-from fieldmark.command import UserError, run, stage_parser
+from fieldmark.command import LAID_OVER, UserError, run, stage_parser
 from fieldmark.params import Block, Params, check_params, read_yaml
 
 PROFILES = Path("profiles")
 KEPT = Path(".cache/profile")
-MARK = "# params.yaml with profiles/"  # how a merged file begins
 
 
 def find_profile(name: str) -> Path:
@@ -75,7 +74,7 @@ def refuse_edits(path: Path, profile: Path) -> None:
     try:
         edited = content != committed(path)
     except LookupError:
-        edited = content.decode(errors="replace").startswith(MARK)
+        edited = content.decode(errors="replace").startswith(LAID_OVER)
     if edited:
         raise UserError(
             f"{path}: has edits that are not committed, and {profile} would replace them; commit them, write them into"
@@ -88,12 +87,12 @@ def find_base(path: Path) -> str:
     kept = KEPT / "base.yaml"
     if path.is_file():
         content = path.read_text(encoding="utf-8")
-        if not content.startswith(MARK):
+        if not content.startswith(LAID_OVER):
             return content
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
     for content in former_versions(path):
-        if not content.startswith(MARK):
+        if not content.startswith(LAID_OVER):
             return content
     remedy = "put the repository's params.yaml there and run this again"
     raise UserError(f"{path}: was made of a profile, and what it was made over is not known here; {remedy}")
@@ -118,7 +117,7 @@ def lay_over(base: str, profile: Path) -> str:
     merge(content, changes, Params, str(profile))
     text = io.StringIO()
     yaml.dump(content, text)
-    what = f"{MARK}{profile.name} laid over it; `git checkout params.yaml` brings the demo back."
+    what = f"{LAID_OVER}{profile.name} laid over it; `git checkout params.yaml` brings the demo back."
     return f"{what}\n{text.getvalue()}"
 
 

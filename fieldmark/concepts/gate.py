@@ -27,7 +27,7 @@ VERDICTS = {
     "signal": "these concepts carry signal on this data set",
     "weak": "these concepts carry little signal on this data set: more than chance, far less than its pictures do",
     "none": "these concepts carry NO signal on this data set: they say no more of its classes than chance does",
-    "unknown": "there are too few validation images, or classes that own a concept, to tell what these concepts carry",
+    "unknown": "what these concepts carry cannot be told",
 }
 
 
@@ -104,7 +104,10 @@ def say(found: dict[str, Any]) -> str:
     """A judgement as one line of text."""
     verdict = VERDICTS[found["verdict"]]
     if "accuracy" not in found:
-        return verdict
+        return (
+            f"{verdict}: that takes {MIN_CLASSES} classes with training images that own a concept, and a validation"
+            f" image of them; there are {found['classes']} such classes and {found['images']} such images"
+        )
     return (
         f"{verdict} ({found['accuracy']:.1%} of {found['images']} validation images are most like their own class's"
         f" concepts; {found['permuted']:.1%} with owners permuted, p = {found['p']:.3f}; {found['random']:.1%} with"

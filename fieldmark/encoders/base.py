@@ -5,12 +5,15 @@ Each gives what `ImageEncoder` names; loading.py chooses between them.
 """
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import logging as hub_logging
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -28,6 +31,16 @@ LOADING_ERRORS = (
     OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, EOFError,
     StopIteration, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile,
 )  # fmt: skip
+# Without a network the hub tries again for a minute or so, and says so in two lines a try.
+if "HF_HUB_VERBOSITY" not in os.environ:
+    hub_logging.set_verbosity_error()
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error comes of a model hub that could not be asked, for a file that is not here."""
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class ImageEncoder(Protocol):

@@ -10,6 +10,7 @@ Vectors leave this module in float32, not normalised. In the fingerprint of an e
 tokenizer count by what is in them, not by where they lie.
 """
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fieldmark.encoders.base import (
     DTYPES,
     LOADING_ERRORS,
     encoder_fingerprint,
+    is_unreachable,
     make_batch,
     pad_rows,
     split_transform,
@@ -117,7 +119,10 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
         raise UserError(f"{key}.model: there is no folder {folder}; correct the path")
     by_name = not local and not settings.model.startswith("hf-hub:")
     if by_name and settings.model not in open_clip.list_models():
-        remedy = "see open_clip.list_models(), or use local-dir:PATH"
+        known = {each.casefold(): each for each in open_clip.list_models()}
+        close = difflib.get_close_matches(settings.model.casefold(), known, n=1)
+        otherwise = "see open_clip.list_models(), or use local-dir:FOLDER"
+        remedy = f"did you mean {known[close[0]]}?" if close else otherwise
         raise UserError(f"{key}.model: open_clip knows no {settings.model!r}; {remedy}")
     if by_name and settings.pretrained is None:
         remedy = "name a tag or a checkpoint file"
@@ -147,6 +152,12 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
             **({"trust_remote_code": False} if is_hugging_face else {}),
         )
     except LOADING_ERRORS as error:
+        if is_unreachable(error):
+            instead = "give `pretrained:` a checkpoint file or" if by_name else "give"
+            raise UserError(
+                f"{key}: {settings.model!r} cannot be downloaded: no network? {instead} `model: local-dir:FOLDER`"
+                " (docs/own-data.md#encoders); the demo's local-dir:data/demo/encoder works offline"
+            ) from None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{key}: open_clip cannot load {settings.model!r} ({reason}); correct it") from None
     model.eval().requires_grad_(False)

@@ -66,17 +66,19 @@ def add_classes(listing: Listing, root: Path, split: str | None, found: set[str]
     """Add the images of the class folders in root/SPLIT, or in root; put the folders' names in `found` or `bare`."""
     for folder in visible(root / split if split else root):
         if not is_folder(folder):
-            listing.passed_over += Path(folder.name).suffix.lower() in IMAGE_SUFFIXES
+            if Path(folder.name).suffix.lower() in IMAGE_SUFFIXES:
+                listing.passed_over.append(Path(folder.path).relative_to(root).as_posix())
             continue
         before = len(listing.images)
         for entry in visible(folder.path):
+            path = Path(entry.path).relative_to(root).as_posix()
             if is_folder(entry):
-                listing.passed_over += sum(1 for path in Path(entry.path).rglob("[!.]*") if path.is_file())
+                deeper = sorted(each for each in Path(entry.path).rglob("[!.]*") if each.is_file())
+                listing.passed_over += [each.relative_to(root).as_posix() for each in deeper]
             elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-                path = Path(entry.path).relative_to(root).as_posix()
                 listing.images.append({"path": path, "name": folder.name, "split": split})
             else:
-                listing.passed_over += 1
+                listing.passed_over.append(path)
         (found if len(listing.images) > before else bare).add(folder.name)
 
 

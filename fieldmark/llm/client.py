@@ -293,6 +293,9 @@ class Client:
             name, said = f"{name} {error.status_code}", said_by(error)
         elif isinstance(error.__cause__, TooLong):
             name, said = TooLong.__name__, str(error.__cause__)
+        elif isinstance(error.__cause__, NOT_SENT):
+            cause = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            name, said = f"nobody answers at {self.base_url}", f"{cause}; start the server, or correct llm.base_url"
         elif error.__cause__:
             name += f": {type(error.__cause__).__name__}"
         return f"{name}: {self.clean(' '.join(said.split()))[:300]}"

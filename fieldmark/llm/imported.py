@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fieldmark.command import UserError
+from fieldmark.command import UserError, counted, name_some
 from fieldmark.params import NONE, Concepts
 from fieldmark.store import canonical_json, class_id_of, nfc, sha256, write_text
 
@@ -151,13 +151,14 @@ def check_unknown(path: Path, unknown: list[str], classes: list[Row], bare: list
     # Names of alike species are alike: only what differs in a letter or two is taken for a class that was renamed.
     renamed = [(name, like) for name in unknown if (like := closest(name, bare, 0.85))]
     if removed and not renamed:
-        listed = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-        print(f"warning: {path}: {len(unknown)} names are of no class, and passed over: {listed}", file=sys.stderr)
+        said = counted(len(unknown), "name is of no class, and is", "names are of no class, and are")
+        print(f"warning: {path}: {said} passed over: {name_some(list(map(repr, unknown)), 5)}", file=sys.stderr)
         return
     first, like = renamed[0] if renamed else (unknown[0], closest(unknown[0], classes, 0.6))
-    hint = f"did you mean {like!r}?" if like else "data/index/classes.parquet lists them"
+    known = name_some(list(dict.fromkeys(row["name"] for row in classes)), 8)
+    hint = f"; did you mean {like!r}?" if like else f" (these are {known}); correct it"
     others = [name for name in unknown if name != first]
-    refuse(path, [(name, f"is no folder, class_id or name of a class; {hint}") for name in [first, *others]])
+    refuse(path, [(name, f"is no folder, class_id or name of a class{hint}") for name in [first, *others]])
 
 
 def closest(name: str, classes: list[Row], cutoff: float) -> str | None:

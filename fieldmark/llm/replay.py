@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fieldmark.command import UserError
+from fieldmark.command import UserError, name_some
 from fieldmark.llm.answers import Item, Row, item_key
 from fieldmark.llm.prompts import Prompt, problem
 from fieldmark.params import Llm
@@ -77,8 +77,3 @@ def row_of(item: Item, record: dict[str, Any], prompt: Prompt, llm: Llm) -> Row:
 
 def how_to_go_live(llm: Llm) -> str:
     return f"set llm.mode: live and llm.model in params.yaml and export {llm.api_key_env} to ask a model"
-
-
-def name_some(names: list[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fieldmark.command import counted, name_some
 from fieldmark.listing import SPLITS, Listing, Row
 
 NEAR_BITS = 3
@@ -20,6 +21,14 @@ MAX_PAIRED = 20
 # A run is the hashes that share one piece. All runs of up to SHORT_RUN hashes are compared together; each longer one by
 # itself, BLOCK of its hashes at a time.
 SHORT_RUN, BLOCK = 64, 2048
+# So many names stand in a warning.
+SHOWN = 3
+# What it means to have no image in a split, and what to do.
+WITHOUT = {
+    "train": "nothing learns them from images; add some",
+    "val": "they have no say in what is chosen on val; add images, or raise dataset.val_fraction",
+    "test": "test accuracy says nothing of them; add images, or raise dataset.test_fraction",
+}
 
 
 def near_pairs(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,36 +158,60 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
             "shorter_side": spread(min(row["width"], row["height"]) for row in usable),
             "longer_side": spread(max(row["width"], row["height"]) for row in usable),
         },
-        "passed_over": listing.passed_over,
+        "passed_over": len(listing.passed_over),
     }
     return health, pairs
 
 
-def warnings(health: dict[str, Any], counts: dict[str, Any], listing: Listing) -> list[str]:
+def warnings(health: dict[str, Any], rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> list[str]:
     """What a person should know before they trust a number, most serious first."""
     said = []
-    leak = health["contaminated_test"]
+
+    def say(names: Sequence[str], one: str, many: str, more: str = "") -> None:
+        if names:
+            said.append(f"{counted(len(names), one, many)}: {name_some(names, SHOWN)}{more}")
+
+    leak, tested = health["contaminated_test"], sum((row["split"], row["status"]) == ("test", "ok") for row in rows)
     if leak["images"]:
         said.append(
-            f"test is contaminated: {leak['images']} of {counts['images']['test']} test images have a near duplicate"
-            f" in train or val ({leak['near_duplicates']}) or are of a group that train or val has too"
-            f" ({leak['groups']}); their accuracy is optimistic; data/index/near_duplicates.parquet lists the pairs"
+            f"test is contaminated: {leak['images']} of {tested} test images have a near duplicate in train or val"
+            f" ({leak['near_duplicates']}) or are of a group that train or val has too ({leak['groups']}); their"
+            " accuracy is optimistic; data/index/near_duplicates.parquet lists the pairs"
         )
-    conflicts, broken = counts["unused"]["conflict"], counts["unused"]["broken"]
-    if conflicts:
-        said.append(f"{conflicts} files stand under two classes with the same bytes, and are not used")
-    if health["near_duplicates"]["across_classes"]:
-        said.append(f"{health['near_duplicates']['across_classes']} pairs of near duplicates stand under two classes")
-    if broken:
-        said.append(f"{broken} files are broken, and are not used; `error` in data/index/images.parquet says why")
-    for split in ("train", "test"):
-        if health["classes_without"][split]:
-            said.append(f"{health['classes_without'][split]} classes with images have none in {split}")
-    if health["classes_without"]["images"]:
-        said.append(f"{health['classes_without']['images']} classes have no image; only their texts can tell them")
-    if listing.empty:
-        listed = ", ".join(listing.empty[:5]) + (", ..." if len(listing.empty) > 5 else "")
-        said.append(f"{len(listing.empty)} folders hold no image and are no classes: {listed}")
-    if listing.passed_over:
-        said.append(f"{listing.passed_over} files are no images, or do not stand where images stand; passed over")
+    conflicts, broken = ([row["path"] for row in rows if row["status"] == kind] for kind in ("conflict", "broken"))
+    twice = "under two classes with the same bytes"
+    say(conflicts, f"file stands {twice}, and is not used", f"files stand {twice}, and are not used")
+    across = health["near_duplicates"]["across_classes"]
+    if across:
+        pairs = counted(across, "pair of near duplicates stands", "pairs of near duplicates stand")
+        said.append(f"{pairs} under two classes; data/index/near_duplicates.parquet lists them")
+    why = "; `error` in data/index/images.parquet says why"
+    say(broken, "file is broken, and is not used", "files are broken, and are not used", why)
+    for split, names in classes_without(rows, classes).items():
+        one, many = f"class with images has none in {split}", f"classes with images have none in {split}"
+        say(names, one, many, f"; {WITHOUT[split]}")
+    with_images = {row["class_id"] for row in rows if row["status"] == "ok"}
+    bare = [row["name"] for row in classes if row["class_id"] not in with_images]
+    alone = "texts alone can tell"
+    say(bare, f"class has no image, and its {alone} it", f"classes have no image, and their {alone} them")
+    say(listing.empty, "folder holds no image and is no class", "folders hold no image and are no classes")
+    where = "where images stand, and"
+    say(
+        listing.passed_over,
+        f"file is no image, or does not stand {where} is passed over",
+        f"files are no images, or do not stand {where} are passed over",
+    )
     return said
+
+
+def classes_without(rows: Sequence[Row], classes: Sequence[Row]) -> dict[str, list[str]]:
+    """The names of classes whose usable images leave a split without any; val and test only where they have train."""
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row["status"] == "ok":
+            splits_of[row["class_id"]].add(row["split"])
+    seen = [(row["name"], splits_of[row["class_id"]]) for row in classes if row["class_id"] in splits_of]
+    return {
+        split: [name for name, splits in seen if split not in splits and (split == "train" or "train" in splits)]
+        for split in SPLITS
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fieldmark.command import TRACE, explain, printable, redact
+from fieldmark.command import TRACE, UserError, explain, printable, redact
 from tests.project import ROOT
 
 SECRETS = [
@@ -107,6 +107,31 @@ def test_every_failure_is_one_line(tmp_path: Path, body: str, said: list[str]) -
     assert "hunter22" not in done.stderr
     for words in said:
         assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "adds"),
+    [
+        ("params.yaml: dataset.root: 'x' is not there; correct it", True),
+        ("params.yaml: dataset: is missing; add it", True),
+        ("https://host answers 404; check llm.model and llm.base_url in params.yaml", True),
+        ("params.yaml: has edits that are not committed, and profiles/own.yaml would replace them", False),
+        ("params.yaml: line 3: is not YAML: no", False),
+        ("params.yaml: dataset.root: DVC would stop at this:\n  'a': a named pipe; move or delete it", False),
+        ("profiles/own.yaml: dataset.sed: unknown key", False),
+        ("data/index: is of dataset.root data/reef, and params.yaml says data/images", False),
+    ],
+)
+def test_a_value_of_a_profile_is_to_be_changed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str, *, adds: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = UserError(message)
+    assert explain(error) == message
+    Path("params.yaml").write_text("domain:\n")
+    assert explain(error) == message
+    Path("params.yaml").write_text("# params.yaml with profiles/own.yaml laid over it; ...\ndomain:\n")
+    assert explain(error) == message + " (in profiles/own.yaml, which params.yaml was made of)" * adds
 
 
 def test_where_an_error_came_from_is_shown_on_request(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         (None, "generic", "class_name"),
     ]
     said = capsys.readouterr().err
-    assert "1 classes keep no visual concept: Salt ray" in said
+    assert "1 class keeps no visual concept: Salt ray" in said
     assert "6 texts, 3 kept; dropped: " in said
     assert all(f"1 {reason}" in said for reason in ("sound", "duplicate", "class_name"))
 
@@ -63,3 +63,28 @@ def test_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
     workspace.write()
     workspace.run(main)
     assert store.read_header(CONCEPTS, "concepts/1").fingerprint != mark
+
+
+@pytest.mark.parametrize(("text", "source", "warns"), [
+    ("a long tail", "import", True),
+    ("a Fish with a long tail", "import", False),
+    ("a long tail", "live", False),
+])  # fmt: skip
+def test_a_noun_that_no_imported_text_says_is_told_with_its_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    text: str, source: str, *, warns: bool,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    workspace = Workspace(monkeypatch, "http://unused")
+    workspace.write()
+    workspace.write_classes("Iron ray")
+    rows = [answer(text, "a grey fin", subject_id=store.sha256("Iron ray")[:8], key="a", source=source)]
+    schema = "llm.answers/1"
+    store.write_table(store.make_table(schema, rows), "data/concepts/answers.parquet", schema, {}, "m")
+    workspace.run(main)
+    said = "warning: params.yaml: domain.noun: none of 2 imported texts says 'fish'; is it what your pictures show?\n"
+    assert (said in capsys.readouterr().err) == warns
+    params = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(f"# params.yaml with profiles/own.yaml laid over it; x\n{params}")
+    workspace.run(main)
+    assert ("show? (in profiles/own.yaml, which" in capsys.readouterr().err) == warns

@@ -232,3 +232,14 @@ def test_no_key_is_stored(server: OpenAIServer, workspace: Workspace) -> None:
     workspace.run(main)
     files = [path for path in Path().rglob("*") if path.is_file()]
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], []])
+def test_nothing_is_priced_or_asked_of_the_former_data_set(
+    server: OpenAIServer, workspace: Workspace, arguments: list[str]
+) -> None:
+    workspace.write_images(1)
+    workspace.lock_index("data/reef", "images")
+    with pytest.raises(UserError, match=r"data/index: is of dataset\.root data/reef, and params\.yaml says data/ph"):
+        workspace.run(main, *arguments)
+    assert not server.calls

@@ -807,3 +807,14 @@ def test_help_says_what_it_reads_writes_and_costs() -> None:
         command = [sys.executable, "-m", f"stages.{stage}", "--help"]
         said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
         assert all(word in said for word in ("Reads", "Writes", "Costs"))
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--show=Iron ray", "--edit=Iron ray", None])
+def test_nothing_is_shown_priced_or_asked_of_the_former_data_set(
+    server: OpenAIServer, workspace: Workspace, option: str | None
+) -> None:
+    arguments = [option] if option else []
+    workspace.lock_index("data/reef", "classes")
+    with pytest.raises(UserError, match=r"data/index: is of dataset\.root data/reef, and params\.yaml says data/ph"):
+        workspace.run(main, *arguments)
+    assert not server.calls

@@ -417,9 +417,9 @@ def test_what_it_warns_of(
     said = capsys.readouterr().err
     for words in (
         "test is contaminated: 1 of 4 test images",
-        "2 files stand under two classes",
-        "1 files are broken",
-        "1 folders hold no image and are no classes: d",
+        "2 files stand under two classes with the same bytes, and are not used: train/",
+        "1 file is broken, and is not used: train/a/broken.png; `error` in",
+        "1 folder holds no image and is no class: d",
     ):
         assert f"warning: {words}" in said
     assert read("near_duplicates") == [{"path": "test/a/0.png", "other": "train/a/near.png", "bits": 0}]

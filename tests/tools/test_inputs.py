@@ -115,7 +115,7 @@ def test_the_command_prints_one_path_a_line(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (LOCK, "has no stage 'train@prob'; did you mean train@probe?"),
+        (LOCK, "has no run 'prob'; did you mean probe?"),
         ("x: [", "not a lock file"),
         ("3", "not a lock file"),
         ("schema: '2.0'", "not a lock file"),
@@ -132,3 +132,10 @@ def test_what_cannot_be_looked_up_is_one_line(text: str | None, said: str) -> No
         data_of("train@prob")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_run_runs_are_listed_and_of_a_stage_stages() -> None:
+    with pytest.raises(UserError, match=r"^dvc\.lock: has no run 'nope'; it knows probe$"):
+        data_of("train@nope")
+    with pytest.raises(UserError, match=r"^dvc\.lock: has no stage 'nope'; it knows draw_reef, generate_concepts, "):
+        data_of("nope")

@@ -289,8 +289,8 @@ def test_utf8_is_what_decodes_as_it(name: bytes) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("dataset__root", "no", "dataset.root: 'no' is not there; correct it: "),
-        ("dataset__root", "~/no", "dataset.root: '~/no' is not there; correct it: "),
+        ("dataset__root", "no", "dataset.root: 'no' is not there; correct it (a path counts from "),
+        ("dataset__root", "~/no", "dataset.root: '~/no' is not there; correct it (a path counts from "),
         ("dataset__root", "prompts/concepts.md", "dataset.root: 'prompts/concepts.md' is not a folder; "),
         ("dataset__root", "link", "dataset.root: 'link' is a link that leads nowhere; "),
         ("dataset__val_list", "no.txt", "dataset.val_list: 'no.txt' is not there; "),
@@ -314,6 +314,7 @@ def test_a_path_that_cannot_stand(key: str, value: str, said: str) -> None:
     message = complaint(**{key: value})
     assert message.startswith(f"params.yaml: {said}")
     assert "\n" not in message
+    assert ("home folder" in message) == value.startswith("~")
     assert ("data/none" in message) == (key in ("dataset__val_list", "concepts__import"))
 
 

@@ -31,7 +31,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
-from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, split_transform
+from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, is_unreachable, split_transform
 from fieldmark.encoders.maps import timm_features
 from fieldmark.encoders.towers import LoadedTower
 from fieldmark.params import Tower
@@ -61,6 +61,9 @@ def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
             settings.model, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, img_size=size
         )
     except LOADING_ERRORS as error:
+        if is_unreachable(error):
+            remedy = "give `pretrained:` a checkpoint file (docs/own-data.md#encoders)"
+            raise UserError(f"{key}: {settings.model!r} cannot be downloaded: no network? {remedy}") from None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         source = "the model hub" if settings.pretrained is None else settings.pretrained
         remedy = "correct it, or name a checkpoint file" if settings.pretrained is None else "correct it"

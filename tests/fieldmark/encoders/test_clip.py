@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import logging as hub_logging
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
@@ -355,7 +356,9 @@ def test_an_encoder_that_cannot_be_loaded_is_one_line(models: dict[str, Path], t
     torch.save([1], tmp_path / "list.pt")
     for settings, words in (
         ({"model": f"local-dir:{tmp_path / 'none'}"}, "mine.model: there is no folder"),
-        ({"model": "ViT-B-33", "pretrained": "openai"}, "mine.model: open_clip knows no 'ViT-B-33'"),
+        ({"model": "ViT-B-33", "pretrained": "openai"}, r"mine.model: open_clip knows no .*; did you mean ViT-B-32\?"),
+        ({"model": "vit_b_32", "pretrained": "openai"}, r"knows no 'vit_b_32'; did you mean ViT-B-32\?$"),
+        ({"model": "bird-net", "pretrained": "openai"}, r"knows no 'bird-net'; see open_clip.list_models\(\)"),
         ({"model": "ViT-B-32"}, "mine.pretrained: is missing"),
         ({"model": "ViT-B-32", "pretrained": "nobody"}, "open_clip cannot load"),
         ({"model": f"local-dir:{bare}"}, "could not be loaded"),
@@ -371,6 +374,23 @@ def test_an_encoder_that_cannot_be_loaded_is_one_line(models: dict[str, Path], t
             load_encoder("mine", Encoder(**settings), CPU)  # type: ignore[arg-type]
         assert "encoders.mine" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_downloaded_is_one_line_that_names_the_ways_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As without a network: nothing is asked for.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    offline = r"cannot be downloaded: no network\? {} `model: local-dir:FOLDER` \(docs/own-data\.md#encoders\); "
+    for settings, instead in (
+        ({"model": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}, "give `pretrained:` a checkpoint file or"),
+        ({"model": "hf-hub:laion/nothing"}, "give"),
+    ):
+        with pytest.raises(UserError, match=r"encoders\.mine: '.*' " + offline.format(instead)) as error:
+            load_encoder("mine", Encoder(**settings), CPU)
+        assert "\n" not in str(error.value)
+    assert hub_logging.get_verbosity() == hub_logging.ERROR
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,15 @@ def test_attempts_are_never_multiplied(server: OpenAIServer, trouble: Any, attem
     assert "Error" in json.loads(reply.response_json)["error"]
 
 
+def test_a_server_that_is_not_there_is_named(server: OpenAIServer) -> None:
+    nobody = "http://127.0.0.1:9/v1"
+    reply = ask(server, base_url=nobody, max_attempts=2)
+    said = json.loads(reply.response_json)["error"]
+    assert (reply.status, reply.attempts, reply.unheard) == ("error", 2, 0)
+    assert said.startswith(f"nobody answers at {nobody}: ConnectError: ")
+    assert said.endswith("; start the server, or correct llm.base_url")
+
+
 def test_retry_after_is_waited_for(server: OpenAIServer) -> None:
     server.script.append(failure(429, retry_after=0.4))
     begin = time.monotonic()

@@ -78,12 +78,12 @@ def test_texts_of_a_class_that_was_removed_are_passed_over(
     texts = read(tmp_path / "own.json", {**ALL, "Great auk": ["x"]})
     assert list(texts) == [RAY, TANG, "twin-a", "twin-b"]
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/own.json: 1 names are of no class, and passed over: 'Great auk'\n"
+        f"warning: {tmp_path}/own.json: 1 name is of no class, and is passed over: 'Great auk'\n"
     )
     (tmp_path / "edits").mkdir()
     (tmp_path / "edits/great-auk-0123abcd.txt").write_text("x")
     assert read_texts(str(tmp_path / "edits"), EDITS, CLASSES) == {}
-    assert "edits: 1 names are of no class, and passed over: 'great-auk-0123abcd'" in capsys.readouterr().err
+    assert "edits: 1 name is of no class, and is passed over: 'great-auk-0123abcd'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,7 @@ def test_texts_of_a_class_that_was_removed_are_passed_over(
         (IMPORT, {"Iron rays": ["a"], "Blue tang": ["b"], "twin-a": ["c"], "twin-b": ["d"]}, "did you mean 'Iron ray'"),
         (IMPORT, {"Great auk": ["a"], "Blue tang": ["b"], "twin-a": ["c"], "twin-b": ["d"]}, "'Great auk': is no "),
         (IMPORT, {**ALL, **{f"x{n}": ["x"] for n in range(4)}}, r"'x0': is no folder, .* \(and 3 more\)"),
+        (IMPORT, {"Great auk": ["a"]}, "name of a class \\(these are Iron ray, Blue tang, Twin\\); correct it$"),
         (EDITS, {"Iron rays": ["a"]}, r"'Iron rays': is no .*; did you mean 'Iron ray'\?"),
         (EDITS, {"iron-rays-0123abcd": ["a"]}, f"did you mean '(Iron ray|{RAY})'"),
     ],
@@ -128,7 +129,7 @@ def test_what_is_no_file_holds_no_texts(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ({"Iron rai": ["x"]}, r"'Iron rai': is no folder, class_id or name of a class; did you mean 'Iron ray'\?$"),
-        ({"~~~": ["x"], "++": [], "Twin": []}, r"'~~~': is no .*; data/index/classes\.parquet .* \(and 1 more\)$"),
+        ({"~~~": ["x"], "++": [], "Twin": []}, r"'~~~': is no .* \(these are Iron ray, .*\); .* \(and 1 more\)$"),
         ({"Twin": ["x"]}, "'Twin': is the name of twin-a, twin-b; put a class_id"),
         ({RAY: ["x"], "Iron ray": ["x"]}, f"'Iron ray': stands for the class of '{RAY}' too"),
         ('{"Iron ray": ["x"], "Iron ray": ["y"]}', "'Iron ray': stands for the class of 'Iron ray' too"),

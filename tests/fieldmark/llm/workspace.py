@@ -1,5 +1,6 @@
 """A small project in a temporary folder: parameters, prompts and an index, for tests of the LLM stages."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -94,6 +95,16 @@ class Workspace:
         table = store.make_table("index.images/1", [*rows, broken])
         store.write_table(table, "data/index/images.parquet", "index.images/1", {}, "images")
         return rows
+
+    def lock_index(self, root: str, *names: str) -> None:
+        """A dvc.lock that lists these tables of the index as made of `root`."""
+        outs = [
+            {"path": path, "md5": hashlib.md5(Path(path).read_bytes()).hexdigest()}
+            for path in (f"data/index/{name}.parquet" for name in names)
+        ]
+        made_by = {"params.yaml": {"dataset": {"root": root}}}
+        with open("dvc.lock", "w") as file:
+            YAML(typ="safe").dump({"stages": {"index_images": {"params": made_by, "outs": outs}}}, file)
 
     def run(self, main: Callable[[], None], *arguments: str) -> None:
         """A stage's main in this process, as its command line would call it."""

@@ -80,7 +80,7 @@ def test_numbers() -> None:
         image("train/c/8", 0, status="broken", width=None), image("train/c/7", 0, status="conflict", width=None),
     ]  # fmt: skip
     classes = [{"class_id": name} for name in "abcd"]
-    found, pairs = examine(rows, classes, Listing(rows, passed_over=5))
+    found, pairs = examine(rows, classes, Listing(rows, passed_over=list("12345")))
     assert found == {
         "byte_duplicates": {"within_split": 0, "across_splits": 1, "across_classes": 1},
         "near_duplicates": {"within_split": 0, "across_splits": 1, "across_classes": 0},
@@ -105,5 +105,24 @@ def test_nothing_to_say_of_nothing() -> None:
     found, pairs = examine([], [], Listing([]))
     assert pairs == []
     assert found["images_a_class"]["train"] == {"min": None, "median": None, "max": None}
-    counts = {"images": {"test": 0}, "unused": {"conflict": 0, "broken": 0}}
-    assert health.warnings(found, counts, Listing([])) == []
+    assert health.warnings(found, [], [], Listing([])) == []
+
+
+def test_warnings_name_a_few_and_say_one_and_many() -> None:
+    paths = ["train/a/1", "val/a/2", "test/a/3", *(f"train/{name}/4" for name in "bcde"), "test/b/5", "test/f/6"]
+    rows = [image(path, 0b11111 << 5 * number) for number, path in enumerate(paths)]
+    rows.append(image("train/g/4", 0, status="broken", width=None))
+    classes = [{"class_id": name, "name": name.upper()} for name in "abcdefg"]
+    listing = Listing(rows, passed_over=["notes.txt"], empty=["x", "y"])
+    found, _ = examine(rows, classes, listing)
+    assert health.warnings(found, rows, classes, listing) == [
+        "1 file is broken, and is not used: train/g/4; `error` in data/index/images.parquet says why",
+        "1 class with images has none in train: F; nothing learns them from images; add some",
+        "4 classes with images have none in val: B, C, D and 1 more; they have no say in what is chosen on val; add"
+        " images, or raise dataset.val_fraction",
+        "3 classes with images have none in test: C, D, E; test accuracy says nothing of them; add images, or raise"
+        " dataset.test_fraction",
+        "1 class has no image, and its texts alone can tell it: G",
+        "2 folders hold no image and are no classes: x, y",
+        "1 file is no image, or does not stand where images stand, and is passed over: notes.txt",
+    ]
