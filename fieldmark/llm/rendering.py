@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -72,7 +73,8 @@ class Renderer:
                 found: dict[str, Any] = json.loads(answer)
                 return found
             self.process = None
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # what was not written is tried once more
+            process.stdin.close()
         if process.wait() == -signal.SIGXCPU:
             return {"error": f"it takes more than {self.seconds} s"}
         return {"error": "the process that renders it died; it may take too much memory or nest too deeply"}

@@ -46,7 +46,10 @@ def concepts(bank: Bank) -> Tensor:
     """(M, D): the kept concepts. Raises NotPossible where there is none."""
     kept = bank.K[bank.kept & ~bank.of_kind("name", "proto")]
     if not len(kept):
-        raise NotPossible(f"{bank.path}: holds no kept concept; run generate_concepts, or raise select.per_class")
+        raise NotPossible(
+            f"{bank.path}: holds no kept concept; write texts (concepts.import) or have a model asked (llm.mode live);"
+            " where there are texts, drop_reason in data/concepts/concepts.parquet says why none was kept"
+        )
     return kept
 
 
