@@ -58,8 +58,8 @@ def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
     for class_id, rows, name in zip(cache.classes, owned, names, strict=True):
         if not rows.any():
             raise NotPossible(
-                f"{bank.path}: class {class_id} has no kept concept; write texts of it (concepts.import, edits)"
-                " or have a model asked (llm.mode live); where it has texts, drop_reason in"
+                f"{bank.path}: class {class_id} has no kept concept; write texts of it (concepts.import or"
+                " concepts.edits) or have a model asked (llm.mode live); where it has texts, drop_reason in"
                 " data/concepts/concepts.parquet says why none was kept"
             )
         texts_of_class = torch.unique(bank.K[rows], dim=0)
