@@ -188,7 +188,8 @@ def summarise(rows: Sequence[Row], not_made: Sequence[NotMade], reference: str, 
     missing = [f"{one.name}: cannot work on this data: {one.reason}" for one in not_made]
     over = units_of(rows)
     lasts = [
-        note + (f", intervals over {over}" if over else ""),
+        note,
+        *([f"95 % intervals over {over}"] if over else []),
         "val: the half of it that chose no setting and no epoch",
         "test: a single, uncorrected reading of every run here; verdicts are a study's (docs/studies.md)",
         *missing,

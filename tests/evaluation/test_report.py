@@ -35,9 +35,9 @@ def test_summary_says_what_a_hand_computes(data: Path) -> None:
         "reference",
         "100.0 +- 0.0",
     ]
-    assert "intervals over 12 images of val and 12 images of test: fewer than 20 say nothing of others" in lines[4]
+    assert "intervals over 12 images of val and 12 images of test: fewer than 20 say nothing of others" in lines[5]
     assert "val: the half of it that chose no setting and no epoch" in lines
-    assert lines[6].startswith("test: a single, uncorrected reading")
+    assert lines[7].startswith("test: a single, uncorrected reading")
     assert lines[-1] == f"report: {data}/report/index.html"
     assert (data / "report/summary.txt").read_text().splitlines() == lines
 
@@ -48,7 +48,7 @@ def test_tracks_are_what_the_intervals_are_over(data: Path) -> None:
     images, tracked = report(make_params(), data).splitlines(), tracks
     rewrite(data / "index/images.parquet", "index.images/1", tracked)
     groups = report(make_params(), data).splitlines()
-    assert "intervals over 7 groups of val and 6 groups of test" in groups[4]
+    assert "intervals over 7 groups of val and 6 groups of test" in groups[5]
     (before, after) = (
         list(map(float, re.findall(r"[+-]\d+\.\d", re.split(r"  +", of[1])[4]))) for of in (images, groups)
     )
