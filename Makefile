@@ -67,12 +67,12 @@ share: setup
 test: setup
 	ruff check .
 	mypy
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup
 	ruff check .
 	mypy
-	pytest -n 2 --dist loadfile -m "slow or not slow"
+	pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 bench: setup
 	@for bench in bench/[a-z]*.py; do python -m bench.$$(basename $$bench .py) || exit 1; done

@@ -187,8 +187,6 @@ def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(made: P
     add_line(folder, "methods/zero_shot")
     edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
     assert refitted(folder) == {"zero_shot", "attention_pool"}
-    add_line(folder, "layers/losses")
-    assert refitted(folder) == {"concept_graph"}
     add_line(folder, "methods/linear_probe")
     assert refitted(folder) == {"linear_probe", "attention_pool", "concept_graph"}  # the others start at its fit
     add_line(folder, "data/bank")
