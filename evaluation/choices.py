@@ -3,13 +3,12 @@
 Reads config.json of runs and searches, and predictions of folds, through a plan (evaluation/plan.py).
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from evaluation.plan import REFERENCE, Cell, Plan, rival_cells
+from evaluation.plan import REFERENCE, Cell, Plan, read_config, rival_cells
 from evaluation.predictions import chosen_rival
 from fieldmark.store import read_table
 from training.controls import Control
@@ -43,11 +42,6 @@ def choice_notes(plan: Plan, runs: Sequence[Cell]) -> list[str]:
     return notes
 
 
-def read_config(plan: Plan, folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((plan.folder / folder / "config.json").read_text(encoding="utf-8"))
-    return found
-
-
 def at_ends(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     """What was chosen where the grid ends, by method, and in how many runs; a grid of two has nothing but ends."""
     ends, count = Counter[tuple[str, str, Any]](), Counter[str]()
@@ -63,7 +57,8 @@ def at_ends(plan: Plan, cells: Sequence[Cell]) -> list[str]:
         for knob, values in grid(settings).items():
             if len(values) > 2 and chosen.get(knob) in (min(values), max(values)):
                 ends[cell.method, knob, chosen[knob]] += 1
-        if getattr(settings, "epochs", 0) and chosen.get("epoch") == getattr(settings, "epochs", 0):
+        last = getattr(settings, "epochs", 0)
+        if last and chosen.get("epoch") == last:
             ends[cell.method, "epoch", chosen["epoch"]] += 1
     return [f"{method} {knob} {value:g} ({n} of {count[method]} runs)" for (method, knob, value), n in ends.items()]
 

@@ -23,7 +23,6 @@ that the study publishes: of methods with the probe, of methods with their contr
 
 import csv
 import io
-import json
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -41,15 +40,17 @@ from evaluation.plan import (
     Plan,
     Question,
     RowKey,
+    again,
     cells,
     check_comparable,
     make_plan,
+    read_config,
     rival_cells,
 )
 from evaluation.runs import group_numbers, groups_of, read_json
 from evaluation.statistics import LEVEL, Paired
 from evaluation.study import is_made
-from evaluation.verdicts import WITHIN, Table, Verdict, again, answer, judge, read_results, too_few
+from evaluation.verdicts import WITHIN, Table, Verdict, answer, judge, read_results, too_few
 from evaluation.words import lay_out, percent, percent_of_runs, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import load_params
@@ -424,7 +425,7 @@ def read_not_possible(plan: Plan, grid: Sequence[Cell]) -> dict[RowKey, str]:
     """
     found: dict[RowKey, str] = {}
     for cell in grid:
-        config = json.loads((plan.folder / cell.run / "config.json").read_text(encoding="utf-8"))
+        config = read_config(plan, cell.run)
         if "not_possible" in config:
             if cell.method == REFERENCE:
                 raise UserError(f"{plan.folder}: {REFERENCE} cannot work on this data: {config['not_possible']}")
@@ -453,12 +454,10 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     index = read_table(plan.data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     groups = groups_of(index)
     left_out = read_not_possible(plan, grid)
-    tables = []
+    rows, tables = [cell for cell in (*grid, *rival_cells(plan, grid)) if cell.row not in left_out], []
     for encoder in plan.encoders:
         for regime in plan.study.regimes:
-            rows = [*grid, *rival_cells(plan, grid)]
             of_table = [cell for cell in rows if (cell.encoder, cell.regime) == (encoder, regime)]
-            of_table = [cell for cell in of_table if cell.row not in left_out]
             found = read_results(plan, of_table, split)
             tables += [table._replace(groups=group_numbers(table.paths, groups)) for table in found]
     judged = list(zip(tables, judge(tables), strict=True))

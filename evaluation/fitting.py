@@ -4,7 +4,6 @@ This module and what it imports are the code that a run's identity counts (evalu
 through the grid makes no run anew. Caches are remembered for the cells that follow.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluation.plan import Cell, Plan, Variation, load_other_labels
+from evaluation.plan import Cell, Plan, Variation, load_other_labels, read_config
 from fieldmark.params import Block
 from training.controls import Control, Request, apply_control
 from training.data import SPLITS, Cache, read_cache
@@ -164,7 +163,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
     settings, is_fold = entry.settings, isinstance(cell.regime, Folds)
     config = {"fingerprint": plan.mark(cell), **plan.identity(cell), "seed": cell.seed, "draw": cell.draw}
     if plan.searched(cell):
-        found = json.loads((plan.folder / cell.search / "config.json").read_text(encoding="utf-8"))
+        found = read_config(plan, cell.search)
         if "not_possible" in found:
             write_not_possible(plan.folder / cell.run, config, found["not_possible"])
             return

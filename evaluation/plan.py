@@ -7,6 +7,7 @@ reads and of every module that it executes: a run under the same identity is not
 
 import difflib
 import importlib
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -446,6 +447,17 @@ def read_clean(entries: str | Sequence[str], data: Path) -> frozenset[str]:
             named |= images or set()
         found |= named if entry == file else {row["path"] for row in rows} - named
     return frozenset(found)
+
+
+def again(plan: Plan) -> str:
+    """The remedy, where runs do not fit."""
+    return f"run `make study NAME={plan.name}`"
+
+
+def read_config(plan: Plan, folder: str) -> dict[str, Any]:
+    """config.json of a run or of a search (`Cell.run`, `Cell.search`)."""
+    found: dict[str, Any] = json.loads((plan.folder / folder / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def check_comparable(plan: Plan) -> None:

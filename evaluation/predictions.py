@@ -4,13 +4,12 @@ Each table has the rows of run.predictions/1, sorted by path. An image that a st
 nowhere: its split becomes NOT_CLEAN.
 """
 
-import json
 from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evaluation.plan import RIVAL, Cell, Plan
+from evaluation.plan import RIVAL, Cell, Plan, again, read_config
 from fieldmark.command import UserError
 from fieldmark.store import read_table
 from training.folds import HELD_OUT
@@ -29,8 +28,7 @@ def read_predictions(plan: Plan, runs: Sequence[Cell]) -> list[pa.Table]:
     tables = [read_table(plan.folder / cell.run / "predictions.parquet", SCHEMA).sort_by("path") for cell in runs]
     for cell, table in zip(runs, tables, strict=True):
         if not table["path"].equals(tables[0]["path"]):
-            remedy = f"run `make study NAME={plan.name}`"
-            raise UserError(f"{plan.folder / cell.run}: is of other images than {runs[0].run}; {remedy}")
+            raise UserError(f"{plan.folder / cell.run}: is of other images than {runs[0].run}; {again(plan)}")
     if isinstance(runs[0].regime, Folds):
         held = pa.concat_tables([table.filter(pc.field("split") == HELD_OUT) for table in tables]).sort_by("path")
         if held["path"].to_pylist() != tables[0]["path"].to_pylist():
@@ -45,7 +43,7 @@ def chosen_rival(plan: Plan, cell: Cell) -> Cell:
     scores: dict[Cell, tuple[float, float]] = {}
     for name in plan.study.rival:
         rival = cell._replace(method=name)
-        config = json.loads((plan.folder / rival.run / "config.json").read_text(encoding="utf-8"))
+        config = read_config(plan, rival.run)
         if "inner" in config:  # else it is not possible on this data
             scores[rival] = config["inner"]["accuracy"], -config["inner"]["log_loss"]
     return max(scores, key=scores.__getitem__)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evaluation.plan import REFERENCE, RIVAL, Cell, Plan, Question
+from evaluation.plan import REFERENCE, RIVAL, Cell, Plan, Question, again
 from evaluation.predictions import read_predictions
 from evaluation.statistics import LEVEL, MARGIN, UNITS, Paired, holm, paired_differences
 from evaluation.words import on_these_classes, points, points_range, written_p
@@ -151,10 +151,7 @@ def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> Read:
             logits, part, unseen, own = read_unseen(logits, labels, splits, split)
             among_unseen.append(unseen)
         figures.append(own | figures_of(logits, labels, splits, split))
-        own_paths = table["path"].to_pylist()
-        if cell is not runs[0] and own_paths != paths:
-            raise UserError(f"{plan.folder / cell.run}: is of other images than {runs[0].run}; {again(plan)}")
-        paths, y = own_paths, labels
+        paths, y = table["path"].to_pylist(), labels
         parts.append(part)
         correct.append(logits.argmax(1) == y)
     method, control = runs[0].method, runs[0].control
@@ -224,11 +221,6 @@ def read_unseen(logits: Floats, y: Ints, splits: np.ndarray, split: str) -> Read
         "harmonic": harmonic_mean(*(accuracy(joint[part == of], y[part == of]) for of in (0, 1))),
     }
     return ReadUnseen(joint, part, of_unseen.argmax(1) == y, figures)
-
-
-def again(plan: Plan) -> str:
-    """The remedy, where runs do not fit."""
-    return f"run `make study NAME={plan.name}`"
 
 
 # Verdicts.

@@ -1,11 +1,11 @@
-"""What tests of stages share: a temporary project, two tiny encoders, and stages run in this process."""
+"""What tests share: a local server, a temporary project, two tiny encoders, and stages run in this process."""
 
 import copy
 import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 
 from fieldmark.params import Params, load_params
+from tests.openai_server import OpenAIServer
 from tests.project import CONV, PARAMS, VIT, draw, save_model
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and tests press it.
@@ -28,6 +29,13 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole pipelines first: begun last, the longest file would leave the other core without work."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    """A server that speaks OpenAI's protocol, on this machine."""
+    with OpenAIServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,7 @@ from tests.openai_server import OpenAIServer, content, refusal
 
 
 @pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
-
-
-@pytest.fixture
-def workspace(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fieldmark.llm.client.FIRST_PAUSE_S", 0.01)
-    workspace = Workspace(monkeypatch, server.base_url)
+def workspace(workspace: Workspace) -> Workspace:
     workspace.blocks["describe"] = {"enabled": True, "image_px": 300}
     workspace.write()
     workspace.write_classes("Secret bandit", "Ray", scientific_name="Latro secretus")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,7 @@ JOURNAL = Path(".cache/generate_concepts.jsonl")
 
 
 @pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
-
-
-@pytest.fixture
-def workspace(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fieldmark.llm.client.FIRST_PAUSE_S", 0.01)
-    workspace = Workspace(monkeypatch, server.base_url)
-    workspace.write()
+def workspace(workspace: Workspace) -> Workspace:
     workspace.write_classes(*NAMES)
     return workspace
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,6 @@ from tests.fieldmark.llm.workspace import REPOSITORY, Workspace, answers, journa
 from tests.openai_server import Handler, OpenAIServer, Turn, body, completion
 
 GOOD = '{"concepts":[{"text":"a fish with a fin","kind":"visual","part":null}]}'
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        yield server
-
-
-@pytest.fixture
-def workspace(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fieldmark.llm.client.FIRST_PAUSE_S", 0.01)
-    workspace = Workspace(monkeypatch, server.base_url)
-    workspace.write()
-    return workspace
 
 
 def rays(count: int, kind: str = "ray") -> list[str]:
