@@ -387,7 +387,7 @@ def test_shards_give_what_one_process_does(
     [
         ({"reef": {"layers": [0]}}, r"tokens\.reef: is neither under `encoders` nor under `towers`; .* conv, vit"),
         ({"vit": {"layers": []}}, r"tokens\.vit\.layers: list should have at least 1 item"),
-        ({"vit": {"layers": ["last"]}}, r"tokens\.vit\.layers\.0: input should be a valid integer"),
+        ({"vit": {"layers": ["last"]}}, r"tokens\.vit\.layers\.0: input should be a layer's number or head"),
         ({"vit": {"layer": [0]}}, r"tokens\.vit\.layer: unknown key; did you mean `layers`\?"),
     ],
 )  # fmt: skip
