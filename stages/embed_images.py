@@ -50,9 +50,9 @@ def main() -> None:
     if arguments.find_batch_size:
         print(find_batch_size(product))
     elif arguments.dry_run:
-        print(f"{product.folder}: {preview(product, sources, buckets, len(devices))}")
+        print(f"{product.folder}: {preview([product], sources, buckets, len(devices))}")
     else:
-        update(product, sources, buckets, arguments.shard)
+        update([product], sources, buckets, arguments.shard)
 
 
 if __name__ == "__main__":

@@ -169,12 +169,12 @@ def main() -> None:
     layers = ", ".join(map(str, choice.layers))
     print(f"{product.folder}: layers {layers}; {size}; {free / 1e6:.0f} MB are free", flush=True)
     if arguments.dry_run:
-        print(preview(product, sources, buckets, len(devices)))
+        print(preview([product], sources, buckets, len(devices)))
         return
     if needed > free:
         problem = f"up to {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free"
         raise UserError(f"{product.folder}: {problem}; free some, or take layers out of tokens.{name}.layers")
-    update(product, sources, buckets, arguments.shard)
+    update([product], sources, buckets, arguments.shard)
 
 
 if __name__ == "__main__":
