@@ -59,7 +59,7 @@ def forward(encoder: ImageEncoder, choice: LayerChoice, pixels: Tensor) -> tuple
 
     n is at most batch_size.
     """
-    hidden = hidden_states(find_tower(encoder.model), make_batch(encoder, pixels), choice, key_of(encoder))
+    hidden = hidden_states(encoder.model, make_batch(encoder, pixels), choice, key_of(encoder))
     return tuple(each[: len(pixels)].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
 
 
