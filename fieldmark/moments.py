@@ -21,12 +21,12 @@ Tokens count in float16, as embed_tokens stores them, so that moments of stored 
 just made have the same bits; all arithmetic is in float32, and that of the basis in float64.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TokenKind = Literal["isqrt", "bilinear", "mean", "max"]
+from fieldmark import store
 
 # Raised when what this module gives for the same tokens changes.
 RULES = 1
@@ -42,16 +42,26 @@ class Basis(NamedTuple):
     mean: Tensor  # (d,)
     directions: Tensor  # (d, p), orthonormal columns
 
+    @classmethod
+    def stand_in(cls, width: int, directions: int) -> "Basis":
+        """One of the same shape that was fitted on nothing, to measure time and bytes with."""
+        return cls(torch.zeros(width), torch.eye(width)[:, :directions])
 
-def length_of(kind: TokenKind, width: int, directions: int | None) -> int:
-    """The length of a moment of tokens of `width` numbers."""
-    if kind in ("mean", "max"):
+    @property
+    def sha256(self) -> str:
+        """Of its numbers."""
+        return store.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in self))
+
+
+def length_of(kind: str, width: int, directions: int | None) -> int:
+    """The length of a vector that is made of tokens, or of a pooled vector, of `width` numbers."""
+    if kind not in ("isqrt", "bilinear"):
         return width
     side = directions or width
     return side * (side + 1) // 2
 
 
-def pool(kind: TokenKind, tokens: Tensor, basis: Basis | None) -> Tensor:
+def pool(kind: str, tokens: Tensor, basis: Basis | None) -> Tensor:
     """Tokens (n, T, d) to one vector an image (n, D), float32 on their device; an image is the same in any company."""
     made = []
     for chunk in tokens.split(CHUNK):
@@ -101,3 +111,27 @@ def upper_triangle(matrices: Tensor) -> Tensor:
     rows, columns = torch.triu_indices(side, side, device=matrices.device)
     weights = torch.where(rows == columns, 1.0, 2**0.5).to(matrices.dtype)
     return matrices[:, rows, columns] * weights
+
+
+class TokenSums:
+    """What a basis is made of, added up in float64 over any number of tokens."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.sum = torch.zeros(width, dtype=torch.float64)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, tokens: Tensor) -> None:
+        """Tokens of any shape (..., d), on the CPU."""
+        rows = tokens.half().double().flatten(0, -2)
+        self.count += len(rows)
+        self.sum += rows.sum(dim=0)
+        self.products += rows.T @ rows
+
+    def basis(self, directions: int) -> Basis:
+        """The mean, and the leading eigenvectors of the covariance, each with its largest entry positive."""
+        mean = self.sum / self.count
+        _, vectors = torch.linalg.eigh(self.products / self.count - mean.outer(mean))
+        leading = vectors.flip(dims=(1,))[:, :directions]
+        signs = leading.gather(0, leading.abs().argmax(dim=0, keepdim=True)).sign()
+        return Basis(mean.float(), (leading * signs).float().contiguous())

@@ -254,9 +254,14 @@ def sync(path: Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
 
     def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
 
     write_atomic(path, write)
 

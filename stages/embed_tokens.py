@@ -153,7 +153,7 @@ def main() -> None:
         raise UserError(f"params.yaml: tokens.{name}: is not there, so that no layer is asked for; {remedy}")
     asked = params.tokens[name]
     sources = read_sources(params.dataset.folder)
-    if run_shards("stages.embed_tokens", EMBED / name / "tokens", buckets, arguments):
+    if run_shards("stages.embed_tokens", [EMBED / name / "tokens"], buckets, arguments):
         return
     devices = list_devices(arguments.device)
     encoder = load_image_encoder(name, settings, choose_device(devices[0]))

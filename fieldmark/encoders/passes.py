@@ -510,19 +510,23 @@ def list_devices(names: str) -> list[str]:
     return names.split(",")
 
 
-def run_shards(stage: str, folder: Path, buckets: int, arguments: Namespace) -> bool:
-    """Where --device names several, run this command once for each, on its share of the buckets of a folder.
+def run_shards(
+    stage: str, folders: Sequence[Path], buckets: int, arguments: Namespace, done: str | None = None
+) -> bool:
+    """Where --device names several, run this command once for each, on its share of the buckets of some folders.
 
     Returns whether it did so; each process prints its own messages. Where one fails, the others finish, and then this
-    process exits with the code of the first that failed.
+    process exits with the code of the first that failed. An option that is `done` is not passed on.
     """
     devices = list_devices(arguments.device)
     if len(devices) == 1 or arguments.dry_run or arguments.find_batch_size:
         return False
-    store.remove_strays(folder, buckets)
+    for folder in folders:
+        store.remove_strays(folder, buckets)
+    words = [word for word in sys.argv[1:] if word != done]
     processes = [
         subprocess.Popen([
-            sys.executable, "-m", stage, *sys.argv[1:], "--device", device, "--shard", f"{rank}/{len(devices)}",
+            sys.executable, "-m", stage, *words, "--device", device, "--shard", f"{rank}/{len(devices)}",
         ])
         for rank, device in enumerate(devices)
     ]  # fmt: skip
