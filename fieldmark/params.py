@@ -174,6 +174,24 @@ class Tokens(Block):
     rollout: bool = False
 
 
+class Moment(Block):
+    """A vector of a whole image that is made before the projection of an encoder or tower."""
+
+    kind: Literal["pooled", "isqrt", "bilinear", "mean", "max"] = "isqrt"
+    layer: Layer | None = None
+    directions: Count | None = None
+
+    @property
+    def chosen_layer(self) -> int | Literal["head"]:
+        """The layer whose tokens it is made of: the last, where none is named."""
+        return -1 if self.layer is None else self.layer
+
+    @property
+    def chosen_directions(self) -> int | None:
+        """How many directions tokens are measured along; None: they are taken as they are."""
+        return 128 if self.kind == "isqrt" and self.directions is None else self.directions
+
+
 class Controls(Block):
     """Which texts that say nothing of the classes are embedded with one encoder."""
 
@@ -204,6 +222,8 @@ class Labels(Block):
     ring_radii: Literal["equal_count", "equal_width"] = "equal_count"
 
 
+# What probes name in `features` beside the vectors of `moments`.
+NODE_FEATURES = ("global", "nodes")
 NodeKind = Literal["global", "object", "token", "grid", "crop"]
 
 
@@ -254,6 +274,7 @@ class Params(Block):
     towers: dict[str, Tower] = {}
     embed: Embed = Embed()
     tokens: dict[str, Tokens] = {}
+    moments: dict[str, dict[str, Moment]] = {}
     controls: dict[str, Controls] = {}
     select: Select = Select()
     labels: Labels = Labels()
@@ -412,6 +433,24 @@ def check_contradictions(path: str, params: Params) -> None:
         if name not in params.image_encoders:
             known = ", ".join(params.image_encoders)
             refuse(f"tokens.{name}", "is neither under `encoders` nor under `towers`", f"choose one of: {known}")
+    for name, vectors in params.moments.items():
+        if name not in params.image_encoders:
+            known = ", ".join(params.image_encoders)
+            refuse(f"moments.{name}", "is neither under `encoders` nor under `towers`", f"choose one of: {known}")
+        if not vectors:
+            refuse(f"moments.{name}", "asks for no vector", "name one, as in `pooled: {kind: pooled}`, or take it out")
+        for vector, moment in vectors.items():
+            key = f"moments.{name}.{vector}"
+            if not NAME.fullmatch(vector):
+                refuse(key, "is used as a folder name", "use lower-case letters, digits, - and _")
+            if vector in NODE_FEATURES:
+                refuse(key, "is what probes call a vector of nodes", "give it another name")
+            if vector == "pooled" and moment.kind != "pooled":
+                refuse(f"{key}.kind", f"{moment.kind!r}, under the name of the pooled vector", "give it another name")
+            if moment.kind == "pooled" and moment.layer is not None:
+                refuse(f"{key}.layer", "the pooled vector is of no layer", "take it out")
+            if moment.kind not in ("isqrt", "bilinear") and moment.directions is not None:
+                refuse(f"{key}.directions", f"{moment.kind} is not measured along directions", "take it out")
     for name in params.controls:
         if name not in params.encoders:
             known = ", ".join(params.encoders)

@@ -8,8 +8,8 @@ rows, paths, modes, batch sizes, devices or limits.
 A folder of buckets (`bNNN.parquet`) holds one row set an image, in bucket `int(image_id[:8], 16) % buckets`. All
 buckets exist, empty ones too, so a missing one is seen. Everything is written to a temporary name and renamed: no
 reader meets half a file. Pages carry checksums: a flipped bit is an error, not a number. Row groups are of ROW_GROUP
-rows, wide ones of WIDE_ROW_GROUP, so that a file that is written row group by row group has the bytes of one that is
-written at once.
+rows, those of wide rows of fewer (row_group_size), so that a file that is written row group by row group has the bytes
+of one that is written at once.
 """
 
 import errno
@@ -20,7 +20,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -35,6 +35,8 @@ HALF, FLOAT, TEXT, INT = pa.float16(), pa.float32(), pa.string(), pa.int32()
 ROW_GROUP = 4096
 # The same of rows that hold all vectors of a map, 0.3 MB each with 14 x 14 cells of 768.
 WIDE_ROW_GROUP = 16
+# Vectors of more than 2,048 numbers come in fewer rows, of as many numbers: 16 MB.
+LONGEST_ROW_GROUP = 4096 * 2048
 
 
 def required(name: str, kind: pa.DataType) -> pa.Field:
@@ -93,6 +95,10 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("grid_h", pa.int16()), required("grid_w", pa.int16()), required("width", INT),
         required("vectors", items(HALF)), pa.field("cls", items(HALF)), pa.field("rollout", items(HALF)),
     ],
+    "embed.moments/1": [
+        required("image_id", TEXT), required("view", pa.int16()), pa.field("layer", pa.int16()), required("kind", TEXT),
+        required("vector", HALF),
+    ],
     "embed.text/1": [
         required("text_id", TEXT), required("text", TEXT), required("kind", TEXT), required("n_tokens", INT),
         required("truncated", pa.bool_()), required("vector", HALF),
@@ -130,6 +136,7 @@ KEYS: dict[str, list[str]] = {
     "concepts/1": ["class_id", "kind", "rank", "concept_id", "item_key"],
     "embed.nodes/1": ["image_id", "view", "node"],
     "embed.tokens/1": ["image_id", "view", "layer"],
+    "embed.moments/1": ["image_id", "view"],
     "embed.text/1": ["text_id"],
     "embed.controls/1": ["kind", "class_id", "rank"],
     "bank/1": ["concept_idx"],
@@ -209,18 +216,27 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     Both the bytes and the name are on the disk when it returns, so that a loss of power leaves no empty file either.
     Raises what `write` raised, whatever then happens to the temporary file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_atomics([Path(path)], lambda partials: write(partials[0]))
+
+
+def write_atomics(paths: Sequence[Path], write: Callable[[list[Path]], None]) -> None:
+    """write_atomic for several files that are written side by side; each of them is whole, but all are not one."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
     try:
-        write(partial)
-        sync(partial)
-        os.replace(partial, path)
+        write(partials)
+        for partial in partials:
+            sync(partial)
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
     except BaseException:
-        with suppress(OSError):
-            partial.unlink()
+        for partial in partials:
+            with suppress(OSError):
+                partial.unlink()
         raise
-    sync(path.parent)
+    for path in paths:
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -238,9 +254,14 @@ def sync(path: Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
 
     def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
 
     write_atomic(path, write)
 
@@ -258,34 +279,87 @@ def write_sorted(
     pieces: Iterable[pa.Table], path: str | Path, schema: str, columns: pa.Schema, params: dict[str, Any], mark: str
 ) -> None:
     """write_table for rows that come piece by piece, sorted by key, in `columns`; one row group is held at a time."""
-    header = {"schema": schema, "fingerprint": mark, "params": canonical_json(params)}
-    write_atomic(path, lambda partial: write_parquet(pieces, partial, columns.with_metadata(header)))
+    write_side_by_side(((piece,) for piece in pieces), [Target(Path(path), schema, columns, params, mark)])
+
+
+class Target(NamedTuple):
+    """A file to be written, and what it says of itself."""
+
+    path: Path
+    schema: str
+    columns: pa.Schema
+    params: dict[str, Any]
+    mark: str
+
+    @property
+    def described(self) -> pa.Schema:
+        """The columns with the header."""
+        header = {"schema": self.schema, "fingerprint": self.mark, "params": canonical_json(self.params)}
+        return self.columns.with_metadata(header)
+
+
+def write_side_by_side(pieces: Iterable[Sequence[pa.Table]], targets: Sequence[Target]) -> None:
+    """write_sorted for several files at once: every item of `pieces` holds a table for each of them."""
+    columns = [target.described for target in targets]
+    write_atomics([target.path for target in targets], lambda partials: write_parquets(pieces, partials, columns))
 
 
 def write_parquet(pieces: Iterable[pa.Table], sink: Path | IO[bytes], columns: pa.Schema) -> None:
     """Write tables, one after the other, as one Parquet file: how every file here is encoded."""
-    # Texts repeat; numbers hardly do, and a dictionary of them takes three times as long and makes the file larger.
-    repeating = [field.name for field in columns if field.type == TEXT]
-    with pq.ParquetWriter(
-        sink, columns, compression="zstd", write_page_checksum=True, use_dictionary=repeating
-    ) as writer:
-        for group in row_groups(pieces, columns):
-            writer.write_table(group)
+    write_parquets(((piece,) for piece in pieces), [sink], [columns])
 
 
-def row_groups(pieces: Iterable[pa.Table], columns: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of `pieces` in tables of one size, the last of one row or more, or of none where there is no row."""
-    size = WIDE_ROW_GROUP if "vectors" in columns.names else ROW_GROUP
-    waiting, count = [columns.empty_table()], 0
-    for piece in pieces:
-        waiting.append(piece.replace_schema_metadata(columns.metadata))
-        count += len(piece)
-        while count > size:
-            table = pa.concat_tables(waiting)
+def write_parquets(
+    pieces: Iterable[Sequence[pa.Table]], sinks: Sequence[Path | IO[bytes]], columns: Sequence[pa.Schema]
+) -> None:
+    """write_parquet for several files at once: every item of `pieces` holds a table for each of them."""
+    groups = [RowGroups(each) for each in columns]
+    with ExitStack() as stack:
+        writers = [
+            # Texts repeat; numbers hardly do, and a dictionary of them takes three times as long and makes the file
+            # larger.
+            stack.enter_context(pq.ParquetWriter(
+                sink, each, compression="zstd", write_page_checksum=True,
+                use_dictionary=[field.name for field in each if field.type == TEXT],
+            ))
+            for sink, each in zip(sinks, columns, strict=True)
+        ]  # fmt: skip
+        for tables in pieces:
+            for writer, group, table in zip(writers, groups, tables, strict=True):
+                for full in group.add(table):
+                    writer.write_table(full)
+        for writer, group in zip(writers, groups, strict=True):
+            writer.write_table(group.rest())
+
+
+class RowGroups:
+    """Rows that come piece by piece, in tables of one size, the last of one row or more, or of none without a row."""
+
+    def __init__(self, columns: pa.Schema) -> None:
+        self.columns, self.size = columns, row_group_size(columns)
+        self.waiting, self.count = [columns.empty_table()], 0
+
+    def add(self, piece: pa.Table) -> Iterator[pa.Table]:
+        """Take more rows; the tables that are full and not the last."""
+        self.waiting.append(piece.replace_schema_metadata(self.columns.metadata))
+        self.count += len(piece)
+        while self.count > self.size:
+            table = pa.concat_tables(self.waiting)
             # One chunk: Arrow keeps the chunks it was given, and they would show in the bytes.
-            yield table.slice(0, size).combine_chunks()
-            waiting, count = [table.slice(size)], count - size
-    yield pa.concat_tables(waiting).combine_chunks()
+            yield table.slice(0, self.size).combine_chunks()
+            self.waiting, self.count = [table.slice(self.size)], self.count - self.size
+
+    def rest(self) -> pa.Table:
+        """The last table."""
+        return pa.concat_tables(self.waiting).combine_chunks()
+
+
+def row_group_size(columns: pa.Schema) -> int:
+    """How many rows a row group of these columns has."""
+    if "vectors" in columns.names:
+        return WIDE_ROW_GROUP
+    length = columns.field("vector").type.list_size if "vector" in columns.names else 1
+    return min(ROW_GROUP, max(WIDE_ROW_GROUP, LONGEST_ROW_GROUP // length))
 
 
 def read_header(path: str | Path, schema: str) -> Header:

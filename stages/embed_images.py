@@ -40,7 +40,7 @@ def main() -> None:
     settings = params.image_encoder(arguments.encoder)
     sources = read_sources(params.dataset.folder)
     buckets = params.dataset.buckets
-    if run_shards("stages.embed_images", EMBED / arguments.encoder / "images", buckets, arguments):
+    if run_shards("stages.embed_images", [EMBED / arguments.encoder / "images"], buckets, arguments):
         return
     devices = list_devices(arguments.device)
     encoder = load_image_encoder(arguments.encoder, settings, choose_device(devices[0]))
@@ -50,9 +50,9 @@ def main() -> None:
     if arguments.find_batch_size:
         print(find_batch_size(product))
     elif arguments.dry_run:
-        print(f"{product.folder}: {preview(product, sources, buckets, len(devices))}")
+        print(f"{product.folder}: {preview([product], sources, buckets, len(devices))}")
     else:
-        update(product, sources, buckets, arguments.shard)
+        update([product], sources, buckets, arguments.shard)
 
 
 if __name__ == "__main__":

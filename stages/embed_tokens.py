@@ -154,7 +154,7 @@ def main() -> None:
         raise UserError(f"params.yaml: tokens.{name}: is not there, so that no layer is asked for; {remedy}")
     asked = params.tokens[name]
     sources = read_sources(params.dataset.folder)
-    if run_shards("stages.embed_tokens", EMBED / name / "tokens", buckets, arguments):
+    if run_shards("stages.embed_tokens", [EMBED / name / "tokens"], buckets, arguments):
         return
     devices = list_devices(arguments.device)
     encoder = load_image_encoder(name, settings, choose_device(devices[0]))
@@ -170,12 +170,12 @@ def main() -> None:
     layers = ", ".join(map(str, choice.layers))
     print(f"{product.folder}: layers {layers}; {size}; {free / 1e6:.0f} MB are free", flush=True)
     if arguments.dry_run:
-        print(preview(product, sources, buckets, len(devices)))
+        print(preview([product], sources, buckets, len(devices)))
         return
     if needed > free:
         problem = f"up to {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free"
         raise UserError(f"{product.folder}: {problem}; free some, or take layers out of tokens.{name}.layers")
-    update(product, sources, buckets, arguments.shard)
+    update([product], sources, buckets, arguments.shard)
 
 
 if __name__ == "__main__":

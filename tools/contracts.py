@@ -192,6 +192,20 @@ ABOUT = {
             "rollout": "heads x cells, in the row of the last layer but one, where it is asked for",
         },
     ),
+    "embed.moments/1": About(
+        "data/embed/ENCODER/moments/NAME/bNNN.parquet",
+        "A vector of one view, made before the projection: NAME is a key of `moments.ENCODER`, and D is its own.\n"
+        "`basis.safetensors` beside the buckets holds `mean` (d) and `directions` (d, p) where the kind has them;\n"
+        "`data/embed/ENCODER/projection.safetensors` holds `weight` and `bias` of a linear head: the global embedding\n"
+        "is weight @ pooled + bias. It has no tensor where the head is not linear, or projects nothing.",
+        {
+            "image_id": IMAGE,
+            "view": VIEW,
+            "layer": "whose tokens it is made of, counted from 0; null for the pooled vector",
+            "kind": "pooled, isqrt, bilinear, mean or max; one in a folder",
+            "vector": "not of unit length",
+        },
+    ),
     "embed.text/1": About(
         "data/embed/ENCODER/text.parquet",
         "A text in the space of the images.",

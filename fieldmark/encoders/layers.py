@@ -96,20 +96,8 @@ def find_tower(model: Any) -> nn.Module:
 
 def choose_layers(tower: Any, asked: Sequence[Layer], rollout: bool, key: str) -> LayerChoice:
     """The layers that are `asked` for, as the tower counts them. Raises UserError, under `key`, for others."""
-    kind, count = type(tower).__name__, count_layers(tower)
-    if count is None:
-        remedy = "take it out, or use a ViT, a Swin or a convolutional tower"
-        raise UserError(f"{key}: a {kind} does not give its hidden states layer by layer; {remedy}")
-    layers = []
-    for layer in asked:
-        if isinstance(layer, str):
-            layers.append(count)
-        elif -count <= layer < count:
-            layers.append(layer % count)
-        else:
-            given = f"0 to {count - 1}, or -{count} to -1 from the end, and head"
-            raise UserError(f"{key}.layers: {layer} is not there; this {kind} has {given}")
-    layers.sort()
+    layers = sorted(number_layer(tower, layer, f"{key}.layers") for layer in asked)
+    kind, count = type(tower).__name__, count_layers(tower) or 0
     if len(set(layers)) < len(layers):
         raise UserError(f"{key}.layers: {list(asked)} are {layers} of {count}, one of them twice; take one out")
     if not rollout:
@@ -121,6 +109,20 @@ def choose_layers(tower: Any, asked: Sequence[Layer], rollout: bool, key: str) -
     if count - 2 not in layers:
         raise UserError(f"{key}.rollout: it is stored with the last layer but one, {count - 2}; add -2 to {key}.layers")
     return LayerChoice(layers, count - 2)
+
+
+def number_layer(tower: Any, layer: Layer, key: str) -> int:
+    """A layer as the tower counts it; `head` is one past the last. Raises UserError, under `key`, for others."""
+    kind, count = type(tower).__name__, count_layers(tower)
+    if count is None:
+        remedy = "take it out, or use a ViT, a Swin or a convolutional tower"
+        raise UserError(f"{key}: a {kind} does not give its hidden states layer by layer; {remedy}")
+    if isinstance(layer, str):
+        return count
+    if not -count <= layer < count:
+        given = f"0 to {count - 1}, or -{count} to -1 from the end, and head"
+        raise UserError(f"{key}: {layer} is not there; this {kind} has {given}")
+    return layer % count
 
 
 def count_layers(tower: Any) -> int | None:

@@ -1,8 +1,9 @@
 """Forward passes: images through an encoder into buckets of rows, for all stages that show images to one.
 
-A stage says in a `Product` what it makes of a view. Images are decoded ahead of the encoder, a batch may hold views of
-several images, and one bucket is written after the other. Rows that are there already, made by the same encoder and
-parameters, are kept, and so are the buckets that a killed run had finished. Memory does not grow with the images.
+A stage says in a `Product` what it makes of a view, or in several of them what goes into several folders from one pass.
+Images are decoded ahead of the encoder, a batch may hold views of several images, and one bucket is written after the
+other, in all folders side by side. Rows that are there already, made by the same encoder and parameters, are kept, and
+so are the buckets that a killed run had finished. Memory does not grow with the images.
 
 Several threads decode; the main thread makes rows of the encoder's outputs and writes them. On a GPU one more thread
 runs the encoder, so that it waits for nothing but pictures, and copies to and from the GPU run beside the passes. On a
@@ -10,14 +11,13 @@ CPU the main thread runs the encoder, and it shares the processors with the thre
 several devices there is one process for each, which takes the buckets with `bucket % world == rank`.
 """
 
-import heapq
 import io
 import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,28 +50,41 @@ MIN_SPEEDUP, TIMED_SECONDS = 1.02, 2.0
 Item = TypeVar("Item")
 # What the forward pass of a picture, or of a batch of them, gave: one tensor an output.
 Outputs = tuple[Tensor, ...]
+# Views, and of each the outputs of its passes.
+Passed = tuple[list[View], list[list[Outputs]]]
 # Rank and world: this process takes the buckets with bucket % world == rank.
 Shard = tuple[int, int]
 ALL_BUCKETS: Shard = (0, 1)
 
 
 @dataclass(frozen=True)
-class Product:
+class ForwardPass:
+    """What is shown to an encoder, and what is asked of it."""
+
+    embed: Embed  # which views and windows are shown
+    encoder: ImageEncoder
+    forward: Callable[[Tensor], Outputs]  # normalised pixels (n, 3, H, W) to outputs, each (n, ...)
+
+
+@dataclass(frozen=True)
+class Product(ForwardPass):
     """What a stage makes of its images, and where it goes."""
 
     folder: Path  # of buckets
     schema: str
     columns: pa.Schema
     made_by: dict[str, Any]  # all that changes what the rows hold
-    embed: Embed  # which views and windows are shown to the encoder
-    encoder: ImageEncoder
-    forward: Callable[[Tensor], Outputs]  # normalised pixels (n, 3, H, W) to outputs, each (n, ...)
     # The rows of views, equally many of each, from the outputs of their passes: first the whole view, then its windows.
     rows: Callable[[list[View], list[list[Outputs]]], pa.Table]
 
     @property
     def fingerprint(self) -> str:
         return store.fingerprint(self.schema, self.made_by)
+
+
+# Makes the rows of images, in order: of each a table for every product. Only `encoder`, `embed`, and `forward` of the
+# first product count, which the others share.
+Maker = Callable[[list[Source], Sequence[Product], "Clock"], Iterator[tuple[pa.Table, ...]]]
 
 
 class Work(NamedTuple):
@@ -143,11 +156,11 @@ class CpuSlots:
 
 
 class BatchRunner:
-    """Runs batches through a product's `forward`, in the order they come; on a GPU the copies run beside the passes."""
+    """Runs batches through `forward`, in the order they come; on a GPU the copies run beside the passes."""
 
-    def __init__(self, product: Product, slots: CpuSlots) -> None:
-        self.product, self.slots = product, slots
-        device = product.encoder.device
+    def __init__(self, asked: ForwardPass, slots: CpuSlots) -> None:
+        self.asked, self.slots = asked, slots
+        device = asked.encoder.device
         # One stream for copies to the GPU and one for copies back. All passes run on a third one: on two, cuBLAS does
         # not promise the same bits.
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
@@ -159,7 +172,7 @@ class BatchRunner:
                 outputs = self.forward(pixels)
             return lambda: outputs
         there, back = self.streams
-        device = self.product.encoder.device
+        device = self.asked.encoder.device
         here = torch.cuda.current_stream(device)
         with torch.cuda.stream(there):
             moved = pixels.pin_memory().to(device, non_blocking=True)
@@ -183,10 +196,10 @@ class BatchRunner:
 
     def forward(self, pixels: Tensor) -> Outputs:
         """The outputs of a batch. Where memory is not enough, this batch and all later ones run in halves."""
-        encoder = self.product.encoder
+        encoder = self.asked.encoder
         while True:
             try:
-                parts = [self.product.forward(encoder.normalise(part)) for part in pixels.split(encoder.batch_size)]
+                parts = [self.asked.forward(encoder.normalise(part)) for part in pixels.split(encoder.batch_size)]
                 return tuple(torch.cat(each) for each in zip(*parts, strict=True))
             except RuntimeError as error:
                 if not out_of_memory(error):
@@ -239,8 +252,8 @@ def stack_pictures(pixels: list[Tensor]) -> Tensor:
     return torch.stack([each.permute(1, 2, 0) for each in pixels]).permute(0, 3, 1, 2)
 
 
-def forward_views(views: Iterable[View], product: Product, slots: CpuSlots, clock: Clock) -> Iterator[pa.Table]:
-    """Yield the rows of each view in order, its passes batched with those of the views around it."""
+def forward_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, clock: Clock) -> Iterator[Passed]:
+    """Run views in order, each one's passes batched with those of the views around it."""
     waiting: deque[View] = deque()
     done: deque[Outputs] = deque()
 
@@ -249,14 +262,14 @@ def forward_views(views: Iterable[View], product: Product, slots: CpuSlots, cloc
         for view in clock.timed(views, "decode"):
             waiting.append(view)
             pixels.extend(view.pixels)
-            while len(pixels) >= (size := product.encoder.batch_size):
+            while len(pixels) >= (size := asked.encoder.batch_size):
                 yield stack_pictures(pixels[:size])
                 del pixels[:size]
         if pixels:
             yield stack_pictures(pixels)
 
     # On a CPU in the thread that calls this: in a thread of its own a pass takes a sixth longer.
-    start = BatchRunner(product, slots).start
+    start = BatchRunner(asked, slots).start
     on_cpu = slots.count > 0
     begun = map(start, batches()) if on_cpu else map_ahead(start, batches(), workers=1, ahead=QUEUED_BATCHES)
     for outputs in clock.timed((wait() for wait in begun), "forward"):
@@ -267,75 +280,153 @@ def forward_views(views: Iterable[View], product: Product, slots: CpuSlots, cloc
             ready.append(waiting.popleft())
             passes.append([done.popleft() for _ in ready[-1].pixels])
         if ready:
-            rows = product.rows(ready, passes)
-            size = len(rows) // len(ready)
-            yield from (rows.slice(number * size, size) for number in range(len(ready)))
+            yield ready, passes
 
 
-def forward_sources(sources: list[Source], product: Product, clock: Clock | None = None) -> Iterator[pa.Table]:
-    """Yield the rows of each image in order."""
+def run_sources(sources: list[Source], asked: ForwardPass, clock: Clock) -> Iterator[Passed]:
+    """Decode images and run their views, in order."""
     workers = os.cpu_count() or 1
-    slots = CpuSlots(product.encoder.device, workers)
+    slots = CpuSlots(asked.encoder.device, workers)
 
     def prepare_one(source: Source) -> list[View]:
         with slots.one():
-            return prepare(source, product.encoder, product.embed)
+            return prepare(source, asked.encoder, asked.embed)
 
-    ahead = max(workers, 2 * product.encoder.batch_size // count_passes(product.embed))
+    ahead = max(workers, 2 * asked.encoder.batch_size // count_passes(asked.embed))
     prepared = map_ahead(prepare_one, sources, workers=workers, ahead=ahead)
-    rows = forward_views((view for views in prepared for view in views), product, slots, clock or Clock())
-    for _ in sources:
-        yield pa.concat_tables(islice(rows, product.embed.views + 1)).cast(product.columns)
+    return forward_views((view for views in prepared for view in views), asked, slots, clock)
 
 
-def update(product: Product, sources: list[Source], buckets: int, shard: Shard | None = None) -> int:
-    """Bring a folder of buckets up to date with `sources`; return how many images went through the encoder.
+def rows_of_images(passed: Iterable[Passed], products: Sequence[Product], count: int) -> Iterator[tuple[pa.Table, ...]]:
+    """The rows of `count` images whose views were run, in order, a table for every product."""
+    views = (rows for each in passed for rows in rows_of_views(products, *each))
+    for _ in range(count):
+        found = zip(*islice(views, products[0].embed.views + 1), strict=True)
+        pairs = zip(products, found, strict=True)
+        yield tuple(pa.concat_tables(rows).cast(product.columns) for product, rows in pairs)
 
-    With a shard only its buckets are updated; what else lies in the folder is left to the process that runs the shards.
+
+def rows_of_views(
+    products: Sequence[Product], views: list[View], passes: list[list[Outputs]]
+) -> Iterator[tuple[pa.Table, ...]]:
+    """The rows of each view, a table for every product, from the outputs of their passes."""
+    made = [product.rows(views, passes) for product in products]
+    sizes = [len(rows) // len(views) for rows in made]
+    for number in range(len(views)):
+        yield tuple(rows.slice(number * size, size) for rows, size in zip(made, sizes, strict=True))
+
+
+def forward_sources(
+    sources: list[Source], products: Sequence[Product], clock: Clock | None = None
+) -> Iterator[tuple[pa.Table, ...]]:
+    """Yield the rows of each image in order, a table for every product; they share encoder, views and `forward`."""
+    yield from rows_of_images(run_sources(sources, products[0], clock or Clock()), products, len(sources))
+
+
+class SharedBucket(NamedTuple):
+    """A bucket of one or more of several folders: of each that changes the product and what it keeps."""
+
+    changed: dict[int, store.Kept]  # by the place of the product
+    missing: list[str]  # image_ids that one of them lacks, sorted
+
+
+def share_work(works: Sequence[Work]) -> dict[str, SharedBucket]:
+    """What is to be done in several folders, bucket by bucket, by the name of the file."""
+    found: dict[str, dict[int, store.Kept]] = {}
+    for place, work in enumerate(works):
+        for path, kept in work.todo:
+            found.setdefault(path.name, {})[place] = kept
+    return {
+        name: SharedBucket(changed, sorted({each for kept in changed.values() for each in kept.missing}))
+        for name, changed in sorted(found.items())
+    }
+
+
+def merge_rows(
+    products: Sequence[Product], name: str, bucket: SharedBucket, made: Iterator[tuple[pa.Table, ...]]
+) -> Iterator[list[pa.Table]]:
+    """The rows of each image of a bucket, in order, a table for every folder that changes: kept ones and made ones."""
+    present = {place: set(kept.present) for place, kept in bucket.changed.items()}
+    old = {
+        place: store.iterate_images(products[place].folder / name, products[place].schema, kept.present)
+        for place, kept in bucket.changed.items()
+        if kept.present
+    }
+    missing = set(bucket.missing)
+    for image_id in sorted(missing.union(*present.values())):
+        new = next(made) if image_id in missing else ()
+        yield [next(old[place]) if image_id in present[place] else new[place] for place in bucket.changed]
+
+
+def update(
+    products: Sequence[Product],
+    sources: list[Source],
+    buckets: int,
+    shard: Shard | None = None,
+    make: Maker = forward_sources,
+) -> int:
+    """Bring folders of buckets up to date with `sources`; return for how many images rows were made.
+
+    The products share encoder, views and `forward`, and `make` makes the rows. With a shard only its buckets are
+    updated; what else lies in the folders is left to the process that runs the shards.
     """
     if shard is None:
-        store.remove_strays(product.folder, buckets)
-    work = find_work(product, sources, buckets, shard or ALL_BUCKETS)
+        for product in products:
+            store.remove_strays(product.folder, buckets)
+    works = [find_work(product, sources, buckets, shard or ALL_BUCKETS) for product in products]
+    shared = share_work(works)
+    by_id = {source.image_id: source for source in sources}
+    missing = [by_id[image_id] for bucket in shared.values() for image_id in bucket.missing]
     clock = Clock()
-    name = product.encoder.name if shard is None else f"{product.encoder.name} {shard[0]}/{shard[1]}"
-    with tqdm(total=len(work.missing), desc=f"embed {name}", unit="img") as progress:
+    encoder = products[0].encoder.name
+    name = encoder if shard is None else f"{encoder} {shard[0]}/{shard[1]}"
+    with tqdm(total=len(missing), desc=f"embed {name}", unit="img") as progress:
 
-        def count(images: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        def count(images: Iterable[tuple[pa.Table, ...]]) -> Iterator[tuple[pa.Table, ...]]:
             for image in images:
                 progress.set_postfix_str(clock.shares(), refresh=False)
                 progress.update()
                 yield image
 
-        rows = count(forward_sources(work.missing, product, clock))
-        for path, kept in work.todo:
-            old = store.iterate_images(path, product.schema, kept.present) if kept.present else iter(())
-            images = heapq.merge(old, islice(rows, len(kept.missing)), key=store.image_of)
-            store.write_sorted(images, path, product.schema, product.columns, product.made_by, product.fingerprint)
-    if work.missing:
-        embedded, seconds = len(work.missing), clock.seconds()
-        rate = f"{embedded} images in {seconds:.2f} s, {embedded / seconds:.1f} images/s"
+        made = count(make(missing, products, clock))
+        for file, bucket in shared.items():
+            targets = [
+                store.Target(each.folder / file, each.schema, each.columns, each.made_by, each.fingerprint)
+                for each in map(products.__getitem__, bucket.changed)
+            ]
+            store.write_side_by_side(merge_rows(products, file, bucket, made), targets)
+    if missing:
+        seconds = clock.seconds()
+        rate = f"{len(missing)} images in {seconds:.2f} s, {len(missing) / seconds:.1f} images/s"
         print(f"embed {name}: {rate}; {clock.shares()}", file=sys.stderr)
     rank, world = shard or ALL_BUCKETS
     ours = sum(store.bucket_of(source.image_id, buckets) % world == rank for source in sources)
-    print(f"{product.folder}: {len(work.missing)} images embedded, {ours - len(work.missing)} kept")
-    return len(work.missing)
+    for product, work in zip(products, works, strict=True):
+        print(f"{product.folder}: {len(work.missing)} images embedded, {ours - len(work.missing)} kept")
+    return len(missing)
 
 
-def preview(product: Product, sources: list[Source], buckets: int, devices: int = 1) -> str:
+def preview(
+    products: Sequence[Product], sources: list[Source], buckets: int, devices: int = 1, make: Maker = forward_sources
+) -> str:
     """What a run would do, for --dry-run. Rate and bytes are measured on a few images that are embedded now."""
-    work = find_work(product, sources, buckets)
-    total = len(work.missing)
-    lines = [f"{total} images to embed, {len(sources) - total} kept; {len(work.todo)} buckets to write"]
+    product, works = products[0], [find_work(each, sources, buckets) for each in products]
+    lacking = {source.image_id: source for work in works for source in work.missing}
+    total, changed = len(lacking), len({path for work in works for path, _ in work.todo})
+    lines = [f"{total} images to embed, {len(sources) - total} kept; {changed} buckets to write"]
     if total:
-        sample = work.missing[: max(1, SAMPLE_BATCHES * product.encoder.batch_size // count_passes(product.embed))]
+        most = max(1, SAMPLE_BATCHES * product.encoder.batch_size // count_passes(product.embed))
+        sample = list(lacking.values())[:most]
         # A first pass is slower than those that follow.
-        list(forward_sources(sample[:1], product))
+        list(make(sample[:1], products, Clock()))
         started = perf_counter()
-        images = list(forward_sources(sample, product))
+        images = list(make(sample, products, Clock()))
         rate = len(sample) / (perf_counter() - started)
-        file = io.BytesIO()
-        store.write_parquet(images, file, images[0].schema)
-        size = file.tell() / len(sample) * total / 1e6
+        size = 0.0
+        for rows, work in zip(zip(*images, strict=True), works, strict=True):
+            file = io.BytesIO()
+            store.write_parquet(rows, file, rows[0].schema)
+            size += file.tell() / len(sample) * len(work.missing) / 1e6
         measured = f"{rate:.1f} images/s on {product.encoder.device}, measured with {len(sample)} of them"
         if devices > 1:
             measured += f", times {devices} devices"
@@ -419,19 +510,23 @@ def list_devices(names: str) -> list[str]:
     return names.split(",")
 
 
-def run_shards(stage: str, folder: Path, buckets: int, arguments: Namespace) -> bool:
-    """Where --device names several, run this command once for each, on its share of the buckets of a folder.
+def run_shards(
+    stage: str, folders: Sequence[Path], buckets: int, arguments: Namespace, done: str | None = None
+) -> bool:
+    """Where --device names several, run this command once for each, on its share of the buckets of some folders.
 
     Returns whether it did so; each process prints its own messages. Where one fails, the others finish, and then this
-    process exits with the code of the first that failed.
+    process exits with the code of the first that failed. An option that is `done` is not passed on.
     """
     devices = list_devices(arguments.device)
     if len(devices) == 1 or arguments.dry_run or arguments.find_batch_size:
         return False
-    store.remove_strays(folder, buckets)
+    for folder in folders:
+        store.remove_strays(folder, buckets)
+    words = [word for word in sys.argv[1:] if word != done]
     processes = [
         subprocess.Popen([
-            sys.executable, "-m", stage, *sys.argv[1:], "--device", device, "--shard", f"{rank}/{len(devices)}",
+            sys.executable, "-m", stage, *words, "--device", device, "--shard", f"{rank}/{len(devices)}",
         ])
         for rank, device in enumerate(devices)
     ]  # fmt: skip

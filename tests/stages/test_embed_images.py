@@ -219,11 +219,11 @@ def test_company_and_order_do_not_change_bits(name: str, set_params: SetParams, 
     sources = [
         Source(store.sha256(path.read_bytes()), path) for path in sorted(Path("images").glob("*/*/*.png"))[:5]
     ]
-    together = list(forward_sources(sources, product))
+    together = list(forward_sources(sources, [product]))
     for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0]):
-        for number, rows in zip(order, forward_sources([sources[i] for i in order], product), strict=True):
+        for number, (rows,) in zip(order, forward_sources([sources[i] for i in order], [product]), strict=True):
             assert store.image_of(rows) == sources[number].image_id
-            assert rows.equals(together[number])
+            assert rows.equals(together[number][0])
 
 
 def test_one_image_more_embeds_one_and_changes_one_bucket(

@@ -265,11 +265,11 @@ def test_company_and_order_do_not_change_bits(name: str, set_tokens: SetParams, 
     encoder = load_encoder(name, params.encoder(name), torch.device("cpu"))
     product = tokens_of(encoder, LayerChoice([0, 1], 1 if name == "vit" else None), params.embed)
     sources = [Source(store.sha256(path.read_bytes()), path) for path in sorted(Path("images").glob("*/*/*.png"))[:5]]
-    together = list(forward_sources(sources, product))
+    together = list(forward_sources(sources, [product]))
     for order in ([4], [3, 1], [4, 3, 2, 1, 0]):
-        for number, rows in zip(order, forward_sources([sources[i] for i in order], product), strict=True):
+        for number, (rows,) in zip(order, forward_sources([sources[i] for i in order], [product]), strict=True):
             assert store.image_of(rows) == sources[number].image_id
-            assert rows.equals(together[number])
+            assert rows.equals(together[number][0])
 
 
 def test_it_says_beforehand_how_much_it_writes(

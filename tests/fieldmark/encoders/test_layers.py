@@ -346,7 +346,7 @@ def test_what_a_tower_cannot_give_is_told(
 
 
 def test_towers_of_another_make_are_told() -> None:
-    with pytest.raises(UserError, match=r"^params\.yaml: tokens\.mine: a Linear does not give its hidden states"):
+    with pytest.raises(UserError, match=r"^params\.yaml: tokens\.mine\.layers: a Linear does not give its hidden"):
         choose_layers(nn.Linear(2, 2), [0], False, KEY)
     one = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 1})
     with pytest.raises(UserError, match=r"tokens\.mine\.rollout: it ends before the last block, and there is but one"):

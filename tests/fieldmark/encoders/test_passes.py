@@ -152,11 +152,11 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_nothing_is_lost(
     most: int, make_product: Callable[[int], Product], capsys: pytest.CaptureFixture[str]
 ) -> None:
     limited, sizes = limit(make_product(8), most)
-    images = list(forward_sources(sources(), limited))
+    images = [rows for rows, in forward_sources(sources(), [limited])]
     # 4 where 5 fit: half of 8.
     fits = {5: 4, 2: 2, 1: 1}[most]
     assert limited.encoder.batch_size == fits
-    expected = list(forward_sources(sources(), make_product(fits)))
+    expected = [rows for rows, in forward_sources(sources(), [make_product(fits)])]
     assert all(one.equals(other) for one, other in zip(images, expected, strict=True))
     # Each size that was too large was tried once.
     assert [size for size in sizes if size > fits] == [size for size in (8, 4, 2) if size > fits]
@@ -168,7 +168,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_nothing_is_lost(
 def test_memory_for_not_even_one_picture_is_one_line(make_product: Callable[[int], Product]) -> None:
     limited, _ = limit(make_product(2), 0)
     with pytest.raises(UserError, match=r"params\.yaml: vit: cpu has not the memory for one picture") as error:
-        list(forward_sources(sources(), limited))
+        list(forward_sources(sources(), [limited]))
     assert "\n" not in str(error.value)
 
 
@@ -213,21 +213,21 @@ def test_what_a_run_waited_for_is_told(
     make_product: Callable[[int], Product], capsys: pytest.CaptureFixture[str]
 ) -> None:
     product = make_product(4)
-    assert update(product, sources(), 4) == 12
+    assert update([product], sources(), 4) == 12
     closing = capsys.readouterr().err.splitlines()[-1]
     said = re.fullmatch(
         r"embed vit: 12 images in \d+\.\d\d s, \d+\.\d images/s; decode (\d+)%, forward (\d+)%, write (\d+)%", closing
     )
     assert said
     assert sum(map(int, said.groups())) == pytest.approx(100, abs=2)
-    assert update(product, sources(), 4) == 0
+    assert update([product], sources(), 4) == 0
     assert "images in" not in capsys.readouterr().err
 
 
 def test_a_writer_is_ahead_of_by_a_few_batches_only(make_product: Callable[[int], Product]) -> None:
     limited, sizes = limit(make_product(4), 4)
-    rows = forward_sources(sources(), limited)
-    assert isinstance(next(rows), pa.Table)
+    rows = forward_sources(sources(), [limited])
+    assert isinstance(next(rows)[0], pa.Table)
     # Two batches for the five passes of the first image, and at most QUEUED_BATCHES more.
     assert 2 <= len(sizes) <= 3 + passes.QUEUED_BATCHES
     rows.close()  # type: ignore[attr-defined]
