@@ -200,8 +200,9 @@ def work_through(work: Work, batch: list[Cell]) -> int:
     for cell in batch:
         try:
             work(worker_plan, cell)
-        except MemoryError:
-            raise UserError(f"{cell.run}: does not fit into memory; run it again with --jobs 1") from None
+        except (MemoryError, torch.OutOfMemoryError):
+            remedy = "run it again with --jobs 1, or with train.device: cpu where that is a GPU's"
+            raise UserError(f"{cell.run}: does not fit into memory; {remedy}") from None
     return len(batch)
 
 

@@ -213,7 +213,13 @@ def main() -> None:
         for name in params.train.runs:
             plan_run(arguments.params, params, name)
     else:
-        train(params, arguments.params, arguments.run, Path(arguments.data))
+        try:
+            train(params, arguments.params, arguments.run, Path(arguments.data))
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{arguments.params}: train.device: the GPU has not the memory for {arguments.run}; end what else runs"
+                " on it, or write cpu"
+            ) from None
 
 
 if __name__ == "__main__":
