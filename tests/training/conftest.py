@@ -1,5 +1,6 @@
 """Tests train as training.train does, deterministic, and on one thread: faster for small tensors than two that wait."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tests.training.cache import ALL, ENCODER, Plan, write_cache
 from training.data import CPU, Cache, read_cache
 from training.loop import set_up_torch
 
+# Before any product on a GPU: cuBLAS reads it once, and fixtures of a module come before those of a test.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
