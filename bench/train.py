@@ -7,13 +7,15 @@ width that it had before val chose half of it. "Bare" is forward and backward of
 graph's width with a linear head over tensors that lie ready, in bfloat16 where the processor has it. An epoch is one
 pass over the training images with its updates; of several the fastest counts, since the machine may have other work.
 
+With --device cuda all of it is done on the GPU, "bare" too, and the cache lies there.
+
 "Arithmetic" is the time that a step's matrix products (counted by PyTorch) take at the rate that one of them, 4,224 x
 256 by 256 x 256, reaches here, over the epoch's time.
 
 With GOMP_SPINCOUNT=3000 in front, threads wait as those of the train stage do; under `make bench` they sleep, as suits
 the embedding.
 
-    GOMP_SPINCOUNT=3000 python -m bench.train [--images N] [--epochs E]
+    GOMP_SPINCOUNT=3000 python -m bench.train [--images N] [--epochs E] [--device cpu|cuda]
 """
 
 import argparse
@@ -106,33 +108,42 @@ def synthetic_cache(images: int) -> Cache:
     )
 
 
-def bare_epoch(images: int, width: int, batch: int) -> float:
+def bare_epoch(images: int, width: int, batch: int, device: torch.device) -> float:
     """Seconds of the arithmetic alone: two dense convolutions and a head, forward and backward."""
     torch.manual_seed(0)
-    layers = nn.ModuleList([GCN(DIMENSION, width), GCN(width, width)])
-    head = nn.Linear(width, CLASSES)
-    x, y = unit(batch, NODES, DIMENSION), torch.arange(batch) % CLASSES
-    edges, mask = torch.rand(batch, NODES, NODES, 2), torch.ones(batch, NODES, dtype=torch.bool)
+    layers = nn.ModuleList([GCN(DIMENSION, width), GCN(width, width)]).to(device)
+    head = nn.Linear(width, CLASSES).to(device)
+    x, y = unit(batch, NODES, DIMENSION).to(device), torch.arange(batch, device=device) % CLASSES
+    edges = torch.rand(batch, NODES, NODES, 2, device=device)
+    mask = torch.ones(batch, NODES, dtype=torch.bool, device=device)
     adjacency = GCN.prepare(edges, mask)
     started = perf_counter()
     for _ in range(-(-images // batch)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             hidden = x
             for layer in layers:
                 hidden = F.gelu(layer(hidden, adjacency))
             logits = head(hidden.mean(1))
         F.cross_entropy(logits.float(), y).backward()
+    wait_for(device)
     return perf_counter() - started
 
 
-def matrix_rate() -> float:
+def wait_for(device: torch.device) -> None:
+    """A GPU works on when it has been asked for something: until it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(device: torch.device) -> float:
     """Floating-point operations a second of one matrix product, the best of several."""
-    dtype = torch.bfloat16 if has_bf16() else torch.float32
-    x, w = (torch.randn(*shape).to(dtype) for shape in ((4224, 256), (256, 256)))
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    x, w = (torch.randn(*shape).to(device, dtype) for shape in ((4224, 256), (256, 256)))
     best = float("inf")
     for _ in range(50):
         started = perf_counter()
         x @ w
+        wait_for(device)
         best = min(best, perf_counter() - started)
     return 2 * x.numel() * 256 / best
 
@@ -150,19 +161,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5994, help="training images (default: 5994)")
     parser.add_argument("--epochs", type=int, default=5, help="of which the fastest counts (default: 5)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     arguments = parser.parse_args()
-    images = arguments.images
+    images, device = arguments.images, torch.device(arguments.device)
     set_up_torch()
     cache = synthetic_cache(images)
-    precision = "bf16" if has_bf16() else "fp32"
-    rate = max(matrix_rate() for _ in range(3))
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision},", end=" ")
+    precision = "bf16" if has_bf16(device) else "fp32"
+    rate = max(matrix_rate(device) for _ in range(3))
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision},", end=" ")
     print(f"{rate / 1e9:.0f} GFLOP/s in a matrix product")
     print(f"{images} images x {NODES} nodes x {DIMENSION}, {CLASSES} classes")
     default = Settings()
-    bare_epoch(1280, default.hidden, default.batch_size)
-    bare = min(bare_epoch(images, default.hidden, default.batch_size) for _ in range(arguments.epochs))
-    print(f"{'bare two-layer convolution':41s} {bare:6.2f} s an epoch")
+    bare_epoch(1280, default.hidden, default.batch_size, device)
+    bare = min(bare_epoch(images, default.hidden, default.batch_size, device) for _ in range(arguments.epochs))
+    print(f"{'bare two-layer convolution':41s} {bare:6.3f} s an epoch")
     for name, method, knobs in [
         ("attention_pool", "attention_pool", {}),
         ("concept_graph", "concept_graph", {}),
@@ -171,11 +184,11 @@ def main() -> None:
     ]:
         module = load_method(method)
         settings = module.Settings.model_validate({"epochs": 1, "weight_decay": [0.01], **knobs})
-        seen = cache.only(reads_of(method, settings))
+        seen = cache.only(reads_of(method, settings)).on(device)
         fits = [module.fit(seen, settings, 0) for _ in range(arguments.epochs)]
         seconds = min(fitted.epoch_seconds for fitted in fits)
         share = operations(fits[0].model, seen) / rate / seconds
-        print(f"{name:41s} {seconds:6.2f} s an epoch, {seconds / bare:.1f} x bare, arithmetic {share:4.0%}")
+        print(f"{name:41s} {seconds:6.3f} s an epoch, {seconds / bare:.1f} x bare, arithmetic {share:4.0%}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     vectors = cache.part(Nodes).nodes.nbytes / 2**20
     print(f"peak memory {peak:,.0f} MB, of which the cache's vectors are {vectors:,.0f} MB")

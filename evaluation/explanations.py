@@ -47,7 +47,7 @@ from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.nodes import Nodes
 from training.data.rows import Rows, column
-from training.loop import EVALUATION_BATCH, Schedule, predict, set_up_torch
+from training.loop import EVALUATION_BATCH, Schedule, choose_device, predict, set_up_torch
 from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
@@ -83,15 +83,15 @@ def keep_nodes(batch: Batch, keep: Tensor) -> Batch:
 def read_out(model: nn.Module, cache: Cache, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits (n, C) and node scores (n, N) of images in view 0, as if they had no local nodes but `keep` (n, N).
 
-    The scores are None where the model gives none.
+    The scores are None where the model gives none. All but the model and its cache lies on the CPU.
     """
     model.eval()
     found = [
-        model(keep_nodes(cache.batch(some), kept))
+        model(keep_nodes(cache.batch(some), kept.to(cache.device)))
         for some, kept in zip(images.split(EVALUATION_BATCH), keep.split(EVALUATION_BATCH), strict=True)
     ]
-    scores = None if found[0].node_scores is None else torch.cat([output.node_scores[:, 1:] for output in found])
-    return torch.cat([output.logits.float() for output in found]), scores
+    scores = None if found[0].node_scores is None else torch.cat([output.node_scores[:, 1:].cpu() for output in found])
+    return torch.cat([output.logits.float().cpu() for output in found]), scores
 
 
 def top(rank: Tensor, patches: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def judge_decisions(
     """
     if not cache.has(Nodes):
         return None
-    local = cache.part(Nodes).mask[images * cache.views, 1:]
+    local = cache.part(Nodes).mask[images * cache.views, 1:].cpu()
     logits, scores = read_out(model, cache, images, local)
     if scores is None:
         return None
@@ -328,13 +328,15 @@ def read_norms(data: Path, encoder: str, cache: Cache, buckets: int) -> Tensor:
     return norms
 
 
-def read_model(folder: Path, planned: PlannedRun, encoder: str, cache: Cache, seed: int) -> tuple[nn.Module, str]:
-    """The model to judge, and in words which it is.
+def read_model(
+    folder: Path, planned: PlannedRun, encoder: str, cache: Cache, seed: int, device: torch.device
+) -> tuple[nn.Module, str]:
+    """The model to judge, on a device, and in words which it is.
 
     It is that of the run in `folder` (data/runs/RUN) where the run has the planned settings and was trained on this
     cache; else the method is fitted here. Raises UserError where the run's weights do not fit the method as it is now.
     """
-    method, settings, hidden = planned.method, planned.settings, hide_test(cache)
+    method, settings, hidden = planned.method, planned.settings, hide_test(cache).on(device)
     module = load_method(method)
     wanted = {
         "method": method,
@@ -376,18 +378,20 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
     cache = read_cache(data, encoder, buckets, reading.reads | NEEDED, reading.also, reading.also_reads)
     read = check_origins(data, encoder, buckets, reading.reads, reading.also, reading.also_reads)
     told = replace(cache.only(reading.reads), fingerprints=read)
+    device = choose_device(path, params.train.device)
     norms = read_norms(data, encoder, cache, buckets)[:, 1:]
     bank = cache.part(Bank)
     texts = read_table(bank.path, "bank/1", ["concept_idx", "text"]).sort_by("concept_idx")["text"].to_pylist()
     concepts = part_concepts(texts, bank.kept, parts)
-    model, which = read_model(data / "runs" / name, planned, encoder, told, seed)
+    model, which = read_model(data / "runs" / name, planned, encoder, told, seed, device)
+    told = told.on(device)
 
     images = cache.images(SPLIT)
     patches, box = torch.from_numpy(judged_patches(cache, images)), cache.part(Boxes).box[images * cache.views, 1:]
     decisions = judge_decisions(model, told, images, box, patches, norms[images], seed)
     if decisions is None:
         raise UserError(f"{method}: gives no node scores to judge; choose a method that does, such as concept_graph")
-    predicted = predict(model, told, images).argmax(1)
+    predicted = predict(model, told, images).argmax(1).cpu()
     hits = judge_parts(cache, images, norms, concepts, read_points(data, cache, parts), predicted, seed)
 
     y = cache.y[images].numpy()

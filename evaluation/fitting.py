@@ -118,12 +118,13 @@ def seen_by(
     borrows: bool,
     last: bool = False,
 ) -> Prepared:
-    """The two caches as a method sees them that reads these parts alone.
+    """The two caches as a method sees them that reads these parts alone, on the study's device.
 
     Of classes that the study leaves out nothing is seen, unless the method borrows.
     """
     told, whole = (one.only(reads) for one in prepare(plan, encoder, control, regime, draw, variation, last))
-    return Prepared(told if borrows else replace(told, others=None), replace(whole, others=None))
+    told, whole = told if borrows else replace(told, others=None), replace(whole, others=None)
+    return Prepared(told.on(plan.device), whole.on(plan.device))
 
 
 class Fit(NamedTuple):
@@ -162,6 +163,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
     entry = plan.entries[cell.method]
     settings, is_fold = entry.settings, isinstance(cell.regime, Folds)
     config = {"fingerprint": plan.mark(cell), **plan.identity(cell), "seed": cell.seed, "draw": cell.draw}
+    config |= {"device": plan.device.type}
     if plan.searched(cell):
         found = read_config(plan, cell.search)
         if "not_possible" in found:
@@ -180,7 +182,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
         return
     model, whole = fits[-1].fitted.model, fits[-1].whole
     started = perf_counter()
-    logits = predict(model, whole, torch.arange(len(whole.paths))).numpy()
+    logits = predict(model, whole, torch.arange(len(whole.paths))).cpu().numpy()
     config |= {"settings": settings.model_dump(), "chosen": fits[0].fitted.chosen, "classes": whole.classes}
     timing = {
         "epoch_seconds": fits[-1].fitted.epoch_seconds,
@@ -209,7 +211,7 @@ def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]
     calibration error compares methods whose logits have different scales. Few, medium and many are thirds of the
     classes by their training images.
     """
-    y = cache.y.numpy()
+    y = cache.y.cpu().numpy()
     tier = tiers(np.bincount(y[cache.split == "train"], minlength=len(cache.classes)), limits=None)
     metrics: dict[str, Any] = {
         split: {"images": int((cache.split == split).sum())} for split in dict.fromkeys((*SPLITS, judged))
@@ -246,7 +248,7 @@ def make_search(plan: Plan, cell: Cell) -> None:
     started = perf_counter()
     entry = plan.entries[cell.method]
     points = [with_start(point) for point in single_points(entry.settings)]
-    config: dict[str, Any] = {"fingerprint": plan.search_mark(cell), **plan.identity(cell)}
+    config: dict[str, Any] = {"fingerprint": plan.search_mark(cell), **plan.identity(cell), "device": plan.device.type}
     try:
         tried = try_points(plan, cell, points)
     except NotPossible as error:
@@ -287,7 +289,7 @@ def try_points(plan: Plan, cell: Cell, points: list[Block]) -> list[list[Scores]
         drawn, control_seed = cell.regime.apply(few, draw), draw if cell.control.draws else 0
         made = controlled_cache(plan, drawn, cell.encoder, cell.control, control_seed, entry.variation, anew=True)
         told = hide_test(replace(made, split=np.where(made.split == "unused", "choose", made.split)))
-        told = told.only(reads_of(entry.method, entry.settings))
+        told = told.only(reads_of(entry.method, entry.settings)).on(plan.device)
         val = told.images("val")
         for point, found in zip(points, tried, strict=True):
             fitted = module.fit(told, point, draw)

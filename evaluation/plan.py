@@ -14,13 +14,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import Field
 
 from fieldmark.command import UserError
 from fieldmark.params import NAME, Block, Count, Labels, Params, read_block, read_yaml
 from fieldmark.store import canonical_json, class_id_of, read_table, sha256
 from training.controls import Control, read_control
-from training.data import files_of
+from training.data import CPU, files_of
 from training.inputs import ROOT, Reading, code_of, hash_data, reading_of
 from training.methods import (
     check_also,
@@ -155,6 +156,7 @@ class Plan:
     development: tuple[str, ...]  # class_ids that few-shot settings come from
     left_out: tuple[str, ...]  # class_ids that few-shot runs do without
     clean: frozenset[str] | None = None  # paths of the images that are judged; None: all
+    device: torch.device = CPU  # what fits and predicts
     # What was found when the study was planned: the sha256 of every file that its runs read, and of their code.
     files: dict[str, str | None] = field(default_factory=dict)
     code: dict[RowKey, str] = field(default_factory=dict)

@@ -9,8 +9,9 @@ Writes  data/studies/NAME/RUN/, RUN being ENCODER.METHOD.CONTROL.REGIME.SEED: me
         chosen, the sha256 of what was read and of the run itself), timing.json. Where settings come from development
         classes, `development` in the seed's place holds what was tried and chosen. Where a method cannot work on this
         data, config.json stands alone and says why (`not_possible`).
-Costs   processor time only. Every process (--jobs) has one thread, so that figures do not depend on how many there are,
-        and holds the cache of one encoder at a time.
+Costs   time of the processor, or of the GPU that train.device gives. Every process (--jobs) has one thread, so that
+        figures do not depend on how many there are, and holds the cache of one encoder at a time. Processes share a
+        GPU: one prepares while another trains, and each takes half a GB of its memory beside its cache.
 
 A run appears whole or not at all, and one that is there under the same identity (settings, control, regime, seed, the
 sha256 of the files that it reads and of the code that it executes) is not made again: a killed study goes on where it
@@ -46,6 +47,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ from fieldmark.params import load_params
 from fieldmark.store import read_folder_header
 from training.control_texts import CONTROL_TEXTS, read_control_texts
 from training.data import check_origins
-from training.loop import set_up_torch
+from training.loop import choose_device, set_up_torch
 from training.regimes import Folds
 from training.relabelling import read_labelling
 from training.reselection import CONCEPTS, read_selection
@@ -198,8 +200,9 @@ def work_through(work: Work, batch: list[Cell]) -> int:
     for cell in batch:
         try:
             work(worker_plan, cell)
-        except MemoryError:
-            raise UserError(f"{cell.run}: does not fit into memory; run it again with --jobs 1") from None
+        except (MemoryError, torch.OutOfMemoryError):
+            remedy = "run it again with --jobs 1, or with train.device: cpu where that is a GPU's"
+            raise UserError(f"{cell.run}: does not fit into memory; {remedy}") from None
     return len(batch)
 
 
@@ -214,6 +217,7 @@ def main() -> None:
     params = load_params(arguments.params)
     plan = make_plan(arguments.params, params, arguments.name, Path(arguments.data))
     check_comparable(plan)
+    plan = replace(plan, device=choose_device(arguments.params, params.train.device))
     grid = cells(plan, params.train.seed)
     made = run_study(plan, grid, arguments.jobs)
     print(f"{plan.folder}: {made} runs made, {len(grid) - made} were there")

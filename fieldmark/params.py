@@ -254,6 +254,7 @@ class Train(Block):
     regime: dict[str, Any] = {"kind": "full"}
     control: dict[str, Any] = {"name": "none"}
     budget: Count = 16
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     runs: Annotated[dict[str, Run], Field(min_length=1)]
 
 

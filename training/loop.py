@@ -5,12 +5,14 @@ entropy plus the method's own losses by weight. Val alone chooses: the epoch wit
 grid of learning rates and weight decays (accuracy first, then log loss). It is looked at as often as for any method:
 BUDGET times in all, so that a grid of two points is looked at after eight epochs each, epoch 0 among them. Where val
 holds no image (few-shot) there is nothing to choose by: the grid has to be of one point, and the last epoch is kept.
-Everything follows from the seed.
+Everything follows from the seed; on a GPU (`train.device`) order, views and the weights that a model starts from are
+those of the CPU, drawn there, and the noise of dropout is not.
 """
 
 import copy
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Annotated, Literal
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from fieldmark.command import UserError
 from fieldmark.memory import keep_memory
 from fieldmark.params import Block, Count
 from training.data import Cache
@@ -41,17 +44,32 @@ class Schedule(Block):
     lr: list[Positive] = Field(default=[1e-3], min_length=1)  # learning rates that val chooses from
     weight_decay: list[NotNegative] = Field(default=[0.01, 0.3], min_length=1)  # weight decays that val chooses from
     clip_norm: Positive = 1.0  # longest gradient
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it; fp32, bf16
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where processor or GPU has it; fp32, bf16
+
+
+def choose_device(path: str, name: str) -> torch.device:
+    """What `train.device` of the parameters' file at `path` names; auto is the GPU where there is one.
+
+    Raises UserError for cuda without a GPU.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError(f"{path}: train.device: cuda, and PyTorch finds no GPU here; write auto or cpu")
+    return torch.device("cuda", 0) if there and name != "cpu" else torch.device("cpu")
 
 
 def set_up_torch() -> None:
-    """For a process that trains: the same bits each time."""
+    """For a process that trains: the same bits each time, and float32 products that are no less than that (no TF32)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not promise the same bits
+    torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
-def has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself; elsewhere it is emulated and slower than float32."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices itself; elsewhere it is emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -67,7 +85,7 @@ def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, obje
 
 @torch.no_grad()
 def predict(model: nn.Module, cache: Cache, images: Tensor) -> Tensor:
-    """Logits (len(images), C) in float32, in evaluation mode, of view 0."""
+    """Logits (len(images), C) in float32 on the cache's device, in evaluation mode, of view 0."""
     model.eval()
     return torch.cat([model(cache.batch(chunk)).logits.float() for chunk in images.split(EVALUATION_BATCH)])
 
@@ -115,9 +133,9 @@ def fit_epochs(
 ) -> Fitted:
     """Train one model for every learning rate and weight decay of the grid; return the one that val prefers.
 
-    `build` makes a fresh model; it is called after the seed is set. `weights` are those of the method's losses. Every
-    list of numbers in `schedule` is a grid, whoever goes through it: the more points, the fewer looks has each. Raises
-    UserError for a grid of several points and no val.
+    `build` makes a fresh model; it is called after the seed is set, and draws on the CPU. `weights` are those of the
+    method's losses. Every list of numbers in `schedule` is a grid, whoever goes through it: the more points, the fewer
+    looks has each. Raises UserError for a grid of several points and no val.
     """
     looks = max(1, BUDGET // search_points(schedule))
     require_val(len(cache.images("val")), len(schedule.lr) * len(schedule.weight_decay), "lr, weight_decay")
@@ -125,7 +143,8 @@ def fit_epochs(
     best: tuple[tuple[float, float], Fitted] | None = None
     for lr, weight_decay in itertools.product(schedule.lr, schedule.weight_decay):
         torch.manual_seed(seed)
-        score, fitted = fit_once(build(), cache, schedule, seed, lr, weight_decay, weights or {}, looks)
+        model = build().to(cache.device)
+        score, fitted = fit_once(model, cache, schedule, seed, lr, weight_decay, weights or {}, looks)
         if best is None or score > best[0]:
             best = score, fitted
     assert best is not None
@@ -151,7 +170,9 @@ def fit_once(
     optimiser = torch.optim.AdamW(decayed_groups(model, weight_decay), lr=lr, fused=True)
     steps = schedule.epochs * math.ceil(len(train) / schedule.batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
-    precision = ("bf16" if has_bf16() else "fp32") if schedule.precision == "auto" else schedule.precision
+    precision = schedule.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(cache.device) else "fp32"
 
     last = schedule.epochs if schedule.stop is None else min(schedule.stop, schedule.epochs)
     looked, history, seconds = epochs_to_look(schedule.epochs, looks) | {last}, [], []
@@ -198,10 +219,11 @@ def train_epoch(
 ) -> float:
     """One pass over the training images in this order (n,), each in its view (n,); returns the mean loss."""
     model.train()
-    loss_sum = 0.0
+    # Read once, at the end: a GPU that has to tell each step's loss waits for the next step to be asked of it.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=cache.device)
     for images, view in zip(order.split(schedule.batch_size), views.split(schedule.batch_size), strict=True):
         batch = cache.batch(images, view)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(cache.device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = model(batch)
         loss = total_loss(output, batch.target, weights)
         optimiser.zero_grad()
@@ -209,5 +231,5 @@ def train_epoch(
         nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
         optimiser.step()
         scheduler.step()
-        loss_sum += loss.item() * len(images)
-    return loss_sum / len(order)
+        loss_sum += loss.detach().double() * len(images)
+    return loss_sum.item() / len(order)

@@ -5,17 +5,20 @@ Reads   data/index/{images,classes}.parquet and, of what the stages wrote for th
         data/graphs/E/, data/descriptions/descriptions.parquet. data/inputs/RUN.json lists them (training/plan_runs.py).
 Writes  data/runs/RUN/: metrics.json (accuracies by split, the mean over seeds), history.csv (a row a look at val),
         timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best
-        on the half of val that chooses), config.json (settings, class order, fingerprints of what was read). Where the
-        method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others are empty.
-Costs   processor time only: none to speak of for the zero-shot methods; an epoch's seconds stand in timing.json. Memory
-        holds the vectors that the method reads as float16, one bucket of data/embed/E/images beside them, and a batch.
+        on the half of val that chooses), config.json (settings, class order, device, fingerprints of what was read).
+        Where the method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others
+        are empty.
+Costs   time of the processor, or of the GPU that train.device gives: none to speak of for the zero-shot methods; an
+        epoch's seconds stand in timing.json. Memory holds the vectors that the method reads as float16, one bucket of
+        data/embed/E/images beside them, and a batch.
 
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
 stands for all seeds. One half of val chooses (fieldmark/halves.py); the other, `val` in what is written, and test
 are only read out: fit is told no label of them. `train.regime` limits what fit
 sees (training/regimes.py), `train.control` takes something away before (training/controls/); both are drawn once, by
 train.seed, and the splits of what is written stay those of the index. Many draws are a study (evaluation/study.py). On
-one machine and with one thread count (OMP_NUM_THREADS), a second run writes the same bytes, timing.json apart.
+one machine and device and with one thread count (OMP_NUM_THREADS), a second run writes the same bytes, timing.json
+apart.
 
     python -m training.train --run concept_graph
     python -m training.train --check                 # only check every run's method, encoders and settings
@@ -39,7 +42,7 @@ from training.controls import Control, Request, apply_control, read_control
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.inputs import Reading, reading_of
 from training.knobs import say_knobs
-from training.loop import predict, set_up_torch
+from training.loop import choose_device, predict, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
 from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.regimes import Folds, Regime, hide_test, read_regime
@@ -137,14 +140,16 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     started = perf_counter()
     planned, buckets, folder = plan_run(path, params, name), params.dataset.buckets, data / "runs" / name
     seeds = list(range(params.train.seed, params.train.seed + params.train.seeds))
-    reading = planned.reading
+    reading, device = planned.reading, choose_device(path, params.train.device)
     set_up_torch()
     needed = read_controlled(data, reading, buckets, planned.control, params.train.seed)
     fingerprints = check_origins(data, reading.encoder, buckets, reading.needs, reading.also, reading.also_reads)
     loaded = perf_counter()
     cache = needed.only(reading.reads)
     told = hide_test(planned.regime.apply(needed, params.train.seed)).only(reading.reads)
+    told, seen = told.on(device), cache.on(device)  # both without copies of each other's
     config = {**planned.describe(), "seeds": seeds, "classes": cache.classes, "fingerprints": fingerprints}
+    config["device"] = device.type  # what figures are the same for, to their last digits; no part of what a run is
     mark = fingerprint(SCHEMA, planned.describe() | {"seeds": seeds}, list(fingerprints.values()))
     fits: dict[int, Fitted] = {}
     try:
@@ -154,13 +159,14 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         metrics: dict[str, Any] = {"not_possible": str(error)}
         write_run(folder, {}, fits, cache, config | metrics, metrics, {}, mark)
     else:
-        logits = {seed: predict(fit.model, cache, torch.arange(len(cache.paths))).numpy() for seed, fit in fits.items()}
+        images = torch.arange(len(cache.paths))
+        logits = {seed: predict(fit.model, seen, images).cpu().numpy() for seed, fit in fits.items()}
         measured = {seed: figures_by_split(values, cache) for seed, values in logits.items()}
         for seed, numbers in measured.items():
             print(f"{name} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
         chosen_by = {seed: numbers["choose"] for seed, numbers in measured.items()}
         best = max(seeds, key=lambda seed: (chosen_by[seed]["accuracy"], -chosen_by[seed]["log_loss"]))
-        state = {key: value.contiguous() for key, value in fits[best].model.state_dict().items()}
+        state = {key: value.cpu().contiguous() for key, value in fits[best].model.state_dict().items()}
         config["model_seed"] = best
         write_run(folder, logits, fits, cache, config, summarise(measured, fits, cache), state, mark)
     timing = {
@@ -207,7 +213,13 @@ def main() -> None:
         for name in params.train.runs:
             plan_run(arguments.params, params, name)
     else:
-        train(params, arguments.params, arguments.run, Path(arguments.data))
+        try:
+            train(params, arguments.params, arguments.run, Path(arguments.data))
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{arguments.params}: train.device: the GPU has not the memory for {arguments.run}; end what else runs"
+                " on it, or write cpu"
+            ) from None
 
 
 if __name__ == "__main__":

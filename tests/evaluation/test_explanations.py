@@ -30,7 +30,7 @@ from fieldmark.store import make_table, read_header, read_table, write_table
 from tests.evaluation.scene import N, judged, scene
 from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_other
 from tests.training.test_train import PARAMS
-from training.data import Batch, Cache, read_cache
+from training.data import CPU, Batch, Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.nodes import Nodes
@@ -183,7 +183,7 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
 
     planned = plan_run(str(path), load_params(path), "concept_graph")
     cache = read_cache(data, ENCODER, 3, planned.reading.reads)
-    model, which = read_model(data / "runs/concept_graph", planned, ENCODER, cache, 3)
+    model, which = read_model(data / "runs/concept_graph", planned, ENCODER, cache, 3, CPU)
     assert which == content["model"]
     seed = json.loads((data / "runs/concept_graph/config.json").read_text())["model_seed"]
     run = read_table(data / "runs/concept_graph/predictions.parquet", "run.predictions/1")

@@ -1,5 +1,6 @@
 """Tests train as training.train does, deterministic, and on one thread: faster for small tensors than two that wait."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,17 +8,29 @@ import pytest
 import torch
 
 from tests.training.cache import ALL, ENCODER, Plan, write_cache
-from training.data import Cache, read_cache
+from training.data import CPU, Cache, read_cache
+from training.loop import set_up_torch
+
+# Before any product on a GPU: cuBLAS reads it once, and fixtures of a module come before those of a test.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(autouse=True)
 def _deterministic_on_one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    set_up_torch()
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=DEVICES, ids=str)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that is here: the CPU, and a GPU."""
+    found: torch.device = request.param
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,10 @@ what it is read from, how it is read, what a batch shows of it (`part.py` says w
 reads the parts that a method's READS names, and no others; what is not declared cannot be seen.
 """
 
-from training.data.cache import INDEX, SPLITS, Batch, Cache, Fields, check_origins, files_of, read_cache
+from training.data.cache import CPU, INDEX, SPLITS, Batch, Cache, Fields, check_origins, files_of, read_cache
 from training.data.part import Part, Parts, part_kinds
 
 __all__ = [
-    "INDEX", "SPLITS", "Batch", "Cache", "Fields", "Part", "Parts",
+    "CPU", "INDEX", "SPLITS", "Batch", "Cache", "Fields", "Part", "Parts",
     "check_origins", "files_of", "part_kinds", "read_cache",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ class Bank(Part):
 
     def of_kind(self, *kinds: str) -> Tensor:
         """(M,) bool: the rows of these kinds."""
-        return torch.tensor([kind in kinds for kind in self.kind], dtype=torch.bool)
+        return torch.tensor([kind in kinds for kind in self.kind], dtype=torch.bool, device=self.K.device)
 
     def rows(self, chosen: Tensor) -> Self:
         """The bank with these rows (M,) bool only."""

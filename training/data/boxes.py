@@ -29,4 +29,4 @@ class Boxes(Part):
         return cls(torch.from_numpy(read_boxes(source)))
 
     def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        return {"box": self.box[rows, 1:]}
+        return {"box": self.box[rows.to(self.box.device), 1:]}

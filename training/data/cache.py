@@ -2,8 +2,9 @@
 
 `read_cache` joins the parts (`part.py`) with the index. Vectors stay in float16 and edges in flat lists, so memory is
 about what the files hold, and vectors that would fill it stay on the disk; `Cache.batch` gathers, pads and widens for a
-few hundred images at a time, without a loop over images. Letters in shapes: B images, N local nodes,
-D dimensions, C classes, M concepts, k labels a node, S sentences, V views.
+few hundred images at a time, without a loop over images. `Cache.on` puts a cache on the device that trains
+(`placement.py`). Letters in shapes: B images, N local nodes, D dimensions, C classes, M concepts, k labels a node,
+S sentences, V views.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,9 +23,11 @@ from fieldmark.halves import halve
 from fieldmark.store import Header, read_folder_header, read_header, read_table
 from training.data.nodes import Globals, Nodes
 from training.data.part import P, Part, Parts, part_kinds
+from training.data.placement import bring
 from training.data.rows import EncoderFiles
 
 SPLITS = ("train", "val", "test")
+CPU = torch.device("cpu")
 INDEX = {"index/images.parquet": "index.images/1", "index/classes.parquet": "index.classes/1"}
 
 
@@ -107,6 +110,7 @@ class Cache:
     fingerprints: dict[str, str]  # of what was read, by file or folder
     also: tuple[Parts, ...] = ()  # what is read of other encoders
     others: "Cache | None" = None  # images of other classes, for a method that learns from them (BORROWS)
+    device: torch.device = CPU  # of y, target, batches, and what of the parts fits there; positions stay on the CPU
 
     def part(self, kind: type[P]) -> P:
         """One part. Raises UserError where the method does not declare it."""
@@ -129,6 +133,23 @@ class Cache:
         others = None if self.others is None else self.others.only(reads)
         return replace(self, parts=self.parts.only(reads), others=others)
 
+    def on(self, device: torch.device) -> "Cache":
+        """The cache on a device: the last step before a fit or a prediction.
+
+        What regimes and controls draw is drawn before, on the CPU, and so the same for every device.
+        """
+        if device == self.device:
+            return self
+        return replace(
+            self,
+            y=self.y.to(device),
+            target=self.target.to(device),
+            parts=self.parts.on(device),
+            also=tuple(parts.on(device) for parts in self.also),
+            others=None if self.others is None else self.others.on(device),
+            device=device,
+        )
+
     def images(self, split: str) -> Tensor:
         """The positions of a split's images, in the order of their paths."""
         return torch.from_numpy(np.flatnonzero(self.split == split))
@@ -136,15 +157,14 @@ class Cache:
     def globals(self, images: Tensor, view: int = 0) -> Tensor:
         """(len(images), D) float32: the global vectors."""
         rows = images * self.views + view
-        if self.has(Globals):
-            return self.part(Globals).g[rows].float()
-        return self.part(Nodes).nodes[rows, 0].float()
+        found = self.part(Globals).g[rows] if self.has(Globals) else self.part(Nodes).nodes[rows, 0]
+        return bring(found, self.device).float()
 
     def batch(self, images: Tensor, views: Tensor | None = None) -> Batch:
         """These images, each in its view of `views` (default: view 0, the one that evaluation reads)."""
         rows = images * self.views + (0 if views is None else views)
-        also = tuple(Fields(parts.cut(images, rows)) for parts in self.also)
-        return Batch(self.y[images], self.target[images], self.parts.cut(images, rows), also)
+        also = tuple(Fields(parts.cut(images, rows, self.device)) for parts in self.also)
+        return Batch(self.y[images], self.target[images], self.parts.cut(images, rows, self.device), also)
 
     def take(self, images: Tensor) -> "Cache":
         """Some of the images alone (m,), with all their views and classes."""

@@ -50,16 +50,18 @@ class Edges(Part):
 
     def of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Each edge of these rows (m,): which of the m it belongs to, and its place in the flat lists."""
+        device = self.count.device
+        rows = rows.to(device)
         count = self.count[rows]
-        row = torch.repeat_interleave(torch.arange(len(rows)), count)
+        row = torch.repeat_interleave(torch.arange(len(rows), device=device), count)
         # Its row's start, plus how far it stands behind its row's first edge.
         first = count.cumsum(0) - count
-        return row, torch.arange(len(row)) + (self.start[rows] - first)[row]
+        return row, torch.arange(len(row), device=device) + (self.start[rows] - first)[row]
 
     def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
         row, edge = self.of_rows(rows)
         source, target = self.ends[edge].long().unbind(1)
-        dense = torch.zeros(len(rows) * self.nodes * self.nodes, 2)
+        dense = torch.zeros(len(rows) * self.nodes * self.nodes, 2, device=self.weight.device)
         dense[(row * self.nodes + source) * self.nodes + target] = self.weight[edge].float()
         return {"adjacency": dense.view(len(rows), self.nodes, self.nodes, 2)}
 

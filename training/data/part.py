@@ -3,6 +3,7 @@
 A part is a frozen dataclass of tensors. Each has a row an image and view (row i * V + v is image i in view v), or a row
 an image where `by_image` says so, and a batch has a field of the same name: half precision widened to float32 and
 integers to int64. A part that is laid out otherwise says how it is cut (`cut`) and reduced to some images (`take`).
+Positions (`images`, `rows`) lie on the CPU, wherever the part does.
 """
 
 import functools
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fieldmark.command import UserError
+from training.data.placement import bring, bytes_to_move, move, room
 from training.data.rows import EncoderFiles
 
 
@@ -67,15 +69,23 @@ class Part:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        """What a batch has of it: of `images` (B,), each seen in one view, which makes it row `rows` (B,)."""
+        """What a batch has of it: of `images` (B,), each seen in one view, which makes it row `rows` (B,).
+
+        Where it lies and as narrow as it is: `Parts.cut` moves and widens.
+        """
         # index_select is several times as fast as [rows].
         places = images if self.by_image else rows
-        return {name: widen(value.index_select(0, places)) for name, value in self.tensors().items()}
+        return {name: value.index_select(0, places.to(value.device)) for name, value in self.tensors().items()}
 
     def take(self, images: Tensor, rows: Tensor) -> Self:
         """The same of some images alone, (m,), with all their views: `rows` (m V,)."""
         places = images if self.by_image else rows
         changed: Any = replace(self, **{name: value[places] for name, value in self.tensors().items()})  # type: ignore[type-var]
+        return changed
+
+    def on(self, device: torch.device) -> Self:
+        """The same with its tensors on a device."""
+        changed: Any = replace(self, **{name: move(value, device) for name, value in self.tensors().items()})  # type: ignore[type-var]
         return changed
 
     def of_classes(self, classes: Tensor, parts: "Parts") -> Self:
@@ -122,11 +132,20 @@ class Parts:
     def take(self, images: Tensor, rows: Tensor) -> "Parts":
         return Parts([part.take(images, rows) for part in self.by_kind.values()])
 
-    def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def cut(self, images: Tensor, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for part in self.by_kind.values():
             values |= part.cut(images, rows)
-        return values
+        return {name: widen(bring(value, device)) for name, value in values.items()}
+
+    def on(self, device: torch.device) -> "Parts":
+        """These with what fits on a device, the smallest first; a part that no batch is cut of has to."""
+        sizes = {kind: bytes_to_move(part.tensors().values(), device) for kind, part in self.by_kind.items()}
+        placed = {}
+        for kind in sorted(sizes, key=sizes.__getitem__):
+            part = self.by_kind[kind]
+            placed[kind] = part.on(device) if not part.shows or sizes[kind] <= room(device) else part
+        return Parts([placed[kind] for kind in self.by_kind])
 
 
 def widen(value: Tensor) -> Tensor:

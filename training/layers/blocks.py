@@ -27,7 +27,7 @@ class Standardise(nn.Module):
 
 def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     """x -> weight x + bias in float32, from what was found in closed form: weight (C, F), bias (C,)."""
-    layer = nn.Linear(weight.shape[1], len(weight))
+    layer = nn.Linear(weight.shape[1], len(weight), device=weight.device)
     layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return layer
 

@@ -14,7 +14,7 @@ NEVER = -1e6  # the logit of a class that nothing is known of
 def span(x: Tensor) -> Tensor:
     """Orthonormal axes (F, r) of the space that rows x (m, F) span, where that is smaller: no covariance leaves it."""
     if x.shape[1] <= len(x):
-        return torch.eye(x.shape[1], dtype=x.dtype)
+        return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     spread, axes = torch.linalg.eigh(x @ x.T)
     kept = spread > 1e-12 * spread[-1]
     return x.T @ (axes[:, kept] / spread[kept].sqrt())

@@ -106,7 +106,7 @@ def fit_logistic(
     """
     require_val(len(y_val), len(strengths), "l2")
     if linear is None:
-        linear = nn.Linear(x.shape[1], classes)
+        linear = nn.Linear(x.shape[1], classes, device=x.device)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     best: tuple[float, float] | None = None

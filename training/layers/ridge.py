@@ -52,7 +52,7 @@ class Basis(NamedTuple):
         """penalty B_II (n, V, V) of every image's rows, one a view."""
         u = self.u.unflatten(0, (views, -1))
         blocks = torch.einsum("vnr,r,wnr->nvw", u, self.filter(penalty), u)
-        return blocks if self.whole else blocks + torch.eye(views, dtype=u.dtype) - 1 / len(self.u)
+        return blocks if self.whole else blocks + torch.eye(views, dtype=u.dtype, device=u.device) - 1 / len(self.u)
 
     def filter(self, penalty: float) -> Tensor:
         """(r,): penalty / (spread + penalty), less the 1 that stands in the rest where there is one."""
@@ -107,7 +107,7 @@ def judge_left_out(basis: Basis, y: Tensor, views: int, penalty: float) -> Judge
         return Judged(math.nan, math.nan, SCALE)
     told, said, label = told[judged], said[judged], label[judged]
     accuracy = told.gather(1, said.argmax(1, keepdim=True)).mean().item()
-    temperature = fit_temperature(said.numpy(), label.numpy())
+    temperature = fit_temperature(said.cpu().numpy(), label.cpu().numpy())
     return Judged(accuracy, (said - told).square().sum(1).mean().item(), min(1 / temperature, MAX_SCALE))
 
 

@@ -58,7 +58,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     axes, extent, turn = torch.linalg.svd(K.T, full_matrices=False)
     projection = axes * extent
     chosen = fit_probe(cache, settings, lambda images, view: standardise(cache.globals(images, view)) @ projection)
-    linear = nn.Linear(len(K), len(cache.classes))
+    linear = nn.Linear(len(K), len(cache.classes), device=K.device)
     with torch.no_grad():
         linear.weight.copy_(chosen.linear.weight @ turn)
         linear.bias.copy_(chosen.linear.bias)

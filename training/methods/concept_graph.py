@@ -233,7 +233,7 @@ def text_mask(concepts: Tensor, sentence_mask: Tensor) -> Tensor:
 
 def text_edges(K: Tensor, concepts: Tensor, sentences: Tensor, mask: Tensor, neighbours: int) -> Tensor:
     """Edges of G2 (B, Mc+S, Mc+S, 1), by cosines in float32 whatever the precision of the layers."""
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(K.device.type, enabled=False):
         return nearest_edges(gather_texts(K, concepts.clamp(min=0), sentences), mask, neighbours)
 
 
@@ -250,9 +250,9 @@ def link_texts(cache: Cache, neighbours: int) -> Cache:
     bank, shown, said = cache.part(Bank), cache.part(Labels).selected_concepts, cache.part(Descriptions)
     edges = []
     for rows in torch.arange(len(shown)).split(EVALUATION_BATCH):  # not by batches: vectors may lie on the disk
-        images, concepts = rows // cache.views, shown[rows].long()
-        mask = text_mask(concepts, said.dm[images])
-        edges.append(text_edges(bank.K, concepts, said.d[images].float(), mask, neighbours).half())
+        images, concepts = rows // cache.views, shown[rows].to(cache.device).long()
+        mask, sentences = text_mask(concepts, said.dm[images].to(cache.device)), said.d[images].to(cache.device)
+        edges.append(text_edges(bank.K, concepts, sentences.float(), mask, neighbours).half().to(shown.device))
     return cache.with_part(TextEdges(torch.cat(edges)))
 
 
@@ -420,7 +420,7 @@ class ConceptGraph(nn.Module):
 
     def texts(self) -> Tensor:
         """K in the precision of the products: to gather wide and narrow later takes several times as long."""
-        return self.K_narrow if torch.is_autocast_enabled("cpu") else self.K
+        return self.K_narrow if torch.is_autocast_enabled(self.K.device.type) else self.K
 
     def node_text(self, batch: Batch) -> Tensor:
         """c_n (B, N+1, D), a weighted mean of concepts; 0 for a node without any."""
@@ -495,7 +495,8 @@ class ConceptGraph(nn.Module):
     def read_nodes(self, batch: Batch, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The nodes of G1 (B, N+1, h) behind its layers, and in training the loss of the bottleneck."""
         settings, losses = self.settings, {}
-        nodes = batch.nodes.to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
+        device = batch.nodes.device
+        nodes = batch.nodes.to(torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32)
         # in_vector(standardise_nodes(nodes)), standardised in the weights and not in a copy of all nodes.
         weight = self.in_vector.weight / self.standardise_nodes.scale
         bias = self.in_vector.bias - (weight * self.standardise_nodes.mean).sum(-1)
@@ -541,7 +542,7 @@ class ConceptGraph(nn.Module):
         """Contrast, recovery and rings, where they have a weight."""
         weights, losses = self.settings.loss_weights, {}
         if weights.contrast:
-            densest = x[torch.arange(len(x)), densest_node(batch.density, mask)]
+            densest = x[torch.arange(len(x), device=x.device), densest_node(batch.density, mask)]
             query = F.normalize(self.to_concepts(densest).float(), dim=-1)
             present = presence(batch.selected_concepts, len(self.K))
             losses["contrast"] = concept_contrast(query, self.K, self.own, self.anchors, present, batch.target)

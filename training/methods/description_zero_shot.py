@@ -51,7 +51,7 @@ def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
     A text that the bank holds twice counts once.
     """
     bank = cache.part(Bank)
-    names = class_text(cache) if class_names else torch.zeros(len(cache.classes), bank.K.shape[1])
+    names = class_text(cache) if class_names else bank.K.new_zeros(len(cache.classes), bank.K.shape[1])
     texts = bank.kept & ~bank.of_kind("name", "proto")
     owned = bank.own.T & texts  # (C, M)
     means = []

@@ -51,10 +51,10 @@ class NearestNeighbours(nn.Module):
 def nearest(g: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The cosines (B, k) of g (B, D) with its k nearest keys (n, D), and their rows (B, k); fewer where n is."""
     g = F.normalize(g, dim=-1)
-    near, place = g.new_zeros(len(g), 0), torch.zeros(len(g), 0, dtype=torch.long)
+    near, place = g.new_zeros(len(g), 0), torch.zeros(len(g), 0, dtype=torch.long, device=g.device)
     for start in range(0, len(keys), BLOCK):
         cosine = g @ keys[start : start + BLOCK].T
-        row = torch.arange(start, start + cosine.shape[1]).expand(len(g), -1)
+        row = torch.arange(start, start + cosine.shape[1], device=g.device).expand(len(g), -1)
         near, place = torch.cat([near, cosine], 1), torch.cat([place, row], 1)
         near, kept = near.topk(min(k, near.shape[1]), 1)
         place = place.gather(1, kept)

@@ -10,7 +10,6 @@ full-batch L-BFGS (layers/logistic.py), the problem being convex, from zero and 
 Left free, alpha fits the training images at the cost of val where there are many.
 """
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,7 +71,8 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     require_val(len(cache.images("val")), search_points(settings), "l2 and text_scale")
     vectors = training_globals(cache)[0]
     standardise = Standardise(vectors)
-    text = text_directions(cache) if any(settings.text_scale) else torch.zeros(len(cache.classes), vectors.shape[1])
+    no_text = vectors.new_zeros(len(cache.classes), vectors.shape[1])
+    text = text_directions(cache) if any(settings.text_scale) else no_text
     best: tuple[tuple[float, float], float, Chosen] | None = None
     history: list[dict[str, float]] = []
     for text_scale in settings.text_scale:
@@ -80,7 +80,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
             cache,
             settings,
             lambda images, view: standardise(cache.globals(images, view)),
-            BlendedLinear(text_scale * text),
+            BlendedLinear(text_scale * text).to(cache.device),
         )
         rows = [{**row, "epoch": row["epoch"] + len(history), "text_scale": text_scale} for row in chosen.history]
         history += rows

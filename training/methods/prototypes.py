@@ -54,7 +54,7 @@ class Prototypes(nn.Module):
         """Logits (B, C) of global vectors (B, D)."""
         g = F.normalize(self.standardise(g) @ self.whiten, dim=-1)
         cosine = g @ F.normalize(self.means, dim=-1).T
-        return self.scale * cosine.where(self.seen, torch.tensor(-1.0))
+        return self.scale * cosine.masked_fill(~self.seen, -1.0)
 
 
 def class_means(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,6 +78,12 @@ def lend(method: str, cache: Cache) -> Cache:
 
 
 @pytest.fixture(scope="module")
+def planted(planted: Planted, device: torch.device) -> Planted:
+    """A plan's cache on each device that is here."""
+    return lambda plan: planted(plan).on(device)
+
+
+@pytest.fixture(scope="module")
 def cache(planted: Planted) -> Cache:
     return planted(Plan())
 
@@ -96,7 +102,7 @@ def shake(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 def logits(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -292,7 +298,7 @@ def test_12_a_probe_of_nodes_sees_a_cue_that_the_global_vector_lacks(planted: Pl
 @pytest.mark.parametrize("method", METHODS)
 def test_few_shots_a_class_without_images_and_no_val(cache: Cache, method: str) -> None:
     split = cache.split.copy()
-    split[(split == "val") | ((split == "train") & (cache.y == 0).numpy())] = "none"
+    split[(split == "val") | ((split == "train") & (cache.y == 0).cpu().numpy())] = "none"
     bare = lend(method, replace(cache, split=split))
     module = load_method(method)
     settings = module.Settings(**{"epochs": 2} if "epochs" in module.Settings.model_fields else {})
@@ -333,7 +339,7 @@ def change(cache: Cache, parts: frozenset[str]) -> Cache:
     """The cache with other parts, by the words of READS; the rest is as it was."""
     generator = torch.Generator().manual_seed(0)
     bank, of_names = cache.part(Bank), cache.part(Bank).of_kind("name")
-    other = F.normalize(torch.randn(bank.K.shape, generator=generator), dim=1)
+    other = F.normalize(torch.randn(bank.K.shape, generator=generator), dim=1).to(bank.K.device)
     changed = of_names & ("names" in parts) | ~of_names & ("concepts" in parts)
     own = bank.own.roll(1, dims=1) if "owners" in parts else bank.own
     cache = cache.change(Bank, K=torch.where(changed[:, None], other, bank.K), owners=own)
