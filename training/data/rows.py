@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fieldmark.command import UserError
-from fieldmark.store import bucket_of, bucket_path, read_buckets, read_table
+from fieldmark.store import COLUMNS, bucket_of, bucket_path, read_buckets, read_table
 
 MEMORY_SHARE = 0.5  # of the machine's memory, for vectors
-# Who writes the tables that have rows by view.
+# Who writes what is read of images, by schema.
 STAGES = {
     "embed.nodes/1": "embed_images", "embed.moments/1": "pool_tokens", "embed.tokens/1": "embed_tokens",
-    "graphs/1": "build_graphs", "labels/1": "label_patches",
+    "graphs/1": "build_graphs", "labels/1": "label_patches", "safetensors": "pool_tokens",
 }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def count_views(folder: Path, files: Mapping[str, str], buckets: int) -> int:
     `files` are paths under `folder` and their schemas. Raises UserError where that table has no row.
     """
     for path, schema in files.items():
-        if schema in STAGES:
+        if any(field.name == "view" for field in COLUMNS.get(schema, [])):
             views = column(read_buckets(folder / path, schema, buckets, ["view"]), "view")
             if not views.size:
                 raise UserError(f"{folder / path}: holds no image; run {STAGES[schema]} (dvc repro)")
