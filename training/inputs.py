@@ -17,7 +17,7 @@ from fieldmark.params import Block
 from fieldmark.sources import imports_of
 from fieldmark.store import bucket_path, canonical_json, sha256
 from training.controls import Control
-from training.data import INDEX, files_of, part_kinds
+from training.data import INDEX, files_of, kind_of
 from training.methods import also_reads_of, method_file, reads_of
 from training.regimes import Regime, with_globals
 
@@ -43,7 +43,7 @@ def reading_of(
     reads = reads_of(method, settings)
     needs = control.needs(reads)
     needs = with_globals(needs) if regime.by_probe else needs
-    also_reads = also_reads_of(method) if also else frozenset()
+    also_reads = also_reads_of(method, settings) if also else frozenset()
     files = INDEX | files_of(encoder, needs) | control.files(encoder, reads)
     for other in also:
         files |= files_of(other, also_reads)
@@ -52,7 +52,7 @@ def reading_of(
 
 def code_of(main: Path, method: str, parts: Collection[str], control: Control) -> dict[str, str]:
     """The sha256 of every module that a run executes, by its path: `main` is the module that makes the run."""
-    files = [main, method_file(method), *(module_file(part_kinds()[name]) for name in sorted(parts))]
+    files = [main, method_file(method), *(module_file(kind_of(name)) for name in sorted(parts))]
     files += [Path(str(sys.modules[module.__name__].__file__)) for module in control.modules]  # type: ignore[attr-defined]
     found: dict[str, str] = {}
     for file in files:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 
 from fieldmark.params import Labels, Select
@@ -21,11 +22,11 @@ from fieldmark.store import (
     vector_column,
     write_table,
 )
-from training.data import Cache, part_kinds
+from training.data import Cache
 
 ENCODER = "tiny"
-# Every part of the cache but the global vectors alone, which the nodes hold too.
-ALL = frozenset(part_kinds()) - {"globals"}
+# What `write_cache` writes, but the global vectors alone, which the nodes hold too.
+ALL = frozenset({"nodes", "boxes", "pooled", "labels", "edges", "names", "concepts", "owners", "descriptions"})
 SCALE = 10.0  # of cosines, before the softmax over concepts
 
 
@@ -71,7 +72,7 @@ def around(centre: np.ndarray, noise: float, rng: np.random.Generator) -> np.nda
 
 
 def write_cache(folder: Path, plan: Plan) -> None:
-    """Write index, nodes, graphs, labels, bank, texts and descriptions for encoder `tiny` into `folder`."""
+    """Write index, nodes, moments, graphs, labels, bank, texts and descriptions for encoder `tiny` into `folder`."""
     rng = np.random.default_rng(plan.seed)
     classes = [f"class-{number:02d}" for number in range(plan.classes)]
     prototypes = unit(rng.standard_normal((plan.classes, plan.dimension)))
@@ -129,6 +130,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     )
     made_from = {"embed": marks["embed"], "bank": marks["bank"], **Labels(top=plan.top).model_dump()}
     write_buckets(folder / f"labels/{ENCODER}", "labels/1", labels, ids, plan.buckets, made_from, marks["rest"])
+    write_moments(folder, ENCODER, "pooled", plan.dimension + 4, plan.seed)
 
 
 def write_bank(
@@ -230,6 +232,30 @@ def write_other(folder: Path, name: str, dimension: int, seed: int = 0) -> None:
             row["vector"] = around(prototypes[class_of[row["image_id"]]], 0.6, rng)
         table, mark = with_vectors("embed.nodes/1", rows), fingerprint("images", {"of": name})
         write_table(table, folder / f"embed/{name}/images" / path.name, "embed.nodes/1", {}, mark)
+
+
+def write_moments(
+    folder: Path, encoder: str, name: str, dimension: int, seed: int = 0, made_by: dict[str, Any] | None = None
+) -> None:
+    """Moments of a NAME for the images and views of `tiny`: vectors (dimension) that show the class, of any length."""
+    rng = np.random.default_rng(seed)
+    index = read_table(folder / "index/images.parquet", "index.images/1", ["image_id", "class_id", "status"])
+    index = index.filter(pc.equal(index["status"], "ok"))
+    classes = sorted(set(index["class_id"].to_pylist()))
+    prototypes = unit(rng.standard_normal((len(classes), dimension)))
+    nodes = sorted((folder / f"embed/{ENCODER}/images").glob("b*.parquet"))
+    views = 1 + max(pc.max(read_table(path, "embed.nodes/1", ["view"])["view"]).as_py() or 0 for path in nodes)
+    rows = [
+        {
+            **{"image_id": image["image_id"], "view": view, "layer": None if name == "pooled" else 3, "kind": name},
+            "vector": 3 * around(prototypes[classes.index(image["class_id"])], 0.6, rng),
+        }
+        for image in index.to_pylist()
+        for view in range(views)
+    ]
+    made_by = {"encoder": fingerprint("embed", {"encoder": ENCODER})} if made_by is None else made_by
+    ids, mark = index["image_id"].to_pylist(), fingerprint("moments", {"encoder": encoder, "name": name, "seed": seed})
+    write_buckets(folder / f"embed/{encoder}/moments/{name}", "embed.moments/1", rows, ids, len(nodes), made_by, mark)
 
 
 def label_rows(

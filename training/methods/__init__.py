@@ -7,10 +7,11 @@ that it looks at under any settings; a torch module whose `forward(batch)` retur
 
 What READS names (`training/data/` has the parts) decides what is read, what a run's identity and its controls are, and
 what a second machine has to fetch; nothing else can be seen. A method may hold more: `reads(settings)`, what
-of READS these settings leave, and `ALSO`, the parts that it reads of other encoders. A method without ALSO takes one
-encoder alone. `BORROWS` says that it learns from images of other classes too, where it is lent some (`Cache.others`).
-A method that finds that this data leaves it nothing to do raises `NotPossible`. What val chose of knobs with several
-values stands in `Fitted.chosen`: folds are fitted again with it (training/folds.py).
+of READS these settings leave; `ALSO`, the parts that it reads of other encoders, and `also_reads(settings)`, what of
+ALSO is left. A method without ALSO takes one encoder alone. `BORROWS` says that it learns from images of other classes
+too, where it is lent some (`Cache.others`). A method that finds that this data leaves it nothing to do raises
+`NotPossible`. What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
+(training/folds.py).
 """
 
 import difflib
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from fieldmark.command import UserError
 from fieldmark.params import Block, Params, read_block
-from training.data import Cache, part_kinds
+from training.data import Cache, kind_of
 from training.layers.logistic import assess, require_val
 
 BUDGET = 16  # times that val may be looked at to choose, settings times epochs: the same for every method
@@ -78,11 +79,11 @@ def load_method(name: str) -> MethodModule:
         if not hasattr(module, part):
             raise UserError(f"training/methods/{name}.py: has no {part}; training/methods/__init__.py says what it is")
     for constant in ("READS", "ALSO"):
-        named: frozenset[str] = getattr(module, constant, frozenset())
-        if unknown := named - set(part_kinds()):
-            known = ", ".join(sorted(part_kinds()))
-            what = f"{constant}: {min(unknown)!r} is no part of the cache"
-            raise UserError(f"training/methods/{name}.py: {what}; choose from: {known}")
+        for named in sorted(getattr(module, constant, frozenset())):
+            try:
+                kind_of(named)
+            except UserError as error:
+                raise UserError(f"training/methods/{name}.py: {constant}: {error}") from None
     return module
 
 
@@ -99,9 +100,12 @@ def borrows_others(name: str) -> bool:
     return found
 
 
-def also_reads_of(name: str) -> frozenset[str]:
-    """The parts that a method reads of other encoders; none where it takes one encoder alone."""
-    found: frozenset[str] = getattr(load_method(name), "ALSO", frozenset())
+def also_reads_of(name: str, settings: Block) -> frozenset[str]:
+    """The parts that a method reads of other encoders under these settings; none where it takes one encoder alone."""
+    module: Any = load_method(name)
+    found: frozenset[str] = (
+        module.also_reads(settings) if hasattr(module, "also_reads") else getattr(module, "ALSO", frozenset())
+    )
     return found
 
 
@@ -117,7 +121,7 @@ def read_settings(path: str, key: str, method: str, given: dict[str, Any]) -> Bl
 
 def check_texts(path: str, key: str, params: Params, method: str, settings: Block, encoder: str) -> None:
     """Raise UserError where a method reads texts, and the encoder that stands under `key` is a tower, without any."""
-    texts = sorted(name for name in reads_of(method, settings) if part_kinds()[name].of_text)
+    texts = sorted(name for name in reads_of(method, settings) if kind_of(name).of_text)
     if texts and encoder in params.towers:
         known = ", ".join(params.encoders)
         what = f"{encoder!r} is a tower, without texts, and {method} reads {', '.join(texts)}"
@@ -126,7 +130,7 @@ def check_texts(path: str, key: str, params: Params, method: str, settings: Bloc
 
 def check_also(path: str, key: str, method: str, also: Sequence[str]) -> None:
     """Raise UserError where other encoders stand under `key`, and the method takes one alone."""
-    if also and not also_reads_of(method):
+    if also and not hasattr(load_method(method), "ALSO"):
         raise UserError(f"{path}: {key}: {method} reads one encoder only; choose a method that has ALSO")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from training.data import Cache
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.ridge import training_targets
 from training.methods import Fitted, search
@@ -24,6 +24,7 @@ from training.methods.prototypes import class_means
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings):
@@ -34,6 +35,10 @@ class Settings(FeatureSettings):
 
 def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

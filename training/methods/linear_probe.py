@@ -13,12 +13,13 @@ from torch import nn
 
 from training.data import Batch, Cache
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.logistic import ProbeSettings, fit_probe
 from training.methods import Fitted, Output
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings, ProbeSettings):
@@ -27,6 +28,10 @@ class Settings(FeatureSettings, ProbeSettings):
 
 def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
 
 
 class Probe(nn.Module):

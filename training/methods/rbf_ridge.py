@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.data import Cache
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.logistic import Positive
 from training.layers.ridge import Basis, Build, Judged, basis_of_kernel, choose_left_out, training_rows
 from training.methods import Fitted, grid
@@ -23,6 +23,7 @@ from training.methods.linear_probe import Probe
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings):
@@ -34,6 +35,10 @@ class Settings(FeatureSettings):
 
 def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
 
 
 class KernelLayer(nn.Module):

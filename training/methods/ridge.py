@@ -18,7 +18,7 @@ from torch import nn
 
 from training.data import Cache
 from training.layers.blocks import linear_layer
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.logistic import Positive
 from training.layers.ridge import Basis, Build, Judged, basis_of_rows, choose_left_out, training_rows
 from training.methods import Fitted, grid
@@ -26,6 +26,7 @@ from training.methods.linear_probe import Probe
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings):
@@ -36,6 +37,10 @@ class Settings(FeatureSettings):
 
 def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from training.data import Cache
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
@@ -33,6 +33,7 @@ from training.methods.prototypes import class_means
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 BORROWS = True  # it reads the images and labels of `Cache.others`
 
 
@@ -47,6 +48,10 @@ class Settings(FeatureSettings):
 
 def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Self
 
 import pytest
@@ -10,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
-from tests.training.cache import Plan
-from training.data import Batch, Cache, Part
+from tests.training.cache import Plan, write_cache, write_moments, write_other
+from training.data import Batch, Cache, Part, read_cache
+from training.data.features import feature_kinds
+from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes, mean_and_max
 from training.data.rows import EncoderFiles
 from training.layers.blocks import Standardise
-from training.layers.features import Features, FeatureSettings, feature_kinds, feature_parts, parts_of
-from training.methods import linear_probe, read_settings, reads_of
+from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.methods import also_reads_of, linear_probe, read_settings, reads_of, ridge
 
 Planted = Callable[[Plan], Cache]
 
@@ -83,16 +86,31 @@ def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
 
 
 def test_what_a_probe_reads_follows_from_its_features() -> None:
-    assert feature_parts() == {"globals", "nodes"}
+    assert feature_parts() == {"globals", "nodes", "moments"}
     assert parts_of(["global"]) == {"globals"}
     # Node 0 is the global vector: it is not read twice.
     assert parts_of(["nodes"]) == parts_of(["global", "nodes"]) == {"nodes"}
     assert reads_of("linear_probe", linear_probe.Settings(features=["nodes"])) == {"nodes"}
+    # Any other name is one of moments.
+    assert parts_of(["pooled", "isqrt", "isqrt-390", "global"]) == {
+        "pooled", "moments/isqrt", "moments/isqrt-390", "globals",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [["moment"], ["global", "moment"]])
-def test_a_vector_that_is_not_there_is_named(given: list[str]) -> None:
-    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*: global, nodes, but it is 'moment'"
+def test_moments_stand_beside_the_global_vector(planted: Planted) -> None:
+    cache = planted(Plan(views=2))
+    features = Features(cache, FeatureSettings(features=["pooled", "global"]))
+    images = cache.images("train")[:7]
+    batch = cache.batch(images, torch.ones(7, dtype=torch.long))
+    pooled, whole = features.blocks(batch)
+    assert torch.equal(pooled, cache.part(Moments).vectors["pooled"][2 * images + 1].float())
+    assert torch.equal(whole, cache.globals(images, 1))
+    assert features(batch).shape == (7, 36 + 32)
+
+
+@pytest.mark.parametrize("given", [["../images"], ["global", ""]])
+def test_what_cannot_be_the_name_of_a_vector_is_said(given: list[str]) -> None:
+    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*one of global, nodes, or a key under moments\.ENCODER"
     with pytest.raises(UserError, match=what):
         read_settings("p.yaml", "runs.a", "linear_probe", {"features": given})
 
@@ -114,7 +132,7 @@ def test_a_later_part_brings_its_vector_by_itself(planted: Planted, monkeypatch:
             raise NotImplementedError
 
     kinds = feature_kinds() | {"answer": Answer}
-    monkeypatch.setattr("training.layers.features.feature_kinds", lambda: kinds)
+    monkeypatch.setattr("training.data.features.feature_kinds", lambda: kinds)
     cache = cache.with_part(Answer(F.one_hot(cache.y).float()))
     settings = linear_probe.Settings(features=["answer"], l2=[1e-4])
     assert linear_probe.reads(settings) == {"answer"}
@@ -122,3 +140,46 @@ def test_a_later_part_brings_its_vector_by_itself(planted: Planted, monkeypatch:
     model = linear_probe.fit(told, settings, 0).model
     test = told.images("test")
     assert (model(told.batch(test)).logits.argmax(1) == told.y[test]).all()
+
+
+def test_vectors_of_other_encoders_are_further_blocks(tmp_path: Path) -> None:
+    write_cache(tmp_path, Plan(views=2))
+    write_other(tmp_path, "other", 20)
+    write_moments(tmp_path, "other", "pooled", 24)
+    settings = ridge.Settings(features=["nodes", "global", "pooled"])
+    reads, also_reads = reads_of("ridge", settings), also_reads_of("ridge", settings)
+    assert reads == {"nodes", "pooled"}
+    assert also_reads == {"nodes", "globals", "pooled"}
+    cache = read_cache(tmp_path, "tiny", 3, reads, ["other"], also_reads)
+    features, images = Features(cache, settings), cache.images("train")[:5]
+    batch = cache.batch(images, torch.ones(5, dtype=torch.long))
+    blocks = features.blocks(batch)
+    assert [block.shape[1] for block in blocks] == [32, 32, 32, 36, 20, 20, 20, 24]
+    assert torch.equal(blocks[-1], batch.also[0].pooled)
+    assert torch.equal(blocks[-2], batch.also[0].g)
+    x = features.of_training(cache).split([block.shape[1] for block in blocks], 1)
+    weights = torch.stack([block.var(0, correction=0).sum() for block in x])
+    torch.testing.assert_close(weights, torch.full((8,), features.size / 8))
+
+
+def test_another_encoder_without_the_same_nodes_stands_beside_where_none_is_read(tmp_path: Path) -> None:
+    write_cache(tmp_path, Plan())
+    write_moments(tmp_path, "other", "pooled", 24)
+    settings = ridge.Settings(features=["pooled"])
+    cache = read_cache(tmp_path, "tiny", 3, {"pooled"}, ["other"], also_reads_of("ridge", settings))
+    assert Features(cache, settings).size == 36 + 24
+    with pytest.raises(UserError, match="embed/other/images"):
+        read_cache(tmp_path, "tiny", 3, {"nodes"}, ["other"], {"nodes"})
+
+
+def test_mean_and_scale_do_not_depend_on_the_chunks(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = planted(Plan(views=2))
+    settings = FeatureSettings(features=["nodes", "pooled"])
+    whole = Features(cache, settings)
+    monkeypatch.setattr("training.layers.features.ROOM", 5 * whole.size)
+    some = Features(cache, settings)
+    assert (some.chunk, whole.chunk) == (5, 2048)
+    for one, other in zip(some.standardise, whole.standardise, strict=True):
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.scale, other.scale)
+    assert torch.equal(some.of_training(cache), whole.of_training(cache))
