@@ -11,7 +11,7 @@ of READS these settings leave; `ALSO`, the parts that it reads of other encoders
 ALSO is left. A method without ALSO takes one encoder alone. `BORROWS` says that it learns from images of other classes
 too, where it is lent some (`Cache.others`). A method that finds that this data leaves it nothing to do raises
 `NotPossible`. What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
-(training/folds.py).
+(training/folds.py). Settings whose choices are no grid of knobs say what they are themselves (`OwnPoints`).
 """
 
 import difflib
@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -61,6 +61,23 @@ class MethodModule(Protocol):
     SEEDED: bool
     READS: frozenset[str]
     fit: Callable[[Cache, Block, int], Fitted]
+
+
+@runtime_checkable
+class OwnPoints(Protocol):
+    """Settings whose choices are no grid of knobs, and say themselves what they are."""
+
+    def points(self) -> list[Block]:
+        """Everything that val chooses among, each as settings that leave nothing to choose."""
+        ...
+
+    def settle(self, chosen: dict[str, float | str]) -> Block:
+        """The settings as val chose them; `chosen` is Fitted.chosen of a fit under these."""
+        ...
+
+    def head(self, chosen: dict[str, float | str]) -> Block:
+        """The block whose knobs were chosen from."""
+        ...
 
 
 def method_names() -> list[str]:
@@ -145,11 +162,15 @@ def grid(settings: Block) -> dict[str, list[float]]:
 
 def search_points(settings: Block) -> int:
     """How many settings val chooses among; no more than BUDGET, so that no method wins by a longer search."""
+    if isinstance(settings, OwnPoints):
+        return len(settings.points())
     return math.prod(len(values) for values in grid(settings).values())
 
 
 def single_points(settings: Block) -> list[Block]:
     """Every point of the grid as settings of its own, with one value a knob."""
+    if isinstance(settings, OwnPoints):
+        return settings.points()
     knobs = grid(settings)
     return [
         settings.model_copy(update={name: [value] for name, value in zip(knobs, values, strict=True)})
