@@ -80,7 +80,7 @@ def test_more_dimensions_than_rows_are_fitted_as_they_are(
         loss = F.cross_entropy(x.double() @ weight.T + bias, target)
         objective = loss + l2 / 2 * weight.square().sum()
         for gradient in torch.autograd.grad(objective, (weight, bias)):
-            assert gradient.abs().max() < 2e-5  # where L-BFGS stops
+            assert gradient.abs().max() < 1e-4  # about where L-BFGS stops
         objectives.append(objective.item())
     assert objectives[0] == pytest.approx(objectives[1], abs=1e-6)
     assert fitted.history[0]["train_loss"] == pytest.approx(loss.item(), abs=1e-3)
