@@ -319,8 +319,9 @@ def read_norms(data: Path, encoder: str, cache: Cache, buckets: int) -> Tensor:
     index = read_table(data / "index/images.parquet", "index.images/1", columns)
     image_ids = index.filter(pc.field("status") == "ok").sort_by("path")["image_id"].combine_chunks()
     columns = ["image_id", "view", "node", "norm"]
-    nodes = read_buckets(data / f"embed/{encoder}/images", "embed.nodes/1", buckets, columns)
-    table, row = Rows(image_ids, cache.views, buckets).place(nodes.filter(pc.field("view") == 0))
+    folder = data / f"embed/{encoder}/images"
+    nodes = read_buckets(folder, "embed.nodes/1", buckets, columns)
+    table, row = Rows(image_ids, cache.views, buckets).place(nodes.filter(pc.field("view") == 0), folder)
     norms = torch.zeros(len(image_ids), cache.part(Nodes).mask.shape[1])
     norms[torch.from_numpy(row // cache.views), torch.from_numpy(column(table, "node").astype(np.int64))] = (
         torch.from_numpy(column(table, "norm").copy())

@@ -93,6 +93,10 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("grid_h", pa.int16()), required("grid_w", pa.int16()), required("width", INT),
         required("vectors", items(HALF)), pa.field("cls", items(HALF)), pa.field("rollout", items(HALF)),
     ],
+    "embed.moments/1": [
+        required("image_id", TEXT), required("view", pa.int16()), pa.field("layer", pa.int16()), required("kind", TEXT),
+        required("vector", HALF),
+    ],
     "embed.text/1": [
         required("text_id", TEXT), required("text", TEXT), required("kind", TEXT), required("n_tokens", INT),
         required("truncated", pa.bool_()), required("vector", HALF),
@@ -130,6 +134,7 @@ KEYS: dict[str, list[str]] = {
     "concepts/1": ["class_id", "kind", "rank", "concept_id", "item_key"],
     "embed.nodes/1": ["image_id", "view", "node"],
     "embed.tokens/1": ["image_id", "view", "layer"],
+    "embed.moments/1": ["image_id", "view"],
     "embed.text/1": ["text_id"],
     "embed.controls/1": ["kind", "class_id", "rank"],
     "bank/1": ["concept_idx"],
@@ -308,6 +313,16 @@ def read_table(path: str | Path, schema: str, columns: list[str] | None = None) 
     read_header(path, schema)
     try:
         return pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise broken(path, error) from None
+
+
+def iterate_groups(path: str | Path, schema: str, columns: list[str]) -> Iterator[pa.Table]:
+    """read_table row group by row group, one of them held at a time."""
+    read_header(path, schema)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from (file.read_row_group(number, columns) for number in range(file.num_row_groups))
     except (OSError, pa.ArrowException) as error:
         raise broken(path, error) from None
 

@@ -192,6 +192,17 @@ ABOUT = {
             "rollout": "heads x cells, in the row of the last layer but one, where it is asked for",
         },
     ),
+    "embed.moments/1": About(
+        "data/embed/ENCODER/moments/NAME/bNNN.parquet",
+        "One vector of a whole view, not of unit length: what the head pools, or a moment of a layer's tokens.",
+        {
+            "image_id": IMAGE,
+            "view": VIEW,
+            "layer": "the layer of the tokens; null where the head pools",
+            "kind": "pooled, isqrt, bilinear, mean or max",
+            "vector": "the numbers",
+        },
+    ),
     "embed.text/1": About(
         "data/embed/ENCODER/text.parquet",
         "A text in the space of the images.",

@@ -42,7 +42,7 @@ from training.data import Batch, Cache, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.nodes import Nodes
-from training.inputs import hash_path
+from training.hashes import hash_path
 from training.layers.logistic import L2_WITHOUT_VAL
 from training.loop import untrained
 from training.methods import Fitted, Output, load_method
@@ -840,7 +840,7 @@ def test_a_study_of_the_repository_can_stand(name: str, tmp_path: Path) -> None:
         ({"READS": None}, "training/methods/leaky.py: has no READS"),
         (
             {"READS": frozenset({"label"})},
-            "training/methods/leaky.py: READS: 'label' is no part of the cache; choose from: boxes, concepts",
+            "training/methods/leaky.py: READS: 'label' is no part of the cache; choose from: boxes, cls, concepts",
         ),
     ],
 )

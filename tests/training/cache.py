@@ -21,11 +21,11 @@ from fieldmark.store import (
     vector_column,
     write_table,
 )
-from training.data import Cache, part_kinds
+from training.data import Cache
 
 ENCODER = "tiny"
-# Every part of the cache but the global vectors alone, which the nodes hold too.
-ALL = frozenset(part_kinds()) - {"globals"}
+# What `write_cache` writes, but the global vectors alone, which the nodes hold too.
+ALL = frozenset({"nodes", "boxes", "pooled", "labels", "edges", "names", "concepts", "owners", "descriptions"})
 SCALE = 10.0  # of cosines, before the softmax over concepts
 
 
@@ -71,7 +71,7 @@ def around(centre: np.ndarray, noise: float, rng: np.random.Generator) -> np.nda
 
 
 def write_cache(folder: Path, plan: Plan) -> None:
-    """Write index, nodes, graphs, labels, bank, texts and descriptions for encoder `tiny` into `folder`."""
+    """Write index, nodes, moments, graphs, labels, bank, texts and descriptions for encoder `tiny` into `folder`."""
     rng = np.random.default_rng(plan.seed)
     classes = [f"class-{number:02d}" for number in range(plan.classes)]
     prototypes = unit(rng.standard_normal((plan.classes, plan.dimension)))
@@ -129,6 +129,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     )
     made_from = {"embed": marks["embed"], "bank": marks["bank"], **Labels(top=plan.top).model_dump()}
     write_buckets(folder / f"labels/{ENCODER}", "labels/1", labels, ids, plan.buckets, made_from, marks["rest"])
+    write_moments(folder, ENCODER, "pooled", plan.dimension + 4, plan.seed)
 
 
 def write_bank(
@@ -230,6 +231,59 @@ def write_other(folder: Path, name: str, dimension: int, seed: int = 0) -> None:
             row["vector"] = around(prototypes[class_of[row["image_id"]]], 0.6, rng)
         table, mark = with_vectors("embed.nodes/1", rows), fingerprint("images", {"of": name})
         write_table(table, folder / f"embed/{name}/images" / path.name, "embed.nodes/1", {}, mark)
+
+
+def write_moments(
+    folder: Path, encoder: str, name: str, dimension: int, seed: int = 0, made_by: dict[str, Any] | None = None
+) -> None:
+    """Moments of a NAME for the images and views of `tiny`: vectors (dimension) that show the class, of any length."""
+    rng = np.random.default_rng(seed)
+    index = read_table(folder / "index/images.parquet", "index.images/1", ["image_id", "class_id"])
+    class_of = dict(zip(index["image_id"].to_pylist(), index["class_id"].to_pylist(), strict=True))
+    classes = sorted(set(class_of.values()))
+    prototypes = unit(rng.standard_normal((len(classes), dimension)))
+    rows = [
+        {
+            **{"image_id": image_id, "view": view, "layer": None if name == "pooled" else 3, "kind": name},
+            "vector": 3 * around(prototypes[classes.index(class_of[image_id])], 0.6, rng),
+        }
+        for image_id, view in keys_of(folder)
+    ]
+    made_by = {"encoder": fingerprint("embed", {"encoder": ENCODER})} if made_by is None else made_by
+    ids, mark = sorted({row["image_id"] for row in rows}), fingerprint("moments", {"name": name, "seed": seed})
+    target = folder / f"embed/{encoder}/moments/{name}"
+    write_buckets(target, "embed.moments/1", rows, ids, len(bucket_files(folder)), made_by, mark)
+
+
+def write_tokens(folder: Path, encoder: str) -> None:
+    """Cells and CLS of layers 1 and 2 for the images and views of `tiny`, and rollout in the rows of layer 1."""
+    rng, grid, dimension, heads = np.random.default_rng(0), (2, 3), 5, 2
+    marks = {name: fingerprint(name, {"encoder": ENCODER}) for name in ("embed", "tokens")}
+    keys, cells = keys_of(folder), grid[0] * grid[1]
+    rows = [
+        {
+            **{"image_id": image_id, "view": view, "layer": layer},
+            **{"grid_h": grid[0], "grid_w": grid[1], "width": dimension},
+            "vectors": rng.standard_normal(cells * dimension).astype(np.float16),
+            "cls": rng.standard_normal(dimension).astype(np.float16),
+            "rollout": rng.random(heads * cells).astype(np.float16) if layer == 1 else None,
+        }
+        for image_id, view in keys
+        for layer in (1, 2)
+    ]
+    ids, buckets = sorted({image_id for image_id, _ in keys}), len(bucket_files(folder))
+    target = folder / f"embed/{encoder}/tokens"
+    write_buckets(target, "embed.tokens/1", rows, ids, buckets, {"encoder": marks["embed"]}, marks["tokens"])
+
+
+def bucket_files(folder: Path) -> list[Path]:
+    return sorted((folder / f"embed/{ENCODER}/images").glob("b*.parquet"))
+
+
+def keys_of(folder: Path) -> list[tuple[str, int]]:
+    """Image and view of each row that `tiny` has."""
+    found = pa.concat_tables([read_table(path, "embed.nodes/1", ["image_id", "view"]) for path in bucket_files(folder)])
+    return sorted(set(zip(found["image_id"].to_pylist(), found["view"].to_pylist(), strict=True)))
 
 
 def label_rows(

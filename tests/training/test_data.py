@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fieldmark.command import UserError
-from fieldmark.store import COLUMNS, bucket_path, read_buckets, read_header, read_table, sha256, vectors_of, write_table
-from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_other
+from fieldmark.store import (
+    COLUMNS,
+    bucket_path,
+    make_table,
+    read_buckets,
+    read_header,
+    read_table,
+    sha256,
+    vectors_of,
+    write_table,
+)
+from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other, write_tokens
 from training.data import Cache, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.labels import Labels
+from training.data.moments import Moments
 from training.data.nodes import Nodes
+from training.data.projection import Projection
+from training.data.tokens import Tokens
 
 PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3, rings=3)
 
@@ -90,8 +105,11 @@ def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monk
     monkeypatch.setattr(np, "memmap", memmap)
     monkeypatch.setattr("training.data.rows.MEMORY_SHARE", 0.0)
     streamed = read_cache(folder, ENCODER, PLAN.buckets, ALL)
-    assert streamed.part(Nodes).nodes.data_ptr() == made[0].ctypes.data
+    on_disk = {array.ctypes.data for array in made}
+    for part in (streamed.part(Nodes), streamed.part(Moments)):
+        assert {tensor.data_ptr() for tensor in part.tensors().values() if tensor.dtype == torch.float16} <= on_disk
     assert torch.equal(streamed.batch(images).nodes, held.batch(images).nodes)
+    assert torch.equal(streamed.batch(images).pooled, held.batch(images).pooled)
     assert sorted(folder.rglob("*")) == files
 
 
@@ -179,6 +197,7 @@ def read_fingerprint(path: Path) -> str:
     ("name", "stage"),
     [
         (f"embed/{ENCODER}/images", "embed_images"),
+        (f"embed/{ENCODER}/moments/pooled", "pool_tokens"),
         (f"labels/{ENCODER}", "label_patches"),
         (f"graphs/{ENCODER}", "build_graphs"),
     ],
@@ -243,7 +262,7 @@ def test_only_what_is_declared_is_read(copy: Path) -> None:
         assert torch.equal(cache.globals(images, view), whole.globals(images, view))
     with pytest.raises(UserError, match=r"bank/tiny\.parquet: is missing"):
         read_cache(copy, ENCODER, PLAN.buckets, {"globals", "names"})
-    with pytest.raises(UserError, match=r"READS: 'vectors' is no part of the cache; choose from: boxes, concepts"):
+    with pytest.raises(UserError, match=r"'vectors' is no part of the cache; choose from: boxes, cls, concepts"):
         read_cache(copy, ENCODER, PLAN.buckets, {"vectors"})
 
 
@@ -264,11 +283,189 @@ def test_what_is_not_declared_cannot_be_seen(folder: Path) -> None:
         _ = bank.own
 
 
+def test_moments_arrive_where_the_files_have_them(copy: Path) -> None:
+    write_moments(copy, ENCODER, "isqrt", 10, seed=3)
+    write_moments(copy, ENCODER, "mean", 7, seed=4)
+    cache = read_cache(copy, ENCODER, 3, {"pooled", "moments/isqrt"})
+    sizes = {"pooled": 12, "isqrt": 10}
+    tables = {name: read_buckets(copy / f"embed/{ENCODER}/moments/{name}", "embed.moments/1", 3) for name in sizes}
+    assert {f"embed/{ENCODER}/moments/{name}" for name in sizes} == cache.fingerprints.keys() - {
+        "index/images.parquet", "index/classes.parquet",
+    }  # fmt: skip
+    images = torch.arange(len(cache.paths))
+    for view in (0, 1):
+        batch = cache.batch(images, torch.full_like(images, view))
+        assert batch.moments.keys() == sizes.keys()
+        assert batch.pooled is batch.moments["pooled"]
+        for name, table in tables.items():
+            keys = zip(table["image_id"].to_pylist(), table["view"].to_pylist(), strict=True)
+            vectors = dict(zip(keys, vectors_of(table), strict=True))
+            assert batch.moments[name].dtype == torch.float32
+            for image, image_id in enumerate(cache.image_ids):
+                np.testing.assert_array_equal(batch.moments[name][image], vectors[image_id, view].astype(np.float32))
+    some = cache.take(torch.tensor([5, 2]))
+    views = torch.tensor([1, 0])
+    told, whole = some.batch(torch.tensor([0, 1]), views), cache.batch(images[[5, 2]], views)
+    assert all(torch.equal(told.moments[name], whole.moments[name]) for name in sizes)
+
+
+def test_one_name_of_moments_is_all_that_is_seen_of_them(copy: Path) -> None:
+    write_moments(copy, ENCODER, "isqrt", 10)
+    cache = read_cache(copy, ENCODER, 3, {"moments/pooled", "moments/isqrt"})
+    assert set(cache.only({"moments"}).part(Moments).vectors) == {"pooled", "isqrt"}
+    batch = cache.only({"moments/isqrt"}).batch(torch.arange(3))
+    assert list(batch.moments) == ["isqrt"]
+    with pytest.raises(UserError, match=r"pooled: is of the part `pooled`, which the method's READS does not name"):
+        _ = batch.pooled
+    with pytest.raises(UserError, match=r"max: is of the part `moments/max`, which the method's READS does not name"):
+        batch.moments["max"]
+    assert cache.only({"pooled"}).batch(torch.arange(3)).has("moments/pooled")
+    with pytest.raises(UserError, match=r"Moments: the method's READS does not name `moments` or `pooled`"):
+        cache.only({"globals"}).part(Moments)
+    with pytest.raises(UserError, match=r"READS: `moments` alone names no vector to read"):
+        read_cache(copy, ENCODER, 3, {"moments"})
+    for wrong in ("moments/", "moments/..", "moments/a/b", "pooled/x", "nodes/x"):
+        with pytest.raises(UserError, match=rf"'{wrong}' is no part of the cache; choose from: .*, moments/NAME, "):
+            read_cache(copy, ENCODER, 3, {wrong})
+
+
+def test_a_run_without_nodes_needs_no_file_of_them(copy: Path) -> None:
+    whole = read_cache(copy, ENCODER, 3, {"pooled", "globals"})
+    write_moments(copy, "wide", "pooled", 5)
+    for name in (f"embed/{ENCODER}/images", "graphs", "labels", "bank"):
+        shutil.rmtree(copy / name)
+    cache = read_cache(copy, ENCODER, 3, {"pooled"}, ["wide"], {"pooled"})
+    images = torch.arange(len(cache.paths))
+    assert cache.views == 2
+    batch = cache.batch(images, torch.ones_like(images))
+    assert torch.equal(batch.pooled, whole.batch(images, torch.ones_like(images)).pooled)
+    assert batch.also[0].pooled.shape == (len(images), 5)
+    # Of what has no views there is one.
+    assert read_cache(copy, ENCODER, 3, set()).views == 1
+
+
+def test_moments_that_are_not_there_name_folder_and_stage(copy: Path) -> None:
+    with pytest.raises(UserError, match=r"embed/tiny/moments/isqrt: is missing; run pool_tokens \(dvc repro\)"):
+        read_cache(copy, ENCODER, 3, {"moments/isqrt"})
+    path = bucket_path(copy / f"embed/{ENCODER}/moments/pooled", 1)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"moments/pooled/b001\.parquet: is not readable Parquet"):
+        read_cache(copy, ENCODER, 3, {"pooled"})
+
+
+def test_moments_of_other_weights_than_the_nodes_are_refused(copy: Path) -> None:
+    write_moments(copy, ENCODER, "isqrt", 4, made_by={"encoder": "another"})
+    what = r"moments/isqrt: was made by another encoder tiny than .*/images \(.*\); run pool_tokens again"
+    with pytest.raises(UserError, match=what):
+        read_cache(copy, ENCODER, 3, {"globals", "moments/isqrt"})
+    with pytest.raises(UserError, match=r"was made by another encoder tiny than .*; run pool_tokens again"):
+        read_cache(copy, ENCODER, 3, {"pooled", "moments/isqrt"})
+    # Another encoder's are its own matter.
+    write_moments(copy, "wide", "isqrt", 4, made_by={"encoder": "another"})
+    assert read_cache(copy, ENCODER, 3, {"pooled"}, ["wide"], {"moments/isqrt"}).also
+
+
+def test_all_that_is_read_has_the_same_views(copy: Path) -> None:
+    folder = copy / f"embed/{ENCODER}/moments/pooled"
+    rows = read_buckets(folder, "embed.moments/1", 3).to_pylist()
+    for bucket in range(3):
+        path = bucket_path(folder, bucket)
+        table = read_table(path, "embed.moments/1")
+        header = read_header(path, "embed.moments/1")
+        more = pc.add(table["view"], pa.scalar(2, pa.int16())).cast(pa.int16())
+        moved = table.set_column(1, table.schema.field("view"), more)
+        write_table(pa.concat_tables([table, moved]), path, "embed.moments/1", header.params, header.fingerprint)
+    assert len(read_buckets(folder, "embed.moments/1", 3)) == 2 * len(rows)
+    with pytest.raises(UserError, match=r"b00\d\.parquet: holds view 3, and what is read beside it has 2 views"):
+        read_cache(copy, ENCODER, 3, {"globals", "pooled"})
+    assert read_cache(copy, ENCODER, 3, {"pooled"}).views == 4
+
+
+def test_tokens_of_the_deepest_layer_arrive_where_the_files_have_them(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokens(copy, ENCODER)
+    rows = read_buckets(copy / f"embed/{ENCODER}/tokens", "embed.tokens/1", 3).to_pylist()
+    stored = {(row["image_id"], row["view"], row["layer"]): row for row in rows}
+    caches = [read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"})]
+    monkeypatch.setattr("training.data.rows.MEMORY_SHARE", 0.0)
+    caches.append(read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"}))  # they stay on the disk
+    order = torch.tensor([4, 1, 12])
+    caches.append(caches[1].take(order))
+    for cache in caches:
+        images = torch.arange(len(cache.paths))
+        for view in (0, 1):
+            batch = cache.batch(images, torch.full_like(images, view))
+            assert batch.token_grid == (2, 3)
+            assert batch.tokens.shape == (len(images), 6, 5)
+            assert batch.rollout.shape == (len(images), 2, 6)
+            assert {each.dtype for each in (batch.tokens, batch.cls, batch.rollout)} == {torch.float32}
+            for image, image_id in enumerate(cache.image_ids):
+                deep, before = stored[image_id, view, 2], stored[image_id, view, 1]
+                assert batch.tokens[image].flatten().tolist() == deep["vectors"]
+                assert batch.cls[image].tolist() == deep["cls"]
+                assert batch.rollout[image].flatten().tolist() == before["rollout"]
+    # Of cells on the disk, none are brought to memory where some of the images are taken.
+    assert caches[2].part(Tokens).cells.data_ptr() == caches[1].part(Tokens).cells.data_ptr()
+    seen = caches[0].only({"cls"}).batch(order)
+    for field in ("tokens", "token_grid", "rollout"):
+        with pytest.raises(UserError, match=rf"{field}: is of the part `{field.split('_')[0]}s?`, which the method's"):
+            getattr(seen, field)
+
+
+def test_tokens_that_are_not_whole_are_refused(copy: Path) -> None:
+    with pytest.raises(UserError, match=r"embed/tiny/tokens: is missing; run embed_tokens \(dvc repro\)"):
+        read_cache(copy, ENCODER, 3, {"tokens"})
+    write_tokens(copy, ENCODER)
+    folder = copy / f"embed/{ENCODER}/tokens"
+    drop_first(bucket_path(folder, 1))
+    for name in ("tokens", "cls", "rollout"):
+        with pytest.raises(UserError, match=r"b001.parquet: lacks image [0-9a-f]{64} \(view 0\); run embed_tokens"):
+            read_cache(copy, ENCODER, 3, {name})
+    for bucket in range(3):
+        path = bucket_path(folder, bucket)
+        rows = [{**row, "cls": None, "rollout": None} for row in read_table(path, "embed.tokens/1").to_pylist()]
+        rows = [{**row, "grid_h": 3, "grid_w": 2} if row["view"] and bucket == 2 else row for row in rows]
+        header = read_header(path, "embed.tokens/1")
+        table = make_table("embed.tokens/1", rows)
+        write_table(table, path, "embed.tokens/1", header.params, header.fingerprint)
+    for name, remedy in (("cls", "only a tower with a CLS token has one"), ("rollout", r"set tokens\.tiny\.rollout")):
+        with pytest.raises(UserError, match=rf"embed/tiny/tokens: holds no {name}; {remedy}"):
+            read_cache(copy, ENCODER, 3, {name})
+    with pytest.raises(UserError, match=r"tokens: maps of layer 2 differ in size; run embed_tokens again"):
+        read_cache(copy, ENCODER, 3, {"tokens"})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_projection_is_a_matrix_and_a_bias(copy: Path, bias: bool) -> None:
+    path = copy / f"embed/{ENCODER}/projection.safetensors"
+    with pytest.raises(UserError, match=r"projection\.safetensors: is missing; run pool_tokens"):
+        read_cache(copy, ENCODER, 3, {"projection"})
+    tensors = {"weight": torch.arange(96.0).view(8, 12)} | ({"bias": torch.arange(8.0)} if bias else {})
+    nodes = read_header(bucket_path(copy / f"embed/{ENCODER}/images", 0), "embed.nodes/1")
+    save_file(tensors, path, {"made_by": json.dumps({"encoder": nodes.params["encoder"]})})
+    cache = read_cache(copy, ENCODER, 3, {"projection", "pooled", "globals"})
+    assert torch.equal(cache.part(Projection).weight, tensors["weight"])
+    assert torch.equal(cache.part(Projection).bias, tensors.get("bias", torch.zeros(8)))
+    assert cache.fingerprints[f"embed/{ENCODER}/projection.safetensors"] == sha256(path.read_bytes())
+    assert torch.equal(cache.take(torch.arange(3)).part(Projection).weight, tensors["weight"])
+
+    save_file(tensors, path, {"made_by": json.dumps({"encoder": "another"})})
+    with pytest.raises(UserError, match=r"projection\.safetensors: was made by another encoder tiny .*pool_tokens"):
+        read_cache(copy, ENCODER, 3, {"projection", "pooled"})
+    save_file({}, path)
+    with pytest.raises(UserError, match=r"projection\.safetensors: holds no matrix: the head of tiny projects by more"):
+        read_cache(copy, ENCODER, 3, {"projection"})
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(UserError, match=r"projection\.safetensors: is not readable"):
+        read_cache(copy, ENCODER, 3, {"projection"})
+
+
 def test_every_part_is_found_by_its_names() -> None:
     kinds = part_kinds()
-    names = {"globals", "nodes", "boxes", "labels", "edges", "names", "concepts", "owners", "descriptions"}
-    assert kinds.keys() == names
+    assert kinds.keys() == {*ALL, "globals", "moments", "tokens", "cls", "rollout", "projection"}
     fields = [field for kind in set(kinds.values()) for field in kind.shows]
     assert len(fields) == len(set(fields))
     for kind in set(kinds.values()):
-        assert set(kind.files("one").values()) <= COLUMNS.keys()
+        words = kind.provides - {kind.named}
+        assert set(kind.files("one", words).values()) <= {*COLUMNS, "safetensors"}

@@ -32,7 +32,7 @@ class Bank(Part):
     owners: Tensor | None  # (M, C) bool: the classes that own a text; a generic one has none
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
         return {f"bank/{encoder}.parquet": "bank/1"}
 
     @classmethod

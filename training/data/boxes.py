@@ -1,5 +1,6 @@
 """Where the nodes of an image lie in it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -21,8 +22,8 @@ class Boxes(Part):
     box: Tensor  # (n V, N+1, 4) float32, zero where an image has fewer nodes
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
-        return Nodes.files(encoder)
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
+        return Nodes.files(encoder, words)
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:

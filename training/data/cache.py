@@ -6,6 +6,7 @@ few hundred images at a time, without a loop over images. Letters in shapes: B i
 D dimensions, C classes, M concepts, k labels a node, S sentences, V views.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fieldmark.command import UserError
 from fieldmark.store import Header, read_folder_header, read_header, read_table
 from training.data.halves import halve
+from training.data.moments import NamedVectors
 from training.data.nodes import Globals, Nodes
-from training.data.part import P, Part, Parts, part_kinds
-from training.data.rows import EncoderFiles
+from training.data.part import P, Part, Parts, kind_of, part_kinds
+from training.data.rows import STAGES, EncoderFiles, count_views
+from training.hashes import hash_file
 
 SPLITS = ("train", "val", "test")
 INDEX = {"index/images.parquet": "index.images/1", "index/classes.parquet": "index.classes/1"}
@@ -39,6 +43,24 @@ class Fields:
             found: Tensor = self.values[name]
             return found
         raise undeclared(name)
+
+    @property
+    def moments(self) -> NamedVectors:
+        """By NAME, the vectors (B, d) of moments/NAME."""
+        return NamedVectors.of(self.values)
+
+    @property
+    def pooled(self) -> Tensor:
+        """(B, d): the moments of that name."""
+        return self.moments["pooled"]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(h, w) of `tokens` (B, h w, d)."""
+        if "token_grid" not in self.values:
+            raise undeclared("token_grid")
+        height, width = self.values["token_grid"].tolist()
+        return height, width
 
     def has(self, name: str) -> bool:
         return name in self.values
@@ -59,6 +81,7 @@ def undeclared(name: str) -> Exception:
     """What to raise for a field that is not there."""
     for part, kind in part_kinds().items():
         if name in kind.shows:
+            part = name if name in kind.provides else part
             return UserError(f"{name}: is of the part `{part}`, which the method's READS does not name; add it there")
     return AttributeError(name)
 
@@ -164,16 +187,12 @@ class Cache:
 
 def kinds_of(reads: Collection[str]) -> list[type[Part]]:
     """The classes of the parts that `reads` names, each once. Raises UserError for a name that is no part."""
-    known = part_kinds()
-    for name in sorted(reads):
-        if name not in known:
-            raise UserError(f"READS: {name!r} is no part of the cache; choose from: {', '.join(sorted(known))}")
-    return list(dict.fromkeys(known[name] for name in sorted(reads)))
+    return list(dict.fromkeys(kind_of(name) for name in sorted(reads)))
 
 
 def files_of(encoder: str, reads: Collection[str]) -> dict[str, str]:
     """What these parts are read from, the index apart: paths under data/, and the schema of each."""
-    return {path: schema for kind in kinds_of(reads) for path, schema in kind.files(encoder).items()}
+    return {path: schema for kind in kinds_of(reads) for path, schema in kind.files(encoder, reads).items()}
 
 
 def read_cache(
@@ -190,7 +209,7 @@ def read_cache(
     stage to run: a file missing or broken, an image without rows, a val that has no two halves, files that were made
     from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
     """
-    folder = Path(folder)
+    folder, reads, also_reads = Path(folder), frozenset(reads), frozenset(also_reads)
     fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
     classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
     index = read_table(
@@ -215,11 +234,13 @@ def read_cache(
             " where the other chooses; put more into val (dataset.val_fraction) and run index_images"
         )
     image_ids = index["image_id"].combine_chunks()
-    source = EncoderFiles(folder, encoder, buckets, classes, image_ids)
+    files = [files_of(encoder, reads), *(files_of(other, also_reads) for other in also)]
+    views = count_views(folder, {path: schema for each in files for path, schema in each.items()}, buckets)
+    source = EncoderFiles(folder, encoder, buckets, classes, image_ids, views, reads)
     parts = Parts([kind.read(source) for kind in kinds_of(reads)])
     for part in parts.by_kind.values():
         part.check(parts)
-    others = [EncoderFiles(folder, other, buckets, classes, image_ids) for other in also]
+    others = [EncoderFiles(folder, other, buckets, classes, image_ids, views, also_reads) for other in also]
     for other in others:
         for kind in kinds_of(also_reads):
             kind.check_beside(source, other)
@@ -231,7 +252,7 @@ def read_cache(
         split=split,
         y=labels,
         target=labels,
-        views=source.shape[0],
+        views=views,
         parts=parts,
         fingerprints=fingerprints,
         also=tuple(Parts([kind.read(other) for kind in kinds_of(also_reads)]) for other in others),
@@ -249,17 +270,15 @@ def check_origins(
     """The fingerprint of everything that is read, after a look at what each says it was made from.
 
     Raises UserError where one was made from something else than what is read beside it: labels of a former bank, a
-    graph of other embeddings.
+    graph of other embeddings, moments of another encoder than the nodes.
     """
-    files = INDEX | files_of(encoder, reads)
-    for other in also:
-        files |= files_of(other, also_reads)
     headers: dict[str, Header] = {}
-    for path, schema in files.items():
-        if path.endswith(".parquet"):
-            headers[path] = read_header(folder / path, schema)
-        else:
-            headers[path] = read_folder_header(folder / path, schema, buckets)
+    for name, files in [
+        (encoder, INDEX | files_of(encoder, reads)),
+        *((other, files_of(other, also_reads)) for other in also),
+    ]:
+        headers |= {path: header_of(folder, path, schema, buckets) for path, schema in files.items()}
+        check_encoder(folder, name, {path: (schema, headers[path]) for path, schema in files.items()})
     for made, param, source, stage in (origin for kind in kinds_of(reads) for origin in kind.origins(encoder)):
         if source in headers and headers[made].params.get(param) != headers[source].fingerprint:
             raise UserError(
@@ -267,3 +286,40 @@ def check_origins(
                 f" parameters); run {stage} again (dvc repro)"
             )
     return {name: header.fingerprint for name, header in sorted(headers.items())}
+
+
+def header_of(folder: Path, path: str, schema: str, buckets: int) -> Header:
+    """What a file, or a folder of buckets, says of itself. Raises UserError where it is missing or broken."""
+    if path.endswith(".parquet"):
+        return read_header(folder / path, schema)
+    if not (folder / path).exists() and schema in STAGES:
+        raise UserError(f"{folder / path}: is missing; run {STAGES[schema]} (dvc repro), or fetch it (dvc pull)")
+    if path.endswith(".safetensors"):
+        return Header(schema, hash_file(folder / path), made_by(folder / path))
+    return read_folder_header(folder / path, schema, buckets)
+
+
+def made_by(path: Path) -> dict[str, Any]:
+    """What a safetensors file says it was made by. Raises UserError where it is broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {}).get("made_by", "{}"))
+            return found
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: is not readable ({error}); remove it, and run the stage that writes it") from None
+
+
+def check_encoder(folder: Path, encoder: str, tables: Mapping[str, tuple[str, Header]]) -> None:
+    """Raise UserError where tables of one encoder's vectors of images, by their path, are not of the same weights."""
+    said = {
+        path: (STAGES[schema], header.params["encoder"])
+        for path, (schema, header) in tables.items()
+        if schema in STAGES and "encoder" in header.params
+    }
+    for path, (stage, mark) in said.items():
+        first = next(iter(said))
+        if mark != said[first][1]:
+            raise UserError(
+                f"{folder / path}: was made by another encoder {encoder} than {folder / first} (other weights or"
+                f" parameters); run {stage} again (dvc repro)"
+            )

@@ -1,5 +1,6 @@
 """What a vision model said of each image, sentence by sentence."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -26,12 +27,12 @@ class Descriptions(Part):
     dm: Tensor  # (n, S) bool: the sentences that an image has
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
         return {"descriptions/descriptions.parquet": "descriptions/1", f"embed/{encoder}/text.parquet": "embed.text/1"}
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        path, text = (source.folder / name for name in cls.files(source.encoder))
+        path, text = (source.folder / name for name in cls.files(source.encoder, source.reads))
         texts = read_table(text, "embed.text/1", ["text_id", "vector"])
         table = read_table(path, "descriptions/1")
         table = table.filter(pc.is_in(table["image_id"], value_set=source.image_ids))

@@ -1,5 +1,6 @@
 """The graph of each image's nodes: flat lists of edges, laid out as dense matrices for a batch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -27,7 +28,7 @@ class Edges(Part):
     weight: Tensor  # (edges, 2) float16: spatial and semantic
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
         return {f"graphs/{encoder}": "graphs/1"}
 
     @classmethod
@@ -36,8 +37,8 @@ class Edges(Part):
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        folder, rows, nodes = source.folder / f"graphs/{source.encoder}", source.rows, source.shape[1]
-        table, row = rows.place(read_buckets(folder, "graphs/1", source.buckets))
+        folder, rows, nodes = source.folder / f"graphs/{source.encoder}", source.rows, source.nodes
+        table, row = rows.place(read_buckets(folder, "graphs/1", source.buckets), folder)
         first, lengths = flat(table["src"])
         ends = np.stack([first, flat(table["dst"])[0]], axis=1)
         weight = np.stack([flat(table["spatial"])[0], flat(table["semantic"])[0]], axis=1)

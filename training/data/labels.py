@@ -1,5 +1,6 @@
 """What label_patches says: which concepts a node shows, how dense it is, what is selected, the gains of rings."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -33,7 +34,7 @@ class Labels(Part):
     selected_concepts: Tensor  # (n V, Mc) int32, rows of the bank, best first; -1 where a row has fewer
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
         return {f"labels/{encoder}": "labels/1"}
 
     @classmethod
@@ -90,7 +91,7 @@ NodeLabels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def read_node_labels(folder: Path, rows: Rows, mask: np.ndarray) -> NodeLabels:
     """concept_idx (n V, N+1, k) int32, concept_weight (same) float16, selected and density (n V, N+1)."""
     columns = ["image_id", "view", "node", "concept_idx", "concept_weight", "density", "selected"]
-    table, row = rows.place(read_buckets(folder, "labels/1", rows.buckets, columns))
+    table, row = rows.place(read_buckets(folder, "labels/1", rows.buckets, columns), folder)
     node = column(table, "node")
     concepts, lengths = flat(table["concept_idx"])
     weights, _ = flat(table["concept_weight"])
@@ -115,7 +116,7 @@ def read_image_labels(folder: Path, rows: Rows) -> tuple[np.ndarray, np.ndarray]
     """
     columns = ["image_id", "view", "node", "ring_gains", "selected_concepts"]
     table = read_buckets(folder, "labels/1", rows.buckets, columns)
-    table, row = rows.place(table.filter(pc.equal(table["node"], 0)))
+    table, row = rows.place(table.filter(pc.equal(table["node"], 0)), folder)
     found = []
     for name, dtype, missing in (("ring_gains", np.float32, 0), ("selected_concepts", np.int32, -1)):
         values, lengths = flat(pc.fill_null(table[name], []))

@@ -1,6 +1,6 @@
 """The vectors of an image's nodes, the whole picture first; and the pictures' own vectors without the other nodes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -38,7 +38,7 @@ class Nodes(Part):
     mask: Tensor  # (n V, N+1) bool, true for node 0
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
         return {f"embed/{encoder}/images": "embed.nodes/1"}
 
     @classmethod
@@ -62,8 +62,8 @@ class Globals(Part):
     g: Tensor  # (n V, D) float16, unit length; a batch has float32
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
-        return Nodes.files(encoder)
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
+        return Nodes.files(encoder, words)
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
@@ -72,7 +72,7 @@ class Globals(Part):
 
 def read_vectors(source: EncoderFiles, global_only: bool) -> np.ndarray:
     """(n V, N+1, D) float16, or (n V, 1, D) of node 0: one bucket at a time beside it in memory."""
-    rows, nodes = source.rows, 1 if global_only else source.shape[1]
+    rows, nodes = source.rows, 1 if global_only else source.nodes
     vectors: np.ndarray | None = None
     present = np.zeros(rows.count, dtype=bool)
     for bucket in range(source.buckets):
@@ -83,7 +83,7 @@ def read_vectors(source: EncoderFiles, global_only: bool) -> np.ndarray:
             vectors = make_room(shape, source.nodes_folder)
         if global_only:
             table = table.filter(pc.field("node") == 0)
-        table, row = rows.place(table)
+        table, row = rows.place(table, path)
         node = column(table, "node")
         require_global_first(path, column(table, "kind")[node == 0])
         vectors[row, node] = vectors_of(table)
@@ -101,10 +101,10 @@ def require_global_first(path: Path, kinds: np.ndarray) -> None:
 def read_boxes(source: EncoderFiles) -> np.ndarray:
     """(n V, N+1, 4) float32."""
     rows, sides = source.rows, ("x0", "y0", "x1", "y1")
-    boxes = np.zeros((rows.count, source.shape[1], 4), dtype=np.float32)
+    boxes = np.zeros((rows.count, source.nodes, 4), dtype=np.float32)
     for bucket in range(source.buckets):
         path = bucket_path(source.nodes_folder, bucket)
-        table, row = rows.place(read_table(path, "embed.nodes/1", ["image_id", "view", "node", *sides]))
+        table, row = rows.place(read_table(path, "embed.nodes/1", ["image_id", "view", "node", *sides]), path)
         boxes[row, column(table, "node")] = np.stack([column(table, side) for side in sides], axis=1)
     return boxes
 

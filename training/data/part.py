@@ -3,11 +3,15 @@
 A part is a frozen dataclass of tensors. Each has a row an image and view (row i * V + v is image i in view v), or a row
 an image where `by_image` says so, and a batch has a field of the same name: half precision widened to float32 and
 integers to int64. A part that is laid out otherwise says how it is cut (`cut`) and reduced to some images (`take`).
+
+READS names a part by a word of `provides`. A part that holds many things by NAME (`named`) is asked for one of them by
+`WORD/NAME`; the word alone stands for whatever NAMEs a run's settings name.
 """
 
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,6 +22,8 @@ from torch import Tensor
 
 from fieldmark.command import UserError
 from training.data.rows import EncoderFiles
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of what a part holds by name; it is a folder's too
 
 
 class Origin(NamedTuple):
@@ -33,6 +39,7 @@ class Part:
     """One part of the cache, for n images in V views."""
 
     provides: ClassVar[frozenset[str]] = frozenset()  # what READS calls it; several names where it has several sides
+    named: ClassVar[str] = ""  # the word of `provides` behind which a slash and a NAME may stand
     shows: ClassVar[tuple[str, ...]] = ()  # the fields of a batch that come from it
     of_text: ClassVar[bool] = False  # whether it comes from texts: a tower has none
     by_image: ClassVar[bool] = False  # whether its tensors have a row an image, and not one an image and view
@@ -40,8 +47,11 @@ class Part:
     features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {}
 
     @classmethod
-    def files(cls, encoder: str) -> dict[str, str]:
-        """What it is read from, and the schema of each: files and folders of buckets, as paths under data/."""
+    def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
+        """What it is read from, and the schema of each: files and folders of buckets, as paths under data/.
+
+        `words` are those of READS that ask for it.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -66,6 +76,11 @@ class Part:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
+    def changed(self, values: Mapping[str, Tensor]) -> Self:
+        """The same with other tensors, by the names that `tensors` has."""
+        changed: Any = replace(self, **values)  # type: ignore[type-var]
+        return changed
+
     def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """What a batch has of it: of `images` (B,), each seen in one view, which makes it row `rows` (B,)."""
         # index_select is several times as fast as [rows].
@@ -75,8 +90,7 @@ class Part:
     def take(self, images: Tensor, rows: Tensor) -> Self:
         """The same of some images alone, (m,), with all their views: `rows` (m V,)."""
         places = images if self.by_image else rows
-        changed: Any = replace(self, **{name: value[places] for name, value in self.tensors().items()})  # type: ignore[type-var]
-        return changed
+        return self.changed({name: value[places] for name, value in self.tensors().items()})
 
     def of_classes(self, classes: Tensor, parts: "Parts") -> Self:
         """The same where only these classes (C,) bool are left; `parts` are all that are read, this one among them."""
@@ -113,7 +127,8 @@ class Parts:
 
     def only(self, names: Collection[str]) -> "Parts":
         """Those that `names`, in the words of READS, hold, and those that a method made for itself."""
-        kept = (one for one in self.by_kind.values() if not one.provides or one.provides & set(names))
+        words = {word_of(name) for name in names}
+        kept = (one for one in self.by_kind.values() if not one.provides or one.provides & words)
         return Parts([one.only(names) for one in kept])
 
     def of_classes(self, classes: Tensor) -> "Parts":
@@ -142,3 +157,22 @@ def part_kinds() -> dict[str, type[Part]]:
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"training.data.{module.name}")
     return {name: kind for kind in Part.__subclasses__() for name in sorted(kind.provides)}
+
+
+def word_of(name: str) -> str:
+    """The word of `provides` in what READS names: `moments` of moments/NAME."""
+    return name.partition("/")[0]
+
+
+def kind_of(name: str) -> type[Part]:
+    """The part that READS names. Raises UserError where there is none."""
+    word, slash, rest = name.partition("/")
+    kind = part_kinds().get(word)
+    if kind is None or (slash and not (word == kind.named and NAME.fullmatch(rest))):
+        raise UserError(f"{name!r} is no part of the cache; choose from: {', '.join(part_words())}")
+    return kind
+
+
+def part_words() -> list[str]:
+    """What READS may name, for messages."""
+    return sorted(f"{word}/NAME" if word == kind.named else word for word, kind in part_kinds().items())

@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fieldmark.command import UserError
-from fieldmark.store import bucket_of, bucket_path, read_buckets, read_table
+from fieldmark.store import COLUMNS, bucket_of, bucket_path, read_buckets, read_table
 
 MEMORY_SHARE = 0.5  # of the machine's memory, for vectors
+# Who writes what is read of images, by schema.
+STAGES = {
+    "embed.nodes/1": "embed_images", "embed.moments/1": "pool_tokens", "embed.tokens/1": "embed_tokens",
+    "graphs/1": "build_graphs", "labels/1": "label_patches", "safetensors": "pool_tokens",
+}  # fmt: skip
 
 
 class Rows:
@@ -24,11 +30,19 @@ class Rows:
         self.image_ids, self.views, self.buckets = image_ids, views, buckets
         self.count = len(image_ids) * views
 
-    def place(self, table: pa.Table) -> tuple[pa.Table, np.ndarray]:
-        """The table without lines of other images, and the row that each of its lines belongs to."""
+    def place(self, table: pa.Table, path: Path) -> tuple[pa.Table, np.ndarray]:
+        """The table without lines of other images, and the row that each of its lines belongs to.
+
+        Raises UserError, naming the `path` it came from, where it has views that other tables lack.
+        """
         table = table.filter(pc.is_in(table["image_id"], value_set=self.image_ids))
-        image = pc.index_in(table["image_id"], value_set=self.image_ids).to_numpy()
-        return table, image.astype(np.int64) * self.views + column(table, "view")
+        image, view = pc.index_in(table["image_id"], value_set=self.image_ids).to_numpy(), column(table, "view")
+        if view.max(initial=0) >= self.views:
+            raise UserError(
+                f"{path}: holds view {view.max()}, and what is read beside it has {self.views} views an image; run the"
+                " stages that write them again (dvc repro)"
+            )
+        return table, image.astype(np.int64) * self.views + view
 
     def require(self, present: np.ndarray, folder: Path, stage: str) -> None:
         """Raise UserError for the first row that is not `present`."""
@@ -50,34 +64,47 @@ class EncoderFiles:
     buckets: int
     classes: list[str]
     image_ids: pa.Array  # n, in the order of the cache
+    views: int  # V
+    reads: frozenset[str]  # what is read of it, in the words of READS
 
     @property
     def nodes_folder(self) -> Path:
         return self.folder / f"embed/{self.encoder}/images"
 
-    @cached_property
+    @property
     def rows(self) -> Rows:
-        """Raises UserError where no image is embedded."""
-        return Rows(self.image_ids, self.shape[0], self.buckets)
+        return Rows(self.image_ids, self.views, self.buckets)
 
     @cached_property
-    def shape(self) -> tuple[int, int]:
-        """V views, and N+1 nodes a view at most."""
-        keys = read_buckets(self.nodes_folder, "embed.nodes/1", self.buckets, ["view", "node"])
-        if not keys.num_rows:
-            raise UserError(f"{self.nodes_folder}: holds no image; run embed_images (dvc repro)")
-        return int(column(keys, "view").max()) + 1, int(column(keys, "node").max()) + 1
+    def nodes(self) -> int:
+        """N+1: nodes a view at most."""
+        found = read_buckets(self.nodes_folder, "embed.nodes/1", self.buckets, ["node"])
+        return int(column(found, "node").max(initial=0)) + 1
 
     @cached_property
     def mask(self) -> np.ndarray:
         """(n V, N+1) bool: the nodes that each row has."""
-        mask = np.zeros((self.rows.count, self.shape[1]), dtype=bool)
+        mask = np.zeros((self.rows.count, self.nodes), dtype=bool)
         for bucket in range(self.buckets):
             path = bucket_path(self.nodes_folder, bucket)
-            table, row = self.rows.place(read_table(path, "embed.nodes/1", ["image_id", "view", "node"]))
+            table, row = self.rows.place(read_table(path, "embed.nodes/1", ["image_id", "view", "node"]), path)
             mask[row, column(table, "node")] = True
         self.rows.require(mask[:, 0], self.nodes_folder, "embed_images")
         return mask
+
+
+def count_views(folder: Path, files: Mapping[str, str], buckets: int) -> int:
+    """V as the first of these tables that has views says; 1 where none has. The others are held to it when placed.
+
+    `files` are paths under `folder` and their schemas. Raises UserError where that table has no row.
+    """
+    for path, schema in files.items():
+        if any(field.name == "view" for field in COLUMNS.get(schema, [])):
+            views = column(read_buckets(folder / path, schema, buckets, ["view"]), "view")
+            if not views.size:
+                raise UserError(f"{folder / path}: holds no image; run {STAGES[schema]} (dvc repro)")
+            return int(views.max()) + 1
+    return 1
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:

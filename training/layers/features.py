@@ -1,13 +1,12 @@
 """The vector of an image that every probe of the family reads: vectors of the cache side by side, on one scale.
 
-`features` names vectors that parts of the cache give (`Part.features`); a vector may come in several blocks, as the
-mean and the maximum of nodes do. What is fitted goes through the same function of a batch as what is predicted.
+`features` names vectors that parts of the cache give (training/data/features.py); a vector may come in several blocks,
+as the mean and the maximum of nodes do. What is fitted goes through the same function of a batch as what is predicted.
 """
 
-import functools
 import math
-from collections.abc import Callable, Collection
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -15,22 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block
-from training.data import Batch, Cache, Part, part_kinds
+from training.data import Batch, Cache, feature_blocks, feature_words, word_behind
 from training.layers.blocks import Standardise
 
 CHUNK = 2048  # images read at a time
 Transform = Literal["none", "signed_sqrt"]
 
 
-@functools.cache
-def feature_kinds() -> dict[str, type[Part]]:
-    """By the name of each vector, the part that gives it."""
-    return {name: kind for kind in part_kinds().values() for name in kind.features}
-
-
 def require_feature(name: str) -> str:
-    if name not in feature_kinds():
-        raise ValueError(f"input should be a vector that the cache has: {', '.join(sorted(feature_kinds()))}")
+    word_behind(name)
     return name
 
 
@@ -39,18 +31,18 @@ class FeatureSettings(Block):
 
     features: list[Annotated[str, AfterValidator(require_feature)]] = Field(
         default=["global"], min_length=1
-    )  # vectors of an image that are put side by side: global; nodes, their mean and maximum
+    )  # vectors put side by side: global; nodes, their mean and maximum; pooled or another key of `moments`
     transform: Transform = "none"  # of each vector before: none, signed_sqrt (sign(x) sqrt|x|, then unit length)
 
 
 def feature_parts() -> frozenset[str]:
     """Every part that gives a vector: READS of a probe."""
-    return frozenset[str]().union(*(kind.provides for kind in feature_kinds().values()))
+    return feature_words()
 
 
 def parts_of(features: Collection[str]) -> frozenset[str]:
     """The parts behind these vectors: what a probe reads under its settings."""
-    parts = frozenset[str]().union(*(feature_kinds()[name].provides for name in features))
+    parts = frozenset(map(word_behind, features))
     return parts - {"globals"} if "nodes" in parts else parts  # node 0 is the global vector
 
 
@@ -64,9 +56,7 @@ class Features(nn.Module):
     def __init__(self, cache: Cache, settings: FeatureSettings) -> None:
         """Mean and scale of every view of the training images, taken from `cache`."""
         super().__init__()
-        self.read: list[Callable[[Any], tuple[Tensor, ...]]] = [
-            feature_kinds()[name].features[name] for name in settings.features
-        ]
+        self.names = settings.features
         self.transform: Transform = settings.transform
         samples = [torch.cat(views) for views in zip(*self.chunks(cache), strict=True)]
         self.standardise = nn.ModuleList(Standardise(sample) for sample in samples)
@@ -84,7 +74,7 @@ class Features(nn.Module):
         ]
 
     def blocks(self, batch: Batch) -> list[Tensor]:
-        found = [block for read in self.read for block in read(batch)]
+        found = [block for name in self.names for block in feature_blocks(name, batch)]
         if self.transform == "signed_sqrt":
             found = [F.normalize(block.sign() * block.abs().sqrt(), dim=-1) for block in found]
         return found

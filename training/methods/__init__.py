@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fieldmark.command import UserError
 from fieldmark.params import Block, Params, read_block
-from training.data import Cache, part_kinds
+from training.data import Cache, kind_of
 from training.layers.logistic import assess, require_val
 
 BUDGET = 16  # times that val may be looked at to choose, settings times epochs: the same for every method
@@ -78,11 +78,11 @@ def load_method(name: str) -> MethodModule:
         if not hasattr(module, part):
             raise UserError(f"training/methods/{name}.py: has no {part}; training/methods/__init__.py says what it is")
     for constant in ("READS", "ALSO"):
-        named: frozenset[str] = getattr(module, constant, frozenset())
-        if unknown := named - set(part_kinds()):
-            known = ", ".join(sorted(part_kinds()))
-            what = f"{constant}: {min(unknown)!r} is no part of the cache"
-            raise UserError(f"training/methods/{name}.py: {what}; choose from: {known}")
+        for named in sorted(getattr(module, constant, frozenset())):
+            try:
+                kind_of(named)
+            except UserError as error:
+                raise UserError(f"training/methods/{name}.py: {constant}: {error}") from None
     return module
 
 
@@ -117,7 +117,7 @@ def read_settings(path: str, key: str, method: str, given: dict[str, Any]) -> Bl
 
 def check_texts(path: str, key: str, params: Params, method: str, settings: Block, encoder: str) -> None:
     """Raise UserError where a method reads texts, and the encoder that stands under `key` is a tower, without any."""
-    texts = sorted(name for name in reads_of(method, settings) if part_kinds()[name].of_text)
+    texts = sorted(name for name in reads_of(method, settings) if kind_of(name).of_text)
     if texts and encoder in params.towers:
         known = ", ".join(params.encoders)
         what = f"{encoder!r} is a tower, without texts, and {method} reads {', '.join(texts)}"

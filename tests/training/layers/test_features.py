@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training.data import Batch, Cache, Part
+from training.data.features import feature_kinds
+from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes, mean_and_max
 from training.data.rows import EncoderFiles
 from training.layers.blocks import Standardise
-from training.layers.features import Features, FeatureSettings, feature_kinds, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
 from training.methods import linear_probe, read_settings, reads_of
 
 Planted = Callable[[Plan], Cache]
@@ -83,16 +85,31 @@ def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
 
 
 def test_what_a_probe_reads_follows_from_its_features() -> None:
-    assert feature_parts() == {"globals", "nodes"}
+    assert feature_parts() == {"globals", "nodes", "moments"}
     assert parts_of(["global"]) == {"globals"}
     # Node 0 is the global vector: it is not read twice.
     assert parts_of(["nodes"]) == parts_of(["global", "nodes"]) == {"nodes"}
     assert reads_of("linear_probe", linear_probe.Settings(features=["nodes"])) == {"nodes"}
+    # Any other name is one of moments.
+    assert parts_of(["pooled", "isqrt", "isqrt-390", "global"]) == {
+        "pooled", "moments/isqrt", "moments/isqrt-390", "globals",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [["moment"], ["global", "moment"]])
-def test_a_vector_that_is_not_there_is_named(given: list[str]) -> None:
-    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*: global, nodes, but it is 'moment'"
+def test_moments_stand_beside_the_global_vector(planted: Planted) -> None:
+    cache = planted(Plan(views=2))
+    features = Features(cache, FeatureSettings(features=["pooled", "global"]))
+    images = cache.images("train")[:7]
+    batch = cache.batch(images, torch.ones(7, dtype=torch.long))
+    pooled, whole = features.blocks(batch)
+    assert torch.equal(pooled, cache.part(Moments).vectors["pooled"][2 * images + 1].float())
+    assert torch.equal(whole, cache.globals(images, 1))
+    assert features(batch).shape == (7, 36 + 32)
+
+
+@pytest.mark.parametrize("given", [["../images"], ["global", ""]])
+def test_what_cannot_be_the_name_of_a_vector_is_said(given: list[str]) -> None:
+    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*one of global, nodes, or a key under moments\.ENCODER"
     with pytest.raises(UserError, match=what):
         read_settings("p.yaml", "runs.a", "linear_probe", {"features": given})
 
@@ -114,7 +131,7 @@ def test_a_later_part_brings_its_vector_by_itself(planted: Planted, monkeypatch:
             raise NotImplementedError
 
     kinds = feature_kinds() | {"answer": Answer}
-    monkeypatch.setattr("training.layers.features.feature_kinds", lambda: kinds)
+    monkeypatch.setattr("training.data.features.feature_kinds", lambda: kinds)
     cache = cache.with_part(Answer(F.one_hot(cache.y).float()))
     settings = linear_probe.Settings(features=["answer"], l2=[1e-4])
     assert linear_probe.reads(settings) == {"answer"}

@@ -5,7 +5,7 @@ Test 11, the smoke run's time, is a line of a benchmark: no test asserts a time.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training import loop, methods
-from training.data import Batch, Cache, Part, part_kinds
+from training.data import Batch, Cache, Part, kind_of, part_kinds
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.labels import Labels
+from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
 from training.knobs import say_knobs
 from training.layers import logistic
@@ -45,7 +46,7 @@ LEAVING_OUT = ["ridge", "rbf_ridge"]  # these choose by training images and need
 Planted = Callable[[Plan], Cache]
 
 
-FEATURES = {"features": ["global", "nodes"]}  # of a probe that reads all it can
+FEATURES = {"features": ["global", "nodes", "pooled"]}  # of a probe that reads all it can
 # Settings under which it has every part.
 WHOLE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(PROBES, FEATURES),
@@ -329,8 +330,9 @@ def test_training_reads_what_it_is_told_and_not_the_truth(cache: Cache, method: 
     assert torch.equal(told, lied)
 
 
-def change(cache: Cache, parts: frozenset[str]) -> Cache:
+def change(cache: Cache, parts: Collection[str]) -> Cache:
     """The cache with other parts, by the words of READS; the rest is as it was."""
+    parts = {"moments" if kind_of(part) is Moments else part for part in parts}
     generator = torch.Generator().manual_seed(0)
     bank, of_names = cache.part(Bank), cache.part(Bank).of_kind("name")
     other = F.normalize(torch.randn(bank.K.shape, generator=generator), dim=1)
@@ -338,7 +340,9 @@ def change(cache: Cache, parts: frozenset[str]) -> Cache:
     own = bank.own.roll(1, dims=1) if "owners" in parts else bank.own
     cache = cache.change(Bank, K=torch.where(changed[:, None], other, bank.K), owners=own)
     order = torch.randperm(len(cache.part(Labels).density), generator=generator)
-    by_row: dict[str, type[Part]] = {"labels": Labels, "boxes": Boxes, "descriptions": Descriptions}
+    by_row: dict[str, type[Part]] = {
+        "labels": Labels, "boxes": Boxes, "descriptions": Descriptions, "moments": Moments,
+    }  # fmt: skip
     for name in by_row.keys() & parts:
         rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(1)
         cache = cache.with_part(cache.part(by_row[name]).take(rows, rows))
@@ -365,6 +369,7 @@ def test_what_it_does_not_declare_to_read_cannot_change_it(whole: Cache, method:
     reads = load_method(method).READS
     # Node 0 is the global vector: who reads nodes reads it.
     rest = frozenset(part_kinds()) - reads - ({"globals"} if "nodes" in reads else set())
+    rest -= {"pooled"} if "moments" in reads else set()
     knobs = WHOLE.get(method, {})
     assert torch.equal(predicted(method, change(whole, rest), knobs), predicted(method, whole, knobs))
 

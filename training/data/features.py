@@ -1,0 +1,47 @@
+"""The vectors of a whole image that probes put side by side, by the names in their `features`.
+
+A part may bring vectors of its own (`Part.features`: `global`, `nodes`). Every other name is a NAME of moments.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from training.data.moments import WORD, read_as
+from training.data.part import NAME, Part, part_kinds
+
+if TYPE_CHECKING:
+    from training.data.cache import Fields
+
+
+@functools.cache
+def feature_kinds() -> dict[str, type[Part]]:
+    """By the name of each vector that a part brings, the part; NAMEs of moments apart."""
+    return {name: kind for kind in part_kinds().values() for name in kind.features}
+
+
+def feature_words() -> frozenset[str]:
+    """What READS names so that any feature may be read."""
+    return frozenset({WORD}).union(*(kind.provides for kind in feature_kinds().values()))
+
+
+def word_behind(feature: str) -> str:
+    """What READS has to name so that a feature can be read. Raises ValueError where it cannot be the NAME of one."""
+    if feature in feature_kinds():
+        [word] = feature_kinds()[feature].provides
+        return word
+    if not NAME.fullmatch(feature):
+        known = ", ".join(sorted(feature_kinds()))
+        raise ValueError(f"input should be one of {known}, or a key under moments.ENCODER in params.yaml")
+    return read_as(feature)
+
+
+def feature_blocks(feature: str, fields: "Fields") -> tuple[Tensor, ...]:
+    """A feature of a batch, or of another encoder in it: blocks (B, F) float32.
+
+    Raises UserError where the method's READS does not name what is behind it (`word_behind`).
+    """
+    if feature in feature_kinds():
+        return feature_kinds()[feature].features[feature](fields)
+    return (fields.moments[feature],)
