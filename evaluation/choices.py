@@ -12,7 +12,7 @@ from evaluation.plan import REFERENCE, Cell, Plan, read_config, rival_cells
 from evaluation.predictions import chosen_rival
 from fieldmark.store import read_table
 from training.controls import Control
-from training.methods import grid
+from training.methods import OwnPoints, grid
 from training.regimes import Folds
 from training.runs import SCHEMA
 
@@ -51,7 +51,9 @@ def at_ends(plan: Plan, cells: Sequence[Cell]) -> list[str]:
         if "chosen" not in config:
             continue  # not possible on this data
         chosen = dict(config["chosen"])
-        if plan.searched(cell):
+        if isinstance(settings, OwnPoints):
+            settings = settings.head(chosen)
+        elif plan.searched(cell):
             settled = config["settings"]
             chosen = {knob: settled[knob][0] for knob in grid(settings)} | {"epoch": settled.get("stop")}
         for knob, values in grid(settings).items():

@@ -364,7 +364,7 @@ def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
         if isinstance(block, type) and issubclass(block, BaseModel):
             block = block.model_fields[part].annotation
         else:
-            block = get_args(block)[1]
+            block = get_args(block)[-1]
     return [field.alias or name for name, field in block.model_fields.items()]
 
 

@@ -19,7 +19,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block
 from fieldmark.store import sha256
 from training.data import Cache
-from training.methods import grid
+from training.methods import OwnPoints, grid
 
 HELD_OUT = "held_out"
 INNER = 5  # one in so many of a fold's training images chooses
@@ -63,6 +63,8 @@ def settle(settings: Block, chosen: dict[str, float | str]) -> Block:
     `chosen` is what a fit under `settings` says of itself. The schedule stays that of the search: it is stopped, not
     made shorter. Raises UserError where `chosen` lacks a knob that had several values.
     """
+    if isinstance(settings, OwnPoints):
+        return settings.settle(chosen)
     several = [knob for knob, values in grid(settings).items() if len(values) > 1]
     if missing := [knob for knob in several if knob not in chosen]:
         raise UserError(

@@ -40,7 +40,7 @@ def reading_of(
     reads = reads_of(method, settings)
     needs = control.needs(reads)
     needs = with_globals(needs) if regime.by_probe else needs
-    also_reads = also_reads_of(method) if also else frozenset()
+    also_reads = also_reads_of(method, settings) if also else frozenset()
     files = INDEX | files_of(encoder, needs) | control.files(encoder, reads)
     for other in also:
         files |= files_of(other, also_reads)

@@ -28,11 +28,16 @@ def lines_of(model: type[Block], indent: str = "") -> Iterator[str]:
     said = comments_of(model)
     for name, field in model.model_fields.items():
         value: Any = field.get_default(call_default_factory=True)
-        shown = "" if isinstance(value, Block) else f" {value if isinstance(value, str) else json.dumps(value)}"
-        line = f"{indent}{name}:{shown}"
+        shown = value if isinstance(value, str) else json.dumps(value, default=in_short)
+        line = f"{indent}{name}:" if isinstance(value, Block) else f"{indent}{name}: {shown}"
         yield f"{line.ljust(WIDTH)}  # {said[name]}" if name in said else line
         if isinstance(value, Block):
             yield from lines_of(type(value), f"{indent}  ")
+
+
+def in_short(block: Block) -> dict[str, Any]:
+    """A block within a list, in short."""
+    return block.model_dump(exclude_defaults=True)
 
 
 def comments_of(model: type[Block]) -> dict[str, str]:

@@ -25,7 +25,9 @@ from training.data import Cache
 
 ENCODER = "tiny"
 # What `write_cache` writes, but the global vectors alone, which the nodes hold too.
-ALL = frozenset({"nodes", "boxes", "pooled", "labels", "edges", "names", "concepts", "owners", "descriptions"})
+ALL = frozenset(
+    {"nodes", "boxes", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners", "descriptions"}
+)
 SCALE = 10.0  # of cosines, before the softmax over concepts
 
 
@@ -130,6 +132,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     made_from = {"embed": marks["embed"], "bank": marks["bank"], **Labels(top=plan.top).model_dump()}
     write_buckets(folder / f"labels/{ENCODER}", "labels/1", labels, ids, plan.buckets, made_from, marks["rest"])
     write_moments(folder, ENCODER, "pooled", plan.dimension + 4, plan.seed)
+    write_moments(folder, ENCODER, "isqrt", plan.dimension + 6, plan.seed)
 
 
 def write_bank(

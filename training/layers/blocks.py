@@ -1,5 +1,7 @@
 """Layers over padded batches: standardisation, normalised adjacency, dropout, attention. Padded nodes stay inert."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +19,45 @@ class Standardise(nn.Module):
     def __init__(self, sample: Tensor) -> None:
         """From a sample (n, D) of training vectors."""
         super().__init__()
-        self.register_buffer("mean", sample.mean(0))
-        # Vectors that are all alike have no scale; they become zeros and not infinities.
-        self.register_buffer("scale", sample.var(0, correction=0).mean().sqrt().clamp(min=1e-6))
+        sample = sample.double()  # so that sums over chunks of it (layers/features.py) say the same
+        self.register_buffer("mean", sample.mean(0).float())
+        self.register_buffer("scale", scale_of(sample.var(0, correction=0).mean()))
+
+    @classmethod
+    def of(cls, mean: Tensor, variance: Tensor) -> Self:
+        """By the mean (D,) of training vectors and their variance, the mean over dimensions, both float64."""
+        made = cls(mean[None])
+        made.scale = scale_of(variance)
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.scale
+
+
+def scale_of(variance: Tensor) -> Tensor:
+    """float32. Vectors that are all alike have no scale; they become zeros and not infinities."""
+    return variance.clamp(min=1e-12).sqrt().float()
+
+
+class Span:
+    """The space that rows span, where it is smaller than the one they lie in; otherwise that one.
+
+    Axes are orthonormal, so that lengths and penalties stay what they are: what is fitted to rows within it, by any
+    loss with a penalty on |W|^2, is what would be fitted to the rows as they came.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """Of rows x (m, F): at most min(m, F) axes."""
+        # Householder's: axes are orthonormal to the last digits even where rows nearly depend on each other.
+        self.axes = torch.linalg.qr(x.double().T)[0].to(x.dtype) if x.shape[1] > len(x) else None
+
+    def into(self, x: Tensor) -> Tensor:
+        """Rows x (n, F) by their coordinates (n, r)."""
+        return x if self.axes is None else x @ self.axes
+
+    def back(self, weight: Tensor) -> Tensor:
+        """Weights (C, r) as weights (C, F)."""
+        return weight if self.axes is None else weight @ self.axes.T
 
 
 def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -17,7 +17,8 @@ from fieldmark.params import Block
 from training.data import Batch, Cache, feature_blocks, feature_words, word_behind
 from training.layers.blocks import Standardise
 
-CHUNK = 2048  # images read at a time
+CHUNK = 2048  # images read at a time, and fewer of long vectors:
+ROOM = 2**24  # numbers that a chunk holds at most
 Transform = Literal["none", "signed_sqrt"]
 
 
@@ -46,35 +47,39 @@ def parts_of(features: Collection[str]) -> frozenset[str]:
     return parts - {"globals"} if "nodes" in parts else parts  # node 0 is the global vector
 
 
+def also_parts_of(features: Collection[str]) -> frozenset[str]:
+    """The parts behind them in another encoder, where a batch takes no global vector out of the nodes."""
+    return frozenset(map(word_behind, features))
+
+
 class Features(nn.Module):
     """From a batch to x (B, F): each block transformed and standardised (Standardise), then given an equal weight.
 
     A block's variances, summed over its dimensions, are F / blocks: a block of 9,000 dimensions does not drown one of
-    400. One block alone is standardised and no more, so that one grid of penalties fits every choice of vectors.
+    400. One block alone is standardised and no more, so that one grid of penalties fits every choice of vectors. Blocks
+    of other encoders (`also`) come behind, the same vectors of each.
     """
 
     def __init__(self, cache: Cache, settings: FeatureSettings) -> None:
-        """Mean and scale of every view of the training images, taken from `cache`."""
+        """Mean and scale of every view of the training images, taken from `cache` chunk by chunk."""
         super().__init__()
         self.names = settings.features
         self.transform: Transform = settings.transform
-        samples = [torch.cat(views) for views in zip(*self.chunks(cache), strict=True)]
-        self.standardise = nn.ModuleList(Standardise(sample) for sample in samples)
-        sizes = [sample.shape[1] for sample in samples]
-        self.weights = [math.sqrt(sum(sizes) / len(sizes) / size) for size in sizes]
-        self.size = sum(sizes)  # F
-
-    def chunks(self, cache: Cache) -> list[list[Tensor]]:
-        """The blocks of the training images, view by view, in chunks of images."""
         train = cache.images("train")
-        return [
-            self.blocks(cache.batch(images, torch.full_like(images, view)))
-            for view in range(cache.views)
-            for images in train.split(CHUNK)
-        ]
+        sizes = [block.shape[1] for block in self.blocks(cache.batch(train[:1]))]
+        self.size = sum(sizes)  # F
+        self.chunk = max(1, min(CHUNK, ROOM // self.size))
+        self.weights = [math.sqrt(self.size / len(sizes) / size) for size in sizes]
+        sums = [Sums(size, train.device) for size in sizes]
+        for view in range(cache.views):
+            for images in train.split(self.chunk):
+                for total, block in zip(sums, self.blocks(view_of(cache, images, view)), strict=True):
+                    total.add(block)
+        self.standardise = nn.ModuleList(total.standardise() for total in sums)
 
     def blocks(self, batch: Batch) -> list[Tensor]:
-        found = [block for name in self.names for block in feature_blocks(name, batch)]
+        encoders = (batch, *batch.also)
+        found = [block for seen in encoders for name in self.names for block in feature_blocks(name, seen)]
         if self.transform == "signed_sqrt":
             found = [F.normalize(block.sign() * block.abs().sqrt(), dim=-1) for block in found]
         return found
@@ -85,9 +90,32 @@ class Features(nn.Module):
 
     def of(self, cache: Cache, images: Tensor, view: int = 0) -> Tensor:
         """x (len(images), F) of these images in one view."""
-        chunks = [self(cache.batch(chunk, torch.full_like(chunk, view))) for chunk in images.split(CHUNK)]
-        return torch.cat(chunks)
+        return torch.cat([self(view_of(cache, chunk, view)) for chunk in images.split(self.chunk)])
 
     def of_training(self, cache: Cache) -> Tensor:
         """x (V n, F) of the training images, all of view 0 first."""
         return torch.cat([self.of(cache, cache.images("train"), view) for view in range(cache.views)])
+
+
+class Sums:
+    """Mean and scale of vectors (n, D) that come in chunks. In float64, so that they do not depend on the chunks."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.count = 0
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        x = x.double()
+        self.count += len(x)
+        self.total += x.sum(0)
+        self.squares += x.square().sum()
+
+    def standardise(self) -> Standardise:
+        mean = self.total / self.count
+        variance = self.squares / self.count - mean.square().sum()
+        return Standardise.of(mean, variance / len(mean))
+
+
+def view_of(cache: Cache, images: Tensor, view: int) -> Batch:
+    return cache.batch(images, torch.full_like(images, view))

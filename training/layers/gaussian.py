@@ -11,15 +11,6 @@ SPREADLESS = 1e-9  # a mean variance of standardised vectors that is rounding
 NEVER = -1e6  # the logit of a class that nothing is known of
 
 
-def span(x: Tensor) -> Tensor:
-    """Orthonormal axes (F, r) of the space that rows x (m, F) span, where that is smaller: no covariance leaves it."""
-    if x.shape[1] <= len(x):
-        return torch.eye(x.shape[1], dtype=x.dtype)
-    spread, axes = torch.linalg.eigh(x @ x.T)
-    kept = spread > 1e-12 * spread[-1]
-    return x.T @ (axes[:, kept] / spread[kept].sqrt())
-
-
 class Spread:
     """A covariance (F, F), shrunk by any amount: (1 - shrinkage) S + shrinkage tr(S)/F I."""
 

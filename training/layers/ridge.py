@@ -9,12 +9,18 @@ residual (B Y)_i / B_ii for a single row (Allen's PRESS; with the free intercept
 
 B is the inverse of R within the complement of the constant, so one eigendecomposition there serves every penalty:
 penalty B = rest + U diag(penalty / (spread + penalty)) U^T, where `rest` projects on what neither the constant nor U
-spans. All in float64.
+spans. All in float64: penalties reach down to 1e-3 of a spread whose sum is 1 a row.
+
+The smaller Gram matrix is taken. Of more rows than dimensions it is X^T X, the normal equations: rows are then read a
+chunk of images at a time, once for the Gram matrix and once to leave images out, and never held; memory is that of a
+few (F, F) matrices. U of a chunk follows from its rows. Of more dimensions than rows it is X X^T, and U is held.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -29,64 +35,124 @@ from training.metrics import fit_temperature
 RANK = 1e-13  # of the largest eigenvalue: what is below it is rounding
 MAX_SCALE = 100.0  # of scores, which are about 0 and 1, into logits: where leaving out mistakes nothing, none is best
 SCALE = 10.0  # where no class has two images, so that none can be left out [design]
+SCALED = 2**22  # scores of left-out images, at most, by which the scale is found: it is one number
 
 
-class Basis(NamedTuple):
-    """Axes in which every penalty costs a product. `u` (m, r) is orthonormal and orthogonal to the constant."""
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a ridge is fitted to, a chunk of images at a time: m = V n rows, those of view 0 first."""
 
-    u: Tensor
+    images: int  # n
+    views: int  # V
+    size: int  # F
+    chunk: int  # images read at a time
+    x: Callable[[slice], Tensor]  # of b images, in every view: (V, b, F) float64
+    y: Callable[[slice], Tensor]  # what training is told of them: (b, C) float64, the same in every view
+
+    @property
+    def count(self) -> int:
+        """m."""
+        return self.views * self.images
+
+    def chunks(self) -> list[slice]:
+        return [slice(start, min(start + self.chunk, self.images)) for start in range(0, self.images, self.chunk)]
+
+    @cached_property
+    def told(self) -> Tensor:
+        """Of how many images each class (C,) is told, in one view."""
+        return torch.stack([self.y(chunk).sum(0) for chunk in self.chunks()]).sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Axes in which every penalty costs a product. U (m, r) is orthonormal and orthogonal to the constant."""
+
+    rows: Rows
     spread: Tensor  # (r,) > 0, and 0 where a kernel leaves axes empty
+    told: Tensor  # U^T Y (r, C)
+    u: Callable[[slice], Tensor]  # the rows of U of b images (V, b, r)
+    turn: Callable[[Tensor], Tensor]  # U a of a (r, C), or of a linear kernel X^T U a (F, C)
 
     @property
     def whole(self) -> bool:
-        """Whether the constant and `u` span everything: the rest is exactly 0, and not what rounding leaves of it."""
-        return self.u.shape[1] == len(self.u) - 1
+        """Whether the constant and U span everything: the rest is exactly 0, and not what rounding leaves of it."""
+        return len(self.spread) == self.rows.count - 1
 
-    def project(self, y: Tensor, penalty: float) -> Tensor:
-        """penalty B y (m, C)."""
-        weight, axes = self.filter(penalty), self.u.T @ y
-        moved = self.u @ (weight[:, None] * axes)
-        return moved if self.whole else moved + y - y.mean(0)
-
-    def blocks(self, views: int, penalty: float) -> Tensor:
-        """penalty B_II (n, V, V) of every image's rows, one a view."""
-        u = self.u.unflatten(0, (views, -1))
-        blocks = torch.einsum("vnr,r,wnr->nvw", u, self.filter(penalty), u)
-        return blocks if self.whole else blocks + torch.eye(views, dtype=u.dtype) - 1 / len(self.u)
+    @property
+    def mean(self) -> Tensor:
+        """Of Y (C,)."""
+        return self.rows.told / self.rows.images
 
     def filter(self, penalty: float) -> Tensor:
         """(r,): penalty / (spread + penalty), less the 1 that stands in the rest where there is one."""
         return (penalty if self.whole else -self.spread) / (self.spread + penalty)
 
-    def coefficients(self, y: Tensor, penalty: float) -> Tensor:
-        """u diag(1 / (spread + penalty)) u^T y (m, C): B y, or what a linear kernel's rows see of it."""
-        return self.u @ ((self.u.T @ y) / (self.spread + penalty)[:, None])
+    def solve(self, penalty: float) -> Tensor:
+        """B Y (m, C), or X^T B Y (F, C) of a linear kernel: its weights."""
+        return self.turn(self.told / (self.spread + penalty)[:, None])
+
+    def left_out(self, u: Tensor, y: Tensor, penalty: float) -> Tensor:
+        """(V, b, C): what the fit without any view of an image says of it; u (V, b, r) its rows of U, y (b, C)."""
+        weight = self.filter(penalty)
+        moved = (u @ (weight[:, None] * self.told)).transpose(0, 1)  # penalty B Y (b, V, C)
+        blocks = torch.einsum("vbr,r,wbr->bvw", u, weight, u)  # penalty B_II (b, V, V)
+        if not self.whole:
+            moved = moved + (y - self.mean)[:, None]
+            blocks = blocks + torch.eye(len(u), dtype=u.dtype, device=u.device) - 1 / self.rows.count
+        return y - torch.linalg.solve(blocks, moved).transpose(0, 1)
 
 
-def basis_of_rows(x: Tensor) -> Basis:
-    """Of the linear kernel x x^T of rows (m, F), by the smaller of its two Gram matrices."""
-    x = x - x.mean(0)
-    if x.shape[1] >= len(x) - 1:
-        return basis_of_kernel(x @ x.T)
-    spread, axes = torch.linalg.eigh(x.T @ x)
-    kept = spread > RANK * spread[-1]
-    return Basis(x @ axes[:, kept] / spread[kept].sqrt(), spread[kept])
+def basis_of_rows(rows: Rows) -> tuple[Basis, Tensor]:
+    """Of the linear kernel X X^T, by the smaller of its two Gram matrices; and the mean (F,) of the rows."""
+    return narrow_basis(rows) if rows.size < rows.count - 1 else wide_basis(rows)
 
 
-def basis_of_kernel(kernel: Tensor) -> Basis:
-    """Of a kernel (m, m), all m - 1 axes."""
+def narrow_basis(rows: Rows) -> tuple[Basis, Tensor]:
+    """By X^T X (F, F): two passes over the rows, the second as images are left out."""
+    size, classes = rows.size, len(rows.told)
+    gram, total, told = (rows.told.new_zeros(shape) for shape in ((size, size), (size,), (size, classes)))
+    for chunk in rows.chunks():
+        x = rows.x(chunk)
+        flat = x.flatten(0, 1)
+        gram.addmm_(flat.T, flat)
+        total += flat.sum(0)
+        told.addmm_(x.sum(0).T, rows.y(chunk))
+    mean = total / rows.count
+    gram.addr_(total, mean, alpha=-1)
+    spread, axes = torch.linalg.eigh(gram)
+    del gram
+    first = int((spread <= RANK * spread[-1]).sum())  # eigenvalues ascend
+    spread, axes = spread[first:], axes[:, first:]
+    axes *= spread.rsqrt()  # U = (X - mean) axes
+    told -= torch.outer(total, rows.told / rows.images)
+    basis = Basis(
+        rows, spread, axes.T @ told, lambda chunk: (rows.x(chunk) - mean) @ axes, lambda a: axes @ (spread[:, None] * a)
+    )
+    return basis, mean
+
+
+def wide_basis(rows: Rows) -> tuple[Basis, Tensor]:
+    """By X X^T (m, m): rows are held, no more of them than they have dimensions."""
+    x = torch.cat([rows.x(chunk) for chunk in rows.chunks()], 1).flatten(0, 1)
+    mean = x.mean(0)
+    x -= mean
+    basis = basis_of_kernel(x @ x.T, rows)
+    return replace(basis, turn=lambda a: x.T @ basis.turn(a)), mean
+
+
+def basis_of_kernel(kernel: Tensor, rows: Rows) -> Basis:
+    """Of a kernel (m, m) of these rows, all m - 1 axes. The kernel's memory is used up."""
     row = kernel.mean(0)
-    centred = kernel - row - row[:, None] + row.mean()
+    kernel -= row
+    kernel -= (row - row.mean())[:, None]
     # The constant becomes the last axis, of the greatest eigenvalue, and is left out.
-    spread, axes = torch.linalg.eigh(centred + (1 + 2 * centred.trace()) / len(kernel))
-    return Basis(axes[:, :-1], spread[:-1].clamp(min=0))
-
-
-def left_out(basis: Basis, y: Tensor, views: int, penalty: float) -> Tensor:
-    """(V n, C): what the fit without any view of an image says of it. Rows are view by view, y (V n, C)."""
-    moved = basis.project(y, penalty).unflatten(0, (views, -1)).transpose(0, 1)
-    residual = torch.linalg.solve(basis.blocks(views, penalty), moved)
-    return y - residual.transpose(0, 1).flatten(0, 1)
+    kernel += (1 + 2 * kernel.trace()) / len(kernel)
+    spread, axes = torch.linalg.eigh(kernel)
+    u = axes[:, :-1]
+    by_view = u.unflatten(0, (rows.views, -1))
+    told = sum(by_view[:, chunk].sum(0).T @ rows.y(chunk) for chunk in rows.chunks())
+    assert isinstance(told, Tensor)
+    return Basis(rows, spread[:-1].clamp(min=0), told, lambda chunk: by_view[:, chunk], lambda a: u @ a)
 
 
 class Judged(NamedTuple):
@@ -97,53 +163,105 @@ class Judged(NamedTuple):
     scale: float  # that makes logits of scores: the log loss of the left-out scores is least there
 
 
-def judge_left_out(basis: Basis, y: Tensor, views: int, penalty: float) -> Judged:
-    """Judge by view 0 of the images whose class has another image."""
-    n = len(y) // views
-    told, said = y[:n], left_out(basis, y, views, penalty)[:n]
-    label = told.argmax(1)
-    judged = (told.sum(0) - told).gather(1, label[:, None])[:, 0] > 0
-    if not judged.any():
-        return Judged(math.nan, math.nan, SCALE)
-    told, said, label = told[judged], said[judged], label[judged]
-    accuracy = told.gather(1, said.argmax(1, keepdim=True)).mean().item()
-    temperature = fit_temperature(said.numpy(), label.numpy())
-    return Judged(accuracy, (said - told).square().sum(1).mean().item(), min(1 / temperature, MAX_SCALE))
+def judge_left_out(basis: Basis, penalties: Sequence[float]) -> list[Judged]:
+    """Judge every penalty by view 0 of the images whose class has another image, in one pass over the rows."""
+    rows = basis.rows
+    step = math.ceil(rows.images * len(rows.told) / SCALED)  # images apart, those that the scale is found by
+    count, hits, squares = 0, [0.0] * len(penalties), [0.0] * len(penalties)
+    scores: list[list[Tensor]] = [[] for _ in penalties]
+    labels: list[Tensor] = []
+    for chunk in rows.chunks():
+        u, y = basis.u(chunk), rows.y(chunk)
+        label = y.argmax(1)
+        judged = (rows.told - y).gather(1, label[:, None])[:, 0] > 0
+        sampled = judged & (torch.arange(chunk.start, chunk.stop, device=y.device) % step == 0)
+        count += int(judged.sum())
+        labels.append(label[sampled])
+        for place, penalty in enumerate(penalties):
+            said = basis.left_out(u, y, penalty)[0]
+            hits[place] += y[judged].gather(1, said[judged].argmax(1, keepdim=True)).sum().item()
+            squares[place] += (said - y)[judged].square().sum().item()
+            scores[place].append(said[sampled])
+    if not count:
+        return [Judged(math.nan, math.nan, SCALE)] * len(penalties)
+    truth = torch.cat(labels).cpu().numpy()
+    temperatures = [fit_temperature(torch.cat(said).cpu().numpy(), truth) for said in scores]
+    return [
+        Judged(right / count, squared / count, min(1 / temperature, MAX_SCALE))
+        for right, squared, temperature in zip(hits, squares, temperatures, strict=True)
+    ]
+
+
+Build = Callable[[float, Judged], nn.Module]  # of a penalty and how it did: a layer on x
 
 
 def choose_left_out(
     cache: Cache,
     features: Features,
     knobs: Mapping[str, Sequence[float]],
-    basis_of: Callable[[Mapping[str, float]], Basis],
-    build: Callable[[Mapping[str, float], Judged], nn.Module],
+    basis_of: Callable[[Mapping[str, float]], tuple[Basis, Build]],
 ) -> tuple[nn.Module, dict[str, float | str], list[dict[str, float]]]:
     """The point of the grid by which left-out images are told best, as a layer on x; the point; a row a point.
 
-    By accuracy, then by squared error. Val is read out and chooses nothing. Raises UserError for several points where
-    no class has two images.
+    By accuracy, then by squared error. `basis_of` is asked once for all penalties, which are the last of the knobs. Val
+    is read out and chooses nothing. Raises UserError for several points where no class has two images.
     """
-    told, val = training_targets(cache), cache.images("val")
-    x_val, y_val = features.of(cache, val), cache.y[val]
-    best: tuple[tuple[float, float], nn.Module, dict[str, float | str]] | None = None
-    history: list[dict[str, float]] = []
-    points = [dict(zip(knobs, values, strict=True)) for values in itertools.product(*knobs.values())]
-    for step, point in enumerate(points, start=1):
-        judged = judge_left_out(basis_of(point), told, cache.views, point["penalty"])
-        if math.isnan(judged.loss) and len(points) > 1:
+    others = {name: values for name, values in knobs.items() if name != "penalty"}
+    count = math.prod(len(values) for values in knobs.values())
+    points: list[dict[str, float]] = []
+    judged: list[Judged] = []
+    layers: list[nn.Module] = []
+    for values in itertools.product(*others.values()):
+        point = dict(zip(others, values, strict=True))
+        basis, build = basis_of(point)
+        found = judge_left_out(basis, knobs["penalty"])
+        if math.isnan(found[0].loss) and count > 1:
             raise UserError(
                 "train: no class has two training images, so leaving one out cannot choose among"
-                f" {len(points)} settings of {', '.join(knobs)}; give each of them one value"
+                f" {count} settings of {', '.join(knobs)}; give each of them one value"
             )
-        layer = build(point, judged)
-        with torch.no_grad():
-            accuracy, log_loss = assess(layer(x_val), y_val)
-        left = {"left_out_accuracy": judged.accuracy, "left_out_loss": judged.loss}
-        history.append({"epoch": step, **point, **left, "val_loss": log_loss, "val_accuracy": accuracy})
-        if best is None or (judged.accuracy, -judged.loss) > best[0]:
-            best = (judged.accuracy, -judged.loss), layer, {**point}
-    assert best is not None
-    return best[1], best[2], history
+        points += [{**point, "penalty": penalty} for penalty in knobs["penalty"]]
+        judged += found
+        layers += [build(penalty, one) for penalty, one in zip(knobs["penalty"], found, strict=True)]
+    val = cache.images("val")
+    assessed = assess_layers(layers, cache, features, val)
+    history = [
+        {
+            "epoch": step,
+            **point,
+            "left_out_accuracy": left.accuracy,
+            "left_out_loss": left.loss,
+            "val_loss": log_loss,
+            "val_accuracy": accuracy,
+        }
+        for step, (point, left, (accuracy, log_loss)) in enumerate(zip(points, judged, assessed, strict=True), start=1)
+    ]
+    best = max(range(len(points)), key=lambda place: (judged[place].accuracy, -judged[place].loss))
+    return layers[best], {**points[best]}, history
+
+
+@torch.no_grad()
+def assess_layers(
+    layers: Sequence[nn.Module], cache: Cache, features: Features, images: Tensor
+) -> list[tuple[float, float]]:
+    """Accuracy and log loss of several layers on x, which is read once, a chunk at a time."""
+    read = (features.of(cache, some) for some in images.split(features.chunk))
+    chunks = [[layer(x) for layer in layers] for x in read]
+    return [assess(torch.cat(logits), cache.y[images]) for logits in zip(*chunks, strict=True)]
+
+
+def training_rows(cache: Cache, features: Features, unit: float = 1.0) -> Rows:
+    """The training images by their vectors x / unit."""
+    train = cache.images("train")
+
+    def x(chunk: slice) -> Tensor:
+        views = [features.of(cache, train[chunk], view) for view in range(cache.views)]
+        return torch.stack(views).double() / unit
+
+    def y(chunk: slice) -> Tensor:
+        return as_probabilities(cache.target[train[chunk]], len(cache.classes)).double()
+
+    return Rows(len(train), cache.views, features.size, max(1, features.chunk // cache.views), x, y)
 
 
 def training_targets(cache: Cache) -> Tensor:

@@ -7,10 +7,11 @@ that it looks at under any settings; a torch module whose `forward(batch)` retur
 
 What READS names (`training/data/` has the parts) decides what is read, what a run's identity and its controls are, and
 what a second machine has to fetch; nothing else can be seen. A method may hold more: `reads(settings)`, what
-of READS these settings leave, and `ALSO`, the parts that it reads of other encoders. A method without ALSO takes one
-encoder alone. `BORROWS` says that it learns from images of other classes too, where it is lent some (`Cache.others`).
-A method that finds that this data leaves it nothing to do raises `NotPossible`. What val chose of knobs with several
-values stands in `Fitted.chosen`: folds are fitted again with it (training/folds.py).
+of READS these settings leave; `ALSO`, the parts that it reads of other encoders, and `also_reads(settings)`, what of
+ALSO is left. A method without ALSO takes one encoder alone. `BORROWS` says that it learns from images of other classes
+too, where it is lent some (`Cache.others`). A method that finds that this data leaves it nothing to do raises
+`NotPossible`. What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
+(training/folds.py). Settings whose choices are no grid of knobs say what they are themselves (`OwnPoints`).
 """
 
 import difflib
@@ -20,7 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -62,6 +63,23 @@ class MethodModule(Protocol):
     fit: Callable[[Cache, Block, int], Fitted]
 
 
+@runtime_checkable
+class OwnPoints(Protocol):
+    """Settings whose choices are no grid of knobs, and say themselves what they are."""
+
+    def points(self) -> list[Block]:
+        """Everything that val chooses among, each as settings that leave nothing to choose."""
+        ...
+
+    def settle(self, chosen: dict[str, float | str]) -> Block:
+        """The settings as val chose them; `chosen` is Fitted.chosen of a fit under these."""
+        ...
+
+    def head(self, chosen: dict[str, float | str]) -> Block:
+        """The block whose knobs were chosen from."""
+        ...
+
+
 def method_names() -> list[str]:
     """Every method: the files of this folder."""
     return sorted(file.stem for file in METHODS.glob("[a-z]*.py"))
@@ -99,9 +117,12 @@ def borrows_others(name: str) -> bool:
     return found
 
 
-def also_reads_of(name: str) -> frozenset[str]:
-    """The parts that a method reads of other encoders; none where it takes one encoder alone."""
-    found: frozenset[str] = getattr(load_method(name), "ALSO", frozenset())
+def also_reads_of(name: str, settings: Block) -> frozenset[str]:
+    """The parts that a method reads of other encoders under these settings; none where it takes one encoder alone."""
+    module: Any = load_method(name)
+    found: frozenset[str] = (
+        module.also_reads(settings) if hasattr(module, "also_reads") else getattr(module, "ALSO", frozenset())
+    )
     return found
 
 
@@ -126,7 +147,7 @@ def check_texts(path: str, key: str, params: Params, method: str, settings: Bloc
 
 def check_also(path: str, key: str, method: str, also: Sequence[str]) -> None:
     """Raise UserError where other encoders stand under `key`, and the method takes one alone."""
-    if also and not also_reads_of(method):
+    if also and not hasattr(load_method(method), "ALSO"):
         raise UserError(f"{path}: {key}: {method} reads one encoder only; choose a method that has ALSO")
 
 
@@ -141,11 +162,15 @@ def grid(settings: Block) -> dict[str, list[float]]:
 
 def search_points(settings: Block) -> int:
     """How many settings val chooses among; no more than BUDGET, so that no method wins by a longer search."""
+    if isinstance(settings, OwnPoints):
+        return len(settings.points())
     return math.prod(len(values) for values in grid(settings).values())
 
 
 def single_points(settings: Block) -> list[Block]:
     """Every point of the grid as settings of its own, with one value a knob."""
+    if isinstance(settings, OwnPoints):
+        return settings.points()
     knobs = grid(settings)
     return [
         settings.model_copy(update={name: [value] for name, value in zip(knobs, values, strict=True)})

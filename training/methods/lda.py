@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import nn
 
 from training.data import Cache
-from training.layers.blocks import linear_layer
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
-from training.layers.gaussian import Share, Spread, discriminant, span
+from training.layers.blocks import Span, linear_layer
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
+from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.ridge import training_targets
 from training.methods import Fitted, search
 from training.methods.linear_probe import Probe
@@ -24,6 +24,7 @@ from training.methods.prototypes import class_means
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings):
@@ -36,16 +37,20 @@ def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
 
 
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
+
+
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features = Features(cache, settings)
     x, x_val = features.of_training(cache).double(), features.of(cache, cache.images("val"))
-    axes = span(x)
-    means, covariance, known = class_means(x @ axes, training_targets(cache))
+    span = Span(x)
+    means, covariance, known = class_means(span.into(x), training_targets(cache))
     spread = Spread(covariance, features.size)
 
     def layer(shrinkage: float) -> nn.Linear:
         weight, bias = discriminant(means, spread, shrinkage, known)
-        return linear_layer(weight @ axes.T, bias)
+        return linear_layer(span.back(weight), bias)
 
     point, history = search(cache, settings, lambda shrinkage: layer(shrinkage)(x_val))
     return Fitted(Probe(features, layer(**point)), history, dict(point))

@@ -4,19 +4,22 @@ Fitted over all views of the training images (layers/logistic.py), by default on
 vectors are centred by the training mean and divided by one common scale (layers/features.py), not dimension by
 dimension: angles stay as they are. On `features: [nodes]` it is the tuned probe that sees patches; what a method with
 attention gains over that one is due to more than to reading patches at all.
-"""
 
-from functools import partial
+Vectors of more dimensions than there are rows are brought into the space that the rows span (layers.blocks.Span): no
+weight outside it pays, so that the objective and its minimum are the same, in fewer dimensions.
+"""
 
 from torch import nn
 
 from training.data import Batch, Cache
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.blocks import Span, linear_layer
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.logistic import ProbeSettings, fit_probe
 from training.methods import Fitted, Output
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings, ProbeSettings):
@@ -25,6 +28,10 @@ class Settings(FeatureSettings, ProbeSettings):
 
 def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
 
 
 class Probe(nn.Module):
@@ -40,5 +47,7 @@ class Probe(nn.Module):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features = Features(cache, settings)
-    chosen = fit_probe(cache, settings, partial(features.of, cache))
-    return Fitted(Probe(features, chosen.linear), chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)
+    span = Span(features.of_training(cache))
+    chosen = fit_probe(cache, settings, lambda images, view: span.into(features.of(cache, images, view)))
+    linear = linear_layer(span.back(chosen.linear.weight.detach()), chosen.linear.bias.detach())
+    return Fitted(Probe(features, linear), chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)

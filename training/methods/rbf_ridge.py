@@ -8,7 +8,6 @@ both knobs, exactly and with kernel and intercept as layers/ridge.py says; val c
 of the number of rows, and the model holds all of them.
 """
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -16,14 +15,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.data import Cache
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.logistic import Positive
-from training.layers.ridge import Basis, Judged, basis_of_kernel, choose_left_out, training_targets
+from training.layers.ridge import Basis, Build, Judged, basis_of_kernel, choose_left_out, training_rows
 from training.methods import Fitted, grid
 from training.methods.linear_probe import Probe
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings):
@@ -35,6 +35,10 @@ class Settings(FeatureSettings):
 
 def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
 
 
 class KernelLayer(nn.Module):
@@ -64,24 +68,23 @@ def gauss(x: Tensor, rows: Tensor, distance: Tensor | float) -> Tensor:
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    features, told = Features(cache, settings), training_targets(cache)
-    rows = features.of_training(cache)
+    features = Features(cache, settings)
+    held, rows = features.of_training(cache), training_rows(cache, features)
     # Twice the sum of the variances.
-    mean_distance = 2 * rows.double().var(0, correction=0).sum().item()
+    mean_distance = 2 * held.double().var(0, correction=0).sum().item()
 
-    @functools.lru_cache(maxsize=1)
-    def kernel(width: float) -> tuple[Tensor, Basis]:
-        found = gauss(rows.double(), rows.double(), width * mean_distance)
-        return found, basis_of_kernel(found)
+    def basis_of(point: Mapping[str, float]) -> tuple[Basis, Build]:
+        distance = point["width"] * mean_distance
+        kernel = gauss(held.double(), held.double(), distance)
+        row = kernel.mean(0)
+        basis = basis_of_kernel(kernel, rows)
 
-    def build(point: Mapping[str, float], judged: Judged) -> KernelLayer:
-        found, basis = kernel(point["width"])
-        coefficients = basis.coefficients(told, point["penalty"])
-        bias = (told - found @ coefficients).mean(0)
-        scale = judged.scale
-        return KernelLayer(rows, scale * coefficients, scale * bias, point["width"] * mean_distance)
+        def build(penalty: float, judged: Judged) -> KernelLayer:
+            coefficients = basis.solve(penalty)
+            bias = basis.mean - row @ coefficients
+            return KernelLayer(held, judged.scale * coefficients, judged.scale * bias, distance)
 
-    layer, chosen, history = choose_left_out(
-        cache, features, grid(settings), lambda point: kernel(point["width"])[1], build
-    )
+        return basis, build
+
+    layer, chosen, history = choose_left_out(cache, features, grid(settings), basis_of)
     return Fitted(Probe(features, layer), history, chosen)

@@ -6,6 +6,8 @@ y is what training is told of an image, as probabilities; z the probe's vector (
 its squared length is 1 on average. Leaving out is exact (layers/ridge.py): all views of an image at once, intercept
 refitted, mean and scale of the vectors held. So val chooses nothing here. logits = scale (W z + b), the scale by which
 the left-out scores have the least log loss; it changes no prediction.
+
+Where there are more rows than dimensions, these are read in chunks and never held: memory does not grow with them.
 """
 
 import math
@@ -16,14 +18,15 @@ from torch import nn
 
 from training.data import Cache
 from training.layers.blocks import linear_layer
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
 from training.layers.logistic import Positive
-from training.layers.ridge import Judged, basis_of_rows, choose_left_out, training_targets
+from training.layers.ridge import Basis, Build, Judged, basis_of_rows, choose_left_out, training_rows
 from training.methods import Fitted, grid
 from training.methods.linear_probe import Probe
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 
 
 class Settings(FeatureSettings):
@@ -36,16 +39,22 @@ def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
 
 
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
+
+
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features = Features(cache, settings)
     unit = math.sqrt(features.size)
-    z, told = features.of_training(cache).double() / unit, training_targets(cache)
-    mean, basis = z.mean(0), basis_of_rows(z)
 
-    def build(point: Mapping[str, float], judged: Judged) -> nn.Linear:
-        weight = (z - mean).T @ basis.coefficients(told, point["penalty"])  # (F, C)
-        bias = told.mean(0) - mean @ weight
-        return linear_layer(judged.scale * weight.T / unit, judged.scale * bias)
+    def basis_of(point: Mapping[str, float]) -> tuple[Basis, Build]:
+        basis, mean = basis_of_rows(training_rows(cache, features, unit))
 
-    linear, chosen, history = choose_left_out(cache, features, grid(settings), lambda point: basis, build)
+        def build(penalty: float, judged: Judged) -> nn.Linear:
+            weight = basis.solve(penalty)  # (F, C)
+            return linear_layer(judged.scale * weight.T / unit, judged.scale * (basis.mean - mean @ weight))
+
+        return basis, build
+
+    linear, chosen, history = choose_left_out(cache, features, grid(settings), basis_of)
     return Fitted(Probe(features, linear), history, chosen)

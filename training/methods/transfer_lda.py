@@ -22,9 +22,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.data import Cache
-from training.layers.blocks import linear_layer
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
-from training.layers.gaussian import Share, Spread, discriminant, span
+from training.layers.blocks import Span, linear_layer
+from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
+from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
 from training.methods import Fitted, NotPossible, search
@@ -33,6 +33,7 @@ from training.methods.prototypes import class_means
 
 SEEDED = False
 READS = feature_parts()
+ALSO = READS
 BORROWS = True  # it reads the images and labels of `Cache.others`
 
 
@@ -49,6 +50,10 @@ def reads(settings: Settings) -> frozenset[str]:
     return parts_of(settings.features)
 
 
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
+
+
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     """Raises NotPossible where the cache has no images of other classes, or those of one alone."""
     others = cache.others
@@ -57,9 +62,9 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features = Features(others, settings)  # few images say little of mean and scale too
     x_others, x = features.of_training(others).double(), features.of_training(cache).double()
     told, x_val = training_targets(cache), features.of(cache, cache.images("val"))
-    axes = span(torch.cat([x_others, x]))
-    centres, covariance, taught = class_means(x_others @ axes, training_targets(others))
-    means, _, known = class_means(x @ axes, told)
+    span = Span(torch.cat([x_others, x]))
+    centres, covariance, taught = class_means(span.into(x_others), training_targets(others))
+    means, _, known = class_means(span.into(x), told)
     spread, centres, images = Spread(covariance, features.size), centres[taught], told.sum(0) / cache.views
     ratio = (covariance.trace() / centres.var(0, correction=0).sum()).item()
 
@@ -69,7 +74,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         trusted = trust(images, strength * ratio)
         weight, bias = discriminant(trusted[:, None] * (means - centre), spread, shrinkage, known)
         scale = trusted[known].mean()
-        return linear_layer(weight @ axes.T / scale, (bias - weight @ centre) / scale)
+        return linear_layer(span.back(weight) / scale, (bias - weight @ centre) / scale)
 
     point, history = search(cache, settings, lambda shrinkage, strength: layer(shrinkage, strength)(x_val))
     return Fitted(Probe(features, layer(**point)), history, dict(point))

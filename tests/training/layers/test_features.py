@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Self
 
 import pytest
@@ -10,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
-from tests.training.cache import Plan
-from training.data import Batch, Cache, Part
+from tests.training.cache import Plan, write_cache, write_moments, write_other
+from training.data import Batch, Cache, Part, read_cache
 from training.data.features import feature_kinds
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes, mean_and_max
 from training.data.rows import EncoderFiles
 from training.layers.blocks import Standardise
 from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
-from training.methods import linear_probe, read_settings, reads_of
+from training.methods import also_reads_of, linear_probe, read_settings, reads_of, ridge
 
 Planted = Callable[[Plan], Cache]
 
@@ -139,3 +140,46 @@ def test_a_later_part_brings_its_vector_by_itself(planted: Planted, monkeypatch:
     model = linear_probe.fit(told, settings, 0).model
     test = told.images("test")
     assert (model(told.batch(test)).logits.argmax(1) == told.y[test]).all()
+
+
+def test_vectors_of_other_encoders_are_further_blocks(tmp_path: Path) -> None:
+    write_cache(tmp_path, Plan(views=2))
+    write_other(tmp_path, "other", 20)
+    write_moments(tmp_path, "other", "pooled", 24)
+    settings = ridge.Settings(features=["nodes", "global", "pooled"])
+    reads, also_reads = reads_of("ridge", settings), also_reads_of("ridge", settings)
+    assert reads == {"nodes", "pooled"}
+    assert also_reads == {"nodes", "globals", "pooled"}
+    cache = read_cache(tmp_path, "tiny", 3, reads, ["other"], also_reads)
+    features, images = Features(cache, settings), cache.images("train")[:5]
+    batch = cache.batch(images, torch.ones(5, dtype=torch.long))
+    blocks = features.blocks(batch)
+    assert [block.shape[1] for block in blocks] == [32, 32, 32, 36, 20, 20, 20, 24]
+    assert torch.equal(blocks[-1], batch.also[0].pooled)
+    assert torch.equal(blocks[-2], batch.also[0].g)
+    x = features.of_training(cache).split([block.shape[1] for block in blocks], 1)
+    weights = torch.stack([block.var(0, correction=0).sum() for block in x])
+    torch.testing.assert_close(weights, torch.full((8,), features.size / 8))
+
+
+def test_another_encoder_without_the_same_nodes_stands_beside_where_none_is_read(tmp_path: Path) -> None:
+    write_cache(tmp_path, Plan())
+    write_moments(tmp_path, "other", "pooled", 24)
+    settings = ridge.Settings(features=["pooled"])
+    cache = read_cache(tmp_path, "tiny", 3, {"pooled"}, ["other"], also_reads_of("ridge", settings))
+    assert Features(cache, settings).size == 36 + 24
+    with pytest.raises(UserError, match="embed/other/images"):
+        read_cache(tmp_path, "tiny", 3, {"nodes"}, ["other"], {"nodes"})
+
+
+def test_mean_and_scale_do_not_depend_on_the_chunks(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = planted(Plan(views=2))
+    settings = FeatureSettings(features=["nodes", "pooled"])
+    whole = Features(cache, settings)
+    monkeypatch.setattr("training.layers.features.ROOM", 5 * whole.size)
+    some = Features(cache, settings)
+    assert (some.chunk, whole.chunk) == (5, 2048)
+    for one, other in zip(some.standardise, whole.standardise, strict=True):
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.scale, other.scale)
+    assert torch.equal(some.of_training(cache), whole.of_training(cache))

@@ -8,7 +8,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from tests.training.cache import Plan
 from training.data import Cache
-from training.layers.gaussian import Spread, discriminant, span
+from training.layers.blocks import Span
+from training.layers.gaussian import Spread, discriminant
 from training.loop import predict
 from training.methods import lda
 from training.methods.prototypes import class_means
@@ -27,11 +28,11 @@ def drawn(sizes: list[int], dimension: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def ours(x: np.ndarray, y: np.ndarray, test: np.ndarray, shrinkage: float) -> np.ndarray:
-    axes = span(torch.from_numpy(x))
+    span = Span(torch.from_numpy(x))
     told = torch.from_numpy(np.eye(y.max() + 1)[y])
-    means, covariance, known = class_means(torch.from_numpy(x) @ axes, told)
+    means, covariance, known = class_means(span.into(torch.from_numpy(x)), told)
     weight, bias = discriminant(means, Spread(covariance, x.shape[1]), shrinkage, known)
-    return (torch.from_numpy(test) @ axes @ weight.T + bias).numpy()
+    return (torch.from_numpy(test) @ span.back(weight).T + bias).numpy()
 
 
 @pytest.mark.parametrize("shrinkage", [0.01, 0.3, 1.0])

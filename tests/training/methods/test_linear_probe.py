@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -57,3 +58,24 @@ def test_its_numbers_are_those_of_a_fit_written_out(planted: Callable[[Plan], Ca
     with torch.no_grad():
         expected = linear(standardise(cache.globals(test)))
     assert torch.equal(predict(linear_probe.fit(cache, linear_probe.Settings(), 0).model, cache, test), expected)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("l2", [1.0, 0.01])
+def test_more_dimensions_than_rows_are_fitted_as_they_are(
+    planted: Callable[[Plan], Cache], l2: float, views: int
+) -> None:
+    """Within the span of the rows, and in all 500 dimensions."""
+    cache = planted(Plan(train=10, dimension=500, nodes=1, ragged=False, cue="global", noise=3.0, views=views))
+    train, test = cache.images("train"), cache.images("test")
+    vectors, target = training_globals(cache)
+    standardise = Standardise(vectors)
+    x, none = standardise(vectors), torch.zeros(0, 500)
+    linear = fit_logistic(x, target, none, target[:0], 4, [l2], 2000).linear
+    fitted = linear_probe.fit(cache, linear_probe.Settings(l2=[l2], max_iterations=2000), 0)
+    for images in (train, test):
+        with torch.no_grad():
+            expected = linear(standardise(cache.globals(images)))
+        torch.testing.assert_close(predict(fitted.model, cache, images), expected, atol=2e-3, rtol=2e-3)
+    weight = cast(linear_probe.Probe, fitted.model).layer.weight
+    torch.testing.assert_close(weight, linear.weight, atol=2e-4, rtol=2e-3)

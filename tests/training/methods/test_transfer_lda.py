@@ -19,12 +19,15 @@ OWN, LENT = [f"class-{n:02d}" for n in range(4)], [f"class-{n:02d}" for n in ran
 FIXED = {"shrinkage": [0.2], "strength": [1.0]}
 
 
-def spread(planted: Planted, views: int = 1) -> Cache:
+def spread(planted: Planted, views: int = 1, dimension: int = 32) -> Cache:
     """Ten classes that all vary along the same few directions, more than they differ."""
-    plan = Plan(classes=10, train=30, val=5, test=15, nodes=1, ragged=False, cue="global", noise=1.0, views=views)
+    plan = Plan(
+        classes=10, train=30, val=5, test=15, nodes=1, ragged=False, cue="global", noise=1.0, views=views,
+        dimension=dimension,
+    )  # fmt: skip
     cache, rng = planted(plan), torch.Generator().manual_seed(0)
     g = cache.part(Nodes).nodes[:, 0].float()
-    noise = torch.randn(len(g), 6, generator=rng) @ torch.randn(6, 32, generator=rng)
+    noise = torch.randn(len(g), 6, generator=rng) @ torch.randn(6, dimension, generator=rng)
     return cache.only({"globals"}).with_part(Globals((g + 0.5 * noise).half()))
 
 
@@ -48,8 +51,10 @@ def test_the_posterior_mean_by_the_rule_of_bayes() -> None:
     assert found == pytest.approx(grid[log.argmax()], abs=1e-4)
 
 
-def test_equals_a_loop_over_classes(planted: Planted) -> None:
-    cache = few(spread(planted, views=2), 2)
+@pytest.mark.parametrize("dimension", [32, 500])
+def test_equals_a_loop_over_classes(planted: Planted, dimension: int) -> None:
+    """500 dimensions are more than there are rows, its own and those lent: the inverse is that of the whole space."""
+    cache = few(spread(planted, views=2, dimension=dimension), 2)
     fitted = transfer_lda.fit(hide_test(cache), Settings.model_validate(FIXED), 0)
     lent = cache.others
     assert lent is not None
@@ -64,7 +69,7 @@ def test_equals_a_loop_over_classes(planted: Planted) -> None:
     residual = x_lent - centres[y_lent]
     within = sum(np.outer(row, row) for row in residual) / len(residual)
     tau = np.trace(within) / np.trace(np.cov(centres.T, bias=True))
-    inverse = np.linalg.inv(0.8 * within + 0.2 * np.trace(within) / 32 * np.eye(32))
+    inverse = np.linalg.inv(0.8 * within + 0.2 * np.trace(within) / dimension * np.eye(dimension))
     share, m_0, expected = 2 / (2 + tau), centres.mean(0), []  # two images, each in two views
     for label in range(4):
         mu = share * x[y == label].mean(0) + (1 - share) * m_0

@@ -1,0 +1,132 @@
+"""The probe family as one rival: several heads are fitted on the same vectors, and val chooses among them.
+
+Each head is a method of the family under settings of its own, fitted as that method is: ridge and RBF ridge choose
+their knobs by leaving out, so that val sees one fit of each; of logistic regression and LDA val sees every strength.
+Each of these is a look at val, which chooses by accuracy and then by log loss; of equals the first head is kept. Which
+head is best depends on the vectors: ridge wins on many dimensions, logistic regression on few.
+
+By default the vectors are the pooled one, before the projection, beside second-order moments of tokens.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+
+from fieldmark.params import Block
+from training.data import Cache
+from training.folds import settle
+from training.layers.features import also_parts_of, feature_parts, parts_of, require_feature
+from training.layers.logistic import require_val
+from training.methods import Fitted, lda, linear_probe, rbf_ridge, ridge, single_points
+
+SEEDED = False
+READS = feature_parts()
+ALSO = READS
+FAMILY: dict[str, Any] = {"linear_probe": linear_probe, "ridge": ridge, "rbf_ridge": rbf_ridge, "lda": lda}
+LEAVING_OUT = ("ridge", "rbf_ridge")  # these choose their knobs by the training images
+
+
+class Head(Block):
+    """A method of the family, with what differs from its defaults; all heads have the same vectors."""
+
+    method: Literal["linear_probe", "ridge", "rbf_ridge", "lda"]
+    settings: dict[str, Any] = Field(default={})
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if "features" in self.settings:
+            raise ValueError("features stand beside heads and are the same for all of them")
+        try:
+            self.of(["global"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))} of its settings: {first['msg']}") from None
+        return self
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Its method and transform, which tell the heads of a search apart."""
+        return self.method, self.settings.get("transform", "none")
+
+    def of(self, features: list[str]) -> Block:
+        """The settings of its method on these vectors."""
+        found: Block = FAMILY[self.method].Settings(features=features, **self.settings)
+        return found
+
+    def under(self, settings: Block) -> "Head":
+        """The head with other settings of its method."""
+        return Head(method=self.method, settings=settings.model_dump(exclude={"features"}, exclude_defaults=True))
+
+    def points(self, features: list[str]) -> list["Head"]:
+        """What val sees of it."""
+        if self.method in LEAVING_OUT:
+            return [self]
+        return [self.under(point) for point in single_points(self.of(features))]
+
+
+class Settings(Block):
+    features: list[Annotated[str, AfterValidator(require_feature)]] = Field(
+        default=["pooled", "isqrt"], min_length=1
+    )  # vectors put side by side, as those of linear_probe
+    heads: list[Head] = Field(
+        default=[
+            Head(method="linear_probe", settings={"l2": [10.0, 1.0, 0.1, 0.01, 0.001, 0.0001]}),
+            Head(method="ridge"),
+            Head(method="rbf_ridge"),
+            Head(method="lda", settings={"shrinkage": [0.1, 0.3, 0.6]}),
+        ],
+        min_length=1,
+    )  # methods of the family, each once a transform, with the settings that val or leaving out chooses from
+
+    @field_validator("heads")
+    @classmethod
+    def check(cls, heads: list[Head]) -> list[Head]:
+        if len({head.name for head in heads}) < len(heads):
+            raise ValueError("one method stands there twice with the same transform")
+        return heads
+
+    def points(self) -> list[Self]:
+        """What val chooses among: one head, under settings that leave it nothing more to choose."""
+        points = [point for head in self.heads for point in head.points(self.features)]
+        return [self.model_copy(update={"heads": [point]}) for point in points]
+
+    def named(self, chosen: dict[str, float | str]) -> Head:
+        [head] = [head for head in self.heads if head.name == (chosen["head"], chosen["transform"])]
+        return head
+
+    def head(self, chosen: dict[str, float | str]) -> Block:
+        """The settings of the head that was chosen."""
+        return self.named(chosen).of(self.features)
+
+    def settle(self, chosen: dict[str, float | str]) -> Self:
+        """The settings with that head alone, and each of its knobs as it was chosen."""
+        head = self.named(chosen)
+        return self.model_copy(update={"heads": [head.under(settle(head.of(self.features), chosen))]})
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return parts_of(settings.features)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return also_parts_of(settings.features)
+
+
+def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
+    """Raises UserError for several heads or strengths and no val."""
+    require_val(len(cache.images("val")), len(settings.points()), "heads")
+    best: tuple[tuple[float, float], Fitted] | None = None
+    history: list[dict[str, float]] = []
+    for place, head in enumerate(settings.heads):
+        fitted = FAMILY[head.method].fit(cache, head.of(settings.features), seed)
+        [kept] = [row for row in fitted.history if all(row[knob] == value for knob, value in fitted.chosen.items())]
+        seen = [kept] if head.method in LEAVING_OUT else fitted.history
+        looks = [{"head": place, "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"]} for row in seen]
+        history += [{"epoch": len(history) + step, **row} for step, row in enumerate(looks, start=1)]
+        score = kept["val_accuracy"], -kept["val_loss"]
+        if best is None or score > best[0]:
+            method, transform = head.name
+            chosen = {"head": method, "transform": transform, **fitted.chosen}
+            best = score, Fitted(fitted.model, history, chosen, fitted.epoch_seconds)
+    assert best is not None
+    return best[1]
