@@ -31,16 +31,17 @@ from training.data import Batch, Cache, Part
 from training.folds import HELD_OUT, settle
 from training.layers.logistic import as_probabilities
 from training.loop import EVALUATION_BATCH
-from training.methods import NotPossible, load_method, method_names, reads_of
-from training.metrics import correct, fit_temperature
+from training.methods import NotPossible, also_reads_of, borrows_others, load_method, method_names, reads_of
+from training.metrics import fit_temperature
 
 FOLDS = 5
+COLDEST = 0.01  # T at least: where no out-of-fold image is mistaken, the log loss falls with T for ever
 PREFIX = "with_probe."  # of what the probe's full fit chose, in Fitted.chosen
 
 
 def is_probe(method: str) -> bool:
-    """Whether a method is of the probe family: fitted whole, on vectors that `features` names."""
-    return "features" in load_method(method).Settings.model_fields
+    """Whether a method is of the probe family: fitted whole, on vectors that `features` names, with no image lent."""
+    return "features" in load_method(method).Settings.model_fields and not borrows_others(method)
 
 
 class WithProbe(Block):
@@ -81,6 +82,16 @@ def with_reads(own: frozenset[str], with_probe: WithProbe | None) -> frozenset[s
     """The parts `own`, and those that the probe reads under its settings."""
     reads = own if with_probe is None else own | reads_of(with_probe.method, with_probe.block)
     return reads - {"globals"} if "nodes" in reads else reads  # node 0 is the global vector
+
+
+def probe_also_reads(with_probe: WithProbe | None) -> frozenset[str]:
+    """The parts that the probe reads of other encoders."""
+    return frozenset() if with_probe is None else also_reads_of(with_probe.method, with_probe.block)
+
+
+def reduce(cache: Cache, reads: frozenset[str], also_reads: frozenset[str]) -> Cache:
+    """The cache without what the probe alone reads: no step of training looks at it."""
+    return replace(cache.only(reads), also=tuple(parts.only(also_reads) for parts in cache.also))
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class Rival:
 
     probe: nn.Module
     temperature: float
-    chosen: dict[str, float | str]  # by the probe's full fit, under PREFIX
+    chosen: dict[str, float | str]  # by the probe's full fit, and the temperature, under PREFIX
     trains: Tensor  # (n,) bool: images with an answer out of fold
     out_of_fold: Tensor  # (n V, C) float32, on the temperature
 
@@ -161,16 +172,11 @@ def fit_rival(cache: Cache, with_probe: WithProbe) -> Rival:
     said = out_of_fold(cache, with_probe.method, settle(with_probe.block, full.chosen), fold)
     rows = (train[elsewhere][:, None] * cache.views + torch.arange(cache.views)).flatten()
     y = label[elsewhere].repeat_interleave(cache.views).numpy()
-    temperature = temperature_of(said[rows].numpy(), y)
+    temperature = max(fit_temperature(said[rows].numpy(), y), COLDEST)
     trains = torch.zeros(len(cache.paths), dtype=torch.bool)
     trains[train[elsewhere]] = True
-    chosen: dict[str, float | str] = {f"{PREFIX}{name}": value for name, value in full.chosen.items()}
+    chosen = {f"{PREFIX}{name}": value for name, value in {**full.chosen, "temperature": temperature}.items()}
     return Rival(full.model, temperature, chosen, trains, said / temperature)
-
-
-def temperature_of(logits: np.ndarray, y: np.ndarray) -> float:
-    """The T of least log loss; 1 where none is mistaken, since the loss then falls with T for ever."""
-    return 1.0 if correct(logits, y).all() else fit_temperature(logits, y)
 
 
 def training_labels(cache: Cache) -> Tensor:

@@ -22,11 +22,12 @@ from training.layers.features import feature_parts
 from training.layers.nodes import NodeInput
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
-from training.offset import WithProbe, with_reads
+from training.offset import WithProbe, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
 
 SEEDED = True
-READS = frozenset({"nodes"}) | feature_parts()
+READS = frozenset({"nodes", "tokens"}) | feature_parts()
+ALSO = feature_parts()  # what its probe reads of other encoders
 
 
 class LossWeights(Block):
@@ -52,6 +53,10 @@ def reads(settings: Settings) -> frozenset[str]:
 def own_reads(settings: Settings) -> frozenset[str]:
     """What it reads itself, and not by its probe."""
     return frozenset({"nodes"} if settings.nodes == "all" else {"globals", "tokens"})
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return probe_also_reads(settings.with_probe)
 
 
 class AttentionPool(nn.Module):
@@ -89,7 +94,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     told = cache if start.rival is None else start.rival.told(cache)
     fitted = fit_epochs(
         lambda: AttentionPool(cache, start, settings),
-        told.only(own_reads(settings)),
+        reduce(told, own_reads(settings), frozenset()),
         settings,
         seed,
         settings.loss_weights.model_dump(),

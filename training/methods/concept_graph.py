@@ -69,13 +69,13 @@ from training.layers.losses import concept_contrast, densest_node, kl_from_norma
 from training.layers.nodes import NodeInput, NodeKind, Projection, in_precision, selected_of, training_sample
 from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
-from training.offset import WithProbe, with_reads
+from training.offset import WithProbe, probe_also_reads, reduce, with_reads
 from training.start import starting_point
 
 SEEDED = True
 OWN = frozenset({"nodes", "tokens", "concepts", "owners", "labels", "edges", "descriptions"})
-READS = (OWN | feature_parts()) - {"tokens"}
-ALSO = frozenset({"nodes"})  # what it reads of other encoders
+READS = OWN | feature_parts()
+ALSO = frozenset({"nodes"}) | feature_parts()  # what it reads of other encoders
 Whole = Annotated[int, Field(ge=0)]
 Stream = Literal["global", "local", "relation", "fused", "concept"]
 GRAPH_STREAMS = ("local", "relation", "fused")
@@ -167,6 +167,15 @@ def own_reads(settings: Settings) -> frozenset[str]:
         "descriptions": second,
     }
     return frozenset(name for name, is_read in wanted.items() if is_read)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return own_also_reads(settings) | probe_also_reads(settings.with_probe)
+
+
+def own_also_reads(settings: Settings) -> frozenset[str]:
+    """What it reads of other encoders itself: their nodes, which are not at the places of tokens."""
+    return frozenset({"nodes"} if settings.nodes != "tokens" else ())
 
 
 def class_anchors(bank: Bank) -> Tensor:
@@ -314,7 +323,7 @@ def prepare(cache: Cache, settings_json: str) -> Cache:
         labels = cache.part(Labels)
         few = labels.concept_idx[..., :0], labels.concept_weight[..., :0]
         told = told.with_part(replace(labels, concept_idx=few[0], concept_weight=few[1]))
-    return told.only(wanted - {"edges"}).with_part(ready)
+    return reduce(told, wanted - {"edges"}, own_also_reads(settings)).with_part(ready)
 
 
 class Gate(nn.Module):
