@@ -345,15 +345,15 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
         entry, reading = entries[cell.method], plan.reading(cell)
         paths |= reading.files.keys()
         parts, other_labels = reading.needs | reading.also_reads, bool(entry.variation.labels) or plan.anew(cell)
-        code[cell.row] = mark_code(entry.method, parts, cell.control, other_labels)
+        code[cell.row] = mark_code(reading.methods, parts, cell.control, other_labels)
     return replace(plan, files=hash_data(data, sorted(paths), plan.buckets), code=code)
 
 
-def code_mark(method: str, parts: frozenset[str], control: Control, other_labels: bool) -> str:
+def code_mark(methods: tuple[str, ...], parts: frozenset[str], control: Control, other_labels: bool) -> str:
     """One sha256 for all code that a run of a study executes."""
-    found = code_of(MAIN, method, parts, control)
+    found = code_of(MAIN, methods, parts, control)
     if other_labels:
-        found |= code_of(OTHER_LABELS, method, parts, control)
+        found |= code_of(OTHER_LABELS, methods, parts, control)
     return sha256(canonical_json(found))
 
 
@@ -379,7 +379,7 @@ def read_entry(
         )
     for encoder in encoders:
         check_texts(file, "encoders", params, method, settings, encoder)
-    check_also(file, f"{key}.also", method, variant.also)
+    check_also(file, f"{key}.also", method, settings, variant.also)
     if variant.labels:
         labels = read_block(file, f"{key}.labels", variant.labels, Labels)
         if "labels" not in reads_of(method, settings):

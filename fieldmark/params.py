@@ -11,6 +11,7 @@ import reprlib
 import string
 from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
@@ -353,7 +354,8 @@ def explain_error(
     if first["type"] == "extra_forbidden":
         known = known_keys(model, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
-        remedy = f"did you mean `{close[0]}`?" if close else f"remove it; known here: {', '.join(known)}"
+        here = f"remove it; known here: {', '.join(known)}" if known else "remove it"
+        remedy = f"did you mean `{close[0]}`?" if close else here
         message = f"{path}: {key}: unknown key; {remedy}"
     elif first["type"] == "missing":
         message = f"{path}: {key}: is missing; add it (the repository's params.yaml explains each key)"
@@ -393,14 +395,16 @@ def problem_of_address(url: str) -> str | None:
 
 
 def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The keys that the block at `location` has."""
+    """The keys that the block at `location` has; none where the parameters do not say which."""
     block: Any = model
     for part in location:
         if isinstance(block, type) and issubclass(block, BaseModel):
             block = block.model_fields[part].annotation
         else:
-            block = get_args(block)[-1]
-    return [field.alias or name for name, field in block.model_fields.items()]
+            block = (None, *get_args(block))[-1]
+        if NoneType in get_args(block):  # a block, or null
+            block = get_args(block)[0]
+    return [field.alias or name for name, field in getattr(block, "model_fields", {}).items()]
 
 
 def check_contradictions(path: str, params: Params) -> None:

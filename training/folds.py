@@ -12,6 +12,7 @@ Test images are `unused`: they stay out.
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -72,4 +73,6 @@ def settle(settings: Block, chosen: dict[str, float | str]) -> Block:
         )
     stops = {"stop": int(chosen["epoch"])} if "stop" in type(settings).model_fields else {}
     starts = {"start_l2": chosen["start_l2"]} if "start_l2" in chosen else {}
-    return settings.model_copy(update={knob: [chosen[knob]] for knob in several} | stops | starts)
+    probe: Any = getattr(settings, "with_probe", None)
+    probes = {} if probe is None else {"with_probe": probe.settle(chosen)}
+    return settings.model_copy(update={knob: [chosen[knob]] for knob in several} | stops | starts | probes)

@@ -15,7 +15,7 @@ from fieldmark.params import Block
 from fieldmark.sources import imports_of
 from training.controls import Control
 from training.data import INDEX, files_of, kind_of
-from training.methods import also_reads_of, method_file, reads_of
+from training.methods import also_reads_of, method_file, methods_of, reads_of
 from training.regimes import Regime, with_globals
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 class Reading:
     """What one run reads of the cache."""
 
+    methods: tuple[str, ...]  # the run's, and the probe that it fits beside
     encoder: str
     reads: frozenset[str]  # what its method sees, in the words of READS
     needs: frozenset[str]  # that, and what control and regime need beside it
@@ -44,12 +45,13 @@ def reading_of(
     files = INDEX | files_of(encoder, needs) | control.files(encoder, reads)
     for other in also:
         files |= files_of(other, also_reads)
-    return Reading(encoder, reads, needs, tuple(also), also_reads, dict(sorted(files.items())))
+    files, methods = dict(sorted(files.items())), methods_of(method, settings)
+    return Reading(methods, encoder, reads, needs, tuple(also), also_reads, files)
 
 
-def code_of(main: Path, method: str, parts: Collection[str], control: Control) -> dict[str, str]:
+def code_of(main: Path, methods: Collection[str], parts: Collection[str], control: Control) -> dict[str, str]:
     """The sha256 of every module that a run executes, by its path: `main` is the module that makes the run."""
-    files = [main, method_file(method), *(module_file(kind_of(name)) for name in sorted(parts))]
+    files = [main, *map(method_file, methods), *(module_file(kind_of(name)) for name in sorted(parts))]
     files += [Path(str(sys.modules[module.__name__].__file__)) for module in control.modules]  # type: ignore[attr-defined]
     found: dict[str, str] = {}
     for file in files:

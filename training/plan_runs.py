@@ -27,7 +27,7 @@ def plan(params: Params, path: str, data: Path) -> None:
     planned = [plan_run(path, params, name) for name in params.train.runs]
     for one in planned:
         reading = one.reading
-        code = code_of(ROOT / "training/train.py", one.method, reading.needs | reading.also_reads, one.control)
+        code = code_of(ROOT / "training/train.py", reading.methods, reading.needs | reading.also_reads, one.control)
         files = hash_data(data, reading.files, buckets)
         write_json(folder / f"{one.name}.json", {"files": files, "code": code})
     for stray in folder.glob("*.json"):

@@ -1,17 +1,16 @@
-"""Where a method with a global stream starts: at the tuned linear probe itself, its rival."""
+"""Where a method with a global stream starts: at the tuned linear probe itself, its rival, or beside another one."""
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
 
 from training.data import Cache
-from training.layers.blocks import Standardise
-from training.layers.logistic import L2_WITHOUT_VAL
-from training.loop import EVALUATION_BATCH
+from training.layers.blocks import Standardise, silent
+from training.layers.logistic import L2_WITHOUT_VAL, training_globals
 from training.methods import linear_probe
+from training.offset import Rival, WithProbe, fit_rival
 
 
 @dataclass(frozen=True)
@@ -19,24 +18,25 @@ class StartingPoint:
     """What a method with a global stream starts from, equal for all of them."""
 
     standardise_global: Standardise
-    standardise_nodes: Standardise
-    probe: nn.Linear  # (D -> C), on standardised global vectors: what the method linear_probe fits by its defaults
-    l2: float  # the probe's strength
+    probe: nn.Linear  # (D -> C), on standardised global vectors: where the global stream starts
+    chosen: dict[str, float | str]  # what was chosen of the rival that it starts as, for Fitted.chosen
+    rival: Rival | None = None  # the one whose logits the streams are added to; the global one is silent then
 
 
 @functools.lru_cache(maxsize=2)  # the seeds of a run share it, and the variants of a fold's two fits
-def starting_point(cache: Cache, l2: float | None = None) -> StartingPoint:
-    """The fit of linear_probe, over all views, and the standardisation of nodes by training images in view 0.
+def starting_point(cache: Cache, l2: float | None = None, with_probe: WithProbe | None = None) -> StartingPoint:
+    """The fit of linear_probe over all views, by its defaults; or that of `with_probe`, under a silent stream.
 
     With `l2` it is the probe of that strength, and val has no say.
     """
-    train = cache.images("train")
+    if with_probe is not None:
+        vectors, _ = training_globals(cache)
+        rival = fit_rival(cache, with_probe)
+        return StartingPoint(Standardise(vectors), silent(vectors.shape[1], len(cache.classes)), rival.chosen, rival)
     if l2 is None and not len(cache.images("val")):
         l2 = L2_WITHOUT_VAL
     fitted = linear_probe.fit(cache, linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2]), 0)
     probe = cast(linear_probe.Probe, fitted.model)
-    sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
-    nodes = Standardise(sample.nodes[sample.mask])
     # Of one block of features, the global vector, the weight is 1.
     of_global, linear = cast(Standardise, probe.features.standardise[0]), cast(nn.Linear, probe.layer)
-    return StartingPoint(of_global, nodes, linear, float(fitted.chosen["l2"]))
+    return StartingPoint(of_global, linear, {"start_l2": float(fitted.chosen["l2"])})

@@ -82,7 +82,7 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
     key, given = f"train.runs.{name}", params.train.runs[name]
     settings = read_settings(path, key, given.method, given.settings)
     check_texts(path, f"{key}.encoder", params, given.method, settings, given.encoder)
-    check_also(path, f"{key}.also", given.method, given.also)
+    check_also(path, f"{key}.also", given.method, settings, given.also)
     regime = read_regime(path, "train.regime", params.train.regime)
     if isinstance(regime, Folds):
         raise UserError(f"{path}: train.regime: folds are of a study, not of one run; put them in studies/NAME.yaml")

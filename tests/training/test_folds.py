@@ -112,7 +112,7 @@ def test_a_schedule_that_stops_is_the_searched_one(cache: Cache) -> None:
 
 def test_val_has_no_say_in_a_start_of_a_given_strength(cache: Cache) -> None:
     free, given = starting_point(cache), starting_point(cache, 10.0)
-    assert free.l2 in STRENGTHS
-    assert given.l2 == 10.0
+    assert free.chosen["start_l2"] in STRENGTHS
+    assert given.chosen == {"start_l2": 10.0}
     wrong = replace(cache, y=torch.where(torch.from_numpy(cache.split == "val"), (cache.y + 1) % 3, cache.y))
     assert torch.equal(given.probe.weight, starting_point(wrong, 10.0).probe.weight)

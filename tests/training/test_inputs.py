@@ -55,10 +55,10 @@ def test_settings_control_and_regime_add_what_they_need() -> None:
     assert "globals" in noisy.needs
 
 
-def code(method: str, control: Control | None = None) -> dict[str, str]:
-    settings, control = load_method(method).Settings(), control or Control()
+def code(method: str, control: Control | None = None, **knobs: object) -> dict[str, str]:
+    settings, control = load_method(method).Settings.model_validate(knobs), control or Control()
     reading = reading_of(method, settings, "tiny", [], control, Full())
-    return code_of(ROOT / "training/train.py", method, reading.needs, control)
+    return code_of(ROOT / "training/train.py", reading.methods, reading.needs, control)
 
 
 def test_code_that_is_loaded_by_its_name_is_followed_where_a_run_loads_it() -> None:
@@ -71,6 +71,8 @@ def test_code_that_is_loaded_by_its_name_is_followed_where_a_run_loads_it() -> N
     assert not [file for file in probe if file.startswith(("stages/", "evaluation/", "fieldmark/labels/"))]
     controlled = code("concept_graph", Control(name="random_vectors"))
     assert {"training/controls/random_vectors.py", "fieldmark/labels/labelling.py"} <= controlled.keys() - graph.keys()
+    beside = code("concept_graph", with_probe={"method": "ridge", "settings": {"features": ["pooled"]}})
+    assert {"training/methods/ridge.py", "training/data/moments.py"} <= beside.keys() - graph.keys()
 
 
 # A fresh process a method, and yet torch is imported once: what it loads is the same for all.

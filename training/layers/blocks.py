@@ -67,6 +67,14 @@ def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
+def silent(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that says nothing at first."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 def normalise_adjacency(weight: Tensor, mask: Tensor) -> Tensor:
     """D^-1/2 (W + I) D^-1/2 for symmetric weights (B, n, n) without self loops; rows and columns of padding are 0.
 

@@ -2,12 +2,13 @@
 
 Up to 64 nodes an image, a dense (B, n, n) product beats gather and scatter over an edge list. A graph comes as `edges`
 (B, n, n, F): F weights in [0,1] an edge, symmetric, 0 where there is none, diagonal 0, and a mask (B, n). What a layer
-needs of it does not change from layer to layer: `prepare` makes it once, and `forward(x, prepared)` maps (B, n, inputs)
-to (B, n, outputs). Nodes may be permuted; a padded node is never read by another, and what it holds itself is to be
-masked by whoever reads it. All equal PyG's convolutions on each graph alone.
+needs of it changes neither from layer to layer nor by training: `prepare` makes it once, and `forward(x, prepared)`
+maps (B, n, inputs) to (B, n, outputs). A graph that all images share may come with B = 1. Nodes may be permuted; a
+padded node is never read by another, and what it holds itself is to be masked by whoever reads it. All equal PyG's
+convolutions on each graph alone.
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,12 @@ def make_layer(kind: Kind, inputs: int, outputs: int, heads: int, weights: int) 
             return MLP(inputs, outputs)
 
 
+def prepare_edges(kind: Kind, edges: Tensor, mask: Tensor) -> Tensor:
+    """What layers of a kind need of edges (B, n, n, F) and mask (B, n)."""
+    layers: dict[Kind, type[GraphLayer]] = {"gcn": GCN, "sage": SAGE, "gat": GAT, "mlp": MLP}
+    return layers[kind].prepare(edges, mask)
+
+
 class GraphNetwork(nn.Module):
     """x = x + dropout(GELU(layer(LN(x)))), a few times: residual layers of one kind and width."""
 
@@ -152,13 +159,19 @@ class GraphNetwork(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
         self.dropout = Dropout(dropout, by_image=True)
 
-    def forward(self, x: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
-        """x (B, n, width), edges (B, n, n, weights), mask (B, n) -> (B, n, width)."""
-        first = cast(GraphLayer, self.layers[0])
-        prepared = first.prepare(edges, mask)
+    def forward(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """x (B, n, width), and its edges as prepare_edges makes them -> (B, n, width)."""
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + self.dropout(F.gelu(layer(norm(x), prepared)))
         return x
+
+
+def grid_edges(rows: int, columns: int) -> Tensor:
+    """Edges (1, n, n, 1) of n = rows columns cells, row by row: 1 between a cell and the up to 8 that touch it."""
+    cell = torch.arange(rows * columns)
+    place = torch.stack([cell // columns, cell % columns], dim=1)
+    steps = (place[:, None] - place[None]).abs().amax(-1)
+    return (steps == 1).float()[None, :, :, None]
 
 
 def nearest_edges(x: Tensor, mask: Tensor, k: int) -> Tensor:

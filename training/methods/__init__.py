@@ -111,6 +111,12 @@ def reads_of(name: str, settings: Block) -> frozenset[str]:
     return found
 
 
+def methods_of(name: str, settings: Block) -> tuple[str, ...]:
+    """The method, and the probe that it fits itself (`with_probe`), where it does."""
+    with_probe = getattr(settings, "with_probe", None)
+    return (name,) if with_probe is None else (name, with_probe.method)
+
+
 def borrows_others(name: str) -> bool:
     """Whether a method learns from images of other classes, where a study lends it some."""
     found: bool = getattr(load_method(name), "BORROWS", False)
@@ -145,10 +151,12 @@ def check_texts(path: str, key: str, params: Params, method: str, settings: Bloc
         raise UserError(f"{path}: {key}: {what}; choose one of `encoders`: {known}, or another method")
 
 
-def check_also(path: str, key: str, method: str, also: Sequence[str]) -> None:
-    """Raise UserError where other encoders stand under `key`, and the method takes one alone."""
+def check_also(path: str, key: str, method: str, settings: Block, also: Sequence[str]) -> None:
+    """Raise UserError where other encoders stand under `key`, and the method, under its settings, takes one alone."""
     if also and not hasattr(load_method(method), "ALSO"):
         raise UserError(f"{path}: {key}: {method} reads one encoder only; choose a method that has ALSO")
+    if also and not also_reads_of(method, settings):
+        raise UserError(f"{path}: {key}: {method} reads nothing of other encoders under its settings; remove it")
 
 
 def grid(settings: Block) -> dict[str, list[float]]:

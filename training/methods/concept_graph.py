@@ -19,18 +19,25 @@ and 1..N (patches):
     r     = gamma r_1 + (1 - gamma) r_2, gamma = sigmoid(MLP[r_1; r_2])                       gate; or
             the attention over x_n + attention of n over the nodes of G2                      attention
 
-    logits = the sum of `streams`: global Linear(g), local Linear(LN(r_1)), relation MLP([g; LN(r_1)]), fused
+    logits = z + the sum of `streams`: global Linear(g), local Linear(LN(r_1)), relation MLP([g; LN(r_1)]), fused
              Linear(LN(r)), concept s * standardised g . a_c, with s learned. [global, local] is Linear([g; r_1])
 
 An image without a text in G2 has gamma 1 (or nothing to attend to): it is judged by its patches. The gains of rings
 around the densest place enter by `rings` * at the readout, r_1 += MLP([r_1; gains]), or as a node linked to the global
 one; or as what r_1 has to predict (`loss_weights.rings`).
 
-The global stream starts as the tuned linear probe, the graph's at zero. `loss_weights` weighs, beside cross entropy of
-the sum: that of the global stream alone and of the graph's streams alone, so that neither starves because the other has
-already explained the training images; and, off at first, layers.losses: `contrast` pulls the densest node to the
-concepts of the class, `bottleneck` is the KL of CATE, `recovery` pulls nodes to proxies of the class (after TRD),
-in a space of its own. A weight of 0 costs nothing.
+The global stream starts as the tuned linear probe, the graph's at zero, and z is 0. Under `with_probe` every stream
+starts at zero, and z is what that probe says (training/offset.py). `loss_weights` weighs, beside cross entropy of the
+sum: that of z + the global stream alone and of z + the graph's streams alone, so that neither starves because the other
+has already explained the training images; and, off at first, layers.losses: `contrast` pulls the densest node to the
+concepts of the class, `bottleneck` is the KL of CATE, `recovery` pulls nodes to proxies of the class (after TRD), in a
+space of its own. A weight of 0 costs nothing.
+
+`nodes: tokens` takes raw tokens, before the encoder's projection, for the patches. They have no texts, labels or stored
+edges: W is 1 between cells of the grid that touch, and every image has the same graph [design].
+
+What no update changes is found once, before training (`prepare`): the graph as its layers need it, the heaviest
+concepts of each node, the edges of G2.
 
 Where this differs from CATE: the bottleneck is in the width of the graph, not of the encoder; interference reads the
 encoder's vectors against the concepts of all classes, which no gradient reaches either, standardised by training images
@@ -40,7 +47,7 @@ and not by the image itself.
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -52,17 +59,23 @@ from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache, Part
 from training.data.bank import Bank
 from training.data.descriptions import Descriptions
+from training.data.edges import Edges
 from training.data.labels import Labels
-from training.layers.blocks import Dropout, GatedAttention, Standardise
-from training.layers.graphs import GraphNetwork, Kind, nearest_edges
+from training.data.nodes import Nodes
+from training.layers.blocks import Dropout, GatedAttention, Standardise, silent
+from training.layers.features import feature_parts
+from training.layers.graphs import GraphNetwork, Kind, grid_edges, nearest_edges, prepare_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
+from training.layers.nodes import NodeInput, NodeKind, Projection, in_precision, selected_of, training_sample
 from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
+from training.offset import WithProbe, probe_also_reads, reduce, with_reads
 from training.start import starting_point
 
 SEEDED = True
-READS = frozenset({"nodes", "concepts", "owners", "labels", "edges", "descriptions"})
-ALSO = frozenset({"nodes"})  # what it reads of other encoders
+OWN = frozenset({"nodes", "tokens", "concepts", "owners", "labels", "edges", "descriptions"})
+READS = OWN | feature_parts()
+ALSO = frozenset({"nodes"}) | feature_parts()  # what it reads of other encoders
 Whole = Annotated[int, Field(ge=0)]
 Stream = Literal["global", "local", "relation", "fused", "concept"]
 GRAPH_STREAMS = ("local", "relation", "fused")
@@ -83,10 +96,11 @@ class LossWeights(Block):
 class Settings(Schedule):
     batch_size: Count = 256  # images a step
     start_l2: Positive | None = None  # strength of the probe that it starts from; null: val chooses
+    with_probe: WithProbe | None = None  # {method, settings}: the probe whose logits it adds to; null: none
     hidden: Count = 128  # width of the graph stream
     dropout: Fraction = 0.3  # share of activations dropped in training
-    texts: Whole = 5  # concepts that make a node's text; 0: none
-    nodes: Literal["all", "selected"] = "all"  # all, or selected: the patches that label_patches selected
+    nodes: NodeKind = "all"  # all, selected (the patches that label_patches selected), or tokens, with texts: 0
+    texts: Whole = Field(default=5, validate_default=True)  # concepts that make a node's text; 0: none
     heads: Count = 8  # of graph: gat, and of description: attention
     graph: Kind = "gcn"  # gcn, gat, sage, or mlp: no edges
     layers: Count = 2  # of the graph network
@@ -98,6 +112,17 @@ class Settings(Schedule):
     rings: Literal["none", "readout", "node"] = "none"  # gains of rings: none, at the readout, or a node of their own
     recovery_epoch: Count = 1  # the first epoch with loss_weights.recovery
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
+
+    @field_validator("texts", "description", "interference", "rings", "loss_weights")
+    @classmethod
+    def _tokens_have_no_labels(cls, value: Any, info: ValidationInfo) -> Any:
+        silence = {"description": "none", "rings": "none"}.get(str(info.field_name), 0)
+        if info.field_name == "loss_weights":
+            of_labels = [name for name in ("contrast", "rings") if getattr(value, name)]
+            silence = f"{of_labels[0]}: 0" if of_labels else value
+        if info.data.get("nodes") == "tokens" and value != silence:
+            raise ValueError(f"nodes: tokens have neither texts nor labels; it should be {silence}")
+        return value
 
     @field_validator("graph", "description")
     @classmethod
@@ -122,32 +147,41 @@ def has_second_graph(settings: Settings) -> bool:
 
 def reads(settings: Settings) -> frozenset[str]:
     """What of READS the logits depend on, exactly: a control that changes nothing of it changes no bit."""
+    return with_reads(own_reads(settings), settings.with_probe)
+
+
+def own_reads(settings: Settings) -> frozenset[str]:
+    """The same without what the probe of `with_probe` reads."""
     weights, graph, second = settings.loss_weights, has_graph(settings), has_second_graph(settings)
     anchored = bool((graph and settings.interference) or "concept" in settings.streams or weights.contrast)
     labelled = bool(settings.texts) or settings.nodes == "selected" or settings.rings != "none" or bool(weights.rings)
+    tokens = settings.nodes == "tokens"
     wanted = {
-        "nodes": True,
+        "nodes": not tokens,
+        "globals": tokens,
+        "tokens": graph and tokens,
         "concepts": (graph and bool(settings.texts)) or second or anchored,
         "owners": anchored,
         "labels": (graph and labelled) or second or bool(weights.contrast),
-        "edges": graph and settings.graph != "mlp",
+        "edges": graph and settings.graph != "mlp" and not tokens,
         "descriptions": second,
     }
     return frozenset(name for name, is_read in wanted.items() if is_read)
+
+
+def also_reads(settings: Settings) -> frozenset[str]:
+    return own_also_reads(settings) | probe_also_reads(settings.with_probe)
+
+
+def own_also_reads(settings: Settings) -> frozenset[str]:
+    """What it reads of other encoders itself: their nodes, which are not at the places of tokens."""
+    return frozenset({"nodes"} if settings.nodes != "tokens" else ())
 
 
 def class_anchors(bank: Bank) -> Tensor:
     """(C, D): the mean of the concepts that a class owns; 0 where it owns none."""
     own = (bank.own & bank.kept[:, None]).float()
     return own.T @ bank.K / own.sum(0).clamp(min=1)[:, None]
-
-
-def silent(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer that says nothing at first."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 class Bottleneck(nn.Module):
@@ -189,21 +223,6 @@ class Interference(nn.Module):
         return out
 
 
-class Projection(nn.Module):
-    """LN(V v + b) of another encoder's vectors, standardised by training images."""
-
-    def __init__(self, sample: Tensor, width: int) -> None:
-        """sample (n, D): nodes of training images."""
-        super().__init__()
-        self.standardise = Standardise(sample)
-        self.linear, self.norm = nn.Linear(sample.shape[1], width), nn.LayerNorm(width)
-
-    def forward(self, v: Tensor) -> Tensor:
-        """v (B, n, D) -> (B, n, width)."""
-        out: Tensor = self.norm(self.linear(self.standardise(v)))
-        return out
-
-
 class DescriptionGraph(nn.Module):
     """G2: unit vectors of texts, linked to their nearest, under graph layers."""
 
@@ -212,11 +231,11 @@ class DescriptionGraph(nn.Module):
         self.project, self.norm = nn.Linear(dimension, width), nn.LayerNorm(width)
         self.network = GraphNetwork(settings.graph, settings.layers, width, settings.heads, 1, settings.dropout)
 
-    def forward(self, K: Tensor, concepts: Tensor, sentences: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
-        """K (M, D), concepts (B, Mc) rows of it, sentences (B, S, D), edges and mask (B, Mc+S) -> (B, Mc+S, width)."""
+    def forward(self, K: Tensor, concepts: Tensor, sentences: Tensor, graph: Tensor) -> Tensor:
+        """K (M, D), concepts (B, Mc) rows of it, sentences (B, S, D), prepared edges -> (B, Mc+S, width)."""
         # A concept stands in many images: it is projected once.
         x = gather_texts(self.project(K), concepts, self.project(sentences))
-        out: Tensor = self.network(self.norm(x), edges, mask)
+        out: Tensor = self.network(self.norm(x), graph)
         return out
 
 
@@ -237,23 +256,74 @@ def text_edges(K: Tensor, concepts: Tensor, sentences: Tensor, mask: Tensor, nei
         return nearest_edges(gather_texts(K, concepts.clamp(min=0), sentences), mask, neighbours)
 
 
-@dataclass(frozen=True)
-class TextEdges(Part):
-    """The edges of G2, found once: a part that this method adds to its cache."""
+def text_graph(
+    settings: Settings, K: Tensor, concepts: Tensor, sentences: Tensor, sentence_mask: Tensor
+) -> Tensor:
+    """The edges of G2 as its layers need them."""
+    mask = text_mask(concepts, sentence_mask)
+    return prepare_edges(settings.graph, text_edges(K, concepts, sentences, mask, settings.neighbours), mask)
 
-    text_edges: Tensor  # (n V, Mc+S, Mc+S, 1) float16
+
+def node_graph(settings: Settings, adjacency: Tensor, mask: Tensor) -> Tensor:
+    """The edges of G1 as its layers need them, from adjacency (B, n, n, F) and mask (B, n)."""
+    edges = adjacency.clone()
+    # An image without an edge has no graph: its nodes are not linked by way of the whole image either.
+    linked = edges.flatten(1).any(1)[:, None, None].to(edges.dtype)
+    edges[:, 0, 1:] = edges[:, 1:, 0] = linked
+    if settings.rings == "node":  # linked to the whole image
+        edges, mask = F.pad(edges, (0, 0, 0, 1, 0, 1)), F.pad(mask, (0, 1), value=True)
+        edges[:, 0, -1] = edges[:, -1, 0] = linked[:, 0]
+    return prepare_edges(settings.graph, edges, mask)
+
+
+def heaviest(concept_idx: Tensor, concept_weight: Tensor, texts: int) -> tuple[Tensor, Tensor]:
+    """The `texts` heaviest of each node's concepts (..., k), and their weights, float32, which sum to 1."""
+    weight, place = concept_weight.float().topk(min(texts, concept_weight.shape[-1]), sorted=False)
+    return concept_idx.gather(-1, place), weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Ready(Part):
+    """What no update changes, found once: a part that this method adds to its cache. None where it is not read."""
+
+    node_graph: Tensor | None  # (n V, n, n[, F]) float16
+    text_graph: Tensor | None  # (n V, Mc+S, Mc+S[, F]) float16
+    text_idx: Tensor | None  # (n V, N+1, texts) int32, rows of the bank
+    text_weight: Tensor | None  # (n V, N+1, texts) float32
 
 
 @functools.lru_cache(maxsize=1)  # the seeds of a run share it
-def link_texts(cache: Cache, neighbours: int) -> Cache:
-    """The cache with the edges of G2: no update changes them, and to find them takes a sixteenth of an epoch."""
-    bank, shown, said = cache.part(Bank), cache.part(Labels).selected_concepts, cache.part(Descriptions)
-    edges = []
-    for rows in torch.arange(len(shown)).split(EVALUATION_BATCH):  # not by batches: vectors may lie on the disk
-        images, concepts = rows // cache.views, shown[rows].to(cache.device).long()
-        mask, sentences = text_mask(concepts, said.dm[images].to(cache.device)), said.d[images].to(cache.device)
-        edges.append(text_edges(bank.K, concepts, sentences.float(), mask, neighbours).half().to(shown.device))
-    return cache.with_part(TextEdges(torch.cat(edges)))
+def prepare(cache: Cache, settings_json: str) -> Cache:
+    """The cache as training reads it under these settings: with what no update changes, and without what that took."""
+    settings = Settings.model_validate_json(settings_json)
+    start, wanted = starting_point(cache, settings.start_l2, settings.with_probe), own_reads(settings)
+    told = cache if start.rival is None else start.rival.told(cache)
+    has_texts = has_graph(settings) and bool(settings.texts)
+    found: dict[str, list[Tensor]] = {"node_graph": [], "text_graph": [], "text_idx": [], "text_weight": []}
+    for rows in torch.arange(len(cache.split) * cache.views).split(EVALUATION_BATCH):
+        # Not by batches: vectors may lie on the disk.
+        images = rows // cache.views
+        if "edges" in wanted:
+            mask = cache.part(Nodes).mask[rows].to(cache.device)
+            if settings.nodes == "selected":
+                mask = selected_of(mask, cache.part(Labels).selected[rows].to(cache.device))
+            adjacency = cache.part(Edges).cut(images, rows)["adjacency"].to(cache.device)
+            found["node_graph"].append(node_graph(settings, adjacency, mask).half())
+        if has_second_graph(settings) and settings.graph != "mlp":
+            shown, said = cache.part(Labels).selected_concepts[rows].long(), cache.part(Descriptions)
+            texts = [each.to(cache.device) for each in (cache.part(Bank).K, shown, said.d[images], said.dm[images])]
+            found["text_graph"].append(text_graph(settings, texts[0], texts[1], texts[2].float(), texts[3]).half())
+        if has_texts:
+            labels = cache.part(Labels)
+            idx, weight = heaviest(labels.concept_idx[rows], labels.concept_weight[rows], settings.texts)
+            found["text_idx"].append(idx)
+            found["text_weight"].append(weight)
+    ready = Ready(**{name: torch.cat(chunks) if chunks else None for name, chunks in found.items()})
+    if cache.has(Labels):
+        labels = cache.part(Labels)
+        few = labels.concept_idx[..., :0], labels.concept_weight[..., :0]
+        told = told.with_part(replace(labels, concept_idx=few[0], concept_weight=few[1]))
+    return reduce(told, wanted - {"edges"}, own_also_reads(settings)).with_part(ready)
 
 
 class Gate(nn.Module):
@@ -311,16 +381,16 @@ class Relation(nn.Module):
 
 
 class ConceptStream(nn.Module):
-    """s times the mean cosine of g and a class's own concepts, standardised by training images; s starts at 1."""
+    """s times the mean cosine of g and a class's own concepts, standardised by training images."""
 
     anchors: Tensor
 
-    def __init__(self, anchors: Tensor, sample: Tensor) -> None:
-        """anchors (C, D), class_anchors; sample (n, D): global vectors of training images."""
+    def __init__(self, anchors: Tensor, sample: Tensor, scale: float) -> None:
+        """anchors (C, D), class_anchors; sample (n, D): global vectors of training images; s starts at `scale`."""
         super().__init__()
         self.register_buffer("anchors", anchors)
         self.standardise = Standardise(sample @ anchors.T)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, g: Tensor) -> Tensor:
         """g (B, D) -> (B, C)."""
@@ -335,15 +405,19 @@ class ConceptGraph(nn.Module):
     anchors: Tensor
 
     def __init__(self, cache: Cache, settings: Settings) -> None:
-        """Starts as the tuned linear probe. Raises UserError where labels lack the rings that settings ask for."""
+        """Starts as the tuned linear probe, or as `with_probe`.
+
+        Raises UserError where labels lack the rings that settings ask for.
+        """
         super().__init__()
-        start, weights = starting_point(cache, settings.start_l2), settings.loss_weights
+        start, weights = starting_point(cache, settings.start_l2, settings.with_probe), settings.loss_weights
         dimension, hidden, classes = start.probe.in_features, settings.hidden, len(cache.classes)
         self.settings, self.has_graph, self.has_second_graph = settings, has_graph(settings), has_second_graph(settings)
         self.epoch = 0  # training's; see train()
-        self.standardise_global, self.standardise_nodes = start.standardise_global, start.standardise_nodes
+        self.offset = None if start.rival is None else start.rival.offset()
+        self.standardise_global = start.standardise_global
         self.dropout = Dropout(settings.dropout)
-        train, wanted = cache.images("train"), reads(settings)
+        train, wanted = cache.images("train"), own_reads(settings)
         anchors = class_anchors(cache.part(Bank)) if "owners" in wanted else torch.zeros(classes, dimension)
         if "concepts" in wanted:
             self.register_buffer("K", cache.part(Bank).K)
@@ -373,19 +447,22 @@ class ConceptGraph(nn.Module):
                 case "relation":
                     streams[stream] = Relation(dimension, hidden, classes, settings.dropout)
                 case "concept":
-                    streams[stream] = ConceptStream(anchors, cache.globals(train))
+                    scale = 1.0 if self.offset is None else 0.0
+                    streams[stream] = ConceptStream(anchors, cache.globals(train), scale)
         self.streams = streams
 
     def build_graph(self, cache: Cache, anchors: Tensor) -> None:
         """The parts of G1 and of G2."""
         settings, dimension, hidden = self.settings, anchors.shape[1], self.settings.hidden
-        self.in_vector, self.norm_vector = nn.Linear(dimension, hidden), nn.LayerNorm(hidden)
+        tokens = settings.nodes == "tokens"
+        self.in_nodes = NodeInput(cache, settings.nodes, hidden)
         if settings.texts:
             self.in_text, self.norm_text = nn.Linear(dimension, hidden, bias=False), nn.LayerNorm(hidden)
-        self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, 2, settings.dropout)
-        train = cache.images("train")
-        sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
-        self.in_others = nn.ModuleList(Projection(other.nodes[sample.mask], hidden) for other in sample.also)
+        weights = 1 if tokens else 2  # of an edge
+        self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, weights, settings.dropout)
+        sample = training_sample(cache)
+        others = () if tokens else sample.also  # whose nodes are not at the places of tokens
+        self.in_others = nn.ModuleList(Projection(other.nodes[sample.mask], hidden) for other in others)
         self.attention = GatedAttention(hidden, hidden // 2)
         if settings.bottleneck:
             self.bottleneck = Bottleneck(hidden, settings.bottleneck)
@@ -423,52 +500,53 @@ class ConceptGraph(nn.Module):
         return self.K_narrow if torch.is_autocast_enabled(self.K.device.type) else self.K
 
     def node_text(self, batch: Batch) -> Tensor:
-        """c_n (B, N+1, D), a weighted mean of concepts; 0 for a node without any."""
-        nodes, k = batch.concept_weight.shape[:2], min(self.settings.texts, batch.concept_weight.shape[-1])
-        if not k:
-            return self.K.new_zeros(*nodes, self.K.shape[1])
-        weight, place = batch.concept_weight.float().topk(k, sorted=False)
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
-        concept = batch.concept_idx.gather(-1, place).flatten(0, 1)
-        K = self.texts()
-        mixed = F.embedding_bag(concept, K, per_sample_weights=weight.flatten(0, 1).to(K.dtype), mode="sum")
-        return mixed.unflatten(0, nodes)
+        """T c_n (B, N+1, h), c_n a weighted mean of concepts; 0 for a node without any."""
+        if batch.has("text_idx"):
+            concept, weight = batch.text_idx, batch.text_weight
+        else:
+            concept, weight = heaviest(batch.concept_idx, batch.concept_weight, self.settings.texts)
+        nodes = concept.shape[:2]
+        # A concept stands at many nodes: it is projected once, and what is gathered is narrow.
+        projected = self.in_text(self.texts()).float()
+        if not concept.shape[-1]:
+            return projected.new_zeros(*nodes, projected.shape[1])
+        flat = concept.flatten(0, 1), weight.flatten(0, 1)
+        return F.embedding_bag(flat[0], projected, per_sample_weights=flat[1], mode="sum").unflatten(0, nodes)
 
     def propagate(self, x: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         """The layers of G1 (B, N+1, h); the node of the rings is there only meanwhile."""
-        by_edges = self.settings.graph != "mlp"
-        edges = batch.adjacency.clone() if by_edges else torch.zeros(*mask.shape, mask.shape[1], 2, device=x.device)
-        # An image without an edge has no graph: its nodes are not linked by way of the whole image either.
-        linked = edges.flatten(1).any(1)[:, None, None].to(edges.dtype)
-        edges[:, 0, 1:] = edges[:, 1:, 0] = linked
-        if self.settings.rings == "node":
+        settings, nodes = self.settings, x.shape[1]
+        if settings.rings == "node":
             x = torch.cat([x, self.in_rings(self.standardise_rings(batch.ring_gains))[:, None].to(x.dtype)], dim=1)
-            edges, mask = F.pad(edges, (0, 0, 0, 1, 0, 1)), F.pad(mask, (0, 1), value=True)
-            edges[:, 0, -1] = edges[:, -1, 0] = linked[:, 0]
-        out: Tensor = self.network(x, edges, mask)
-        return out[:, : batch.mask.shape[1]]
+        if settings.graph == "mlp":
+            graph = mask
+        elif batch.has("node_graph"):
+            graph = batch.node_graph
+        elif settings.nodes == "tokens":
+            cells = F.pad(grid_edges(*batch.token_grid), (0, 0, 1, 0, 1, 0)).to(x.device)
+            graph = node_graph(settings, cells, mask[:1])
+        else:
+            graph = node_graph(settings, batch.adjacency, mask)
+        out: Tensor = self.network(x, graph)
+        return out[:, :nodes]
 
     def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The nodes of G2 (B, S, h/2) and their mask (B, S): the image's concepts, then its sentences."""
         concepts, K = batch.selected_concepts, self.texts()
         mask = text_mask(concepts, batch.dm)
-        if batch.has("text_edges"):
-            edges = batch.text_edges
+        if batch.has("text_graph"):
+            graph = batch.text_graph
         else:
-            edges = text_edges(self.K, concepts, batch.d, mask, self.settings.neighbours)
-        return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), edges, mask), mask
+            graph = text_graph(self.settings, self.K, concepts, batch.d, batch.dm)
+        return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), graph), mask
 
     def forward(self, batch: Batch) -> Output:
         losses: dict[str, Tensor] = {}
         g = batch.g.float()
         centred = self.dropout(self.standardise_global(g))
-        x = attention = patches = fused = None
-        mask = batch.mask
+        x = mask = attention = patches = fused = None
         if self.has_graph:
-            if self.settings.nodes == "selected":
-                mask = mask & batch.selected
-                mask[:, 0] = True
-            x, losses = self.read_nodes(batch, mask)
+            x, mask, losses = self.read_nodes(batch)
             attention = self.attention(x, mask)
             patches, fused = self.read_out(batch, x, attention)
 
@@ -485,33 +563,32 @@ class ConceptGraph(nn.Module):
                     by_stream[name] = stream(centred, patches)
                 case "concept":
                     by_stream[name] = stream(g)
-        logits = torch.stack([value.float() for value in by_stream.values()]).sum(0)
+        offset = [] if self.offset is None else [self.offset(batch)]
+        logits = torch.stack([*offset, *(value.float() for value in by_stream.values())]).sum(0)
         if self.training:
-            losses |= self.stream_losses(batch, by_stream)
-            if x is not None and patches is not None:
+            losses |= self.stream_losses(batch, by_stream, offset)
+            if x is not None and mask is not None and patches is not None:
                 losses |= self.graph_losses(batch, mask, x, patches, logits)
-        return Output(logits, losses, attention)
+        # Boxes are those of stored nodes: tokens have none to be scored at.
+        return Output(logits, losses, None if self.settings.nodes == "tokens" else attention)
 
-    def read_nodes(self, batch: Batch, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The nodes of G1 (B, N+1, h) behind its layers, and in training the loss of the bottleneck."""
+    def read_nodes(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The nodes of G1 (B, n, h) behind its layers, which of them count (B, n), and the loss of the bottleneck."""
         settings, losses = self.settings, {}
-        device = batch.nodes.device
-        nodes = batch.nodes.to(torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32)
-        # in_vector(standardise_nodes(nodes)), standardised in the weights and not in a copy of all nodes.
-        weight = self.in_vector.weight / self.standardise_nodes.scale
-        bias = self.in_vector.bias - (weight * self.standardise_nodes.mean).sum(-1)
-        x = self.norm_vector(F.linear(nodes, weight, bias))
+        if settings.interference:  # reads them too: to make them narrow takes a while
+            batch = batch.changed(nodes=in_precision(batch.nodes))
+        x, mask = self.in_nodes(batch)
         if settings.texts:
-            x = x + self.norm_text(self.in_text(self.node_text(batch)))
-        for project, other in zip(self.in_others, batch.also, strict=True):
+            x = x + self.norm_text(self.node_text(batch).to(x.dtype))
+        for project, other in zip(self.in_others, batch.also, strict=False):
             x = x + project(other.nodes)
         if settings.bottleneck:
             x, mean, log_variance = self.bottleneck(x)
             if self.training and settings.loss_weights.bottleneck:
                 losses["bottleneck"] = kl_from_normal(mean, log_variance, mask)
         if settings.interference:
-            x = x + self.interference(nodes)
-        return self.propagate(x, batch, mask), losses
+            x = x + self.interference(batch.nodes)
+        return self.propagate(x, batch, mask), mask, losses
 
     def read_out(self, batch: Batch, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
         """r_1 and r (B, h)."""
@@ -526,14 +603,18 @@ class ConceptGraph(nn.Module):
             return patches, self.fusion(patches, texts, text_mask)
         return patches, patches + pool(self.fusion(x, texts, text_mask), attention)
 
-    def stream_losses(self, batch: Batch, by_stream: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cross entropy of the global stream alone and of the graph's streams alone, where they have a weight."""
+    def stream_losses(self, batch: Batch, by_stream: dict[str, Tensor], offset: list[Tensor]) -> dict[str, Tensor]:
+        """Cross entropy of the global stream alone and of the graph's streams alone, where they have a weight.
+
+        `offset` holds z (B, C), or nothing: each stream is to learn what z leaves.
+        """
         weights, losses = self.settings.loss_weights, {}
         if weights.image and "global" in by_stream:
-            losses["image"] = F.cross_entropy(by_stream["global"].float(), batch.target)
+            said = torch.stack([*offset, by_stream["global"].float()]).sum(0)
+            losses["image"] = F.cross_entropy(said, batch.target)
         of_graph = [by_stream[name].float() for name in GRAPH_STREAMS if name in by_stream]
         if weights.graph and of_graph:
-            losses["graph"] = F.cross_entropy(torch.stack(of_graph).sum(0), batch.target)
+            losses["graph"] = F.cross_entropy(torch.stack([*offset, *of_graph]).sum(0), batch.target)
         return losses
 
     def graph_losses(
@@ -560,9 +641,8 @@ def pool(x: Tensor, attention: Tensor) -> Tensor:
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    if has_second_graph(settings):
-        cache = link_texts(cache, settings.neighbours)
-    # Before the seed is set: what it draws must not depend on whether it is remembered.
-    start, weights = starting_point(cache, settings.start_l2), settings.loss_weights.model_dump()
-    fitted = fit_epochs(lambda: ConceptGraph(cache, settings), cache, settings, seed, weights)
-    return replace(fitted, chosen={**fitted.chosen, "start_l2": start.l2})
+    # Before the seed is set: what these draw must not depend on whether they are remembered.
+    start = starting_point(cache, settings.start_l2, settings.with_probe)
+    told, weights = prepare(cache, settings.model_dump_json()), settings.loss_weights.model_dump()
+    fitted = fit_epochs(lambda: ConceptGraph(cache, settings), told, settings, seed, weights)
+    return replace(fitted, chosen={**fitted.chosen, **start.chosen})

@@ -1,3 +1,4 @@
+import itertools
 from typing import get_args
 
 import pytest
@@ -5,7 +6,17 @@ import torch
 from torch import Tensor
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
-from training.layers.graphs import GAT, GCN, SAGE, GraphNetwork, Kind, make_layer, nearest_edges
+from training.layers.graphs import (
+    GAT,
+    GCN,
+    SAGE,
+    GraphNetwork,
+    Kind,
+    grid_edges,
+    make_layer,
+    nearest_edges,
+    prepare_edges,
+)
 
 SIZES = [7, 1, 4, 9, 2]
 KINDS = get_args(Kind)
@@ -102,7 +113,7 @@ def test_padding_and_isolated_nodes_are_inert(kind: Kind) -> None:
     x, edges, mask = ragged_graphs(4, isolated=True)
     network = GraphNetwork(kind, 2, 16, 8, 2, 0.5).eval()
     wide = torch.nn.functional.pad(x, (0, 10))
-    said = network(wide, edges, mask)
+    said = network(wide, prepare_edges(kind, edges, mask))
     noisy = wide.clone()
     noisy[~mask] = 100.0
     noisy[:, 0] = 7.0  # linked to nobody
@@ -111,8 +122,9 @@ def test_padding_and_isolated_nodes_are_inert(kind: Kind) -> None:
     padded.transpose(1, 2)[~mask] = 1.0
     others = mask.clone()
     others[:, 0] = False
-    torch.testing.assert_close(network(noisy, padded, mask)[others], said[others], atol=1e-5, rtol=0)
-    assert torch.isfinite(network(noisy, padded, mask)).all()
+    again = network(noisy, prepare_edges(kind, padded, mask))
+    torch.testing.assert_close(again[others], said[others], atol=1e-5, rtol=0)
+    assert torch.isfinite(again).all()
 
 
 @pytest.mark.parametrize("kind", ["gcn", "gat", "sage"])
@@ -122,6 +134,23 @@ def test_an_edge_carries_something(kind: Kind) -> None:
     layer = make_layer(kind, 6, 16, 8, 2)
     alone = layer(x, layer.prepare(torch.zeros_like(edges), mask))
     assert not torch.allclose(layer(x, layer.prepare(edges, mask)), alone, atol=1e-2)
+
+
+def test_cells_of_a_grid_are_linked_where_they_touch() -> None:
+    edges = grid_edges(3, 4)[0, ..., 0]
+    for cell, other in itertools.product(range(12), range(12)):
+        apart = max(abs(cell // 4 - other // 4), abs(cell % 4 - other % 4))
+        assert edges[cell, other] == (apart == 1)
+    assert grid_edges(1, 1).shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_that_images_share_comes_once(kind: Kind) -> None:
+    torch.manual_seed(0)
+    x, edges, mask = torch.randn(5, 6, 16), grid_edges(2, 3), torch.ones(5, 6, dtype=torch.bool)
+    network = GraphNetwork(kind, 2, 16, 8, 1, 0.5).eval()
+    shared = network(x, prepare_edges(kind, edges, mask[:1]))
+    torch.testing.assert_close(shared, network(x, prepare_edges(kind, edges.expand(5, -1, -1, -1), mask)))
 
 
 def test_nearest_edges_of_three_vectors() -> None:

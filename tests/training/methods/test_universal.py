@@ -439,7 +439,7 @@ def test_12_it_looks_at_val_no_more_often_than_its_rivals(
         looks += torch.equal(y, labels)
         return assess(logits, y)
 
-    starting_point(cache, None)  # and is remembered
+    starting_point(cache, None, None)  # and is remembered
     for module in (logistic, loop, methods):
         monkeypatch.setattr(module, "assess", counted)
     module = load_method(method)

@@ -1,0 +1,73 @@
+"""What a head makes of an image's nodes first: the local vectors of the encoder, or its raw tokens."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.data import Batch, Cache
+from training.layers.blocks import Standardise
+
+# all; selected: the patches that label_patches selected; tokens: raw tokens, before the encoder's projection.
+NodeKind = Literal["all", "selected", "tokens"]
+SAMPLE, TOKEN_SAMPLE = 512, 64  # training images whose nodes, or tokens, say what is standard
+
+
+def training_sample(cache: Cache, images: int = SAMPLE) -> Batch:
+    """At most so many training images in view 0, evenly taken: to say what is standard among them."""
+    train = cache.images("train")
+    return cache.batch(train[:: math.ceil(len(train) / images)])
+
+
+class Projection(nn.Module):
+    """LN(V v + b), v standardised by training images."""
+
+    def __init__(self, sample: Tensor, width: int) -> None:
+        """sample (n, D): vectors of training images."""
+        super().__init__()
+        self.standardise = Standardise(sample)
+        self.linear, self.norm = nn.Linear(sample.shape[1], width), nn.LayerNorm(width)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """v (..., D) -> (..., width)."""
+        # Standardised in the weights and not in a copy of all vectors; narrow before the product, if it will be.
+        weight = self.linear.weight / self.standardise.scale
+        bias = self.linear.bias - (weight * self.standardise.mean).sum(-1)
+        out: Tensor = self.norm(F.linear(in_precision(v), weight, bias))
+        return out
+
+
+class NodeInput(nn.Module):
+    """LN(V v_n + b) of an image's nodes, node 0 the whole picture; tokens and the picture have a V each."""
+
+    def __init__(self, cache: Cache, kind: NodeKind, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "tokens":
+            self.local = Projection(training_sample(cache, TOKEN_SAMPLE).tokens.flatten(0, 1).float(), width)
+            self.whole = Projection(cache.globals(cache.images("train")), width)
+        else:
+            sample = training_sample(cache)
+            self.local = Projection(sample.nodes[sample.mask], width)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, n, width), and which nodes count (B, n) bool."""
+        if self.kind == "tokens":
+            x = torch.cat([self.whole(batch.g)[:, None], self.local(batch.tokens)], dim=1)
+            return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        mask = selected_of(batch.mask, batch.selected) if self.kind == "selected" else batch.mask
+        return self.local(batch.nodes), mask
+
+
+def selected_of(mask: Tensor, selected: Tensor) -> Tensor:
+    """(B, n) bool: of the nodes that exist the selected ones, and the whole picture."""
+    mask = mask & selected
+    mask[:, 0] = True
+    return mask
+
+
+def in_precision(v: Tensor) -> Tensor:
+    """v in the precision that products have here: bfloat16 under autocast, else float32."""
+    return v.to(torch.bfloat16 if torch.is_autocast_enabled(v.device.type) else torch.float32)
