@@ -177,9 +177,10 @@ def main() -> None:
         # A forward without values last: it changes what PyTorch knows of CUDA.
         for check, methods in ((compare, METHODS), (compare_far, ["concept_graph"]), (narrow, LOOPED)):
             for method in methods:
-                also = ["other"] if also_reads_of(method) else []
-                cache = lend(method, read_cache(folder, ENCODER, plan.buckets, ALL, also, also_reads_of(method)))
                 for knobs in VARIED.get(method, [{}, WHOLE[method]] if method in WHOLE else [{}]):
+                    beside = also_reads_of(method, load_method(method).Settings(**knobs))
+                    cache = read_cache(folder, ENCODER, plan.buckets, ALL, ["other"] if beside else [], beside)
+                    cache = lend(method, cache)
                     try:
                         check(method, knobs, cache)
                     except Exception as error:
