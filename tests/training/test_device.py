@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from fieldmark.command import UserError
@@ -132,3 +133,9 @@ def test_the_device_is_written_down_and_is_no_part_of_what_a_run_is(tmp_path: Pa
     assert marks[0] == marks[1]
     assert devices == ["cpu", choose_device("params.yaml", "auto").type]
     assert {value.device for value in load_file(folder / "model.safetensors").values()} == {CPU}
+
+
+def test_another_device_trains_nothing_anew() -> None:
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    counted = stages["train"]["do"]["params"]
+    assert not {"train", "train.device"} & set(counted)
