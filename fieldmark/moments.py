@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fieldmark import store
 
@@ -34,6 +35,8 @@ STEPS = 5
 SMALLEST_TRACE = 1e-12
 # Images whose moments are made at a time, always as many: in another shape the last bits of a product differ.
 CHUNK = 16
+# Numbers in 64 bytes: where no row is a multiple of it, the last bits of a product differ by where an image lies.
+LANES = 16
 
 
 class Basis(NamedTuple):
@@ -71,7 +74,8 @@ def pool(kind: str, tokens: Tensor, basis: Basis | None) -> Tensor:
 
 
 def isqrt(tokens: Tensor, basis: Basis | None) -> Tensor:
-    z = project(tokens, basis)
+    # mu falls out with the mean of z. Measured from the image's first token, copies of one token are exactly 0.
+    z = project(tokens - tokens[:, :1], basis)
     z = z - z.mean(dim=1, keepdim=True)
     covariance = z.transpose(1, 2) @ z
     trace = (covariance.diagonal(dim1=1, dim2=2).sum(dim=1) + SMALLEST_TRACE)[:, None, None]
@@ -81,13 +85,13 @@ def isqrt(tokens: Tensor, basis: Basis | None) -> Tensor:
     for _ in range(STEPS):
         step = torch.baddbmm(1.5 * identity, inverse, y, alpha=-0.5)
         y, inverse = y @ step, step @ inverse
-    return upper_triangle(y * trace.sqrt())
+    return upper_triangle(y * trace.sqrt(), side_of(tokens, basis))
 
 
 def bilinear(tokens: Tensor, basis: Basis | None) -> Tensor:
-    z = project(tokens, basis)
+    z = project(tokens if basis is None else tokens - basis.mean, basis)
     second = z.transpose(1, 2) @ z / z.shape[1]
-    return upper_triangle(second.sign() * second.abs().sqrt())
+    return upper_triangle(second.sign() * second.abs().sqrt(), side_of(tokens, basis))
 
 
 def mean(tokens: Tensor, basis: Basis | None) -> Tensor:
@@ -101,15 +105,23 @@ def largest(tokens: Tensor, basis: Basis | None) -> Tensor:
 POOLS = {"isqrt": isqrt, "bilinear": bilinear, "mean": mean, "max": largest}
 
 
+def side_of(tokens: Tensor, basis: Basis | None) -> int:
+    return tokens.shape[-1] if basis is None else basis.directions.shape[1]
+
+
 def project(tokens: Tensor, basis: Basis | None) -> Tensor:
-    return tokens if basis is None else (tokens - basis.mean) @ basis.directions
+    """Tokens (n, T, d) along the directions: (n, T, p), zeros behind up to a multiple of LANES."""
+    tokens = functional.pad(tokens, (0, -tokens.shape[-1] % LANES))
+    if basis is None:
+        return tokens
+    width, directions = basis.directions.shape
+    return tokens @ functional.pad(basis.directions, (0, -directions % LANES, 0, -width % LANES))
 
 
-def upper_triangle(matrices: Tensor) -> Tensor:
-    """Symmetric matrices (n, p, p) as vectors (n, p (p + 1) / 2), row by row, of the same products with each other."""
-    side = matrices.shape[1]
+def upper_triangle(matrices: Tensor, side: int) -> Tensor:
+    """Symmetric matrices (n, p, p), of which side x side count, as vectors of the same products with each other."""
     rows, columns = torch.triu_indices(side, side, device=matrices.device)
-    weights = torch.where(rows == columns, 1.0, 2**0.5).to(matrices.dtype)
+    weights = matrices.new_full((len(rows),), 2**0.5).masked_fill(rows == columns, 1)
     return matrices[:, rows, columns] * weights
 
 
