@@ -252,7 +252,7 @@ def hashes_of(folder: Path, files: Sequence[Path], signatures: Sequence[Signatur
 def known_sums(folder: Path) -> dict[str, Any]:
     """By path, the signature and the sha256 of files that were hashed before."""
     try:
-        found: dict[str, Any] = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-        return found
+        found = json.loads((folder / SUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
