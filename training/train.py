@@ -13,7 +13,7 @@ Costs   processor time only: none to speak of for the zero-shot methods; an epoc
         what the system keeps of the disk.
 
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
-stands for all seeds. One half of val chooses (training/data/halves.py); the other, `val` in what is written, and test
+stands for all seeds. One half of val chooses (fieldmark/halves.py); the other, `val` in what is written, and test
 are only read out: fit is told no label of them. `train.regime` limits what fit
 sees (training/regimes.py), `train.control` takes something away before (training/controls/); both are drawn once, by
 train.seed, and the splits of what is written stay those of the index. Many draws are a study (evaluation/study.py). On

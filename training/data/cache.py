@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fieldmark.command import UserError
+from fieldmark.halves import halve
 from fieldmark.store import Header, read_folder_header, read_header, read_table
-from training.data.halves import halve
 from training.data.moments import NamedVectors
 from training.data.nodes import Globals, Nodes
 from training.data.part import P, Part, Parts, kind_of, part_kinds
@@ -205,9 +205,9 @@ def read_cache(
 ) -> Cache:
     """Read the parts `reads` of what the stages wrote for an encoder into `folder` (data/), and `also_reads` of others.
 
-    The images that the index has in val are `choose` or `val` (halves.py). Raises UserError, naming the file and the
-    stage to run: a file missing or broken, an image without rows, a val that has no two halves, files that were made
-    from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
+    The images that the index has in val are `choose` or `val` (fieldmark/halves.py). Raises UserError, naming the file
+    and the stage to run: a file missing or broken, an image without rows, a val that has no two halves, files that were
+    made from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
     """
     folder, reads, also_reads = Path(folder), frozenset(reads), frozenset(also_reads)
     fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
