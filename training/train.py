@@ -9,8 +9,9 @@ Writes  data/runs/RUN/: metrics.json (accuracies by split, the mean over seeds),
         Where the method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others
         are empty.
 Costs   time of the processor, or of the GPU that train.device gives: none to speak of for the zero-shot methods; an
-        epoch's seconds stand in timing.json. Memory holds the vectors that the method reads as float16, one bucket of
-        data/embed/E/images beside them, and a batch.
+        epoch's seconds stand in timing.json. What was read from Parquet is kept as arrays in .cache/arrays
+        (training/data/arrays.py), at most 32 GB of them, and mapped from there the next time: memory holds a batch, the
+        first time one bucket of each table beside it, and what the system keeps of the disk.
 
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
 stands for all seeds. One half of val chooses (fieldmark/halves.py); the other, `val` in what is written, and test

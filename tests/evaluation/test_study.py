@@ -914,7 +914,7 @@ def test_a_study_reads_what_its_methods_declare_and_no_more(project: Path) -> No
     read = {path for cell in cells(plan, 0) for path in plan.reading(cell).files}
     assert read == {"index/images.parquet", "index/classes.parquet", "embed/tiny/images"}
     assert run_study(plan, cells(plan, 0), 1) == 0
-    with pytest.raises(UserError, match=r"labels/tiny/b000\.parquet: is missing"):
+    with pytest.raises(UserError, match=r"labels/tiny: is missing; run label_patches"):
         ran(project, methods=[*probes, "concept_graph"], variants=variants)
 
 

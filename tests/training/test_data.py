@@ -25,7 +25,7 @@ from fieldmark.store import (
     write_table,
 )
 from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other, write_tokens
-from training.data import Cache, part_kinds, read_cache
+from training.data import Cache, arrays, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.moments import Moments
@@ -92,6 +92,10 @@ def test_every_value_arrives_where_the_files_have_it(folder: Path) -> None:
     assert torch.equal(batch.adjacency, batch.adjacency.transpose(1, 2))
 
 
+def without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "arrays_folder", lambda: Path(__file__))
+
+
 def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, images = read_cache(folder, ENCODER, PLAN.buckets, ALL), torch.arange(20)
     files = sorted(folder.rglob("*"))
@@ -103,7 +107,8 @@ def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monk
 
     np_memmap = np.memmap
     monkeypatch.setattr(np, "memmap", memmap)
-    monkeypatch.setattr("training.data.rows.MEMORY_SHARE", 0.0)
+    without_arrays(monkeypatch)
+    monkeypatch.setattr(arrays, "MEMORY_SHARE", 0.0)
     streamed = read_cache(folder, ENCODER, PLAN.buckets, ALL)
     on_disk = {array.ctypes.data for array in made}
     for part in (streamed.part(Nodes), streamed.part(Moments)):
@@ -388,7 +393,8 @@ def test_tokens_of_the_deepest_layer_arrive_where_the_files_have_them(
     rows = read_buckets(copy / f"embed/{ENCODER}/tokens", "embed.tokens/1", 3).to_pylist()
     stored = {(row["image_id"], row["view"], row["layer"]): row for row in rows}
     caches = [read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"})]
-    monkeypatch.setattr("training.data.rows.MEMORY_SHARE", 0.0)
+    without_arrays(monkeypatch)
+    monkeypatch.setattr(arrays, "MEMORY_SHARE", 0.0)
     caches.append(read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"}))  # they stay on the disk
     order = torch.tensor([4, 1, 12])
     caches.append(caches[1].take(order))

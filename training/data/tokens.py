@@ -5,6 +5,7 @@ Where cells are more than memory holds they stay on the disk, and so they do whe
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from fieldmark.command import UserError
 from fieldmark.store import bucket_path, iterate_groups, read_buckets
+from training.data.arrays import Arrays, Zeros
 from training.data.part import Part
-from training.data.rows import EncoderFiles, column, flat, make_room
+from training.data.rows import EncoderFiles, column, flat
 
 SCHEMA = "embed.tokens/1"
 # What to write in params.yaml so that embed_tokens stores a column.
@@ -50,7 +52,7 @@ class Tokens(Part):
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        cells, grid = read_column(source, "vectors")
+        cells, grid = kept_column(source, "vectors")
         cells = cells.reshape(len(cells), grid[0] * grid[1], -1)
         return cls(torch.from_numpy(cells), torch.arange(len(cells)), grid)
 
@@ -75,7 +77,7 @@ class Cls(Part):
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        return cls(torch.from_numpy(read_column(source, "cls")[0]))
+        return cls(torch.from_numpy(kept_column(source, "cls")[0]))
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,21 @@ class Rollout(Part):
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        values, (height, width) = read_column(source, "rollout")
+        values, (height, width) = kept_column(source, "rollout")
         return cls(torch.from_numpy(values.reshape(len(values), -1, height * width)))
 
 
-def read_column(source: EncoderFiles, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+def kept_column(source: EncoderFiles, name: str) -> tuple[np.ndarray, tuple[int, int]]:
     """(n V, numbers) float16 of the deepest layer that has this column, and the layer's grid (h, w)."""
-    folder, rows = source.folder / f"embed/{source.encoder}/tokens", source.rows
+    folder = source.folder / f"embed/{source.encoder}/tokens"
+    kept = source.keep(name, [folder], partial(read_column, source, folder, name))
+    height, width = kept["grid"].tolist()
+    return kept["values"], (height, width)
+
+
+def read_column(source: EncoderFiles, folder: Path, name: str, zeros: Zeros) -> Arrays:
+    """`values` and `grid` of kept_column: one row group at a time beside them in memory."""
+    rows = source.rows
     layer = deepest_layer(folder, source, name)
     wanted = (pc.field("layer") == layer.number) & pc.field(name).is_valid()
     values: np.ndarray | None = None
@@ -110,7 +120,7 @@ def read_column(source: EncoderFiles, name: str) -> tuple[np.ndarray, tuple[int,
             table, row = rows.place(group.filter(wanted), path)
             numbers, lengths = flat(table[name])
             if values is None and len(row):
-                values = make_room((rows.count, int(lengths[0])), folder)
+                values = zeros((rows.count, int(lengths[0])))
             if values is None:
                 continue
             if (lengths != values.shape[1]).any():
@@ -119,7 +129,7 @@ def read_column(source: EncoderFiles, name: str) -> tuple[np.ndarray, tuple[int,
             present[row] = True
     rows.require(present, folder, "embed_tokens")
     assert values is not None
-    return values, layer.grid
+    return {"values": values, "grid": np.array(layer.grid)}
 
 
 def deepest_layer(folder: Path, source: EncoderFiles, name: str) -> Layer:
