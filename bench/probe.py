@@ -4,11 +4,11 @@ Ridge: its fit with the whole grid of penalties, vectors read from a cache in me
 by 9,536 dimensions (pooled and isqrt of an EfficientNet), which are more dimensions than rows. The bar is 30 s on two
 cores; processor seconds stand beside, for a machine that has other work.
 
---streamed N: the same fit of N images by 8,256 dimensions (isqrt of 128 directions) and 200 classes, which are drawn
+--streamed N: that alone, for N images by 8,256 dimensions (isqrt of 128 directions) and 200 classes, which are drawn
 as they are read, so that the cache takes no memory, and the peak of the process. N over 8,257 makes it read the rows in
 chunks; then the peak no longer grows with N, but for a few numbers an image. It takes minutes.
 
-Then, where make repro has been: linear_probe beside scikit-learn on the same Parquet, C chosen on one half of val.
+Without it, and where make repro has been: linear_probe beside scikit-learn on the same Parquet, C chosen on one half of val.
 Reads data/embed/ENCODER/images, data/index/images.parquet and data/runs/linear_probe/ with pyarrow alone: global nodes
 of view 0, each dimension standardised by the training images; the halves of val are the run's. The two should be within
 half a point of each other on test; they differ in how they scale and in the grid of strengths.
@@ -21,11 +21,10 @@ import json
 import platform
 import resource
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any, ClassVar, cast
+from typing import cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -62,16 +61,13 @@ def read_globals(encoder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Drawn(Part):
-    """Random vectors of `dimension` that are drawn when they are read, the same each time for the same first row."""
-
-    provides: ClassVar[frozenset[str]] = frozenset({"drawn"})
-    features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {"drawn": lambda batch: (batch.drawn,)}
+    """Random vectors in the place of isqrt, drawn when they are read: for the same first row the same each time."""
 
     dimension: int
 
     def cut(self, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(int(rows[0]) if len(rows) else 0)
-        return {"drawn": torch.randn(len(rows), self.dimension, generator=generator)}
+        return {"moments/isqrt": torch.randn(len(rows), self.dimension, generator=generator)}
 
 
 def cache_of(part: Part, images: int, classes: int) -> Cache:
@@ -109,11 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streamed", type=int, metavar="N", help="images of the fit that holds none of them")
     arguments = parser.parse_args()
+    if arguments.streamed is not None:
+        time_ridge(cache_of(Drawn(LONG["isqrt"]), arguments.streamed, 200), ["isqrt"])
+        return
     generator = torch.Generator().manual_seed(0)
     vectors = {name: torch.randn(3000, size, generator=generator).half() for name, size in LONG.items()}
     time_ridge(cache_of(Moments(NamedVectors(vectors)), 3000, 100), list(LONG))
-    if arguments.streamed is not None:
-        time_ridge(cache_of(Drawn(8256), arguments.streamed, 200), ["drawn"])
     if METRICS.is_file():
         beside_scikit_learn()
     else:

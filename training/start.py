@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import nn
@@ -33,7 +33,8 @@ def starting_point(cache: Cache, l2: float | None = None) -> StartingPoint:
     train = cache.images("train")
     if l2 is None and not len(cache.images("val")):
         l2 = L2_WITHOUT_VAL
-    fitted = linear_probe.fit(cache, linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2]), 0)
+    settings = linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2])
+    fitted = linear_probe.fit(replace(cache, also=()), settings, 0)  # of this encoder's vector alone
     probe = cast(linear_probe.Probe, fitted.model)
     sample = cache.batch(train[:: math.ceil(len(train) / EVALUATION_BATCH)])
     nodes = Standardise(sample.nodes[sample.mask])
