@@ -1,7 +1,7 @@
 """Where a method with a global stream starts: at the tuned linear probe itself, its rival, or beside another one."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import nn
@@ -35,7 +35,8 @@ def starting_point(cache: Cache, l2: float | None = None, with_probe: WithProbe 
         return StartingPoint(Standardise(vectors), silent(vectors.shape[1], len(cache.classes)), rival.chosen, rival)
     if l2 is None and not len(cache.images("val")):
         l2 = L2_WITHOUT_VAL
-    fitted = linear_probe.fit(cache, linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2]), 0)
+    settings = linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2])
+    fitted = linear_probe.fit(replace(cache, also=()), settings, 0)  # the global stream is of the run's own encoder
     probe = cast(linear_probe.Probe, fitted.model)
     # Of one block of features, the global vector, the weight is 1.
     of_global, linear = cast(Standardise, probe.features.standardise[0]), cast(nn.Linear, probe.layer)
