@@ -36,7 +36,7 @@ def starting_point(cache: Cache, l2: float | None = None, with_probe: WithProbe 
     if l2 is None and not len(cache.images("val")):
         l2 = L2_WITHOUT_VAL
     settings = linear_probe.Settings() if l2 is None else linear_probe.Settings(l2=[l2])
-    fitted = linear_probe.fit(replace(cache, also=()), settings, 0)  # of this encoder's vector alone
+    fitted = linear_probe.fit(replace(cache, also=()), settings, 0)  # the global stream is of the run's own encoder
     probe = cast(linear_probe.Probe, fitted.model)
     # Of one block of features, the global vector, the weight is 1.
     of_global, linear = cast(Standardise, probe.features.standardise[0]), cast(nn.Linear, probe.layer)

@@ -27,6 +27,7 @@ from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
+from training.data.tokens import Tokens
 from training.knobs import say_knobs
 from training.layers import logistic
 from training.layers.logistic import assess
@@ -60,6 +61,11 @@ WHOLE: dict[str, dict[str, Any]] = {
         "loss_weights": {"contrast": 0.1, "bottleneck": 0.1, "recovery": 0.1, "rings": 0.1},
     },
     "description_zero_shot": {"class_names": True},
+}
+# Settings under which it reads what it cannot read under those.
+OTHERWISE: dict[str, list[dict[str, Any]]] = {
+    method: [{"with_probe": {"method": "ridge", "settings": {"features": ["pooled"]}}}, {"nodes": "tokens", **knobs}]
+    for method, knobs in {"attention_pool": {}, "concept_graph": {"texts": 0}}.items()
 }
 
 
@@ -349,6 +355,8 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
     by_row: dict[str, type[Part]] = {
         "labels": Labels, "boxes": Boxes, "descriptions": Descriptions, "moments": Moments,
     }  # fmt: skip
+    if cache.has(Tokens):
+        by_row["tokens"] = Tokens
     for name in by_row.keys() & parts:
         rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(1)
         cache = cache.with_part(cache.part(by_row[name]).take(rows, rows))
@@ -361,8 +369,10 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
 
 @pytest.fixture(scope="module")
 def whole(planted: Planted) -> Cache:
-    """Every part, the global vectors by themselves too."""
+    """Every part that a method reads, the global vectors by themselves too."""
     cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, ragged=False))
+    cells = torch.randn(len(cache.paths), 6, 10, generator=torch.Generator().manual_seed(0)).half()
+    cache = cache.with_part(Tokens(cells, torch.arange(len(cells)), (2, 3)))
     return cache.with_part(Globals(cache.part(Nodes).nodes[:, 0].clone()))
 
 
@@ -383,10 +393,12 @@ def test_what_it_does_not_declare_to_read_cannot_change_it(whole: Cache, method:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_it_declares_to_read_changes_it(whole: Cache, method: str) -> None:
     """So that a declaration without one of them would not pass the test above."""
-    knobs = WHOLE.get(method, {})
-    before = predicted(method, whole, knobs)
+    every = [WHOLE.get(method, {}), *OTHERWISE.get(method, [])]
+    before = [predicted(method, whole, knobs) for knobs in every]
     for part in load_method(method).READS:
-        assert not torch.equal(predicted(method, change(whole, frozenset({part})), knobs), before), part
+        changed = change(whole, frozenset({part}))
+        after = [predicted(method, changed, knobs) for knobs in every]
+        assert not all(map(torch.equal, before, after)), part
 
 
 @pytest.mark.parametrize("method", METHODS)
