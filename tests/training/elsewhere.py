@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from fieldmark.params import Block
-from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_other
+from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other
 from tests.training.methods.test_universal import LOOPED, METHODS, WHOLE, lend
 from training.data import Cache, read_cache
 from training.data.nodes import Nodes
@@ -38,12 +38,15 @@ MIXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_pu
 
 ROOT = Path(__file__).parents[2]
 # Settings that have parts of their own beside those of WHOLE.
+WITH_PROBE = {"with_probe": {"method": "ridge", "settings": {"features": ["pooled", "isqrt"]}}}
 VARIED: dict[str, list[dict[str, Any]]] = {
+    "attention_pool": [{}, WITH_PROBE, {"nodes": "tokens"}],
     "concept_graph": [
         WHOLE["concept_graph"],
         {"graph": "gat", "streams": ["global", "fused"], "description": "gate", "rings": "readout"},
         {"graph": "sage", "texts": 0},
-    ]
+        {"nodes": "tokens", "texts": 0, **WITH_PROBE},
+    ],
 }
 
 
@@ -174,6 +177,8 @@ def main() -> None:
         plan = Plan(views=2, rings=3, sentences=4, train=8, val=4, test=2)
         write_cache(Path(folder), plan)
         write_other(Path(folder), "other", 24)
+        for name in ("pooled", "isqrt"):
+            write_moments(Path(folder), "other", name, 24)
         # A forward without values last: it changes what PyTorch knows of CUDA.
         for check, methods in ((compare, METHODS), (compare_far, ["concept_graph"]), (narrow, LOOPED)):
             for method in methods:

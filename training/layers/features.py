@@ -70,7 +70,7 @@ class Features(nn.Module):
         self.size = sum(sizes)  # F
         self.chunk = max(1, min(CHUNK, ROOM // self.size))
         self.weights = [math.sqrt(self.size / len(sizes) / size) for size in sizes]
-        sums = [Sums(size, train.device) for size in sizes]
+        sums = [Sums(size, cache.device) for size in sizes]
         for view in range(cache.views):
             for images in train.split(self.chunk):
                 for total, block in zip(sums, self.blocks(view_of(cache, images, view)), strict=True):
