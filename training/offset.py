@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fieldmark.params import Block
 from fieldmark.store import sha256
 from training.data import Batch, Cache, Part
+from training.data.nodes import Globals
 from training.folds import HELD_OUT, settle
 from training.layers.logistic import as_probabilities
 from training.loop import EVALUATION_BATCH
@@ -91,6 +92,8 @@ def probe_also_reads(with_probe: WithProbe | None) -> frozenset[str]:
 
 def reduce(cache: Cache, reads: frozenset[str], also_reads: frozenset[str]) -> Cache:
     """The cache without what the probe alone reads: no step of training looks at it."""
+    if "globals" in reads and not cache.has(Globals):
+        reads |= {"nodes"}  # node 0 is the global vector
     return replace(cache.only(reads), also=tuple(parts.only(also_reads) for parts in cache.also))
 
 
