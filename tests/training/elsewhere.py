@@ -187,7 +187,8 @@ def main() -> None:
                     if check is narrow and "with_probe" in knobs:  # its training batches hold an offset
                         continue
                     beside = also_reads_of(method, load_method(method).Settings(**knobs))
-                    cache = read_cache(folder, ENCODER, plan.buckets, ALL | {"tokens"}, ["other"] if beside else [], beside)
+                    reads, also = ALL | {"tokens"}, ["other"] if beside else []
+                    cache = read_cache(folder, ENCODER, plan.buckets, reads, also, beside)
                     cache = lend(method, cache)
                     try:
                         check(method, knobs, cache)
