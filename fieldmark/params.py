@@ -135,6 +135,7 @@ class Encoder(Block):
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: Count = 32
+    image_size: Annotated[int, Field(ge=16)] | None = None
 
 
 class Tower(Block):
