@@ -23,6 +23,8 @@ def make_small(params: Any) -> None:
     params["demo"]["reef"].update(train_per_class=8, test_per_class=3)
     params["dataset"]["buckets"] = 4
     params["train"]["seeds"] = 1
+    # The demo stores none.
+    params["tokens"] = {"reef": {"layers": [-1]}}
     for method in ("attention_pool", "concept_graph"):
         params["train"]["runs"][method]["settings"] = {"epochs": 3}
 
@@ -41,6 +43,14 @@ def refitted(folder: Path, **environment: str) -> set[str]:
     """The runs that `dvc repro` makes anew."""
     said = command("dvc", "repro", cwd=folder, **environment).stdout
     return set(re.findall(r"Running stage 'train@([\w-]+)'", said))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """What the encoders made of images: nodes, tokens, moments, and what goes with them."""
+    found = (folder / "data/embed").glob("*/*/**/*")
+    files = [path for path in found if path.is_file()] + [*folder.glob("data/embed/*/projection.safetensors")]
+    assert {path.parent.name for path in files} >= {"images", "tokens", "pooled", "isqrt"}
+    return files
 
 
 def test_repro_goes_from_nothing_to_a_report(made: Path) -> None:
@@ -121,7 +131,7 @@ def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path
     def run() -> tuple[int, set[str], dict[str, bytes], dict[str, tuple[int, bytes]]]:
         before = len(server.calls)
         made_anew = refitted(folder, OPENAI_API_KEY="sk-test-key-123")
-        files = [*folder.glob("data/embed/*/images/*"), *folder.glob("data/graphs/*/*")]
+        files = [*image_files(folder), *folder.glob("data/graphs/*/*")]
         files += [file for name in set(RUNS) - OF_TEXT for file in (folder / "data/runs" / name).iterdir()]
         untouched = {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
         made_of_text = {path: (folder / path).read_bytes() for path in (
@@ -153,8 +163,9 @@ def test_one_image_more_is_one_image_embedded_and_one_bucket_changed(made: Path,
     edit_params(folder, lambda params: params.update(demo={}))
 
     def run() -> tuple[str, dict[str, bytes]]:
-        done = command("dvc", "repro", "build_graphs@reef", cwd=folder)
-        files = sorted([*folder.glob("data/embed/*/images/*"), *folder.glob("data/graphs/*/*")])
+        stages = [f"{stage}@reef" for stage in ("build_graphs", "embed_tokens", "pool_tokens")]
+        done = command("dvc", "repro", *stages, cwd=folder)
+        files = sorted([*image_files(folder), *folder.glob("data/graphs/*/*")])
         return done.stdout, {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
     _, before = run()
@@ -162,10 +173,11 @@ def test_one_image_more_is_one_image_embedded_and_one_bucket_changed(made: Path,
     extra = source.with_name("extra.jpg")
     extra.write_bytes(source.read_bytes() + b"\0")
     said, after = run()
-    assert "1 images embedded" in said
+    folders = [f"data/embed/reef/{name}" for name in ("images", "moments/isqrt", "moments/pooled", "tokens")]
+    assert all(f"{each}: 1 images embedded" in said for each in folders)
     assert "1 images linked anew" in said
     changed = [path for path in before if before[path] != after[path]]
-    assert [Path(path).parts[1] for path in changed] == ["embed", "graphs"]
+    assert [str(Path(path).parent) for path in changed] == [*folders, "data/graphs/reef"]
     assert len({Path(path).name for path in changed}) == 1
     extra.unlink()
     said, restored = run()

@@ -56,6 +56,7 @@ def lend_environment(folder: Path) -> None:
 def make_small(params: Any) -> None:
     params["demo"]["reef"].update(train_per_class=6, test_per_class=2)
     params["dataset"]["buckets"] = BUCKETS
+    params["tokens"] = {"reef": {"layers": [-1]}}
     runs = {name: params["train"]["runs"][name] for name in ("zero_shot", "concept_graph")}
     runs["concept_graph"]["settings"] = {"epochs": 3, "weight_decay": [0.01]}
     params["train"].update(seeds=1, runs=runs)
@@ -124,6 +125,19 @@ def test_share_names_what_to_commit_and_the_folder_of_this_machine(first: Path, 
     pushed = {f"{path.parent.name}{path.name}" for path in (remote / "files/md5").glob("??/*")}
     assert pushed == set(cached(first))
     assert "Everything is up to date." in shell("make share", first)
+
+
+def test_moments_come_without_tokens(first: Path, second: Second, tmp_path: Path) -> None:
+    """In a copy of the second machine: another test says what that one holds."""
+    folder = tmp_path / "copy"
+    shutil.copytree(second.folder, folder, symlinks=True)
+    command("dvc", "pull", "data/embed/reef/moments", "data/embed/reef/projection.safetensors", cwd=folder)
+    brought = {name: digest for name, digest in data_files(folder).items() if name not in data_files(second.folder)}
+    made = data_files(first)
+    names = [f"moments/{name}/b{bucket:03d}.parquet" for name in ("isqrt", "pooled") for bucket in range(BUCKETS)]
+    names += ["moments/isqrt/basis.safetensors", "projection.safetensors"]
+    assert brought == {f"data/embed/reef/{name}": made[f"data/embed/reef/{name}"] for name in names}
+    assert any("/tokens/" in name for name in made)
 
 
 def test_pull_brings_what_the_trainer_reads_and_nothing_else(first: Path, second: Second) -> None:

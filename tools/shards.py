@@ -49,7 +49,8 @@ def shards_of(encoder: str) -> list[Path]:
     """What lies on disk for an encoder: folders of buckets and single files, in the order they are made."""
     embed = DATA / "embed" / encoder
     places = [
-        *sorted(embed.iterdir() if embed.is_dir() else []),
+        *sorted(path for path in embed.glob("*") if path.name != "moments"),
+        *sorted(embed.glob("moments/*")),
         DATA / "bank" / f"{encoder}.parquet",
         DATA / "labels" / encoder,
         DATA / "graphs" / encoder,

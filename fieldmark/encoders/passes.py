@@ -324,9 +324,9 @@ def forward_sources(
 
 
 class SharedBucket(NamedTuple):
-    """A bucket of one or more of several folders: of each that changes the product and what it keeps."""
+    """A bucket of several folders, those of them in which it changes."""
 
-    changed: dict[int, store.Kept]  # by the place of the product
+    changed: dict[int, store.Kept]  # what each keeps, by the place of its product
     missing: list[str]  # image_ids that one of them lacks, sorted
 
 
@@ -343,9 +343,12 @@ def share_work(works: Sequence[Work]) -> dict[str, SharedBucket]:
 
 
 def merge_rows(
-    products: Sequence[Product], name: str, bucket: SharedBucket, made: Iterator[tuple[pa.Table, ...]]
+    products: Sequence[Product], name: str, bucket: SharedBucket, made: Iterator[dict[int, pa.Table]]
 ) -> Iterator[list[pa.Table]]:
-    """The rows of each image of a bucket, in order, a table for every folder that changes: kept ones and made ones."""
+    """The rows of each image of a bucket, in order, a table for every folder that changes: kept ones and made ones.
+
+    `made` gives the rows of each image that is missing, by the place of the product.
+    """
     present = {place: set(kept.present) for place, kept in bucket.changed.items()}
     old = {
         place: store.iterate_images(products[place].folder / name, products[place].schema, kept.present)
@@ -354,7 +357,7 @@ def merge_rows(
     }
     missing = set(bucket.missing)
     for image_id in sorted(missing.union(*present.values())):
-        new = next(made) if image_id in missing else ()
+        new = next(made) if image_id in missing else {}
         yield [next(old[place]) if image_id in present[place] else new[place] for place in bucket.changed]
 
 
@@ -377,18 +380,19 @@ def update(
     shared = share_work(works)
     by_id = {source.image_id: source for source in sources}
     missing = [by_id[image_id] for bucket in shared.values() for image_id in bucket.missing]
+    lacking = [place for place, work in enumerate(works) if work.missing]
     clock = Clock()
     encoder = products[0].encoder.name
     name = encoder if shard is None else f"{encoder} {shard[0]}/{shard[1]}"
     with tqdm(total=len(missing), desc=f"embed {name}", unit="img") as progress:
 
-        def count(images: Iterable[tuple[pa.Table, ...]]) -> Iterator[tuple[pa.Table, ...]]:
+        def count(images: Iterable[tuple[pa.Table, ...]]) -> Iterator[dict[int, pa.Table]]:
             for image in images:
                 progress.set_postfix_str(clock.shares(), refresh=False)
                 progress.update()
-                yield image
+                yield dict(zip(lacking, image, strict=True))
 
-        made = count(make(missing, products, clock))
+        made = count(make(missing, [products[place] for place in lacking], clock))
         for file, bucket in shared.items():
             targets = [
                 store.Target(each.folder / file, each.schema, each.columns, each.made_by, each.fingerprint)
@@ -410,23 +414,26 @@ def preview(
     products: Sequence[Product], sources: list[Source], buckets: int, devices: int = 1, make: Maker = forward_sources
 ) -> str:
     """What a run would do, for --dry-run. Rate and bytes are measured on a few images that are embedded now."""
-    product, works = products[0], [find_work(each, sources, buckets) for each in products]
-    lacking = {source.image_id: source for work in works for source in work.missing}
-    total, changed = len(lacking), len({path for work in works for path, _ in work.todo})
+    works = [find_work(each, sources, buckets) for each in products]
+    lacking = [each for each, work in zip(products, works, strict=True) if work.missing]
+    missing = {source.image_id: source for work in works for source in work.missing}
+    total, changed = len(missing), sum(len(work.todo) for work in works)
     lines = [f"{total} images to embed, {len(sources) - total} kept; {changed} buckets to write"]
     if total:
+        product = lacking[0]
         most = max(1, SAMPLE_BATCHES * product.encoder.batch_size // count_passes(product.embed))
-        sample = list(lacking.values())[:most]
+        sample = list(missing.values())[:most]
         # A first pass is slower than those that follow.
-        list(make(sample[:1], products, Clock()))
+        list(make(sample[:1], lacking, Clock()))
         started = perf_counter()
-        images = list(make(sample, products, Clock()))
+        images = list(make(sample, lacking, Clock()))
         rate = len(sample) / (perf_counter() - started)
         size = 0.0
-        for rows, work in zip(zip(*images, strict=True), works, strict=True):
+        counts = [len(work.missing) for work in works if work.missing]
+        for rows, count in zip(zip(*images, strict=True), counts, strict=True):
             file = io.BytesIO()
             store.write_parquet(rows, file, rows[0].schema)
-            size += file.tell() / len(sample) * len(work.missing) / 1e6
+            size += file.tell() / len(sample) * count / 1e6
         measured = f"{rate:.1f} images/s on {product.encoder.device}, measured with {len(sample)} of them"
         if devices > 1:
             measured += f", times {devices} devices"

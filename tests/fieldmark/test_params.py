@@ -70,6 +70,36 @@ def test_good_parameters_load(project: Path) -> None:
         params.encoder("reef")
 
 
+def test_what_a_moment_takes_where_nothing_is_said(project: Path) -> None:
+    content = changed("moments.conv", {"isqrt": {}, "pooled": {"kind": "pooled"}, "second": {"kind": "bilinear"}})
+    (project / "params.yaml").write_text(json.dumps(content))
+    found = load_params().moments["conv"]
+    assert (found["isqrt"].kind, found["isqrt"].chosen_layer, found["isqrt"].chosen_directions) == ("isqrt", -1, 128)
+    assert found["pooled"].chosen_directions is None
+    assert found["second"].chosen_directions is None
+
+
+@pytest.mark.parametrize(
+    ("moments", "words"),
+    [
+        ({"reef": {"pooled": {"kind": "pooled"}}}, ["moments.reef: is neither under", "choose one of: conv"]),
+        ({"conv": {}}, ["moments.conv: asks for no vector", "take it out"]),
+        ({"conv": {"Isqrt": {}}}, ["moments.conv.Isqrt: is used as a folder name"]),
+        ({"conv": {"nodes": {}}}, ["moments.conv.nodes: is what probes call a vector of nodes"]),
+        ({"conv": {"pooled": {"kind": "mean"}}}, ["moments.conv.pooled.kind: 'mean', under the name of the pooled"]),
+        ({"conv": {"p": {"kind": "pooled", "layer": -1}}}, ["moments.conv.p.layer: the pooled vector is of no layer"]),
+        ({"conv": {"p": {"kind": "pooled", "directions": 2}}}, ["moments.conv.p.directions: pooled is not measured"]),
+        ({"conv": {"m": {"kind": "max", "directions": 2}}}, ["moments.conv.m.directions: max is not measured along"]),
+        ({"conv": {"m": {"kind": "median"}}}, ["moments.conv.m.kind: input should be 'pooled', 'isqrt'"]),
+        ({"conv": {"m": {"layer": "last"}}}, ["moments.conv.m.layer: input should be a layer's number or head"]),
+        ({"conv": {"m": {"directions": 0}}}, ["moments.conv.m.directions: input should be greater than or equal to 1"]),
+        ({"conv": {"m": {"direction": 8}}}, ["moments.conv.m.direction: unknown key; did you mean `directions`?"]),
+    ],
+)  # fmt: skip
+def test_moments_that_cannot_be(moments: dict[str, Any], words: list[str], refuse: Callable[..., None]) -> None:
+    refuse(changed("moments", moments), *words)
+
+
 def test_a_tower_embeds_images_and_has_no_text(project: Path) -> None:
     content = changed("towers", {"dino": {"model": "vit_small_patch14_dinov2.lvd142m", "image_size": 224}})
     (project / "params.yaml").write_text(json.dumps(content))

@@ -1,5 +1,6 @@
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,39 @@ def test_one_row_group_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
         # One row at least is left for the last group.
         assert written < min(taken, 100) <= written + 10
     assert written + len(groups.rest()) == 100
+
+
+def test_long_vectors_come_in_smaller_row_groups() -> None:
+    for length, rows in ((2048, 4096), (8256, 1016), (10**6, 16)):
+        assert store.row_group_size(store.arrow_schema("embed.moments/1", length)) == rows
+    assert store.row_group_size(store.arrow_schema("embed.nodes/1", 512)) == 4096
+    assert store.row_group_size(store.arrow_schema("embed.tokens/1")) == 16
+
+
+def test_files_written_side_by_side_have_the_bytes_of_each_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "ROW_GROUP", 4)
+    tables = [description_rows([1] * 30), description_rows([2] * 30)]
+    for name, table in zip("ab", tables, strict=True):
+        store.write_table(table, tmp_path / f"{name}-alone", "descriptions/1", {"a": 1}, name)
+    targets = [
+        store.Target(tmp_path / name, "descriptions/1", table.schema, {"a": 1}, name)
+        for name, table in zip("ab", tables, strict=True)
+    ]
+    pieces = [(tables[0].slice(number, 1), tables[1].slice(2 * number, 2)) for number in range(30)]
+    store.write_side_by_side(pieces, targets)
+    for name in "ab":
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"{name}-alone").read_bytes()
+
+    def broken() -> Iterator[tuple[pa.Table, pa.Table]]:
+        yield pieces[0]
+        raise OSError("disk full")
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="disk full"):
+        store.write_side_by_side(broken(), targets)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_images_of_a_bucket_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,17 @@ def test_every_part_of_every_encoder_is_listed(made: None) -> None:
         assert (graphs.images, graphs.rows) == (12, 12)
 
 
+def test_each_folder_of_moments_is_a_line(made: None) -> None:
+    for name in ("isqrt", "pooled"):
+        write_nodes(Path(f"data/embed/conv/moments/{name}"), VECTORS)
+    Path("data/embed/conv/moments/isqrt/basis.safetensors").write_bytes(b"basis")
+    Path("data/embed/conv/projection.safetensors").touch()
+    listed = [part for path, part in parts().items() if "moments" in path]
+    assert [str(part.path) for part in listed] == [f"data/embed/conv/moments/{name}" for name in ("isqrt", "pooled")]
+    assert {part.state for part in listed} == {"complete"}
+    assert listed[0].size == listed[1].size + len(b"basis")
+
+
 def test_a_tower_is_listed_and_kept_as_an_encoder_is(
     made: None, set_params: Callable[..., Params], run_stage: RunStage
 ) -> None:
