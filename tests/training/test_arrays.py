@@ -16,7 +16,7 @@ import torch
 from tests.training.cache import ALL, ENCODER, Plan, tensors, write_cache, write_moments
 from training import hashes
 from training.data import arrays, read_cache
-from training.data.arrays import Arrays, Zeros, keep
+from training.data.arrays import Arrays, Zeros, keep, map_array
 from training.data.moments import Moments
 from training.data.nodes import Nodes
 
@@ -151,6 +151,17 @@ def refuse(*given: Any) -> Arrays:
 
 def source_file(data: Path) -> Path:
     return data / "index/images.parquet"
+
+
+def test_an_array_may_be_larger_than_memory(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    path, rows = tmp_path / "large.npy", int(1.5 * memory) // 2**20
+    np.lib.format.open_memmap(path, "w+", np.float16, (rows, 2**19))  # a hole: it takes no room on the disk
+    mapped = map_array(path)
+    mapped[-1, 5] = 3
+    assert mapped.shape == (rows, 2**19)
+    assert mapped[-1, 4:7].tolist() == [0, 3, 0]
+    assert map_array(path)[-1, 5] == 0
 
 
 def test_another_index_has_arrays_of_its_own(folder: Path, tmp_path: Path) -> None:

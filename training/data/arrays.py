@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -34,6 +35,9 @@ from training.hashes import Signature, hash_bytes, is_settled, signature_of
 LIMIT = 32 * 2**30  # bytes that all arrays take at most
 MEMORY_SHARE = 0.5  # of the machine's memory, for an array that is not kept
 ABANDONED_S = 24 * 3600  # a folder that nobody has finished for so long is what a killed process left
+# MAP_NORESERVE, which Python's mmap does not name: no memory is set aside for pages that are never written, so that an
+# array may be larger than memory.
+NO_RESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 CONTENTS = "arrays.json"  # names the arrays beside it
 SUMS = "sums.json"
 
@@ -193,9 +197,8 @@ def map_array(path: Path) -> np.ndarray:
         count, offset = math.prod(shape), file.tell()
         if not count:
             return np.zeros(shape, dtype)
-        # Nothing is set aside for pages that are never written: an array may be larger than memory.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        flags, protection = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
     return np.frombuffer(mapped, dtype, count, offset).reshape(shape)
 
 
