@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fieldmark.command import UserError
 from tests.training.cache import ALL, ENCODER, Plan, tensors, write_cache, write_moments
 from training import hashes
 from training.data import arrays, read_cache
@@ -244,6 +245,17 @@ def test_where_nothing_can_be_kept_runs_read_as_before_and_say_so_once(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().err.count("keeps no arrays") == 1
     assert not list(folder.glob("*/"))
+
+
+def test_what_fits_nowhere_is_one_line(folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "MEMORY_SHARE", 0.0)
+
+    def fail(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(UserError, match=r"fit neither into memory nor on this disk \(No space left.*FIELDMARK_CACHE"):
+        keep("bytes", [source], Reader(source))
 
 
 def test_the_least_recently_used_go_beyond_the_limit_and_none_in_use(
