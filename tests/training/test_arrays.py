@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from fieldmark.command import UserError
 from tests.training.cache import ALL, ENCODER, Plan, tensors, write_cache, write_moments
 from training import hashes
 from training.data import arrays, read_cache
-from training.data.arrays import Arrays, Zeros, keep
+from training.data.arrays import Arrays, Zeros, keep, map_array
 from training.data.moments import Moments
 from training.data.nodes import Nodes
 
@@ -153,6 +154,17 @@ def source_file(data: Path) -> Path:
     return data / "index/images.parquet"
 
 
+def test_an_array_may_be_larger_than_memory(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    path, rows = tmp_path / "large.npy", int(1.5 * memory) // 2**20
+    np.lib.format.open_memmap(path, "w+", np.float16, (rows, 2**19))  # a hole: it takes no room on the disk
+    mapped = map_array(path)
+    mapped[-1, 5] = 3
+    assert mapped.shape == (rows, 2**19)
+    assert mapped[-1, 4:7].tolist() == [0, 3, 0]
+    assert map_array(path)[-1, 5] == 0
+
+
 def test_another_index_has_arrays_of_its_own(folder: Path, tmp_path: Path) -> None:
     """The same vectors of other images, or in another order."""
     write_cache(tmp_path / "a", PLAN)
@@ -233,6 +245,17 @@ def test_where_nothing_can_be_kept_runs_read_as_before_and_say_so_once(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().err.count("keeps no arrays") == 1
     assert not list(folder.glob("*/"))
+
+
+def test_what_fits_nowhere_is_one_line(folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "MEMORY_SHARE", 0.0)
+
+    def fail(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(UserError, match=r"fit neither into memory nor on this disk \(No space left.*FIELDMARK_CACHE"):
+        keep("bytes", [source], Reader(source))
 
 
 def test_the_least_recently_used_go_beyond_the_limit_and_none_in_use(

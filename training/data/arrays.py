@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -23,17 +24,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from fieldmark.checkout import cache_folder
+from fieldmark.command import UserError
 from fieldmark.store import canonical_json, sha256, sync, write_text
 from training.hashes import Signature, hash_bytes, is_settled, signature_of
 
 LIMIT = 32 * 2**30  # bytes that all arrays take at most
 MEMORY_SHARE = 0.5  # of the machine's memory, for an array that is not kept
 ABANDONED_S = 24 * 3600  # a folder that nobody has finished for so long is what a killed process left
+# MAP_NORESERVE, which Python's mmap does not name: no memory is set aside for pages that are never written, so that an
+# array may be larger than memory.
+NO_RESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 CONTENTS = "arrays.json"  # names the arrays beside it
 SUMS = "sums.json"
 
@@ -113,13 +118,11 @@ class Shelf:
         return make_room(self.spare, shape, dtype)
 
     def open(self, path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """A new .npy file, mapped. Its room on the disk is there: a mapped page that finds none kills the process."""
-        needed = math.prod(shape) * np.dtype(dtype).itemsize
-        make_way(self.folder, needed)
+        """A new .npy file, mapped."""
+        make_way(self.folder, bytes_of(shape, dtype))
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        with open(path, "r+b") as file:
+            reserve(file, path.stat().st_size)
         return array
 
     def put(self, key: str, arrays: Arrays) -> Arrays:
@@ -193,19 +196,36 @@ def map_array(path: Path) -> np.ndarray:
         count, offset = math.prod(shape), file.tell()
         if not count:
             return np.zeros(shape, dtype)
-        # Nothing is set aside for pages that are never written: an array may be larger than memory.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        flags, protection = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
     return np.frombuffer(mapped, dtype, count, offset).reshape(shape)
 
 
 def make_room(folder: Path, shape: tuple[int, ...], dtype: Any = np.float16) -> np.ndarray:
-    """Zeros; what is more than MEMORY_SHARE of the machine's memory lies in a file in `folder`, gone with the array."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if math.prod(shape) * np.dtype(dtype).itemsize <= MEMORY_SHARE * memory:
+    """Zeros; what is more than MEMORY_SHARE of the machine's memory lies in a file in `folder`, gone with the array.
+
+    Raises UserError where the disk has no room for it.
+    """
+    memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), bytes_of(shape, dtype)
+    if needed <= MEMORY_SHARE * memory:
         return np.zeros(shape, dtype)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return np.memmap(file, dtype, "w+", shape=shape)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            reserve(file, needed)
+            return np.memmap(file, dtype, "w+", shape=shape)
+    except OSError as error:
+        problem = f"{needed / 1e9:.1f} GB of arrays fit neither into memory nor on this disk ({error.strerror})"
+        raise UserError(f"{folder}: {problem}; free some, or let FIELDMARK_CACHE name a folder with room") from None
+
+
+def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Take the room for a file on its disk: a page of a mapped one that finds none there kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def make_way(folder: Path, needed: int) -> None:
