@@ -8,10 +8,10 @@ cores; processor seconds stand beside, for a machine that has other work.
 as they are read, so that the cache takes no memory, and the peak of the process. N over 8,257 makes it read the rows in
 chunks; then the peak no longer grows with N, but for a few numbers an image. It takes minutes.
 
-Without it, and where make repro has been: linear_probe beside scikit-learn on the same Parquet, C chosen on one half of val.
-Reads data/embed/ENCODER/images, data/index/images.parquet and data/runs/linear_probe/ with pyarrow alone: global nodes
-of view 0, each dimension standardised by the training images; the halves of val are the run's. The two should be within
-half a point of each other on test; they differ in how they scale and in the grid of strengths.
+Without it, and where make repro has been: linear_probe beside scikit-learn on the same Parquet, C chosen on one half of
+val. Reads data/embed/ENCODER/images, data/index/images.parquet and data/runs/linear_probe/ with pyarrow alone: global
+nodes of view 0, each dimension standardised by the training images; the halves of val are the run's. The two should be
+within half a point of each other on test; they differ in how they scale and in the grid of strengths.
 
     python -m bench.probe [--streamed N]
 """
