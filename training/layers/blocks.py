@@ -4,6 +4,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Standardise(nn.Module):
@@ -117,5 +118,8 @@ class GatedAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (B, n, inputs), mask (B, n) with a true in every row -> (B, n) float32, sum 1, 0 where padded."""
-        score = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x))).squeeze(-1)
+        # One product for both, of which x has one gradient.
+        weight = torch.cat([self.value.weight, self.gate.weight])
+        value, gate = F.linear(x, weight, torch.cat([self.value.bias, self.gate.bias])).chunk(2, dim=-1)
+        score = self.score(torch.tanh(value) * torch.sigmoid(gate)).squeeze(-1)
         return score.float().masked_fill(~mask, float("-inf")).softmax(-1)

@@ -12,11 +12,6 @@ TEMPERATURE = 0.1
 HARDEST = 32
 
 
-def class_shares(target: Tensor, classes: int) -> Tensor:
-    """(B, C) float32 from classes (B,) or probabilities (B, C)."""
-    return F.one_hot(target, classes).float() if target.ndim == 1 else target.float()
-
-
 def likeliest_class(target: Tensor, logits: Tensor) -> Tensor:
     """(B,): the class; of several candidates the one that the logits favour."""
     if target.ndim == 1:
@@ -40,37 +35,41 @@ def densest_node(density: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([local.new_full((len(local), 1), torch.finfo(local.dtype).min), local[:, 1:]], 1).argmax(1)
 
 
-def presence(concepts: Tensor, size: int) -> Tensor:
-    """(B, size) bool from lists of concepts (B, Mc), -1 where there is none."""
-    found = torch.zeros(len(concepts), size + 1, dtype=torch.bool, device=concepts.device)
-    return found.scatter(1, torch.where(concepts < 0, size, concepts), True)[:, :size]
-
-
-def concept_contrast(query: Tensor, K: Tensor, own: Tensor, anchors: Tensor, present: Tensor, target: Tensor) -> Tensor:
+def concept_contrast(query: Tensor, K: Tensor, own: Tensor, anchors: Tensor, shown: Tensor, target: Tensor) -> Tensor:
     """-log(e^(q.p/t) / (e^(q.p/t) + sum over negatives of e^(q.k/t))), t = TEMPERATURE, the mean over images.
 
     query (B, D), unit length: one node an image. K (M, D): the concepts; own (M, C) bool: their classes; anchors
-    (C, D): the mean of each class's concepts; present (B, M) bool: those of the image. Positive p: the mean of the
-    present concepts that the image's class owns, else its anchor, at unit length. Negatives: the HARDEST concepts that
-    only other classes own, and the present ones that the image's class does not own. A soft target weighs the concepts
-    (or anchors) of its candidates by their shares, and takes no candidate's concept for a negative. An image whose
-    class owns no concept has no positive and is left out.
+    (C, D): the mean of each class's concepts; shown (B, Mc): the concepts of the image, each once, -1 where there is
+    none. Positive p: the mean of the shown concepts that the image's class owns, else its anchor, at unit length.
+    Negatives: the HARDEST concepts that only other classes own, and the shown ones that the image's class does not own.
+    A soft target weighs the concepts (or anchors) of its candidates by their shares, and takes no candidate's concept
+    for a negative. An image whose class owns no concept has no positive and is left out.
     """
-    shares = class_shares(target, own.shape[1])
-    weight = shares @ own.float().T  # (B, M): how much of the image's class owns a concept
-    mine = weight > 0
-    chosen = weight * present
-    positive = torch.where(chosen.any(1, keepdim=True), chosen @ K, shares @ anchors)
+    if target.ndim == 1:
+        weight, anchor = own.T.index_select(0, target).float(), anchors.index_select(0, target)
+    else:
+        weight, anchor = target.float() @ own.float().T, target.float() @ anchors
+    mine = weight > 0  # weight (B, M): how much of the image's class owns a concept
+    real, place = shown >= 0, shown.clamp(min=0)
+    chosen = weight.float().gather(1, place) * real
+    positive = anchor.float()
+    if shown.shape[1]:
+        of_shown = F.embedding_bag(place, K, per_sample_weights=chosen, mode="sum")
+        positive = torch.where(chosen.any(1, keepdim=True), of_shown, positive)
     owned = positive.any(1)
     positive = F.normalize(positive, dim=-1)
 
     query = query.float()
     similarity = query @ K.T
     others = similarity.detach().masked_fill(mine | ~own.any(1), float("-inf"))
-    hardest, place = others.topk(min(HARDEST, others.shape[1]), dim=1, sorted=False)
-    negative = (present & ~mine) | torch.zeros_like(mine).scatter(1, place, hardest > float("-inf"))
+    highest, hardest = others.topk(min(HARDEST, others.shape[1]), dim=1, sorted=False)
+    hard = highest > float("-inf")
+    # A shown concept that is one of the hardest counts once.
+    among = torch.zeros_like(mine).scatter(1, hardest, hard)
+    beside = real & ~mine.gather(1, place) & ~among.gather(1, place)
+    negatives, counted = torch.cat([hardest, place], dim=1), torch.cat([hard, beside], dim=1)
     first = (query * positive).sum(-1) / TEMPERATURE
-    rest = (similarity / TEMPERATURE).masked_fill(~negative, float("-inf"))
+    rest = (similarity.gather(1, negatives).float() / TEMPERATURE).masked_fill(~counted, float("-inf"))
     loss = torch.cat([first[:, None], rest], dim=1).logsumexp(1) - first
     return (loss * owned).sum() / owned.sum().clamp(min=1)
 

@@ -65,7 +65,7 @@ from training.data.nodes import Nodes
 from training.layers.blocks import Dropout, GatedAttention, Standardise, silent
 from training.layers.features import feature_parts
 from training.layers.graphs import GraphNetwork, Kind, grid_edges, nearest_edges, prepare_edges
-from training.layers.losses import concept_contrast, densest_node, kl_from_normal, presence, recovery
+from training.layers.losses import concept_contrast, densest_node, kl_from_normal, recovery
 from training.layers.nodes import NodeInput, NodeKind, Projection, in_precision, selected_of, training_sample
 from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
@@ -625,8 +625,8 @@ class ConceptGraph(nn.Module):
         if weights.contrast:
             densest = x[torch.arange(len(x), device=x.device), densest_node(batch.density, mask)]
             query = F.normalize(self.to_concepts(densest).float(), dim=-1)
-            present = presence(batch.selected_concepts, len(self.K))
-            losses["contrast"] = concept_contrast(query, self.K, self.own, self.anchors, present, batch.target)
+            shown = batch.selected_concepts
+            losses["contrast"] = concept_contrast(query, self.K, self.own, self.anchors, shown, batch.target)
         if weights.recovery and self.epoch >= self.settings.recovery_epoch:
             losses["recovery"] = recovery(self.to_proxies(x), mask, self.proxies, batch.target, logits)
         if weights.rings:

@@ -15,7 +15,6 @@ from training.layers.losses import (
     densest_node,
     kl_from_normal,
     likeliest_class,
-    presence,
     recovery,
 )
 
@@ -37,17 +36,18 @@ def test_kl_is_zero_for_the_normal_and_has_its_closed_form() -> None:
     assert expected > 0
 
 
-def contrast_by_loop(q: Tensor, K: Tensor, own: Tensor, anchors: Tensor, present: Tensor, y: Tensor) -> float:
+def contrast_by_loop(q: Tensor, K: Tensor, own: Tensor, anchors: Tensor, shown: Tensor, y: Tensor) -> float:
     losses = []
     for image, label in enumerate(y.tolist()):
         mine = [k for k in range(len(K)) if own[k, label]]
-        shown = [k for k in mine if present[image, k]]
+        present = set(shown[image].tolist()) - {-1}
+        chosen = [k for k in mine if k in present]
         if not mine:
             continue
-        positive = F.normalize(K[shown].sum(0) if shown else anchors[label], dim=0)
+        positive = F.normalize(K[chosen].sum(0) if chosen else anchors[label], dim=0)
         others = [k for k in range(len(K)) if own[k].any() and not own[k, label]]
         hardest = sorted(others, key=lambda k: -float(q[image] @ K[k]))[:HARDEST]
-        negatives = {*hardest, *(k for k in range(len(K)) if present[image, k] and not own[k, label])}
+        negatives = {*hardest, *(k for k in present if not own[k, label])}
         exponents = [math.exp(float(q[image] @ K[k]) / TEMPERATURE) for k in negatives]
         right = math.exp(float(q[image] @ positive) / TEMPERATURE)
         losses.append(-math.log(right / (right + sum(exponents))))
@@ -60,9 +60,9 @@ def contrast_case() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     own[5, 0] = True  # shared with class 2
     K = unit(90, 8)
     anchors = own.float().T @ K / own.sum(0).clamp(min=1)[:, None]
-    present = torch.rand(6, 90, generator=GENERATOR) < 0.2
-    present[2] = False
-    return unit(6, 8), K, own, anchors, present, torch.tensor([0, 1, 2, 3, 2, 0])
+    shown = torch.rand(6, 90, generator=GENERATOR).topk(18).indices
+    shown[2], shown[4, 7:] = -1, -1
+    return unit(6, 8), K, own, anchors, shown, torch.tensor([0, 1, 2, 3, 2, 0])
 
 
 def test_contrast_equals_a_loop() -> None:
@@ -71,13 +71,13 @@ def test_contrast_equals_a_loop() -> None:
 
 
 def test_contrast_of_sure_probabilities_is_that_of_classes_and_candidates_are_no_negatives() -> None:
-    q, K, own, anchors, present, y = contrast_case()
+    q, K, own, anchors, shown, y = contrast_case()
     sure = F.one_hot(y, 4).float()
-    by_class = concept_contrast(q, K, own, anchors, present, y)
-    torch.testing.assert_close(concept_contrast(q, K, own, anchors, present, sure), by_class)
+    by_class = concept_contrast(q, K, own, anchors, shown, y)
+    torch.testing.assert_close(concept_contrast(q, K, own, anchors, shown, sure), by_class)
     everyone = torch.full((6, 4), 0.25)
-    present = present & own.any(1)  # without generic ones all concepts belong to candidates
-    torch.testing.assert_close(concept_contrast(q, K, own, anchors, present, everyone), torch.tensor(0.0))
+    owned = shown.where(own.any(1)[shown], -1)  # without generic ones all concepts belong to candidates
+    torch.testing.assert_close(concept_contrast(q, K, own, anchors, owned, everyone), torch.tensor(0.0))
 
 
 def test_contrast_reaches_the_densest_node_alone() -> None:
@@ -98,11 +98,6 @@ def test_contrast_reaches_the_densest_node_alone() -> None:
 def test_without_patches_the_whole_image_is_densest() -> None:
     assert densest_node(torch.zeros(2, 3), torch.tensor([[True, False, False]] * 2)).tolist() == [0, 0]
     assert densest_node(torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)).tolist() == [0, 0]
-
-
-def test_presence_leaves_out_what_is_missing() -> None:
-    assert presence(torch.tensor([[2, 0], [-1, -1]]), 3).tolist() == [[True, False, True], [False] * 3]
-    assert presence(torch.zeros(2, 0, dtype=torch.int64), 3).sum() == 0
 
 
 def test_chamfer_equals_scipy_and_is_zero_for_the_same_graph() -> None:
