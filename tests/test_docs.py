@@ -290,8 +290,8 @@ def write_study(folder: Path, block: str) -> None:
 
 # Examples that run, on what the pipeline writes.
 
-OF_ENCODER = ["embed_images", "embed_tokens", "embed_text", "embed_controls", "select_concepts", "label_patches",
-              "build_graphs"]  # fmt: skip
+OF_ENCODER = ["embed_images", "embed_tokens", "pool_tokens", "embed_text", "embed_controls", "select_concepts",
+              "label_patches", "build_graphs"]  # fmt: skip
 STAGES = ["draw_reef", "index_images", "generate_concepts", "describe_images", "clean_concepts", *OF_ENCODER]
 CLASSES, TRAIN, TEST = 24, 3, 1
 READING = "docs/reading-files.md"
