@@ -72,7 +72,8 @@ def test_what_two_caches_share_is_moved_once(planted: Planted, device: torch.dev
 @gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fit_says_on_a_gpu_what_it_says_on_the_cpu_and_always_the_same(planted: Planted, method: str) -> None:
-    cache, images = planted(PLAN), torch.arange(0, 128, 3)
+    cache = planted(PLAN)
+    images = torch.arange(0, len(cache.paths), 3)
     there = cache.on(GPU)
     knobs = {"epochs": 1, "dropout": 0.0, **WHOLE.get(method, {}), "bottleneck": 0}
     known = {name: value for name, value in knobs.items() if name in load_method(method).Settings.model_fields}

@@ -1,10 +1,9 @@
 """The cache of one encoder as a method sees it: the index, the parts that it declares, and batches of them.
 
-`read_cache` joins the parts (`part.py`) with the index. Vectors stay in float16 and edges in flat lists, so memory is
-about what the files hold, and vectors that would fill it stay on the disk; `Cache.batch` gathers, pads and widens for a
-few hundred images at a time, without a loop over images. `Cache.on` puts a cache on the device that trains
-(`placement.py`). Letters in shapes: B images, N local nodes, D dimensions, C classes, M concepts, k labels a node,
-S sentences, V views.
+`read_cache` joins the parts (`part.py`) with the index. Vectors stay in float16 and edges in flat lists, mapped from
+the arrays that an earlier reading left (`arrays.py`); `Cache.batch` gathers, pads and widens for a few hundred images
+at a time, without a loop over images. `Cache.on` puts a cache on the device that trains (`placement.py`). Letters in
+shapes: B images, N local nodes, D dimensions, C classes, M concepts, k labels a node, S sentences, V views.
 """
 
 import json
