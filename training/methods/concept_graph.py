@@ -64,6 +64,7 @@ from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.layers.blocks import Dropout, GatedAttention, Standardise, silent
 from training.layers.features import feature_parts
+from training.layers.gather import sum_rows
 from training.layers.graphs import GraphNetwork, Kind, grid_edges, nearest_edges, prepare_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, recovery
 from training.layers.nodes import NodeInput, NodeKind, Projection, in_precision, selected_of, training_sample
@@ -510,8 +511,7 @@ class ConceptGraph(nn.Module):
         projected = self.in_text(self.texts()).float()
         if not concept.shape[-1]:
             return projected.new_zeros(*nodes, projected.shape[1])
-        flat = concept.flatten(0, 1), weight.flatten(0, 1)
-        return F.embedding_bag(flat[0], projected, per_sample_weights=flat[1], mode="sum").unflatten(0, nodes)
+        return sum_rows(projected, concept.flatten(0, 1), weight.flatten(0, 1)).unflatten(0, nodes)
 
     def propagate(self, x: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         """The layers of G1 (B, N+1, h); the node of the rings is there only meanwhile."""
