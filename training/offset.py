@@ -180,8 +180,8 @@ def fit_rival(cache: Cache, with_probe: WithProbe) -> Rival:
 
 
 def training_labels(cache: Cache) -> Tensor:
-    """(n_train,): the likeliest class of what training is told of each image."""
-    return as_probabilities(cache.target[cache.images("train")], len(cache.classes)).argmax(1)
+    """(n_train,): the likeliest class of what training is told of each image, on the CPU as positions are."""
+    return as_probabilities(cache.target[cache.images("train")], len(cache.classes)).argmax(1).cpu()
 
 
 def deal_training(cache: Cache) -> Tensor:
@@ -215,5 +215,5 @@ def out_of_fold(cache: Cache, method: str, settings: Block, fold: Tensor) -> Ten
             for view in range(cache.views):
                 for chunk in held.split(EVALUATION_BATCH):
                     batch = cache.batch(chunk, torch.full_like(chunk, view))
-                    said[chunk * cache.views + view] = model(batch).logits.float()
+                    said[chunk * cache.views + view] = model(batch).logits.float().cpu()
     return said

@@ -253,7 +253,7 @@ def text_mask(concepts: Tensor, sentence_mask: Tensor) -> Tensor:
 
 def text_edges(K: Tensor, concepts: Tensor, sentences: Tensor, mask: Tensor, neighbours: int) -> Tensor:
     """Edges of G2 (B, Mc+S, Mc+S, 1), by cosines in float32 whatever the precision of the layers."""
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(K.device.type, enabled=False):
         return nearest_edges(gather_texts(K, concepts.clamp(min=0), sentences), mask, neighbours)
 
 
@@ -305,15 +305,14 @@ def prepare(cache: Cache, settings_json: str) -> Cache:
         # Not by batches: vectors may lie on the disk.
         images = rows // cache.views
         if "edges" in wanted:
-            mask = cache.part(Nodes).mask[rows]
+            adjacency, mask = cache.part(Edges).cut(images, rows)["adjacency"], cache.part(Nodes).mask[rows]
             if settings.nodes == "selected":
-                mask = selected_of(mask, cache.part(Labels).selected[rows])
-            adjacency = cache.part(Edges).cut(images, rows)["adjacency"]
-            found["node_graph"].append(node_graph(settings, adjacency, mask).half())
+                mask = selected_of(mask, cache.part(Labels).selected[rows].to(mask.device))
+            found["node_graph"].append(node_graph(settings, adjacency, mask.to(adjacency.device)).half())
         if has_second_graph(settings) and settings.graph != "mlp":
-            shown, said = cache.part(Labels).selected_concepts[rows].long(), cache.part(Descriptions)
-            texts = cache.part(Bank).K, shown, said.d[images].float(), said.dm[images]
-            found["text_graph"].append(text_graph(settings, *texts).half())
+            K, shown, said = cache.part(Bank).K, cache.part(Labels).selected_concepts[rows], cache.part(Descriptions)
+            texts = (each.to(K.device) for each in (shown.long(), said.d[images].float(), said.dm[images]))
+            found["text_graph"].append(text_graph(settings, K, *texts).half().to(shown.device))
         if has_texts:
             labels = cache.part(Labels)
             idx, weight = heaviest(labels.concept_idx[rows], labels.concept_weight[rows], settings.texts)
@@ -623,7 +622,7 @@ class ConceptGraph(nn.Module):
         """Contrast, recovery and rings, where they have a weight."""
         weights, losses = self.settings.loss_weights, {}
         if weights.contrast:
-            densest = x[torch.arange(len(x)), densest_node(batch.density, mask)]
+            densest = x[torch.arange(len(x), device=x.device), densest_node(batch.density, mask)]
             query = F.normalize(self.to_concepts(densest).float(), dim=-1)
             shown = batch.selected_concepts
             losses["contrast"] = concept_contrast(query, self.K, self.own, self.anchors, shown, batch.target)
