@@ -52,7 +52,7 @@ def at_ends(plan: Plan, cells: Sequence[Cell]) -> list[str]:
             continue  # not possible on this data
         chosen = dict(config["chosen"])
         if isinstance(settings, OwnPoints):
-            settings = settings.head(chosen)
+            settings = settings.candidate(chosen)
         elif plan.searched(cell):
             settled = config["settings"]
             chosen = {knob: settled[knob][0] for knob in grid(settings)} | {"epoch": settled.get("stop")}

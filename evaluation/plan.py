@@ -84,6 +84,7 @@ class Study(Block):
     seeds: Count = 5
     declared_test: bool = False
     development: Classes | None = None
+    class_seed: int | None = None
     left_out: str | None = None
     clean: str | list[str] | None = None
     rival: list[str] = Field(default=[])
@@ -332,7 +333,8 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     for variant, block in study.variants.items():
         entries[variant] = read_entry(path, file, params, f"variants.{variant}", block, encoders)
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
-    left_out, development = few_shot_classes(study, data, params.train.seed) if few_shot else ((), ())
+    class_seed = params.train.seed if study.class_seed is None else study.class_seed
+    left_out, development = few_shot_classes(study, data, class_seed) if few_shot else ((), ())
     clean = None if study.clean is None else read_clean(study.clean, data)
     plan = Plan(name, study, encoders, data, params.dataset.buckets, entries, development, left_out, clean)
     paths, code = set[str](), {}

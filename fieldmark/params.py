@@ -15,7 +15,8 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -135,6 +136,7 @@ class Encoder(Block):
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: Count = 32
+    image_size: Annotated[int, Field(ge=16)] | None = None
 
 
 class Tower(Block):
@@ -155,10 +157,21 @@ class Embed(Block):
     crops: list[Annotated[int, Field(ge=2)]] = []
 
 
+def check_layer(value: Any) -> Any:
+    """Raises PydanticCustomError for what is neither a layer's number nor `head`."""
+    if type(value) is not int and value != "head":
+        raise PydanticCustomError("layer", "Input should be a layer's number or head")
+    return value
+
+
+# A layer of an image tower, counted from 0 or from the end; `head` is behind the last (fieldmark/encoders/layers.py).
+Layer = Annotated[int | Literal["head"], PlainValidator(check_layer)]
+
+
 class Tokens(Block):
     """Which hidden states of one encoder or tower are stored."""
 
-    layers: Annotated[list[int], Field(min_length=1)]
+    layers: Annotated[list[Layer], Field(min_length=1)]
     rollout: bool = False
 
 

@@ -10,9 +10,10 @@ Costs   one forward pass an image and view, up to the last layer asked for; 2 by
 
 For methods that train a block or a pooling of their own over raw tokens; all others read nodes (embed_images). Views
 are those of `embed.views`, without crops. A row is one layer of one view. `vectors` holds grid_h x grid_w cells, row
-by row, of `width` numbers each, as they left the layer (layers.py): not projected, not of unit length. `cls` is null
-where the tower has no CLS token. `rollout`, heads x cells, is in the row of the last layer but one, where `rollout:
-true` asks for it, and null elsewhere.
+by row, of `width` numbers each, as they left the layer (layers.py): not projected, not of unit length. The layer
+`head`, one past the last, holds what the projection takes of each cell. `cls` is null where the tower has no CLS token.
+`rollout`, heads x cells, is in the row of the last layer but one, where `rollout: true` asks for it, and null
+elsewhere.
 
     python -m stages.embed_tokens --encoder vit-b-16 --dry-run
     python -m stages.embed_tokens --encoder vit-b-16
@@ -59,7 +60,7 @@ def forward(encoder: ImageEncoder, choice: LayerChoice, pixels: Tensor) -> tuple
 
     n is at most batch_size.
     """
-    hidden = hidden_states(find_tower(encoder.model), make_batch(encoder, pixels), choice, key_of(encoder))
+    hidden = hidden_states(encoder.model, make_batch(encoder, pixels), choice, key_of(encoder))
     return tuple(each[: len(pixels)].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
 
 

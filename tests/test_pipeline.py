@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.checkout import checkout, command, commit, edit_params
 from tests.openai_server import OpenAIServer
 
-RUNS = ["zero_shot", "description_zero_shot", "linear_probe", "attention_pool", "concept_graph"]
+RUNS = ["zero_shot", "description_zero_shot", "linear_probe", "moments", "attention_pool", "concept_graph"]
 OF_TEXT = {"zero_shot", "description_zero_shot", "concept_graph"}  # those that read the bank or the labels
 
 
@@ -188,7 +188,8 @@ def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(made: P
     edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
     assert refitted(folder) == {"zero_shot", "attention_pool"}
     add_line(folder, "methods/linear_probe")
-    assert refitted(folder) == {"linear_probe", "attention_pool", "concept_graph"}  # the others start at its fit
+    # Two start at its fit, and one chooses among probes.
+    assert refitted(folder) == {"linear_probe", "moments", "attention_pool", "concept_graph"}
     add_line(folder, "data/bank")
     assert refitted(folder) == OF_TEXT
 

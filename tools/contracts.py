@@ -183,7 +183,7 @@ ABOUT = {
         {
             "image_id": IMAGE,
             "view": VIEW,
-            "layer": "counted from 0",
+            "layer": "counted from 0; `head`, what the projection takes, is one past the last",
             "grid_h": "cells from top to bottom",
             "grid_w": "cells from left to right",
             "width": "numbers a cell",

@@ -123,6 +123,22 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_size(size: int | None, own: int, cell: int, key: str) -> None:
+    """Raises UserError for an input size whose last cells would hold less of the picture than at the model's own size.
+
+    Sizes are in pixels a side, and `cell` is what one cell of the map takes of them. Almost every model's own size is a
+    whole number of cells, and then the other has to be one too. Libraries leave out the pixels that do not fill a cell,
+    or pad them, and do not say so.
+    """
+
+    def filled(pixels: int) -> float:
+        return pixels / (-(-pixels // cell) * cell)
+
+    if size is not None and filled(size) < filled(own):
+        problem = f"{size} pixels are no whole number of cells, {cell} pixels each"
+        raise UserError(f"{key}.image_size: {problem}; use {-(-size // cell) * cell}")
+
+
 def split_transform(
     transform: Compose, device: torch.device
 ) -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor]]:

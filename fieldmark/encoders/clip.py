@@ -6,6 +6,10 @@ tokenizer: open_clip's, or one of Hugging Face's with its own cleaning. Checkpoi
 Weights that were trained with QuickGELU (OpenAI's, DFN's, MetaCLIP's) need open_clip's model NAME-quickgelu: under NAME
 their tag is refused. A checkpoint file does not say which of the two it needs, so there the name of the model decides.
 
+`image_size` shows the pictures at another size than the model's own. Texts stay the same, so one model at two sizes is
+two encoders of one space. Convolutional towers take the other size as they are. A ViT's positions are interpolated, by
+open_clip or timm. CLIP's ResNet pools with one position a cell, which nothing interpolates.
+
 Vectors leave this module in float32, not normalised. In the fingerprint of an encoder a Hugging Face text tower and its
 tokenizer count by what is in them, not by where they lie.
 """
@@ -20,8 +24,12 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
+from open_clip.model import CLIPVisionCfg
+from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import VisionTransformer
+from open_clip.utils import to_2tuple
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,6 +39,7 @@ from fieldmark.encoders import longclip
 from fieldmark.encoders.base import (
     DTYPES,
     LOADING_ERRORS,
+    check_size,
     encoder_fingerprint,
     is_unreachable,
     make_batch,
@@ -134,17 +143,23 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
             remedy = "correct it there (a path counts from where the command runs)"
             raise UserError(f"{key}.model: {folder} names its text tower {text_tower}, which is no folder; {remedy}")
         check_architecture(architecture, Path(folder) if local else None, f"{key}.model")
+        vision = architecture["vision_cfg"]
+        own, _ = to_2tuple(vision.get("image_size", CLIPVisionCfg.image_size))
+        # By this open_clip knows its ResNets.
+        if settings.image_size not in (None, own) and isinstance(vision.get("layers"), list):
+            problem = f"CLIP's ResNet pools with a position for each cell of {own} pixels, which nothing interpolates"
+            raise UserError(f"{key}.image_size: {problem}; leave it out, or use a ViT or a ConvNeXt")
         if by_name:
             check_activation(settings.model, str(settings.pretrained), architecture, key)
         long = longclip.read_checkpoint(str(settings.pretrained)) if by_name else None
         if long is None:
             model = open_clip.create_model(
                 settings.model, settings.pretrained, precision=settings.precision, device=device,
-                require_pretrained=True,
+                force_image_size=settings.image_size, require_pretrained=True,
             )
         else:
             architecture = longclip.adapt(architecture, long)
-            model = longclip.build(architecture, long, settings.precision).to(device)
+            model = longclip.build(architecture, long, settings.precision, settings.image_size).to(device)
         is_hugging_face = bool(architecture["text_cfg"].get("hf_tokenizer_name"))
         tokenizer = open_clip.get_tokenizer(
             settings.model,
@@ -159,7 +174,8 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
                 " (docs/own-data.md#encoders); the demo's local-dir:data/demo/encoder works offline"
             ) from None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{key}: open_clip cannot load {settings.model!r} ({reason}); correct it") from None
+        remedy = "correct it" if settings.image_size is None else "correct it, or leave image_size out"
+        raise UserError(f"{key}: open_clip cannot load {settings.model!r} ({reason}); {remedy}") from None
     model.eval().requires_grad_(False)
     preprocessing = dict(model.visual.preprocess_cfg)
     # The configuration, since what PyTorch prints of a model leaves out attention heads and pooling.
@@ -173,6 +189,8 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
     )
     if settings.precision != "fp32":
         check_precision(encoder, settings.precision)
+    if settings.image_size is not None:
+        check_resized(encoder, settings.image_size, own)
     return encoder
 
 
@@ -201,6 +219,26 @@ def check_precision(encoder: LoadedEncoder, precision: str) -> None:
         reason = str(error).splitlines()[0]
         remedy = f"open_clip cannot run this model in {precision} ({reason}); use fp32"
         raise UserError(f"params.yaml: encoders.{encoder.name}.precision: {remedy}") from None
+
+
+def check_resized(encoder: LoadedEncoder, size: int, own: int) -> None:
+    """Raises UserError where the model cannot run at `size` pixels, or not in whole cells as at its `own` size."""
+    key, visual = f"params.yaml: encoders.{encoder.name}", encoder.model.visual
+    check_size(size, own, side_of_cell(visual), key)
+    try:
+        encoder.embed_images(encoder.preprocess(Image.new("RGB", (8, 8)))[None])
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        problem = f"open_clip cannot run this model at {size} pixels ({reason})"
+        raise UserError(f"{key}.image_size: {problem}; leave it out, or use another encoder") from None
+
+
+def side_of_cell(visual: Any) -> int:
+    """Pixels a side of a cell of an image tower's map; 1 where the library does not say."""
+    if isinstance(visual, VisionTransformer):
+        return visual.patch_size[0]
+    layers = getattr(visual.trunk, "feature_info", None) if isinstance(visual, TimmModel) else None
+    return layers[-1]["reduction"] if layers else 1
 
 
 def hf_content(model: nn.Module, tokenizer: Any, key: str) -> dict[str, Any]:

@@ -5,6 +5,9 @@ ResNet). Layers are counted from 0, or from the end with -1. A ResNet's stem is 
 A hidden state is read as it leaves the layer: before the tower's last norm, its pooling and its projection. Register
 and distillation tokens are left out.
 
+One layer more stands behind the last one: `head`, which is what the projection takes of each cell, after the last norm
+or `conv_head` (maps.pool_cells). Its cells, projected, are the dense tokens of embed_images.
+
 Attention rollout, as TransFG uses it (He et al., AAAI 2022; read in its code), says how much of each cell
 has reached the CLS token. For a ViT of L blocks it is the product A_{L-1} ... A_2 A_1 of the attention maps of all
 blocks but the last, head by head; no identity is added and rows are not scaled anew. Of this product the row of CLS is
@@ -22,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
@@ -30,6 +34,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fieldmark.command import UserError
+from fieldmark.encoders.maps import find_visual, pool_cells
+from fieldmark.params import Layer
 
 # Raised when what this module gives for the same weights and picture changes.
 RULES = 1
@@ -38,7 +44,7 @@ RULES = 1
 class LayerChoice(NamedTuple):
     """Which layers of a tower are read."""
 
-    layers: list[int]  # counted from 0, in order
+    layers: list[int]  # counted from 0, in order; `head` is one past the last
     rollout: int | None  # the one of them whose rollout is asked for
 
 
@@ -88,17 +94,22 @@ def find_tower(model: Any) -> nn.Module:
     return visual.trunk if isinstance(visual, TimmModel) else visual
 
 
-def choose_layers(tower: Any, asked: Sequence[int], rollout: bool, key: str) -> LayerChoice:
+def choose_layers(tower: Any, asked: Sequence[Layer], rollout: bool, key: str) -> LayerChoice:
     """The layers that are `asked` for, as the tower counts them. Raises UserError, under `key`, for others."""
     kind, count = type(tower).__name__, count_layers(tower)
     if count is None:
-        remedy = "take it out of `tokens`, or use a ViT, a Swin or a convolutional tower"
+        remedy = "take it out, or use a ViT, a Swin or a convolutional tower"
         raise UserError(f"{key}: a {kind} does not give its hidden states layer by layer; {remedy}")
+    layers = []
     for layer in asked:
-        if not -count <= layer < count:
-            given = f"0 to {count - 1}, or -{count} to -1 from the end"
+        if isinstance(layer, str):
+            layers.append(count)
+        elif -count <= layer < count:
+            layers.append(layer % count)
+        else:
+            given = f"0 to {count - 1}, or -{count} to -1 from the end, and head"
             raise UserError(f"{key}.layers: {layer} is not there; this {kind} has {given}")
-    layers = sorted(layer % count for layer in asked)
+    layers.sort()
     if len(set(layers)) < len(layers):
         raise UserError(f"{key}.layers: {list(asked)} are {layers} of {count}, one of them twice; take one out")
     if not rollout:
@@ -137,25 +148,59 @@ def has_cls(tower: Any) -> bool:
     )
 
 
-def hidden_states(tower: Any, pixels: Tensor, choice: LayerChoice, key: str) -> HiddenStates:
+def hidden_states(model: Any, pixels: Tensor, choice: LayerChoice, key: str) -> HiddenStates:
     """The hidden states of pixels (n, 3, H, W), from one forward pass up to the last layer chosen.
 
+    `model` is a loaded model or its tower; `head` needs the model, for what the tower's head does.
     Raises UserError, under `key`, where rollout is asked of a tower whose blocks do not attend from all tokens to all.
     """
+    tower = find_tower(model)
+    count = count_layers(tower)
+    blocks = [layer for layer in choice.layers if layer != count]
+
+    def run() -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        whole = len(blocks) < len(choice.layers)
+        return run_tower(tower, pixels, blocks) if whole else (*run_layers(tower, pixels, blocks), None)
+
     if choice.rollout is None:
-        maps, prefixes = run_layers(tower, pixels, choice.layers)
+        maps, prefixes, features = run()
         rollout = pixels.new_empty(len(pixels), 0, 0)
     else:
         with record_attention(tower) as recorded:
-            maps, prefixes = run_layers(tower, pixels, choice.layers)
+            maps, prefixes, features = run()
         prefix, (height, width) = count_prefix(tower), maps[-1].shape[2:]
-        if [each.key.shape[2] for each in recorded] != [prefix + height * width] * (choice.layers[-1] + 1):
+        ran = choice.layers[-1] + (1 if features is None else 0)
+        if [each.key.shape[2] for each in recorded] != [prefix + height * width] * ran:
             problem = f"the blocks of a {type(tower).__name__} do not each attend once, from all tokens to all"
             raise UserError(f"{key}.rollout: {problem}; set it to false")
         rollout = attention_rollout(recorded[: choice.rollout + 1])[:, :, prefix:]
     cells = [each.permute(0, 2, 3, 1) for each in maps]
     cls = [each[:, 0] for each in prefixes] if has_cls(tower) else [pixels.new_empty(len(pixels), 0)] * len(maps)
+    if features is not None:
+        last, first = pool_cells(find_visual(model), features, f"{key}: {type(tower).__name__}")
+        cells.append(last)
+        cls.append(first if has_cls(tower) else pixels.new_empty(len(pixels), 0))
     return HiddenStates(cells, cls, rollout)
+
+
+def run_tower(tower: Any, pixels: Tensor, layers: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """run_layers, and the features that the tower's head takes (maps.pool_map), from one pass through all of it."""
+    if isinstance(tower, VisionTransformer | ModifiedResNet):
+        last, asked = count_layers(tower), len(layers)
+        assert last is not None
+        maps, prefixes = run_layers(tower, pixels, sorted({*layers, last - 1}))
+        features = maps[-1]
+        if prefixes:
+            features = torch.cat([prefixes[-1], features.flatten(2).transpose(1, 2)], dim=1)
+        return maps[:asked], prefixes[:asked], features
+    if not layers:
+        return [], [], tower.forward_features(pixels)
+    options = {"indices": layers, "norm": False, "output_fmt": "NCHW"}
+    if not count_prefix(tower):
+        features, maps = tower.forward_intermediates(pixels, **options)
+        return maps, [], features
+    features, pairs = tower.forward_intermediates(pixels, return_prefix_tokens=True, **options)
+    return [cells for cells, _ in pairs], [prefix for _, prefix in pairs], features
 
 
 def run_layers(tower: Any, pixels: Tensor, layers: list[int]) -> tuple[list[Tensor], list[Tensor]]:

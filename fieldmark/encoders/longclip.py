@@ -19,6 +19,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import resize_pos_embed
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
@@ -51,12 +52,19 @@ def adapt(architecture: dict[str, Any], state: dict[str, Tensor]) -> dict[str, A
     return {**architecture, "text_cfg": text, "quick_gelu": True}
 
 
-def build(architecture: dict[str, Any], state: dict[str, Tensor], precision: str) -> nn.Module:
-    """The model with its weights and preprocessing. Raises RuntimeError or TypeError where the weights do not fit."""
+def build(architecture: dict[str, Any], state: dict[str, Tensor], precision: str, image_size: int | None) -> nn.Module:
+    """The model with its weights and preprocessing. Raises RuntimeError or TypeError where the weights do not fit.
+
+    At another `image_size` than its own, open_clip interpolates the positions of its image tower.
+    """
     dtype = open_clip.get_cast_dtype(precision)
-    model = open_clip.CLIP(**architecture, cast_dtype=dtype)
+    size = {} if image_size is None else {"image_size": image_size}
+    vision = architecture["vision_cfg"] | size
+    model = open_clip.CLIP(**architecture | {"vision_cfg": vision}, cast_dtype=dtype)
     if dtype is not None:
         open_clip.convert_weights_to_lp(model, dtype)
+    if size:
+        resize_pos_embed(state, model)
     model.load_state_dict(state)
     open_clip.set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size)))
     return model

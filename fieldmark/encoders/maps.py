@@ -17,16 +17,22 @@ global embedding. What this means depends on how the tower pools:
 
 CLS and register tokens are not cells. Where the pooling reads them too, copies of the cell take their places. In a
 transformer the cells have already mixed with each other: each carries context from the whole picture.
+
+The last step of the head is the projection into the space of texts: a matrix (`proj`, `c_proj`, timm's classifier) or
+an MLP (`timm_proj: mlp`). `pool_map` and `pool_cells` give what it takes: of the whole map, and of each cell by the
+rule above. So in every family a cell of `pool_cells`, projected, is the dense token. A head that ends with its pooling
+(SigLIP), and that of a tower without texts, has no projection: what would be projected is the embedding itself.
 """
 
 import math
 from typing import Any
 
+import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from timm.layers import AttentionPool2d, AttentionPoolLatent
-from torch import Tensor
+from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fieldmark.command import UserError
@@ -50,20 +56,23 @@ def image_features(visual: Any, pixels: Tensor, name: str) -> tuple[Tensor, Tens
 
 def vit_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
     """image_features of a ViT of open_clip's own. Errors call it `tower`."""
-    pool = visual.attn_pool
-    output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=pool is None)
+    output = visual.forward_intermediates(pixels, indices=1)
     pooled, cells = output["image_features"], output["image_intermediates"][0].permute(0, 2, 3, 1)
-    if pooled.ndim != 2:
-        problem = f"gives {tuple(pooled.shape)} for a batch of pictures"
-        raise UserError(f"{tower}: {problem}; give it pooling (pool_type tok or avg, attentional_pool true)")
-    if pool is not None:
-        alone = pool.ln_k(cells).reshape(-1, 1, cells.shape[-1])
-        # With a single key all queries give the same, so that one query is enough.
-        query = pool.ln_q(pool.query[:1]).expand(len(alone), 1, -1)
-        attended, _ = pool.attn(query, alone, alone, need_weights=False)
-        cells = visual.ln_post(attended).reshape(*cells.shape[:3], -1)
-    # Of a view that `permute` gives the product takes ten times as long.
-    return pooled, cells.contiguous() @ visual.proj
+    check_pooled(pooled, tower, "pool_type tok or avg, attentional_pool true")
+    return pooled, vit_alone(visual, cells) @ visual.proj
+
+
+def vit_alone(visual: Any, tokens: Tensor) -> Tensor:
+    """What the projection of open_clip's ViT takes of each of the tokens (..., D) after its last block: (..., d)."""
+    # Of a view that `permute` gives the norm and the projection take ten times as long.
+    tokens, pool = tokens.contiguous(), visual.attn_pool
+    if pool is None:
+        return visual.ln_post(tokens)
+    alone = pool.ln_k(tokens).reshape(-1, 1, tokens.shape[-1])
+    # With a single key all queries give the same, so that one query is enough.
+    query = pool.ln_q(pool.query[:1]).expand(len(alone), 1, -1)
+    attended, _ = pool.attn(query, alone, alone, need_weights=False)
+    return visual.ln_post(attended).reshape(*tokens.shape[:-1], -1)
 
 
 def resnet_features(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +83,12 @@ def resnet_features(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     W_v x + sum_i softmax_i(q W_k p_i) W_v p_i with q = W_q (x + p_0).
     """
     output = visual.forward_intermediates(pixels, indices=1)
-    pool, cells = visual.attnpool, output["image_intermediates"][0].permute(0, 2, 3, 1)
+    cells = output["image_intermediates"][0].permute(0, 2, 3, 1)
+    return output["image_features"], visual.attnpool.c_proj(resnet_alone(visual.attnpool, cells))
+
+
+def resnet_alone(pool: Any, cells: Tensor) -> Tensor:
+    """What `c_proj` takes of each of the cells (n, h, w, D) of CLIP's ResNet, at every position at once: as large."""
     places = pool.positional_embedding.to(cells.dtype)
 
     def heads(rows: Tensor) -> Tensor:
@@ -83,26 +97,102 @@ def resnet_features(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     query = heads(pool.q_proj(cells + places[0]))
     keys, values = (heads(functional.linear(places, linear.weight)) for linear in (pool.k_proj, pool.v_proj))
     attended = functional.scaled_dot_product_attention(query, keys, values)
-    return output["image_features"], pool.c_proj(pool.v_proj(cells) + attended.transpose(0, 1).reshape(cells.shape))
+    return pool.v_proj(cells) + attended.transpose(0, 1).reshape(cells.shape)
+
+
+def resnet_pooled(pool: Any, cells: Tensor) -> Tensor:
+    """What `c_proj` takes of the whole map (n, h, w, D) of CLIP's ResNet: the values that the mean attends to (n, D).
+
+    open_clip hands `c_proj` to one function that pools and projects, so that the pooling is written out here.
+    """
+    cells = cells.flatten(1, 2)
+    tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1) + pool.positional_embedding.to(cells.dtype)
+
+    def heads(rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+
+    query, keys, values = heads(pool.q_proj(tokens[:, :1])), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens))
+    return functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(1)
 
 
 def timm_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
     """image_features of a timm model (`visual.trunk`) and what follows it (`visual.head`). Errors call it `tower`."""
     trunk = visual.trunk
+    features = trunk.forward_features(pixels)
+    cells, (height, width) = timm_cells(visual, features, tower)
+    pooled = visual.head(trunk.forward_head(features))
+    check_pooled(pooled, tower, "timm_pool")
+    tokens = visual.head(trunk.forward_head(cells))
+    return pooled, tokens.reshape(len(pixels), height, width, -1)
+
+
+def timm_unprojected(visual: Any, features: Tensor) -> Tensor:
+    """What the projection of a timm model takes of the features that its head reads: (n, d)."""
+    *before, last = visual.head or (None,)
+    pooled = visual.trunk.forward_head(features, pre_logits=last is None)
+    for part in before:
+        pooled = part(pooled)
+    return last(pooled, pre_logits=True) if isinstance(last, AttentionPool2d | RotAttentionPool2d) else pooled
+
+
+def timm_cells(visual: Any, features: Any, tower: str) -> tuple[Tensor, tuple[int, int]]:
+    """cut_cells. Raises UserError where there is no map, or where the pooling knows the places of its cells."""
     for part in visual.modules():
         if isinstance(part, AttentionPool2d | AttentionPoolLatent) and part.pos_embed is not None:
             problem = "its pooling adds a learned position to each cell, and no rule for that is written"
             raise UserError(f"{tower}: {problem}; use another encoder")
-    features = trunk.forward_features(pixels)
-    maps = cut_cells(trunk, features)
+    maps = cut_cells(visual.trunk, features)
     if maps is None:
         raise UserError(f"{tower}: gives no map of cells; use a convolutional timm tower, a ViT or a Swin")
-    cells, (height, width) = maps
-    pooled = visual.head(trunk.forward_head(features))
+    return maps
+
+
+def check_pooled(pooled: Tensor, tower: str, remedy: str) -> None:
+    """Raises UserError for a tower that does not pool."""
     if pooled.ndim != 2:
-        raise UserError(f"{tower}: gives {tuple(pooled.shape)} for a batch of pictures; give it pooling (timm_pool)")
-    tokens = visual.head(trunk.forward_head(cells))
-    return pooled, tokens.reshape(len(pixels), height, width, -1)
+        problem = f"gives {tuple(pooled.shape)} for a batch of pictures"
+        raise UserError(f"{tower}: {problem}; give it pooling ({remedy})")
+
+
+def find_visual(model: Any) -> Any:
+    """The image tower of a loaded model, and its head: one of open_clip's, or a timm model whose head has no more."""
+    visual = getattr(model, "visual", model)
+    if isinstance(visual, TimmModel | VisionTransformer | ModifiedResNet):
+        return visual
+    return nn.ModuleDict({"trunk": visual, "head": nn.Sequential()})
+
+
+def pool_map(visual: Any, features: Tensor, tower: str) -> Tensor:
+    """What the projection takes of a whole picture: (n, d). Errors call the tower `tower`.
+
+    `features` is what the tower gives its head: the tokens (n, 1 + h w, D) of open_clip's ViT after its last block, the
+    map (n, D, h, w) of CLIP's ResNet, what `forward_features` gives of a timm model.
+    """
+    if isinstance(visual, VisionTransformer):
+        pooled, _ = visual._pool(features)
+    elif isinstance(visual, ModifiedResNet):
+        pooled = resnet_pooled(visual.attnpool, features.permute(0, 2, 3, 1))
+    else:
+        pooled = timm_unprojected(visual, features)
+    check_pooled(pooled, tower, "timm_pool, or pool_type of open_clip's own ViT")
+    return pooled
+
+
+def pool_cells(visual: Any, features: Tensor, tower: str) -> tuple[Tensor, Tensor]:
+    """What the projection takes of each cell (n, h, w, d), and of the CLS token in a cell's place (n, d).
+
+    `features` as in pool_map. CLS is (n, 0) where no token stands before the cells.
+    """
+    if isinstance(visual, VisionTransformer):
+        tokens = vit_alone(visual, features)
+        return tokens[:, 1:].unflatten(1, visual.grid_size), tokens[:, 0]
+    if isinstance(visual, ModifiedResNet):
+        return resnet_alone(visual.attnpool, features.permute(0, 2, 3, 1)), features.new_empty(len(features), 0)
+    cells, (height, width) = timm_cells(visual, features, tower)
+    tokens = timm_unprojected(visual, cells).reshape(len(features), height, width, -1)
+    if features.ndim == 4 or features.shape[1] == height * width:
+        return tokens, features.new_empty(len(features), 0)
+    return tokens, timm_unprojected(visual, features[:, :1].expand(-1, cells.shape[1], -1))
 
 
 def cut_cells(trunk: Any, features: Any) -> tuple[Tensor, tuple[int, int]] | None:

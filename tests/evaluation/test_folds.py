@@ -268,6 +268,27 @@ def test_the_rival_is_chosen_inside_folds(project: Path) -> None:
         planned(project, **grid | {"rival": ["mlp"]})
 
 
+def test_a_fold_is_refitted_with_the_probe_that_its_first_fit_chose(project: Path) -> None:
+    candidates = [
+        {"method": "ridge", "settings": {"penalty": [1.0, 0.01, 1e-4]}},
+        {"method": "linear_probe", "settings": {"l2": [10.0, 1.0, 0.1]}},
+    ]
+    few = {"method": "probes", "settings": {"features": ["global", "pooled"], "candidates": candidates}}
+    plan = ran(project, **STUDY | {"methods": ["linear_probe"], "regimes": [FOLDS], "variants": {"few": few}})
+    runs = [cell for cell in cells(plan, 0) if cell.method == "few"]
+    assert len(runs) == 3
+    for cell in runs:
+        config = json.loads((plan.folder / cell.run / "config.json").read_text())
+        [kept] = config["settings"]["candidates"]
+        assert kept["method"] == config["chosen"]["probe"]
+        [[knob, values]] = kept["settings"].items()
+        assert values == [config["chosen"][knob]]
+        assert {"moments/pooled"} <= {path.partition("tiny/")[2] for path in config["files"]}
+    # A choice at an end is said by the knob of the probe that was chosen.
+    notes = "\n".join(choices.choice_notes(plan, runs))
+    assert re.search(r"chosen at an end of its grid, tiny, folds-3: few (l2|penalty) ", notes)
+
+
 def test_test_stays_out_of_folds(project: Path) -> None:
     with pytest.raises(UserError, match=r"small\.yaml: declared_test: folds judge train and val, and test stays out"):
         planned(project, **STUDY | {"declared_test": True})

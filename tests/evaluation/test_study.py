@@ -947,6 +947,17 @@ def test_development_classes_from_a_file(project: Path) -> None:
         planned(project, development=str(project / "classes.txt"))
 
 
+def test_development_classes_of_another_draw(project: Path) -> None:
+    drawn = [development_drawn(project, seed) for seed in (None, 0, 1, 2)]
+    assert drawn[0] == drawn[1]  # train.seed is 0
+    assert len(set(drawn)) == 3
+    assert {len(classes) for classes in drawn} == {2}
+
+
+def development_drawn(project: Path, seed: int | None) -> tuple[str, ...]:
+    return planned(project, development=0.2, class_seed=seed)[0].development
+
+
 def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
     (project / "seen.txt").write_text("class-02\nclass-05\nclass-06\n")
     methods = ["linear_probe", "transfer_lda"]

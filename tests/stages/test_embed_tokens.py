@@ -16,6 +16,7 @@ from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
 from fieldmark.encoders.layers import LayerChoice
 from fieldmark.encoders.passes import Work, forward_sources
+from fieldmark.encoders.pooled import projection_of
 from fieldmark.params import Embed, Params
 from fieldmark.pictures.views import Source, view_region
 from stages import embed_tokens
@@ -121,6 +122,29 @@ def test_rows_are_what_leaves_the_blocks(
             assert row["rollout"] is None
     # They are no unit vectors.
     assert np.linalg.norm(np.reshape(rows[0]["vectors"], (16, 32)), axis=1).min() > 1.5
+
+
+@pytest.mark.parametrize("name", ["vit", "conv"])
+def test_the_head_is_what_the_projection_takes(
+    name: str, set_tokens: SetParams, dataset: list[str], embed: Callable[..., int]
+) -> None:
+    params = set_tokens({name: {"layers": ["head", -2]}})
+    assert embed(name) == len(dataset)
+    row, last = read(name)[:2]
+    encoder = load_encoder(name, params.encoder(name), torch.device("cpu"))
+    assert (row["layer"], last["layer"]) == {"vit": (1, 3), "conv": (3, 5)}[name]
+    paths = {store.sha256(Path("images", path).read_bytes()): Path("images", path) for path in dataset}
+    with Image.open(paths[last["image_id"]]) as picture:
+        pooled, tokens = encoder.embed_images(encoder.preprocess(picture)[None])
+    projection = projection_of(encoder)
+    assert projection is not None
+    cells = torch.tensor(last["vectors"]).reshape(last["grid_h"], last["grid_w"], last["width"])
+    torch.testing.assert_close(torch.nn.functional.linear(cells, *projection), tokens[0], atol=2e-3, rtol=2e-3)
+    if name == "vit":
+        cls = torch.tensor(last["cls"])
+        torch.testing.assert_close(torch.nn.functional.linear(cls, *projection), pooled[0], atol=2e-3, rtol=2e-3)
+    else:
+        assert last["cls"] is None
 
 
 def test_stages_of_several_sizes_lie_in_one_file(
@@ -387,7 +411,7 @@ def test_shards_give_what_one_process_does(
     [
         ({"reef": {"layers": [0]}}, r"tokens\.reef: is neither under `encoders` nor under `towers`; .* conv, vit"),
         ({"vit": {"layers": []}}, r"tokens\.vit\.layers: list should have at least 1 item"),
-        ({"vit": {"layers": ["last"]}}, r"tokens\.vit\.layers\.0: input should be a valid integer"),
+        ({"vit": {"layers": ["last"]}}, r"tokens\.vit\.layers\.0: input should be a layer's number or head"),
         ({"vit": {"layer": [0]}}, r"tokens\.vit\.layer: unknown key; did you mean `layers`\?"),
     ],
 )  # fmt: skip

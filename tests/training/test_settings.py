@@ -15,7 +15,7 @@ def test_the_demo_s_runs_take_every_method_as_it_is(monkeypatch: pytest.MonkeyPa
     for name, run in params.train.runs.items():
         planned = plan_run("params.yaml", params, name)
         assert planned.settings == type(planned.settings)()
-        assert name == run.method
+        assert run.method == ("probes" if name == "moments" else name)
 
 
 def test_every_line_of_the_parameters_has_a_comment() -> None:

@@ -66,11 +66,11 @@ class Features(nn.Module):
         self.names = settings.features
         self.transform: Transform = settings.transform
         train = cache.images("train")
-        sizes = [block.shape[1] for block in self.blocks(cache.batch(train[:1]))]
+        sums = [Sums(block) for block in self.blocks(cache.batch(train[:1]))]
+        sizes = [len(total.total) for total in sums]
         self.size = sum(sizes)  # F
         self.chunk = max(1, min(CHUNK, ROOM // self.size))
         self.weights = [math.sqrt(self.size / len(sizes) / size) for size in sizes]
-        sums = [Sums(size, train.device) for size in sizes]
         for view in range(cache.views):
             for images in train.split(self.chunk):
                 for total, block in zip(sums, self.blocks(view_of(cache, images, view)), strict=True):
@@ -100,10 +100,11 @@ class Features(nn.Module):
 class Sums:
     """Mean and scale of vectors (n, D) that come in chunks. In float64, so that they do not depend on the chunks."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, like: Tensor) -> None:
+        """Of vectors like these (n, D), none of which counts yet."""
         self.count = 0
-        self.total = torch.zeros(size, dtype=torch.float64, device=device)
-        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(like.shape[1], dtype=torch.float64, device=like.device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=like.device)
 
     def add(self, x: Tensor) -> None:
         x = x.double()

@@ -75,8 +75,8 @@ class OwnPoints(Protocol):
         """The settings as val chose them; `chosen` is Fitted.chosen of a fit under these."""
         ...
 
-    def head(self, chosen: dict[str, float | str]) -> Block:
-        """The block whose knobs were chosen from."""
+    def candidate(self, chosen: dict[str, float | str]) -> Block:
+        """The block with the knobs that were chosen from."""
         ...
 
 

@@ -17,13 +17,16 @@ classes that nothing is reported on. Val, or development classes, choose both kn
 not possible: it would be lda.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from training.data import Cache
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, Transform, also_parts_of, feature_parts, parts_of
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
@@ -54,21 +57,25 @@ def also_reads(settings: Settings) -> frozenset[str]:
     return also_parts_of(settings.features)
 
 
+class Learned(NamedTuple):
+    """What no knob changes: a search for few shots fits every point of the grid anew."""
+
+    features: Features
+    span: Span
+    spread: Spread  # of the other classes
+    centre: Tensor  # m_0 (r,)
+    ratio: float  # tr(S) / tr(T)
+    means: Tensor  # (C, r)
+    known: Tensor  # (C,) bool: the classes that have images
+    images: Tensor  # k_c (C,)
+
+
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     """Raises NotPossible where the cache has no images of other classes, or those of one alone."""
-    others = cache.others
-    if others is None or training_targets(others).any(0).sum() < 2:
-        raise NotPossible("no images of two other classes are lent to it, so there is nothing to transfer; take lda")
-    features = Features(others, settings)  # few images say little of mean and scale too
-    x_others, x = features.of_training(others).double(), features.of_training(cache).double()
-    told, x_val = training_targets(cache), features.of(cache, cache.images("val"))
-    span = Span(torch.cat([x_others, x]))
-    centres, covariance, taught = class_means(span.into(x_others), training_targets(others))
-    means, _, known = class_means(span.into(x), told)
-    spread, centres, images = Spread(covariance, features.size), centres[taught], told.sum(0) / cache.views
-    ratio = (covariance.trace() / centres.var(0, correction=0).sum()).item()
-
-    centre = centres.mean(0)
+    features, span, spread, centre, ratio, means, known, images = learn(
+        cache, tuple(settings.features), settings.transform
+    )
+    x_val = features.of(cache, cache.images("val"))
 
     def layer(shrinkage: float, strength: float) -> nn.Linear:
         trusted = trust(images, strength * ratio)
@@ -78,6 +85,25 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
 
     point, history = search(cache, settings, lambda shrinkage, strength: layer(shrinkage, strength)(x_val))
     return Fitted(Probe(features, layer(**point)), history, dict(point))
+
+
+@functools.lru_cache(maxsize=1)
+def learn(cache: Cache, names: tuple[str, ...], transform: Transform) -> Learned:
+    """From the other classes and the few images. Raises NotPossible."""
+    others = cache.others
+    if others is None or training_targets(others).any(0).sum() < 2:
+        raise NotPossible("no images of two other classes are lent to it, so there is nothing to transfer; take lda")
+    # Few images say little of mean and scale too.
+    features = Features(others, FeatureSettings(features=list(names), transform=transform))
+    x_others, x = features.of_training(others).double(), features.of_training(cache).double()
+    told = training_targets(cache)
+    span = Span(torch.cat([x_others, x]))
+    centres, covariance, taught = class_means(span.into(x_others), training_targets(others))
+    means, _, known = class_means(span.into(x), told)
+    centres = centres[taught]
+    ratio = (covariance.trace() / centres.var(0, correction=0).sum()).item()
+    spread, images = Spread(covariance, features.size), told.sum(0) / cache.views
+    return Learned(features, span, spread, centres.mean(0), ratio, means, known, images)
 
 
 def trust(images: Tensor, strength: float) -> Tensor:

@@ -31,7 +31,14 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
-from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, is_unreachable, split_transform
+from fieldmark.encoders.base import (
+    DTYPES,
+    LOADING_ERRORS,
+    check_size,
+    encoder_fingerprint,
+    is_unreachable,
+    split_transform,
+)
 from fieldmark.encoders.maps import timm_features
 from fieldmark.encoders.towers import LoadedTower
 from fieldmark.params import Tower
@@ -80,7 +87,8 @@ def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
     # timm's name without its tag: the tag stands for weights and preprocessing, which count by themselves.
     architecture = {"timm": settings.model.partition(".")[0], "image_size": height}
     preprocess, normalise = split_transform(create_transform(**config), device)
-    check_cells(model, settings.image_size, key)
+    layers = getattr(model, "feature_info", None)
+    check_size(settings.image_size, cfg.input_size[-1], layers[-1]["reduction"] if layers else 1, key)
     return LoadedTower(
         name=name, model=model, preprocess=preprocess, normalise=normalise, preprocessing=preprocessing,
         features=partial(tower_features, model, name=name),
@@ -124,15 +132,3 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
         "resize_mode": RESIZE_MODES[config["crop_mode"]],
         "crop_share": side / math.floor(side / config["crop_pct"]),
     }
-
-
-def check_cells(model: Any, size: int | None, key: str) -> None:
-    """Raises UserError where whole cells do not fill a picture of the size that is asked for.
-
-    timm itself leaves out pixels that do not fill a cell, or pads them, and does not say so.
-    """
-    layers = getattr(model, "feature_info", None)
-    cell = layers[-1]["reduction"] if layers else 1
-    if size is not None and size % cell:
-        problem = f"{size} pixels are no whole number of cells, {cell} pixels each"
-        raise UserError(f"{key}.image_size: {problem}; use {-(-size // cell) * cell}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision import models, transforms
 
 from fieldmark.command import UserError
-from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, encoder_fingerprint, split_transform
+from fieldmark.encoders.base import DTYPES, LOADING_ERRORS, check_size, encoder_fingerprint, split_transform
 from fieldmark.encoders.towers import LoadedTower
 from fieldmark.params import Tower
 
@@ -51,10 +51,8 @@ def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
         cells = model(pixels).float()
         return cells.mean(dim=(2, 3)), cells.permute(0, 2, 3, 1)
 
-    if settings.image_size is not None and settings.image_size % CELL:
-        problem = f"{settings.image_size} pixels are no whole number of cells, {CELL} pixels each"
-        raise UserError(f"{key}.image_size: {problem}; use {-(-settings.image_size // CELL) * CELL}")
     shown = default.transforms()
+    check_size(settings.image_size, shown.crop_size[0], CELL, key)
     size = settings.image_size or shown.crop_size[0]
     resized = math.floor(size * shown.resize_size[0] / shown.crop_size[0])
     preprocessing = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fieldmark.command import UserError
-from fieldmark.encoders.base import choose_device
+from fieldmark.encoders.base import check_size, choose_device
 
 CPU = torch.device("cpu")
 
@@ -16,3 +16,18 @@ def test_devices() -> None:
         with pytest.raises(UserError, match=f"--device {name}: ") as error:
             choose_device(name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [None, 64, 96, 224])
+def test_sizes_of_whole_cells(size: int | None) -> None:
+    check_size(size, 64, 32, "key")
+
+
+def test_a_size_that_leaves_part_of_a_cell() -> None:
+    with pytest.raises(UserError, match=r"^key\.image_size: 80 pixels are .* cells, 32 pixels each; use 96$"):
+        check_size(80, 64, 32, "key")
+    # EfficientNet-Lite2 pads its own 260 pixels to nine cells of 32: no other size may fill them less.
+    for size in (260, 288, 384, 390):
+        check_size(size, 260, 32, "key")
+    with pytest.raises(UserError, match=r"^key\.image_size: 225 .*; use 256$"):
+        check_size(225, 260, 32, "key")

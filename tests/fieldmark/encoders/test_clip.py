@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.params import Encoder
-from tests.project import CONV, TEXT_TOWER, VIT, save_model
+from tests.project import CONV, ROOT, TEXT_TOWER, VIT, save_model
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,16 @@ def same_direction(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(
         torch.nn.functional.normalize(a, dim=-1), torch.nn.functional.normalize(b, dim=-1), atol=1e-3, rtol=0
     )
+
+
+def test_the_demo_encoder_keeps_its_fingerprint() -> None:
+    """Only a change of RULES may change it: every stored embedding is made anew where it does."""
+    settings = Encoder(model=f"local-dir:{ROOT / 'data/demo/encoder'}")
+    own = "1a67bf1ebbbb57f5dedeaddda3e7c0edcbe0863f9c34a41875bdf9f9a246b0a8"
+    assert load_encoder("reef", settings, CPU).fingerprint == own
+    larger = load_encoder("reef", settings.model_copy(update={"image_size": 256}), CPU)
+    assert larger.fingerprint != own
+    assert larger.preprocessing["size"] == (256, 256)
 
 
 @pytest.mark.parametrize("name", ["conv", "vit"])
@@ -413,6 +424,21 @@ def test_a_tower_without_a_rule_is_refused(
     with pytest.raises(UserError, match=rf"params\.yaml: encoders\.mine: .*{words}.*; ") as error:
         encoder.embed_images(noise(encoder, 1))
     assert "\n" not in str(error.value)
+
+
+def test_sizes_that_a_tower_does_not_take_are_told(tmp_path: Path) -> None:
+    # timm has no way to bring the positions of this one to another size.
+    vision = {"timm_model_name": "convit_tiny", "timm_pool": "", "timm_proj": "linear", "image_size": 224}
+    words = r"^params\.yaml: encoders\.mine\.image_size: open_clip cannot run this model at 256 pixels \(.*\); leave it"
+    with pytest.raises(UserError, match=words):
+        load(save_model(tmp_path / "timm", {**CONV, "vision_cfg": vision}), image_size=256)
+    # PyTorch does not interpolate fp16 on a CPU.
+    vit = save_model(tmp_path / "vit", VIT)
+    weights = vit / "open_clip_model.safetensors"
+    save_file({name: weight.half() for name, weight in load_file(weights).items()}, weights)
+    assert load(vit).dtype == torch.float32
+    with pytest.raises(UserError, match=r"open_clip cannot load .*'Half'\); correct it, or leave image_size out$"):
+        load(vit, image_size=48)
 
 
 @pytest.mark.parametrize("trunk", ["test_convnext", "test_efficientnet", "test_nfnet"])

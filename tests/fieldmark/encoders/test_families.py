@@ -12,6 +12,7 @@ import timm
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models import SwinTransformer, register_model
 from torch import Tensor, nn
@@ -249,6 +250,45 @@ def test_a_resnets_cell_stands_at_every_place(encoders: dict[str, LoadedEncoder]
     maskclip = pool.c_proj(pool.v_proj(cells.permute(0, 2, 3, 1)))
     torch.testing.assert_close(image_features(visual, pixels, "mine")[1], maskclip, atol=1e-5, rtol=1e-4)
     assert (tokens - maskclip).abs().max() > 0.1
+
+
+# One of each way in which positions come to another size, and towers that have none.
+@pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32", "ViT-B-16-SigLIP", "EVA02-B-16", "PE-Core-B-16",
+                                  "convnext_base", "swin_base_patch4_window7_224"])  # fmt: skip
+def test_another_size_is_another_encoder_of_the_same_texts(
+    name: str, encoders: dict[str, LoadedEncoder], folders: dict[str, Path]
+) -> None:
+    side, grid, _ = FAMILIES[name]
+    size = side // grid * (grid + 2)
+    small, large = encoders[name], load(name, folders, size)
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pooled, tokens = large.embed_images(pixels)
+    own: Any = open_clip.create_model(f"local-dir:{folders[name]}", force_image_size=size).eval()
+    with torch.inference_mode():
+        expected = own.encode_image(pixels.to(memory_format=torch.channels_last), normalize=False)
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
+    assert tokens.shape == (3, grid + 2, grid + 2, 32)
+    assert large.preprocess(Image.new("RGB", (50, 70))).shape == (3, size, size)
+    assert large.fingerprint != small.fingerprint
+    assert torch.equal(large.embed_texts(["a fish"]), small.embed_texts(["a fish"]))
+    # Its own size by name is the encoder that names none.
+    assert load(name, folders, side).fingerprint == small.fingerprint
+    cell = side // grid
+    words = rf"^params\.yaml: encoders\.mine\.image_size: .*, {cell} pixels each; use {size}$"
+    with pytest.raises(UserError, match=words):
+        load("mine", {"mine": folders[name]}, size - cell // 2)
+
+
+def load(name: str, folders: dict[str, Path], size: int) -> LoadedEncoder:
+    return load_encoder(name, Encoder(model=f"local-dir:{folders[name]}", batch_size=3, image_size=size), CPU)
+
+
+def test_clips_resnet_has_one_size(folders: dict[str, Path], encoders: dict[str, LoadedEncoder]) -> None:
+    resnet = "RN50-quickgelu"
+    for size in (96, 80):
+        with pytest.raises(UserError, match=rf"{resnet}\.image_size: .* each cell of 64 pixels, .*; leave it out, or"):
+            load(resnet, folders, size)
+    assert load(resnet, folders, 64).fingerprint == encoders[resnet].fingerprint
 
 
 @pytest.mark.parametrize("name", FAMILIES)

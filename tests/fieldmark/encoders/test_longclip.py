@@ -178,3 +178,20 @@ def test_its_texts_do_not_mix_with_another_towers_images(
     run_stage("embed_images", "--encoder", "mine")
     run_stage("select_concepts", "--encoder", "mine")
     assert Path("data/bank/mine.parquet").exists()
+
+
+def test_another_size_has_other_positions_of_cells_and_the_same_texts(
+    checkpoints: Path, encoder: LoadedEncoder
+) -> None:
+    large = load(checkpoints / "long.pt", image_size=48)
+    own = encoder.model.visual.positional_embedding
+    assert isinstance(own, Tensor)
+    grid = own[1:].T.reshape(1, -1, 4, 4)
+    wider = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", antialias=True, align_corners=False)
+    torch.testing.assert_close(
+        large.model.visual.positional_embedding, torch.cat([own[:1], wider.flatten(2)[0].T]), atol=1e-6, rtol=1e-5
+    )
+    assert large.embed_images(torch.randn(1, 3, 48, 48))[1].shape == (1, 6, 6, 16)
+    assert torch.equal(large.embed_texts([LONG]), encoder.embed_texts([LONG]))
+    assert large.fingerprint != encoder.fingerprint
+    assert load(checkpoints / "long.pt", image_size=32).fingerprint == encoder.fingerprint
