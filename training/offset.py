@@ -183,7 +183,7 @@ def fit_rival(cache: Cache, with_probe: WithProbe) -> Rival:
 
 
 def training_labels(cache: Cache) -> Tensor:
-    """(n_train,): the likeliest class of what training is told of each image."""
+    """(n_train,): the likeliest class of what training is told of each image, on the CPU as positions are."""
     return as_probabilities(cache.target[cache.images("train")], len(cache.classes)).argmax(1).cpu()
 
 

@@ -27,12 +27,13 @@ from training.control_texts import read_control_texts
 from training.controls import FEWER, Control, Request, apply_control, control_names, load_control, read_control
 from training.controls.fewer_concepts import keep_concepts
 from training.controls.owners_permuted import cycle
-from training.data import Cache, part_kinds, read_cache
+from training.data import Cache, kind_of, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.labels import Labels
+from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
 from training.loop import predict
 from training.methods import (
@@ -367,7 +368,8 @@ def test_a_control_changes_the_logits_where_the_plan_says_so_and_no_bit_elsewher
         differs = not torch.equal(logits(control(name, of=every_part)), plain)
         assert differs == plan.reads(cell, cell.control.changes), name
         bites |= {name} if differs else set()
-    assert bool(bites) == bool(reads_of(method, chosen) - {"globals", "nodes"})
+    # Nothing takes the vectors of images away.
+    assert bool(bites) == bool({kind_of(name) for name in reads_of(method, chosen)} - {Globals, Nodes, Moments})
 
 
 def test_shuffled_vectors_are_the_same_ones_in_other_classes(cache: Cache, control: Callable[..., Cache]) -> None:

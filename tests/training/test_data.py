@@ -350,8 +350,8 @@ def test_a_run_without_nodes_needs_no_file_of_them(copy: Path) -> None:
 
 
 def test_moments_that_are_not_there_name_folder_and_stage(copy: Path) -> None:
-    with pytest.raises(UserError, match=r"embed/tiny/moments/isqrt: is missing; run pool_tokens \(dvc repro\)"):
-        read_cache(copy, ENCODER, 3, {"moments/isqrt"})
+    with pytest.raises(UserError, match=r"embed/tiny/moments/bilinear: is missing; run pool_tokens \(dvc repro\)"):
+        read_cache(copy, ENCODER, 3, {"moments/bilinear"})
     path = bucket_path(copy / f"embed/{ENCODER}/moments/pooled", 1)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"moments/pooled/b001\.parquet: is not readable Parquet"):

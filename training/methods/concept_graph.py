@@ -64,6 +64,7 @@ from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.layers.blocks import Dropout, GatedAttention, Standardise, silent
 from training.layers.features import feature_parts
+from training.layers.gather import sum_rows
 from training.layers.graphs import GraphNetwork, Kind, grid_edges, nearest_edges, prepare_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, recovery
 from training.layers.nodes import NodeInput, NodeKind, Projection, in_precision, selected_of, training_sample
@@ -304,15 +305,14 @@ def prepare(cache: Cache, settings_json: str) -> Cache:
         # Not by batches: vectors may lie on the disk.
         images = rows // cache.views
         if "edges" in wanted:
-            mask = cache.part(Nodes).mask[rows].to(cache.device)
+            adjacency, mask = cache.part(Edges).cut(images, rows)["adjacency"], cache.part(Nodes).mask[rows]
             if settings.nodes == "selected":
-                mask = selected_of(mask, cache.part(Labels).selected[rows].to(cache.device))
-            adjacency = cache.part(Edges).cut(images, rows)["adjacency"].to(cache.device)
-            found["node_graph"].append(node_graph(settings, adjacency, mask).half())
+                mask = selected_of(mask, cache.part(Labels).selected[rows].to(mask.device))
+            found["node_graph"].append(node_graph(settings, adjacency, mask.to(adjacency.device)).half())
         if has_second_graph(settings) and settings.graph != "mlp":
-            shown, said = cache.part(Labels).selected_concepts[rows].long(), cache.part(Descriptions)
-            texts = [each.to(cache.device) for each in (cache.part(Bank).K, shown, said.d[images], said.dm[images])]
-            found["text_graph"].append(text_graph(settings, texts[0], texts[1], texts[2].float(), texts[3]).half())
+            K, shown, said = cache.part(Bank).K, cache.part(Labels).selected_concepts[rows], cache.part(Descriptions)
+            texts = (each.to(K.device) for each in (shown.long(), said.d[images].float(), said.dm[images]))
+            found["text_graph"].append(text_graph(settings, K, *texts).half().to(shown.device))
         if has_texts:
             labels = cache.part(Labels)
             idx, weight = heaviest(labels.concept_idx[rows], labels.concept_weight[rows], settings.texts)
@@ -510,8 +510,7 @@ class ConceptGraph(nn.Module):
         projected = self.in_text(self.texts()).float()
         if not concept.shape[-1]:
             return projected.new_zeros(*nodes, projected.shape[1])
-        flat = concept.flatten(0, 1), weight.flatten(0, 1)
-        return F.embedding_bag(flat[0], projected, per_sample_weights=flat[1], mode="sum").unflatten(0, nodes)
+        return sum_rows(projected, concept.flatten(0, 1), weight.flatten(0, 1)).unflatten(0, nodes)
 
     def propagate(self, x: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         """The layers of G1 (B, N+1, h); the node of the rings is there only meanwhile."""
