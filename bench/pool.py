@@ -6,9 +6,10 @@ image and core.
 
 The stages: JPEGs of 256 x 192 random blocks in a temporary folder, in one bucket, and a pooled vector and an isqrt of
 128 directions; each stage is a process of its own. Memory is the largest resident set, Python, torch and the encoder
-included; "one more" is the run after it, with one image more. Seconds are those of the closing line, after loading, and
-"basis" is what the pass over its training images takes of the whole process beside. The bar: the most images take at
-most 5 % more memory than the fewest.
+included; "one more" is the run after it, with one image more. Both numbers of images fill several row groups, of 1,016
+such vectors each, since a writer holds some of them. Seconds are those of the closing line, after loading, and "basis"
+is what the pass over its training images takes of the whole process beside. The bar: the most images take at most 5 %
+more memory than the fewest.
 
     python -m bench.pool [--images N N ...] [--model MODEL]
 """
@@ -88,7 +89,7 @@ def run_stage(stage: str, folder: Path, rows: list[dict[str, Any]]) -> Ran:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[1000, 5000], help="images (default: 1000 5000)")
+    parser.add_argument("--images", type=int, nargs="+", default=[2500, 5000], help="images (default: 2500 5000)")
     demo = f"local-dir:{ROOT}/data/demo/encoder"
     parser.add_argument("--model", default=demo, help="as under `encoders` in params.yaml (default: the demo's own)")
     arguments = parser.parse_args()

@@ -392,7 +392,8 @@ def update(
                 progress.update()
                 yield dict(zip(lacking, image, strict=True))
 
-        made = count(make(missing, [products[place] for place in lacking], clock))
+        # Where images are only taken away, there is nothing to make.
+        made = count(make(missing, [products[place] for place in lacking], clock) if missing else ())
         for file, bucket in shared.items():
             targets = [
                 store.Target(each.folder / file, each.schema, each.columns, each.made_by, each.fingerprint)

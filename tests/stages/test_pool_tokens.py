@@ -263,8 +263,11 @@ def test_stored_tokens_give_the_same_bits(
             make()
     # Nor is a new image.
     make()
-    draw(project / "images/train/a/new.png", 1000)
+    new = draw(project / "images/train/a/new.png", 1000)
     assert embedded(make()) == dict.fromkeys(MOMENTS, 1)
+    new.unlink()
+    assert embedded(make()) == dict.fromkeys(MOMENTS, 0)
+    assert contents(files()) == contents(before)
     # Tokens of other views are none of these.
     set_moments(tokens=tokens, embed={"views": 0})
     with monkeypatch.context() as patch:
