@@ -77,9 +77,10 @@ test-all: setup
 bench: setup
 	@for bench in bench/[a-z]*.py; do python -m bench.$$(basename $$bench .py) || exit 1; done
 
-# Outputs that can be made again for nothing. Answers, their journal (.cache) and DVC's cache stay.
+# Outputs that can be made again for nothing, and arrays. Answers, their journal (.cache) and DVC's cache stay.
 clean:
 	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/inputs data/runs
 	rm -rf data/report data/reef
 	rm -f data/concepts/concepts.parquet data/descriptions/descriptions.parquet
+	rm -rf "$${FIELDMARK_CACHE:-.cache}/arrays"
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,8 @@ from fieldmark.params import NAME, Block, Count, Labels, Params, read_block, rea
 from fieldmark.store import canonical_json, class_id_of, read_table, sha256
 from training.controls import Control, read_control
 from training.data import files_of
-from training.inputs import ROOT, Reading, code_of, hash_data, reading_of
+from training.hashes import hash_data
+from training.inputs import ROOT, Reading, code_of, reading_of
 from training.methods import (
     check_also,
     check_texts,

@@ -1,7 +1,15 @@
 """Which checkout a folder is a passing copy of: what must outlive an experiment or a worktree lies there."""
 
 import functools
+import os
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where journals and arrays lie: $FIELDMARK_CACHE, or `.cache` where that is unset or empty, of that checkout."""
+    checkout = original_checkout(Path.cwd(), os.environ.get("DVC_ROOT"))
+    folder = Path(os.environ.get("FIELDMARK_CACHE") or ".cache")
+    return folder if checkout == Path.cwd() else checkout / folder
 
 
 @functools.cache

@@ -317,6 +317,16 @@ def read_table(path: str | Path, schema: str, columns: list[str] | None = None) 
         raise broken(path, error) from None
 
 
+def iterate_groups(path: str | Path, schema: str, columns: list[str]) -> Iterator[pa.Table]:
+    """read_table row group by row group, one of them held at a time."""
+    read_header(path, schema)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from (file.read_row_group(number, columns) for number in range(file.num_row_groups))
+    except (OSError, pa.ArrowException) as error:
+        raise broken(path, error) from None
+
+
 def broken(path: str | Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:160]
     return UserError(f"{path}: is not readable Parquet ({reason}); remove it and run again (dvc repro), or dvc pull it")

@@ -1,15 +1,16 @@
 """Choose the concepts that tell classes apart: the concept bank of one encoder.
 
 Reads   data/concepts/concepts.parquet, data/embed/NAME/text.parquet and images/, data/index/images.parquet (training
-        images, and validation images for the judgement); `select` of params.yaml.
+        images, and for the judgement the half of val that chooses); `select` of params.yaml.
 Writes  data/bank/NAME.parquet (bank/1): every candidate a row, with its discriminability, and why it was dropped;
         data/bank/NAME.json: how many were kept, and whether they carry signal.
 Costs   two matrix products over the training images and one of candidates with candidates: seconds for ten thousand.
 
-How concepts are chosen stands in fieldmark/concepts/selection.py. What is kept is judged on validation images
-(fieldmark/concepts/gate.py). Concepts without signal are told; `select.fallback` auto then puts visual prototypes in
-their place, and prototypes does so whatever the verdict. Where no concept is kept and no prototype made, the bank holds
-class names alone: methods that read no concept train as ever, and a warning says where to look.
+How concepts are chosen stands in fieldmark/concepts/selection.py. What is kept is judged by fieldmark/concepts/gate.py
+on the half of val that chooses (fieldmark/halves.py). Concepts without signal are told; `select.fallback` auto then
+puts visual prototypes in their place, and prototypes does so whatever the verdict. Where no concept is kept and no
+prototype made, the bank holds class names alone: methods that read no concept train as ever, and a warning says where
+to look.
 
     python -m stages.select_concepts --encoder reef
 """
@@ -68,13 +69,13 @@ def main() -> None:
     if not train_images:
         raise UserError(f"{INDEX}: holds no training image; concepts are selected on them")
     train = read_globals(images, buckets, train_images)
-    val = read_globals(images, buckets, read_split(INDEX, "val"))
+    choose = read_globals(images, buckets, read_split(INDEX, "choose"))
     bank = select_bank(
         texts,
         class_means(*train),
         text_header.params["logit_scale"],
         settings,
-        partial(gate.judge, train, val),
+        partial(gate.judge, train, choose),
         partial(find_prototypes, images, buckets, train_images, settings.per_class),
     )
     rows = bank.rows

@@ -31,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _arrays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Arrays of what tests read lie in a folder of the tests, and not in `.cache` of this checkout."""
+    folder = tmp_path_factory.mktemp("cache") / "arrays"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.data.arrays.arrays_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture
 def server() -> Iterator[OpenAIServer]:
     """A server that speaks OpenAI's protocol, on this machine."""

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fieldmark.command import run, stage_parser
 from fieldmark.params import Params, load_params
-from training.inputs import ROOT, code_of, hash_data
+from training.hashes import hash_data
+from training.inputs import ROOT, code_of
 from training.runs import write_json
 from training.train import plan_run
 

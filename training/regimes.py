@@ -5,7 +5,7 @@ training may not use become `unused`) and `target` (what training is told); vect
 the index is never touched. Everything drawn follows from `draw` and from paths and class ids, so that all methods share
 a draw, and one image more moves no other. `Cache.y` stays the truth.
 
-What val is: `long_tail`, `partial` and `noise` keep both halves of it (training/data/halves.py), with clean labels:
+What val is: `long_tail`, `partial` and `noise` keep both halves of it (fieldmark/halves.py), with clean labels:
 their figures say what a method reaches that was tuned on clean images. `shots` has none: k images a class leave nothing
 to tune on, so its settings come from other classes (`restrict_classes`). `unseen` has val images of the seen classes,
 and of development classes, which training does not see either.
@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
+from fieldmark.halves import halve
 from fieldmark.params import Block, Fraction, read_block
 from fieldmark.store import class_id_of, sha256
 from training.data import Cache
-from training.data.halves import halve
 from training.folds import split_fold
 from training.layers.blocks import Standardise
 from training.layers.logistic import fit_logistic

@@ -7,11 +7,13 @@ Writes  data/runs/RUN/: metrics.json (accuracies by split, the mean over seeds),
         timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best
         on the half of val that chooses), config.json (settings, class order, fingerprints of what was read). Where the
         method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others are empty.
-Costs   processor time only: none to speak of for the zero-shot methods; an epoch's seconds stand in timing.json. Memory
-        holds the vectors that the method reads as float16, one bucket of data/embed/E/images beside them, and a batch.
+Costs   processor time only: none to speak of for the zero-shot methods; an epoch's seconds stand in timing.json. What
+        was read from Parquet is kept as arrays in .cache/arrays (training/data/arrays.py), at most 32 GB of them, and
+        mapped from there the next time: memory holds a batch, the first time one bucket of each table beside it, and
+        what the system keeps of the disk.
 
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
-stands for all seeds. One half of val chooses (training/data/halves.py); the other, `val` in what is written, and test
+stands for all seeds. One half of val chooses (fieldmark/halves.py); the other, `val` in what is written, and test
 are only read out: fit is told no label of them. `train.regime` limits what fit
 sees (training/regimes.py), `train.control` takes something away before (training/controls/); both are drawn once, by
 train.seed, and the splits of what is written stay those of the index. Many draws are a study (evaluation/study.py). On

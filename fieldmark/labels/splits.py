@@ -12,13 +12,18 @@ import pyarrow.compute as pc
 
 from fieldmark import store
 from fieldmark.command import UserError
+from fieldmark.halves import halve
 
 
 def read_split(index: Path, split: str) -> dict[str, str]:
-    """The class_id of each usable image of a split, by image_id."""
-    table = store.read_table(index, "index.images/1", ["image_id", "class_id", "split", "status"])
-    table = table.filter((pc.field("split") == split) & (pc.field("status") == "ok"))
-    return dict(zip(table.column("image_id").to_pylist(), table.column("class_id").to_pylist(), strict=True))
+    """The class_id of each usable image of a split, by image_id; val is in its halves, `choose` and `val`."""
+    table = store.read_table(index, "index.images/1", ["path", "image_id", "class_id", "group", "split", "status"])
+    table = table.filter(pc.field("status") == "ok").sort_by("path")
+    images, classes = table.column("image_id").to_pylist(), table.column("class_id").to_pylist()
+    groups = pc.coalesce(table.column("group"), table.column("image_id")).to_pylist()
+    splits = np.array(table.column("split").to_pylist(), dtype=str)
+    found = halve(splits, splits == "val", groups, np.unique(classes, return_inverse=True)[1])
+    return {image_id: name for image_id, name, own in zip(images, classes, found, strict=True) if own == split}
 
 
 def iterate_nodes(folder: Path, buckets: int, images: Mapping[str, str], columns: list[str]) -> Iterator[pa.Table]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeGuard
 
-from fieldmark.checkout import original_checkout
+from fieldmark.checkout import cache_folder
 from fieldmark.command import UserError
 from fieldmark.store import canonical_json
 
@@ -47,13 +47,6 @@ class Entry(NamedTuple):
 
 def journal_path(stage: str) -> Path:
     return cache_folder() / f"{stage}.jsonl"
-
-
-def cache_folder() -> Path:
-    """Where the journals lie: $FIELDMARK_CACHE, or `.cache` where that is unset or empty, of the original checkout."""
-    checkout = original_checkout(Path.cwd(), os.environ.get("DVC_ROOT"))
-    folder = Path(os.environ.get("FIELDMARK_CACHE") or ".cache")
-    return folder if checkout == Path.cwd() else checkout / folder
 
 
 def read_journal(path: Path, keys: Container[str], bad: list[str] | None = None) -> dict[str, Entry]:

@@ -42,7 +42,7 @@ from training.data import Batch, Cache, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.nodes import Nodes
-from training.inputs import hash_path
+from training.hashes import hash_path
 from training.layers.logistic import L2_WITHOUT_VAL
 from training.loop import untrained
 from training.methods import Fitted, Output, load_method
@@ -840,7 +840,7 @@ def test_a_study_of_the_repository_can_stand(name: str, tmp_path: Path) -> None:
         ({"READS": None}, "training/methods/leaky.py: has no READS"),
         (
             {"READS": frozenset({"label"})},
-            "training/methods/leaky.py: READS: 'label' is no part of the cache; choose from: boxes, concepts",
+            "training/methods/leaky.py: READS: 'label' is no part of the cache; choose from: boxes, cls, concepts",
         ),
     ],
 )
@@ -914,7 +914,7 @@ def test_a_study_reads_what_its_methods_declare_and_no_more(project: Path) -> No
     read = {path for cell in cells(plan, 0) for path in plan.reading(cell).files}
     assert read == {"index/images.parquet", "index/classes.parquet", "embed/tiny/images"}
     assert run_study(plan, cells(plan, 0), 1) == 0
-    with pytest.raises(UserError, match=r"labels/tiny/b000\.parquet: is missing"):
+    with pytest.raises(UserError, match=r"labels/tiny: is missing; run label_patches"):
         ran(project, methods=[*probes, "concept_graph"], variants=variants)
 
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from torch import Tensor
 
 from fieldmark.params import Labels, Select
@@ -242,23 +241,52 @@ def write_moments(
 ) -> None:
     """Moments of a NAME for the images and views of `tiny`: vectors (dimension) that show the class, of any length."""
     rng = np.random.default_rng(seed)
-    index = read_table(folder / "index/images.parquet", "index.images/1", ["image_id", "class_id", "status"])
-    index = index.filter(pc.equal(index["status"], "ok"))
-    classes = sorted(set(index["class_id"].to_pylist()))
+    index = read_table(folder / "index/images.parquet", "index.images/1", ["image_id", "class_id"])
+    class_of = dict(zip(index["image_id"].to_pylist(), index["class_id"].to_pylist(), strict=True))
+    classes = sorted(set(class_of.values()))
     prototypes = unit(rng.standard_normal((len(classes), dimension)))
-    nodes = sorted((folder / f"embed/{ENCODER}/images").glob("b*.parquet"))
-    views = 1 + max(pc.max(read_table(path, "embed.nodes/1", ["view"])["view"]).as_py() or 0 for path in nodes)
     rows = [
         {
-            **{"image_id": image["image_id"], "view": view, "layer": None if name == "pooled" else 3, "kind": name},
-            "vector": 3 * around(prototypes[classes.index(image["class_id"])], 0.6, rng),
+            **{"image_id": image_id, "view": view, "layer": None if name == "pooled" else 3, "kind": name},
+            "vector": 3 * around(prototypes[classes.index(class_of[image_id])], 0.6, rng),
         }
-        for image in index.to_pylist()
-        for view in range(views)
+        for image_id, view in keys_of(folder)
     ]
     made_by = {"encoder": fingerprint("embed", {"encoder": ENCODER})} if made_by is None else made_by
-    ids, mark = index["image_id"].to_pylist(), fingerprint("moments", {"encoder": encoder, "name": name, "seed": seed})
-    write_buckets(folder / f"embed/{encoder}/moments/{name}", "embed.moments/1", rows, ids, len(nodes), made_by, mark)
+    ids, mark = sorted({row["image_id"] for row in rows}), fingerprint("moments", {"name": name, "seed": seed})
+    target = folder / f"embed/{encoder}/moments/{name}"
+    write_buckets(target, "embed.moments/1", rows, ids, len(bucket_files(folder)), made_by, mark)
+
+
+def write_tokens(folder: Path, encoder: str) -> None:
+    """Cells and CLS of layers 1 and 2 for the images and views of `tiny`, and rollout in the rows of layer 1."""
+    rng, grid, dimension, heads = np.random.default_rng(0), (2, 3), 5, 2
+    marks = {name: fingerprint(name, {"encoder": ENCODER}) for name in ("embed", "tokens")}
+    keys, cells = keys_of(folder), grid[0] * grid[1]
+    rows = [
+        {
+            **{"image_id": image_id, "view": view, "layer": layer},
+            **{"grid_h": grid[0], "grid_w": grid[1], "width": dimension},
+            "vectors": rng.standard_normal(cells * dimension).astype(np.float16),
+            "cls": rng.standard_normal(dimension).astype(np.float16),
+            "rollout": rng.random(heads * cells).astype(np.float16) if layer == 1 else None,
+        }
+        for image_id, view in keys
+        for layer in (1, 2)
+    ]
+    ids, buckets = sorted({image_id for image_id, _ in keys}), len(bucket_files(folder))
+    target = folder / f"embed/{encoder}/tokens"
+    write_buckets(target, "embed.tokens/1", rows, ids, buckets, {"encoder": marks["embed"]}, marks["tokens"])
+
+
+def bucket_files(folder: Path) -> list[Path]:
+    return sorted((folder / f"embed/{ENCODER}/images").glob("b*.parquet"))
+
+
+def keys_of(folder: Path) -> list[tuple[str, int]]:
+    """Image and view of each row that `tiny` has."""
+    found = pa.concat_tables([read_table(path, "embed.nodes/1", ["image_id", "view"]) for path in bucket_files(folder)])
+    return sorted(set(zip(found["image_id"].to_pylist(), found["view"].to_pylist(), strict=True)))
 
 
 def label_rows(

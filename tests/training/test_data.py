@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fieldmark.command import UserError
-from fieldmark.store import COLUMNS, bucket_path, read_buckets, read_header, read_table, sha256, vectors_of, write_table
-from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other
-from training.data import Cache, part_kinds, read_cache
+from fieldmark.store import (
+    COLUMNS,
+    bucket_path,
+    make_table,
+    read_buckets,
+    read_header,
+    read_table,
+    sha256,
+    vectors_of,
+    write_table,
+)
+from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other, write_tokens
+from training.data import Cache, arrays, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Nodes
+from training.data.projection import Projection
+from training.data.tokens import Tokens
 
 PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3, rings=3)
 
@@ -78,6 +92,10 @@ def test_every_value_arrives_where_the_files_have_it(folder: Path) -> None:
     assert torch.equal(batch.adjacency, batch.adjacency.transpose(1, 2))
 
 
+def without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "arrays_folder", lambda: Path(__file__))
+
+
 def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, images = read_cache(folder, ENCODER, PLAN.buckets, ALL), torch.arange(20)
     files = sorted(folder.rglob("*"))
@@ -89,7 +107,8 @@ def test_vectors_that_do_not_fit_into_memory_stay_on_the_disk(folder: Path, monk
 
     np_memmap = np.memmap
     monkeypatch.setattr(np, "memmap", memmap)
-    monkeypatch.setattr("training.data.rows.MEMORY_SHARE", 0.0)
+    without_arrays(monkeypatch)
+    monkeypatch.setattr(arrays, "MEMORY_SHARE", 0.0)
     streamed = read_cache(folder, ENCODER, PLAN.buckets, ALL)
     on_disk = {array.ctypes.data for array in made}
     for part in (streamed.part(Nodes), streamed.part(Moments)):
@@ -248,7 +267,7 @@ def test_only_what_is_declared_is_read(copy: Path) -> None:
         assert torch.equal(cache.globals(images, view), whole.globals(images, view))
     with pytest.raises(UserError, match=r"bank/tiny\.parquet: is missing"):
         read_cache(copy, ENCODER, PLAN.buckets, {"globals", "names"})
-    with pytest.raises(UserError, match=r"'vectors' is no part of the cache; choose from: boxes, concepts"):
+    with pytest.raises(UserError, match=r"'vectors' is no part of the cache; choose from: boxes, cls, concepts"):
         read_cache(copy, ENCODER, PLAN.buckets, {"vectors"})
 
 
@@ -367,11 +386,93 @@ def test_all_that_is_read_has_the_same_views(copy: Path) -> None:
     assert read_cache(copy, ENCODER, 3, {"pooled"}).views == 4
 
 
+def test_tokens_of_the_deepest_layer_arrive_where_the_files_have_them(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokens(copy, ENCODER)
+    rows = read_buckets(copy / f"embed/{ENCODER}/tokens", "embed.tokens/1", 3).to_pylist()
+    stored = {(row["image_id"], row["view"], row["layer"]): row for row in rows}
+    caches = [read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"})]
+    without_arrays(monkeypatch)
+    monkeypatch.setattr(arrays, "MEMORY_SHARE", 0.0)
+    caches.append(read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"}))  # they stay on the disk
+    order = torch.tensor([4, 1, 12])
+    caches.append(caches[1].take(order))
+    for cache in caches:
+        images = torch.arange(len(cache.paths))
+        for view in (0, 1):
+            batch = cache.batch(images, torch.full_like(images, view))
+            assert batch.token_grid == (2, 3)
+            assert batch.tokens.shape == (len(images), 6, 5)
+            assert batch.rollout.shape == (len(images), 2, 6)
+            assert {each.dtype for each in (batch.tokens, batch.cls, batch.rollout)} == {torch.float32}
+            for image, image_id in enumerate(cache.image_ids):
+                deep, before = stored[image_id, view, 2], stored[image_id, view, 1]
+                assert batch.tokens[image].flatten().tolist() == deep["vectors"]
+                assert batch.cls[image].tolist() == deep["cls"]
+                assert batch.rollout[image].flatten().tolist() == before["rollout"]
+    # Of cells on the disk, none are brought to memory where some of the images are taken.
+    assert caches[2].part(Tokens).cells.data_ptr() == caches[1].part(Tokens).cells.data_ptr()
+    seen = caches[0].only({"cls"}).batch(order)
+    for field in ("tokens", "token_grid", "rollout"):
+        with pytest.raises(UserError, match=rf"{field}: is of the part `{field.split('_')[0]}s?`, which the method's"):
+            getattr(seen, field)
+
+
+def test_tokens_that_are_not_whole_are_refused(copy: Path) -> None:
+    with pytest.raises(UserError, match=r"embed/tiny/tokens: is missing; run embed_tokens \(dvc repro\)"):
+        read_cache(copy, ENCODER, 3, {"tokens"})
+    write_tokens(copy, ENCODER)
+    folder = copy / f"embed/{ENCODER}/tokens"
+    drop_first(bucket_path(folder, 1))
+    for name in ("tokens", "cls", "rollout"):
+        with pytest.raises(UserError, match=r"b001.parquet: lacks image [0-9a-f]{64} \(view 0\); run embed_tokens"):
+            read_cache(copy, ENCODER, 3, {name})
+    for bucket in range(3):
+        path = bucket_path(folder, bucket)
+        rows = [{**row, "cls": None, "rollout": None} for row in read_table(path, "embed.tokens/1").to_pylist()]
+        rows = [{**row, "grid_h": 3, "grid_w": 2} if row["view"] and bucket == 2 else row for row in rows]
+        header = read_header(path, "embed.tokens/1")
+        table = make_table("embed.tokens/1", rows)
+        write_table(table, path, "embed.tokens/1", header.params, header.fingerprint)
+    for name, remedy in (("cls", "only a tower with a CLS token has one"), ("rollout", r"set tokens\.tiny\.rollout")):
+        with pytest.raises(UserError, match=rf"embed/tiny/tokens: holds no {name}; {remedy}"):
+            read_cache(copy, ENCODER, 3, {name})
+    with pytest.raises(UserError, match=r"tokens: maps of layer 2 differ in size; run embed_tokens again"):
+        read_cache(copy, ENCODER, 3, {"tokens"})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_projection_is_a_matrix_and_a_bias(copy: Path, bias: bool) -> None:
+    path = copy / f"embed/{ENCODER}/projection.safetensors"
+    with pytest.raises(UserError, match=r"projection\.safetensors: is missing; run pool_tokens"):
+        read_cache(copy, ENCODER, 3, {"projection"})
+    tensors = {"weight": torch.arange(96.0).view(8, 12)} | ({"bias": torch.arange(8.0)} if bias else {})
+    nodes = read_header(bucket_path(copy / f"embed/{ENCODER}/images", 0), "embed.nodes/1")
+    save_file(tensors, path, {"made_by": json.dumps({"encoder": nodes.params["encoder"]})})
+    cache = read_cache(copy, ENCODER, 3, {"projection", "pooled", "globals"})
+    assert torch.equal(cache.part(Projection).weight, tensors["weight"])
+    assert torch.equal(cache.part(Projection).bias, tensors.get("bias", torch.zeros(8)))
+    assert cache.fingerprints[f"embed/{ENCODER}/projection.safetensors"] == sha256(path.read_bytes())
+    assert torch.equal(cache.take(torch.arange(3)).part(Projection).weight, tensors["weight"])
+
+    save_file(tensors, path, {"made_by": json.dumps({"encoder": "another"})})
+    with pytest.raises(UserError, match=r"projection\.safetensors: was made by another encoder tiny .*pool_tokens"):
+        read_cache(copy, ENCODER, 3, {"projection", "pooled"})
+    save_file({}, path)
+    with pytest.raises(UserError, match=r"projection\.safetensors: holds no matrix: the head of tiny projects by more"):
+        read_cache(copy, ENCODER, 3, {"projection"})
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(UserError, match=r"projection\.safetensors: is not readable"):
+        read_cache(copy, ENCODER, 3, {"projection"})
+
+
 def test_every_part_is_found_by_its_names() -> None:
     kinds = part_kinds()
-    assert kinds.keys() == {*(name.partition("/")[0] for name in ALL), "globals"}
+    words = {name.partition("/")[0] for name in ALL}
+    assert kinds.keys() == {*words, "globals", "tokens", "cls", "rollout", "projection"}
     fields = [field for kind in set(kinds.values()) for field in kind.shows]
     assert len(fields) == len(set(fields))
     for kind in set(kinds.values()):
         words = kind.provides - {kind.named}
-        assert set(kind.files("one", words).values()) <= COLUMNS.keys()
+        assert set(kind.files("one", words).values()) <= {*COLUMNS, "safetensors"}

@@ -13,7 +13,8 @@ from tests.project import ROOT
 from tests.training.cache import Plan, write_cache
 from tests.training.test_train import PARAMS
 from training.controls import Control
-from training.inputs import code_of, hash_data, reading_of
+from training.hashes import hash_data
+from training.inputs import code_of, reading_of
 from training.methods import load_method, method_names
 from training.plan_runs import plan
 from training.regimes import Full, Noise

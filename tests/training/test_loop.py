@@ -10,8 +10,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fieldmark.halves import halve
 from training.data import Batch, Cache, Parts
-from training.data.halves import halve
 from training.data.nodes import Nodes
 from training.layers.logistic import fit_logistic
 from training.loop import Schedule, epochs_to_look, fit_epochs, predict

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from tests.training.cache import Plan, write_cache, write_other
+from training.data import arrays
 from training.methods import concept_graph
 from training.metrics import accuracy, log_loss
 from training.train import plan_run, train
@@ -46,7 +47,7 @@ def params(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FIELDMARK_CACHE": str(arrays.arrays_folder().parent)}
     return subprocess.run(
         [sys.executable, "-m", "training.train", *map(str, arguments)],
         capture_output=True,
@@ -70,6 +71,21 @@ def test_two_processes_write_the_same_bytes(params: Path, tmp_path: Path) -> Non
         assert sorted(file.name for file in folder.iterdir()) == WRITTEN
         runs.append({name: (folder / name).read_bytes() for name in WRITTEN if name != "timing.json"})
     assert runs[0] == runs[1]
+
+
+def test_a_run_has_the_same_bytes_with_arrays_and_without(
+    params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache(tmp_path / "data", Plan(views=2))
+    folder, kept = tmp_path / "data/runs/concept_graph", tmp_path / "arrays"
+    (tmp_path / "no folder").touch()
+    runs = []
+    for place in (tmp_path / "no folder", kept, kept):
+        monkeypatch.setattr(arrays, "arrays_folder", lambda place=place: place)
+        train(load_params(params), str(params), "concept_graph", tmp_path / "data")
+        runs.append({name: (folder / name).read_bytes() for name in WRITTEN if name != "timing.json"})
+    assert runs[0] == runs[1] == runs[2]
+    assert len(list(kept.glob("*/*.npy"))) > 5
 
 
 def test_a_run_holds_what_its_readers_need(params: Path, tmp_path: Path) -> None:

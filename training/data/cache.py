@@ -1,11 +1,12 @@
 """The cache of one encoder as a method sees it: the index, the parts that it declares, and batches of them.
 
-`read_cache` joins the parts (`part.py`) with the index. Vectors stay in float16 and edges in flat lists, so memory is
-about what the files hold, and vectors that would fill it stay on the disk; `Cache.batch` gathers, pads and widens for a
-few hundred images at a time, without a loop over images. Letters in shapes: B images, N local nodes,
-D dimensions, C classes, M concepts, k labels a node, S sentences, V views.
+`read_cache` joins the parts (`part.py`) with the index. Vectors stay in float16 and edges in flat lists, mapped from
+the arrays that an earlier reading left (`arrays.py`); `Cache.batch` gathers, pads and widens for a few hundred images
+at a time, without a loop over images. Letters in shapes: B images, N local nodes, D dimensions, C classes, M concepts,
+k labels a node, S sentences, V views.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fieldmark.command import UserError
+from fieldmark.halves import halve
 from fieldmark.store import Header, read_folder_header, read_header, read_table
-from training.data.halves import halve
 from training.data.moments import NamedVectors
 from training.data.nodes import Globals, Nodes
 from training.data.part import P, Part, Parts, kind_of, part_kinds
 from training.data.rows import STAGES, EncoderFiles, count_views
+from training.hashes import hash_file
 
 SPLITS = ("train", "val", "test")
 INDEX = {"index/images.parquet": "index.images/1", "index/classes.parquet": "index.classes/1"}
@@ -50,6 +53,14 @@ class Fields:
     def pooled(self) -> Tensor:
         """(B, d): the moments of that name."""
         return self.moments["pooled"]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(h, w) of `tokens` (B, h w, d)."""
+        if "token_grid" not in self.values:
+            raise undeclared("token_grid")
+        height, width = self.values["token_grid"].tolist()
+        return height, width
 
     def has(self, name: str) -> bool:
         return name in self.values
@@ -194,9 +205,9 @@ def read_cache(
 ) -> Cache:
     """Read the parts `reads` of what the stages wrote for an encoder into `folder` (data/), and `also_reads` of others.
 
-    The images that the index has in val are `choose` or `val` (halves.py). Raises UserError, naming the file and the
-    stage to run: a file missing or broken, an image without rows, a val that has no two halves, files that were made
-    from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
+    The images that the index has in val are `choose` or `val` (fieldmark/halves.py). Raises UserError, naming the file
+    and the stage to run: a file missing or broken, an image without rows, a val that has no two halves, files that were
+    made from different encoders, banks or texts, or another encoder whose nodes are not at the same places.
     """
     folder, reads, also_reads = Path(folder), frozenset(reads), frozenset(also_reads)
     fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
@@ -281,9 +292,21 @@ def header_of(folder: Path, path: str, schema: str, buckets: int) -> Header:
     """What a file, or a folder of buckets, says of itself. Raises UserError where it is missing or broken."""
     if path.endswith(".parquet"):
         return read_header(folder / path, schema)
-    if not (folder / path).is_dir() and schema in STAGES:
+    if not (folder / path).exists() and schema in STAGES:
         raise UserError(f"{folder / path}: is missing; run {STAGES[schema]} (dvc repro), or fetch it (dvc pull)")
+    if path.endswith(".safetensors"):
+        return Header(schema, hash_file(folder / path), made_by(folder / path))
     return read_folder_header(folder / path, schema, buckets)
+
+
+def made_by(path: Path) -> dict[str, Any]:
+    """What a safetensors file says it was made by. Raises UserError where it is broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {}).get("made_by", "{}"))
+            return found
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: is not readable ({error}); remove it, and run the stage that writes it") from None
 
 
 def check_encoder(folder: Path, encoder: str, tables: Mapping[str, tuple[str, Header]]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -33,21 +34,27 @@ class Descriptions(Part):
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
         path, text = (source.folder / name for name in cls.files(source.encoder, source.reads))
-        texts = read_table(text, "embed.text/1", ["text_id", "vector"])
-        table = read_table(path, "descriptions/1")
-        table = table.filter(pc.is_in(table["image_id"], value_set=source.image_ids))
-        table = table.sort_by([("image_id", "ascending"), ("rank", "ascending")])
-        image = pc.index_in(table["image_id"], value_set=source.image_ids).to_numpy().astype(np.int64)
-        # The lines of one image stand together now: a line's slot is its distance from its image's first.
-        lengths = np.unique_counts(column(table, "image_id")).counts if table.num_rows else np.zeros(0, dtype=np.int64)
-        dimension = texts.schema.field("vector").type.list_size
-        d = np.zeros((len(source.image_ids), int(lengths.max(initial=0)), dimension), dtype=np.float16)
-        dm = np.zeros(d.shape[:2], dtype=bool)
-        if table.num_rows:
-            wanted = pa.array([sha256(sentence) for sentence in table["text"].to_pylist()])
-            found = pc.index_in(wanted, value_set=texts["text_id"].combine_chunks())
-            if found.null_count:
-                raise UserError(f"{text}: lacks {found.null_count} texts of {path}; run embed_text again (dvc repro)")
-            d[image, slots(lengths)] = vectors_of(texts)[found.to_numpy()]
-            dm[image, slots(lengths)] = True
-        return cls(torch.from_numpy(d), torch.from_numpy(dm))
+        kept = source.keep("descriptions", [path, text], lambda zeros: read_descriptions(path, text, source.image_ids))
+        return cls(**{name: torch.from_numpy(value) for name, value in kept.items()})
+
+
+def read_descriptions(path: Path, text: Path, image_ids: pa.Array) -> dict[str, np.ndarray]:
+    """The tensors of `Descriptions` by name."""
+    texts = read_table(text, "embed.text/1", ["text_id", "vector"])
+    table = read_table(path, "descriptions/1")
+    table = table.filter(pc.is_in(table["image_id"], value_set=image_ids))
+    table = table.sort_by([("image_id", "ascending"), ("rank", "ascending")])
+    image = pc.index_in(table["image_id"], value_set=image_ids).to_numpy().astype(np.int64)
+    # The lines of one image stand together now: a line's slot is its distance from its image's first.
+    lengths = np.unique_counts(column(table, "image_id")).counts if table.num_rows else np.zeros(0, dtype=np.int64)
+    dimension = texts.schema.field("vector").type.list_size
+    d = np.zeros((len(image_ids), int(lengths.max(initial=0)), dimension), dtype=np.float16)
+    dm = np.zeros(d.shape[:2], dtype=bool)
+    if table.num_rows:
+        wanted = pa.array([sha256(sentence) for sentence in table["text"].to_pylist()])
+        found = pc.index_in(wanted, value_set=texts["text_id"].combine_chunks())
+        if found.null_count:
+            raise UserError(f"{text}: lacks {found.null_count} texts of {path}; run embed_text again (dvc repro)")
+        d[image, slots(lengths)] = vectors_of(texts)[found.to_numpy()]
+        dm[image, slots(lengths)] = True
+    return {"d": d, "dm": dm}

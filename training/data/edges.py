@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -37,17 +38,9 @@ class Edges(Part):
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        folder, rows, nodes = source.folder / f"graphs/{source.encoder}", source.rows, source.nodes
-        table, row = rows.place(read_buckets(folder, "graphs/1", source.buckets), folder)
-        first, lengths = flat(table["src"])
-        ends = np.stack([first, flat(table["dst"])[0]], axis=1)
-        weight = np.stack([flat(table["spatial"])[0], flat(table["semantic"])[0]], axis=1)
-        if ends.size and (ends.min() < 0 or ends.max() >= nodes):
-            raise UserError(f"{folder}: links nodes that the embeddings do not have; run build_graphs again")
-        start, count = np.zeros(rows.count, dtype=np.int64), np.full(rows.count, -1, dtype=np.int64)
-        start[row], count[row] = np.cumsum(lengths) - lengths, lengths
-        rows.require(count >= 0, folder, "build_graphs")
-        return cls(nodes, *map(torch.from_numpy, (start, count, ends, weight)))
+        folder = source.folder / f"graphs/{source.encoder}"
+        kept = source.keep("edges", [folder, source.nodes_folder], lambda zeros: read_edges(folder, source))
+        return cls(source.nodes, **{name: torch.from_numpy(value) for name, value in kept.items()})
 
     def of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Each edge of these rows (m,): which of the m it belongs to, and its place in the flat lists."""
@@ -66,3 +59,18 @@ class Edges(Part):
 
     def take(self, images: Tensor, rows: Tensor) -> Self:
         return replace(self, start=self.start[rows], count=self.count[rows])
+
+
+def read_edges(folder: Path, source: EncoderFiles) -> dict[str, np.ndarray]:
+    """The tensors of `Edges` by name."""
+    rows, nodes = source.rows, source.nodes
+    table, row = rows.place(read_buckets(folder, "graphs/1", source.buckets), folder)
+    first, lengths = flat(table["src"])
+    ends = np.stack([first, flat(table["dst"])[0]], axis=1)
+    weight = np.stack([flat(table["spatial"])[0], flat(table["semantic"])[0]], axis=1)
+    if ends.size and (ends.min() < 0 or ends.max() >= nodes):
+        raise UserError(f"{folder}: links nodes that the embeddings do not have; run build_graphs again")
+    start, count = np.zeros(rows.count, dtype=np.int64), np.full(rows.count, -1, dtype=np.int64)
+    start[row], count[row] = np.cumsum(lengths) - lengths, lengths
+    rows.require(count >= 0, folder, "build_graphs")
+    return {"start": start, "count": count, "ends": ends, "weight": weight}

@@ -48,9 +48,8 @@ class Labels(Part):
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
         folder = source.folder / f"labels/{source.encoder}"
-        of_nodes = read_node_labels(folder, source.rows, source.mask)
-        of_images = read_image_labels(folder, source.rows)
-        return cls(str(folder), *map(torch.from_numpy, (*of_nodes, *of_images)))
+        kept = source.keep("labels", [folder, source.nodes_folder], lambda zeros: read_labels(folder, source))
+        return cls(str(folder), **{name: torch.from_numpy(value) for name, value in kept.items()})
 
     def check(self, parts: Parts) -> None:
         if parts.has(Bank) and self.largest >= len(parts.part(Bank).kind):
@@ -86,6 +85,14 @@ class Labels(Part):
 
 
 NodeLabels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def read_labels(folder: Path, source: EncoderFiles) -> dict[str, np.ndarray]:
+    """The tensors of `Labels` by name."""
+    of_nodes = read_node_labels(folder, source.rows, source.mask)
+    of_images = read_image_labels(folder, source.rows)
+    names = ("concept_idx", "concept_weight", "selected", "density", "ring_gains", "selected_concepts")
+    return dict(zip(names, (*of_nodes, *of_images), strict=True))
 
 
 def read_node_labels(folder: Path, rows: Rows, mask: np.ndarray) -> NodeLabels:

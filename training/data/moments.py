@@ -6,6 +6,8 @@ Each has a NAME, its key under `moments.ENCODER` in params.yaml, and a folder. R
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from fieldmark.command import UserError
 from fieldmark.store import bucket_path, read_table, vectors_of
+from training.data.arrays import Arrays, Zeros
 from training.data.part import Part
-from training.data.rows import EncoderFiles, make_room
+from training.data.rows import EncoderFiles
 
 WORD = "moments"
 
@@ -49,7 +52,7 @@ class Moments(Part):
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
         names = names_in(source.reads)
-        return cls(NamedVectors({name: torch.from_numpy(read_moments(source, name)) for name in names}))
+        return cls(NamedVectors({name: torch.from_numpy(kept_moments(source, name)) for name in names}))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{WORD}/{name}": value for name, value in self.vectors.items()}
@@ -84,18 +87,24 @@ def folder_of(encoder: str, name: str) -> str:
     return f"embed/{encoder}/moments/{name}"
 
 
-def read_moments(source: EncoderFiles, name: str) -> np.ndarray:
-    """(n V, d) float16: one bucket at a time beside it in memory."""
-    folder, rows = source.folder / folder_of(source.encoder, name), source.rows
+def kept_moments(source: EncoderFiles, name: str) -> np.ndarray:
+    """(n V, d) float16."""
+    folder = source.folder / folder_of(source.encoder, name)
+    return source.keep("moments", [folder], partial(read_moments, source, folder))["vectors"]
+
+
+def read_moments(source: EncoderFiles, folder: Path, zeros: Zeros) -> Arrays:
+    """`vectors` (n V, d) float16: one bucket at a time beside it in memory."""
+    rows = source.rows
     vectors: np.ndarray | None = None
     present = np.zeros(rows.count, dtype=bool)
     for bucket in range(source.buckets):
         path = bucket_path(folder, bucket)
         table, row = rows.place(read_table(path, "embed.moments/1", ["image_id", "view", "vector"]), path)
         if vectors is None:
-            vectors = make_room((rows.count, table.schema.field("vector").type.list_size), folder)
+            vectors = zeros((rows.count, table.schema.field("vector").type.list_size))
         vectors[row] = vectors_of(table)
         present[row] = True
     assert vectors is not None
     rows.require(present, folder, "pool_tokens")
-    return vectors
+    return {"vectors": vectors}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from fieldmark.command import UserError
 from fieldmark.store import bucket_path, read_table, vectors_of
+from training.data.arrays import Arrays, Zeros
 from training.data.part import Part
-from training.data.rows import EncoderFiles, column, make_room
+from training.data.rows import EncoderFiles, column
 
 NEAR = 0.01  # of the image's side: the boxes that two encoders have of one node differ by no more
 
@@ -43,8 +45,8 @@ class Nodes(Part):
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        nodes = read_vectors(source, global_only=False)
-        return cls(torch.from_numpy(nodes), torch.from_numpy(source.mask))
+        kept = source.keep("nodes", [source.nodes_folder], partial(read_vectors, source, False))
+        return cls(torch.from_numpy(kept["vectors"]), torch.from_numpy(source.mask))
 
     @classmethod
     def check_beside(cls, source: EncoderFiles, other: EncoderFiles) -> None:
@@ -67,11 +69,12 @@ class Globals(Part):
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
-        return cls(torch.from_numpy(read_vectors(source, global_only=True)[:, 0]))
+        kept = source.keep("globals", [source.nodes_folder], partial(read_vectors, source, True))
+        return cls(torch.from_numpy(kept["vectors"][:, 0]))
 
 
-def read_vectors(source: EncoderFiles, global_only: bool) -> np.ndarray:
-    """(n V, N+1, D) float16, or (n V, 1, D) of node 0: one bucket at a time beside it in memory."""
+def read_vectors(source: EncoderFiles, global_only: bool, zeros: Zeros) -> Arrays:
+    """`vectors` (n V, N+1, D) float16, or (n V, 1, D) of node 0: one bucket at a time beside it in memory."""
     rows, nodes = source.rows, 1 if global_only else source.nodes
     vectors: np.ndarray | None = None
     present = np.zeros(rows.count, dtype=bool)
@@ -80,7 +83,7 @@ def read_vectors(source: EncoderFiles, global_only: bool) -> np.ndarray:
         table = read_table(path, "embed.nodes/1", ["image_id", "view", "node", "kind", "vector"])
         if vectors is None:
             shape = (rows.count, nodes, table.schema.field("vector").type.list_size)
-            vectors = make_room(shape, source.nodes_folder)
+            vectors = zeros(shape)
         if global_only:
             table = table.filter(pc.field("node") == 0)
         table, row = rows.place(table, path)
@@ -90,7 +93,7 @@ def read_vectors(source: EncoderFiles, global_only: bool) -> np.ndarray:
         present[row[node == 0]] = True
     assert vectors is not None
     rows.require(present, source.nodes_folder, "embed_images")
-    return vectors
+    return {"vectors": vectors}
 
 
 def require_global_first(path: Path, kinds: np.ndarray) -> None:
@@ -100,6 +103,10 @@ def require_global_first(path: Path, kinds: np.ndarray) -> None:
 
 def read_boxes(source: EncoderFiles) -> np.ndarray:
     """(n V, N+1, 4) float32."""
+    return source.keep("boxes", [source.nodes_folder], lambda zeros: {"boxes": place_boxes(source)})["boxes"]
+
+
+def place_boxes(source: EncoderFiles) -> np.ndarray:
     rows, sides = source.rows, ("x0", "y0", "x1", "y1")
     boxes = np.zeros((rows.count, source.nodes, 4), dtype=np.float32)
     for bucket in range(source.buckets):

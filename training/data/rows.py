@@ -1,11 +1,8 @@
-"""Where the lines of a table belong among the images and views of a cache, and room for large arrays."""
+"""Where the lines of a table belong among the images and views of a cache, and what parts are read from."""
 
-import math
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fieldmark.command import UserError
-from fieldmark.store import bucket_of, bucket_path, read_buckets, read_table
+from fieldmark.store import COLUMNS, bucket_of, bucket_path, read_buckets, sha256
+from training.data.arrays import Arrays, Make, Zeros, keep
 
-MEMORY_SHARE = 0.5  # of the machine's memory, for vectors
-# Who writes the tables that have rows by view.
+# Who writes what is read of images, by schema.
 STAGES = {
     "embed.nodes/1": "embed_images", "embed.moments/1": "pool_tokens", "embed.tokens/1": "embed_tokens",
-    "graphs/1": "build_graphs", "labels/1": "label_patches",
+    "graphs/1": "build_graphs", "labels/1": "label_patches", "safetensors": "pool_tokens",
 }  # fmt: skip
 
 
@@ -75,22 +72,33 @@ class EncoderFiles:
     def rows(self) -> Rows:
         return Rows(self.image_ids, self.views, self.buckets)
 
-    @cached_property
+    @property
     def nodes(self) -> int:
         """N+1: nodes a view at most."""
-        found = read_buckets(self.nodes_folder, "embed.nodes/1", self.buckets, ["node"])
-        return int(column(found, "node").max(initial=0)) + 1
+        return self.mask.shape[1]
 
     @cached_property
     def mask(self) -> np.ndarray:
         """(n V, N+1) bool: the nodes that each row has."""
-        mask = np.zeros((self.rows.count, self.nodes), dtype=bool)
-        for bucket in range(self.buckets):
-            path = bucket_path(self.nodes_folder, bucket)
-            table, row = self.rows.place(read_table(path, "embed.nodes/1", ["image_id", "view", "node"]), path)
-            mask[row, column(table, "node")] = True
-        self.rows.require(mask[:, 0], self.nodes_folder, "embed_images")
+        return self.keep("mask", [self.nodes_folder], lambda zeros: {"mask": self.read_mask()})["mask"]
+
+    def read_mask(self) -> np.ndarray:
+        columns, folder = ["image_id", "view", "node"], self.nodes_folder
+        table, row = self.rows.place(read_buckets(folder, "embed.nodes/1", self.buckets, columns), folder)
+        node = column(table, "node")
+        mask = np.zeros((self.rows.count, int(node.max(initial=0)) + 1), dtype=bool)
+        mask[row, node] = True
+        self.rows.require(mask[:, 0], folder, "embed_images")
         return mask
+
+    def keep(self, what: str, sources: Collection[Path], make: Make) -> Arrays:
+        """The arrays that `make` reads from these files and folders of buckets for the images here (arrays.py)."""
+        files = [file for source in sources for file in files_in(source, self.buckets)]
+        return keep([what, self.views, self.images_mark], files, make)
+
+    @cached_property
+    def images_mark(self) -> str:
+        return sha256("\n".join(self.image_ids.to_pylist()))
 
 
 def count_views(folder: Path, files: Mapping[str, str], buckets: int) -> int:
@@ -99,12 +107,22 @@ def count_views(folder: Path, files: Mapping[str, str], buckets: int) -> int:
     `files` are paths under `folder` and their schemas. Raises UserError where that table has no row.
     """
     for path, schema in files.items():
-        if schema in STAGES:
-            views = column(read_buckets(folder / path, schema, buckets, ["view"]), "view")
-            if not views.size:
+        if any(field.name == "view" for field in COLUMNS.get(schema, [])):
+            kept = keep("views", files_in(folder / path, buckets), partial(read_views, folder / path, schema, buckets))
+            if not kept["views"].size:
                 raise UserError(f"{folder / path}: holds no image; run {STAGES[schema]} (dvc repro)")
-            return int(views.max()) + 1
+            return int(kept["views"].max()) + 1
     return 1
+
+
+def read_views(folder: Path, schema: str, buckets: int, zeros: Zeros) -> Arrays:
+    """The `views` that there are, by their numbers."""
+    return {"views": np.unique(column(read_buckets(folder, schema, buckets, ["view"]), "view"))}
+
+
+def files_in(source: Path, buckets: int) -> list[Path]:
+    """A file, or the buckets of a folder."""
+    return [source] if source.suffix else [bucket_path(source, bucket) for bucket in range(buckets)]
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
@@ -119,15 +137,3 @@ def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def slots(lengths: np.ndarray) -> np.ndarray:
     """0, 1, .. length-1 for each length, one behind another."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def make_room(shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    """Zeros, float16; what is more than MEMORY_SHARE of the machine's memory lies in a file, gone with the array.
-
-    Batches are then read from the disk of `folder`.
-    """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 2 * math.prod(shape) <= MEMORY_SHARE * memory:
-        return np.zeros(shape, dtype=np.float16)
-    with tempfile.TemporaryFile(dir=folder.parent) as file:
-        return np.memmap(file, np.float16, "w+", shape=shape)

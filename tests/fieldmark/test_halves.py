@@ -6,10 +6,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fieldmark.command import UserError
+from fieldmark.halves import halve
+from fieldmark.labels.splits import read_split
 from fieldmark.store import read_header, read_table, write_table
 from tests.training.cache import ENCODER, Plan, write_cache
-from training.data import read_cache
-from training.data.halves import halve
+from training.data import Cache, read_cache
 
 labels = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 
@@ -78,13 +79,22 @@ def with_groups(folder: Path, groups: list[str]) -> None:
     write_table(table, path, "index.images/1", header.params, header.fingerprint)
 
 
+def same_for_stages(folder: Path, cache: Cache) -> None:
+    """What a stage reads of either half is what the trainer has there."""
+    for half in ("choose", "val"):
+        wanted = {image_id for image_id, own in zip(cache.image_ids, cache.split, strict=True) if own == half}
+        assert set(read_split(folder / "index/images.parquet", half)) == wanted
+
+
 def test_a_cache_has_val_in_halves_with_groups_whole(tmp_path: Path) -> None:
     write_cache(tmp_path, Plan(val=6))
     plain = read_cache(tmp_path, ENCODER, 3, {"globals"})
     assert plain.groups == plain.image_ids
+    same_for_stages(tmp_path, plain)
     assert {half: int((plain.split == half).sum()) for half in ("choose", "val")} == {"choose": 12, "val": 12}
     with_groups(tmp_path, [f"track {number // 3}" for number in range(24)])
     grouped = read_cache(tmp_path, ENCODER, 3, {"globals"})
+    same_for_stages(tmp_path, grouped)
     halves: dict[str, set[str]] = {}
     for group, half in zip(grouped.groups, grouped.split, strict=True):
         halves.setdefault(group, set()).add(half)
