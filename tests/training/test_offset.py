@@ -36,7 +36,7 @@ PROBES: list[dict[str, Any]] = [
     {"method": "linear_probe", "settings": {"l2": [0.1, 0.01]}},
     {"method": "lda", "settings": {"shrinkage": [0.5]}},
     {"method": "rbf_ridge", "settings": {"features": ["nodes"], "penalty": [0.1]}},
-    {"method": "probes", "settings": {"heads": [{"method": "ridge"}, {"method": "lda"}]}},
+    {"method": "probes", "settings": {"candidates": [{"method": "ridge"}, {"method": "lda"}]}},
 ]
 EACH_PROBE = pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe["method"])
 
