@@ -75,7 +75,8 @@ def test_a_fit_says_on_a_gpu_what_it_says_on_the_cpu_and_always_the_same(planted
     cache = planted(PLAN)
     images = torch.arange(0, len(cache.paths), 3)
     there = cache.on(GPU)
-    knobs = {"epochs": 1, "dropout": 0.0, **WHOLE.get(method, {}), "bottleneck": 0}
+    # One strength: of two that do as well on val, rounding would choose.
+    knobs = {"epochs": 1, "dropout": 0.0, **WHOLE.get(method, {}), "bottleneck": 0, "l2": [0.01]}
     known = {name: value for name, value in knobs.items() if name in load_method(method).Settings.model_fields}
     model, again, on_cpu = (quick(method, one, **known).model for one in (there, there, cache))
     said = predict(model, there, images)
@@ -100,7 +101,7 @@ def test_noise_too_is_the_same_each_time(planted: Planted, precision: str) -> No
 def test_a_model_starts_alike_on_every_device(planted: Planted) -> None:
     caches, settings = (planted(PLAN), planted(PLAN).on(GPU)), attention_pool.Settings(epochs=0, start_l2=1.0)
     here, there = (attention_pool.fit(cache, settings, 7).model.state_dict() for cache in caches)
-    for name in ("attention.score.weight", "project.0.weight"):
+    for name in ("attention.score.weight", "in_nodes.local.linear.weight"):
         assert torch.equal(there[name].cpu(), here[name])
 
 
