@@ -3,7 +3,7 @@
 Tokens x_t are the T cells of a layer, d numbers each, before any projection (encoders/layers.py). The kinds:
 
 - `isqrt`, iSQRT-COV (Li et al., CVPR 2018 [mem]): the square root of the tokens' covariance, by five Newton-Schulz
-  steps. With z_t = V^T (x_t - mu), less its mean over t, A = sum_t z_t z_t^T, tr = trace A + 1e-12, Y = A / tr, Z = I:
+  steps. With z_t = V^T (x_t - mu), less its mean over t, A = z^T z / T, tr = trace A + 1e-12, Y = A / tr, Z = I:
 
       5 times: M = (3 I - Z Y) / 2; Y <- Y M; Z <- M Z          so that Y -> (A / tr)^1/2
       vector = upper triangle of Y sqrt(tr), off-diagonals times sqrt 2
@@ -77,7 +77,7 @@ def isqrt(tokens: Tensor, basis: Basis | None) -> Tensor:
     # mu falls out with the mean of z. Measured from the image's first token, copies of one token are exactly 0.
     z = project(tokens - tokens[:, :1], basis)
     z = z - z.mean(dim=1, keepdim=True)
-    covariance = z.transpose(1, 2) @ z
+    covariance = z.transpose(1, 2) @ z / z.shape[1]
     trace = (covariance.diagonal(dim1=1, dim2=2).sum(dim=1) + SMALLEST_TRACE)[:, None, None]
     y = covariance / trace
     identity = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)

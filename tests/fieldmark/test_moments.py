@@ -50,8 +50,7 @@ def test_isqrt_is_the_recursion_on_eigenvalues(count: int) -> None:
     for image, found in zip(tokens, moments.isqrt(tokens, IN_DOUBLE), strict=True):
         z = (image - IN_DOUBLE.mean) @ IN_DOUBLE.directions
         centred = z - z.mean(dim=0)
-        covariance = sum(torch.outer(each, each) for each in centred)
-        assert isinstance(covariance, Tensor)
+        covariance = torch.stack([torch.outer(each, each) for each in centred]).mean(dim=0)
         trace = covariance.trace() + 1e-12
         values, vectors = torch.linalg.eigh(covariance / trace)
         y, inverse = values, torch.ones_like(values)
@@ -66,7 +65,7 @@ def test_five_steps_come_near_the_root_where_its_rank_is_full() -> None:
     tokens = draw_tokens(count=400).double()
     root = matrix_of(moments.isqrt(tokens, IN_DOUBLE)[0])
     z = (tokens[0] - IN_DOUBLE.mean) @ IN_DOUBLE.directions
-    covariance = (z - z.mean(dim=0)).T @ (z - z.mean(dim=0))
+    covariance = (z - z.mean(dim=0)).T @ (z - z.mean(dim=0)) / len(z)
     assert float((root @ root - covariance).norm() / covariance.norm()) < 0.05
 
 
