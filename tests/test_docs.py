@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -377,7 +378,14 @@ def test_the_queries_answer(inside: Path) -> None:
     assert {class_id: accuracy for class_id, _, accuracy in by_class.fetchall()} == right
 
 
-def test_the_commands_and_the_programs_run(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def polars() -> Iterator[Any]:
+    """Polars; after the test Python has its own handler of Ctrl-C back: that of Polars wakes no waiting thread."""
+    yield pytest.importorskip("polars")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_the_commands_and_the_programs_run(inside: Path, polars: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for line in "".join(blocks(READING, "sh")).splitlines():
         python, dash_m, module, *arguments = shlex.split(line)
         assert (python, dash_m) == ("python", "-m")
@@ -391,7 +399,6 @@ def test_the_commands_and_the_programs_run(inside: Path, capsys: pytest.CaptureF
     assert len(found["names"]) == len(found["vectors"]) == CLASSES * (TRAIN + TEST)
     assert len(set(found["names"])) == CLASSES
     pytest.importorskip("pandas")
-    pytest.importorskip("polars")
     exec(arrays, found)
     assert found["vectors"].shape == (CLASSES * (TRAIN + TEST), found["nodes"]["vector"].dtype.shape[0])
     np.testing.assert_allclose(np.linalg.norm(found["vectors"].astype(np.float32), axis=1), 1, atol=2e-3)
@@ -437,8 +444,7 @@ def test_pandas_opens_every_file(inside: Path) -> None:
         assert_same(path, list(frame.columns), [frame[name].tolist() for name in frame.columns])
 
 
-def test_polars_opens_every_file(inside: Path) -> None:
-    polars = pytest.importorskip("polars")
+def test_polars_opens_every_file(inside: Path, polars: Any) -> None:
     for path in parquet_files():
         frame = polars.read_parquet(path)
         assert_same(path, frame.columns, [frame[name].to_list() for name in frame.columns])
