@@ -43,6 +43,7 @@ from fieldmark.encoders.passes import (
     list_devices,
     passes_parser,
     preview,
+    refuse_compile,
     run_shards,
     update,
 )
@@ -143,8 +144,7 @@ def free_space(folder: Path) -> int:
 
 def main() -> None:
     arguments = passes_parser(__doc__).parse_args()
-    if arguments.compile:
-        raise UserError("--compile: hidden states are read on the way, where compiled code has none; leave it out")
+    refuse_compile(arguments)
     keep_memory()
     params = load_params(arguments.params)
     name, buckets = arguments.encoder, params.dataset.buckets

@@ -61,6 +61,7 @@ from fieldmark.encoders.passes import (
     list_devices,
     passes_parser,
     preview,
+    refuse_compile,
     rows_of_images,
     run_shards,
     run_sources,
@@ -355,8 +356,7 @@ def main() -> None:
     parser = passes_parser(__doc__)
     parser.add_argument("--refit", action="store_true", help="fit the bases again; every vector along them changes")
     arguments = parser.parse_args()
-    if arguments.compile:
-        raise UserError("--compile: hidden states are read on the way, where compiled code has none; leave it out")
+    refuse_compile(arguments)
     keep_memory()
     params = load_params(arguments.params)
     name, buckets = arguments.encoder, params.dataset.buckets

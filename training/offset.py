@@ -31,7 +31,7 @@ from training.data import Batch, Cache, Part
 from training.data.nodes import Globals
 from training.folds import HELD_OUT, settle
 from training.layers.logistic import as_probabilities
-from training.loop import EVALUATION_BATCH
+from training.loop import EVALUATION_BATCH, predict
 from training.methods import NotPossible, also_reads_of, borrows_others, load_method, method_names, reads_of
 from training.metrics import fit_temperature
 
@@ -148,10 +148,7 @@ class Rival:
 
     def told(self, cache: Cache) -> Cache:
         """The cache as training sees it: with z, and without the training images that have no answer out of fold."""
-        offset = self.offset().to(cache.device).eval()
-        with torch.no_grad():
-            chunks = torch.arange(len(cache.paths)).split(EVALUATION_BATCH)
-            full = torch.cat([offset(cache.batch(chunk)) for chunk in chunks])
+        full = predict(self.probe, cache, torch.arange(len(cache.paths))) / self.temperature
         split = np.where((cache.split == "train") & ~self.trains.numpy(), "unused", cache.split)
         return replace(cache, split=split).with_part(OutOfFold(self.out_of_fold)).with_part(FullFit(full))
 

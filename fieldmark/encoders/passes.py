@@ -503,6 +503,12 @@ def passes_parser(doc: str | None) -> ArgumentParser:
     return parser
 
 
+def refuse_compile(arguments: Namespace) -> None:
+    """Raises UserError for --compile, in a stage that reads hidden states."""
+    if arguments.compile:
+        raise UserError("--compile: hidden states are read on the way, where compiled code has none; leave it out")
+
+
 def parse_shard(text: str) -> Shard:
     """`RANK/WORLD`: 0/2 and 1/2 for two. Raises ValueError, which argparse reports."""
     rank, world = map(int, text.split("/"))

@@ -107,7 +107,7 @@ def test_a_file_whose_hash_is_known_is_not_read_to_find_its_arrays(
 ) -> None:
     monkeypatch.setattr(hashes, "SETTLED_NS", -(10**18))
     keep("bytes", [source], Reader(source))
-    monkeypatch.setattr(arrays, "hash_bytes", None)
+    monkeypatch.setattr(arrays, "hash_file", None)
     assert same(keep("bytes", [source], Reader(source)), source.read_bytes())
     # A broken list of hashes is none.
     monkeypatch.undo()

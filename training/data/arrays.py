@@ -31,7 +31,7 @@ import numpy as np
 from fieldmark.checkout import cache_folder
 from fieldmark.command import UserError
 from fieldmark.store import canonical_json, sha256, sync, write_text
-from training.hashes import Signature, hash_bytes, is_settled, signature_of
+from training.hashes import Signature, hash_file, is_settled, signature_of
 
 LIMIT = 32 * 2**30  # bytes that all arrays take at most
 MEMORY_SHARE = 0.5  # of the machine's memory, for an array that is not kept
@@ -258,7 +258,7 @@ def hashes_of(folder: Path, files: Sequence[Path], signatures: Sequence[Signatur
         path = str(file.absolute())
         held, value = known.get(path, (None, ""))
         if held != list(signature):
-            value = hash_bytes(file)
+            value = hash_file(file)
             if is_settled(signature):
                 new[path] = list(signature), value
         found.append(value)

@@ -6,7 +6,7 @@ as the mean and the maximum of nodes do. What is fitted goes through the same fu
 
 import math
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import AfterValidator, Field
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block
-from training.data import Batch, Cache, feature_blocks, feature_words, word_behind
+from training.data import Batch, Cache, feature_blocks, word_behind
 from training.layers.blocks import Standardise
 
 CHUNK = 2048  # images read at a time, and fewer of long vectors:
@@ -36,20 +36,27 @@ class FeatureSettings(Block):
     transform: Transform = "none"  # of each vector before: none, signed_sqrt (sign(x) sqrt|x|, then unit length)
 
 
-def feature_parts() -> frozenset[str]:
-    """Every part that gives a vector: READS of a probe."""
-    return feature_words()
-
-
 def parts_of(features: Collection[str]) -> frozenset[str]:
     """The parts behind these vectors: what a probe reads under its settings."""
     parts = frozenset(map(word_behind, features))
     return parts - {"globals"} if "nodes" in parts else parts  # node 0 is the global vector
 
 
-def also_parts_of(features: Collection[str]) -> frozenset[str]:
-    """The parts behind them in another encoder, where a batch takes no global vector out of the nodes."""
-    return frozenset(map(word_behind, features))
+class HasFeatures(Protocol):
+    """Settings of a method that takes such vectors."""
+
+    @property
+    def features(self) -> list[str]: ...
+
+
+def feature_reads(settings: HasFeatures) -> frozenset[str]:
+    """`reads` of every probe."""
+    return parts_of(settings.features)
+
+
+def feature_also_reads(settings: HasFeatures) -> frozenset[str]:
+    """`also_reads` of every probe: of another encoder, where a batch takes no global vector out of the nodes."""
+    return frozenset(map(word_behind, settings.features))
 
 
 class Features(nn.Module):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from fieldmark.params import Block, Count
 from training.data import Cache
+from training.layers.blocks import silent
 
 # Half-decades from 100 to 1e-5, for vectors whose dimensions have a mean variance of 1.
 STRENGTHS = tuple(float(f"{10 ** (2 - step / 2):.3g}") for step in range(15))
@@ -112,9 +113,7 @@ def fit_logistic(
     if x.numel() * classes < SMALL:
         x, y, x_val, y_val = (each.cpu() for each in (x, y, x_val, y_val))
     if linear is None:
-        linear = nn.Linear(x.shape[1], classes)
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+        linear = silent(x.shape[1], classes)
     linear = linear.to(x.device)
     best: tuple[float, float] | None = None
     best_l2, best_state = 0.0, linear.state_dict()

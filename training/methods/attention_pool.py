@@ -16,9 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block, Count, Fraction
-from training.data import Batch, Cache
+from training.data import Batch, Cache, feature_words
 from training.layers.blocks import GatedAttention, silent
-from training.layers.features import feature_parts
 from training.layers.nodes import NodeInput
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
@@ -26,8 +25,8 @@ from training.offset import WithProbe, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
 
 SEEDED = True
-READS = frozenset({"nodes", "tokens"}) | feature_parts()
-ALSO = feature_parts()  # what its probe reads of other encoders
+READS = frozenset({"nodes", "tokens"}) | feature_words()
+ALSO = feature_words()  # what its probe reads of other encoders
 
 
 class LossWeights(Block):

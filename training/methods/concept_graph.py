@@ -56,14 +56,13 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from fieldmark.params import Block, Count, Fraction
-from training.data import Batch, Cache, Part
+from training.data import Batch, Cache, Part, feature_words
 from training.data.bank import Bank
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.layers.blocks import Dropout, GatedAttention, Standardise, silent
-from training.layers.features import feature_parts
 from training.layers.gather import sum_rows
 from training.layers.graphs import GraphNetwork, Kind, grid_edges, nearest_edges, prepare_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, recovery
@@ -75,8 +74,8 @@ from training.start import starting_point
 
 SEEDED = True
 OWN = frozenset({"nodes", "tokens", "concepts", "owners", "labels", "edges", "descriptions"})
-READS = OWN | feature_parts()
-ALSO = frozenset({"nodes"}) | feature_parts()  # what it reads of other encoders
+READS = OWN | feature_words()
+ALSO = frozenset({"nodes"}) | feature_words()  # what it reads of other encoders
 Whole = Annotated[int, Field(ge=0)]
 Stream = Literal["global", "local", "relation", "fused", "concept"]
 GRAPH_STREAMS = ("local", "relation", "fused")

@@ -13,9 +13,9 @@ probe's vector (layers/features.py).
 from pydantic import Field
 from torch import nn
 
-from training.data import Cache
+from training.data import Cache, feature_words
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.ridge import training_targets
 from training.methods import Fitted, search
@@ -23,22 +23,15 @@ from training.methods.linear_probe import Probe
 from training.methods.prototypes import class_means
 
 SEEDED = False
-READS = feature_parts()
+READS = feature_words()
 ALSO = READS
+reads, also_reads = feature_reads, feature_also_reads
 
 
 class Settings(FeatureSettings):
     shrinkage: list[Share] = Field(
         default=[0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0], min_length=1
     )  # of the covariance towards a round one, that val chooses from
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return parts_of(settings.features)
-
-
-def also_reads(settings: Settings) -> frozenset[str]:
-    return also_parts_of(settings.features)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

@@ -11,27 +11,20 @@ weight outside it pays, so that the objective and its minimum are the same, in f
 
 from torch import nn
 
-from training.data import Batch, Cache
+from training.data import Batch, Cache, feature_words
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.logistic import ProbeSettings, fit_probe
 from training.methods import Fitted, Output
 
 SEEDED = False
-READS = feature_parts()
+READS = feature_words()
 ALSO = READS
+reads, also_reads = feature_reads, feature_also_reads
 
 
 class Settings(FeatureSettings, ProbeSettings):
     pass
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return parts_of(settings.features)
-
-
-def also_reads(settings: Settings) -> frozenset[str]:
-    return also_parts_of(settings.features)
 
 
 class Probe(nn.Module):

@@ -13,15 +13,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from fieldmark.params import Block
-from training.data import Cache
+from training.data import Cache, feature_words
 from training.folds import settle
-from training.layers.features import also_parts_of, feature_parts, parts_of, require_feature
+from training.layers.features import feature_also_reads, feature_reads, require_feature
 from training.layers.logistic import require_val
 from training.methods import Fitted, lda, linear_probe, rbf_ridge, ridge, single_points
 
 SEEDED = False
-READS = feature_parts()
+READS = feature_words()
 ALSO = READS
+reads, also_reads = feature_reads, feature_also_reads
 FAMILY: dict[str, Any] = {"linear_probe": linear_probe, "ridge": ridge, "rbf_ridge": rbf_ridge, "lda": lda}
 LEAVING_OUT = ("ridge", "rbf_ridge")  # these choose their knobs by the training images
 
@@ -103,14 +104,6 @@ class Settings(Block):
         """The settings with that candidate alone, and each of its knobs as it was chosen."""
         candidate = self.named(chosen)
         return self.model_copy(update={"candidates": [candidate.under(settle(candidate.of(self.features), chosen))]})
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return parts_of(settings.features)
-
-
-def also_reads(settings: Settings) -> frozenset[str]:
-    return also_parts_of(settings.features)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

@@ -14,16 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.data import Cache
-from training.layers.features import Features, FeatureSettings, also_parts_of, feature_parts, parts_of
+from training.data import Cache, feature_words
+from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.logistic import Positive
 from training.layers.ridge import Basis, Build, Judged, basis_of_kernel, choose_left_out, training_rows
 from training.methods import Fitted, grid
 from training.methods.linear_probe import Probe
 
 SEEDED = False
-READS = feature_parts()
+READS = feature_words()
 ALSO = READS
+reads, also_reads = feature_reads, feature_also_reads
 
 
 class Settings(FeatureSettings):
@@ -31,14 +32,6 @@ class Settings(FeatureSettings):
     penalty: list[Positive] = Field(
         default=[3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003], min_length=1
     )  # strengths that leaving out chooses from
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return parts_of(settings.features)
-
-
-def also_reads(settings: Settings) -> frozenset[str]:
-    return also_parts_of(settings.features)
 
 
 class KernelLayer(nn.Module):

@@ -24,9 +24,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.data import Cache
+from training.data import Cache, feature_words
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, Transform, also_parts_of, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, Transform, feature_also_reads, feature_reads
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
@@ -35,8 +35,9 @@ from training.methods.linear_probe import Probe
 from training.methods.prototypes import class_means
 
 SEEDED = False
-READS = feature_parts()
+READS = feature_words()
 ALSO = READS
+reads, also_reads = feature_reads, feature_also_reads
 BORROWS = True  # it reads the images and labels of `Cache.others`
 
 
@@ -47,14 +48,6 @@ class Settings(FeatureSettings):
     strength: list[Positive] = Field(
         default=[1.0, 3.0, 10.0, 30.0, 100.0], min_length=1
     )  # of the prior on class means, that val chooses from
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return parts_of(settings.features)
-
-
-def also_reads(settings: Settings) -> frozenset[str]:
-    return also_parts_of(settings.features)
 
 
 class Learned(NamedTuple):

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan, write_cache, write_moments, write_other
-from training.data import Batch, Cache, Part, read_cache
+from training.data import Batch, Cache, Part, feature_words, read_cache
 from training.data.features import feature_kinds
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes, mean_and_max
 from training.data.rows import EncoderFiles
 from training.layers.blocks import Standardise
-from training.layers.features import Features, FeatureSettings, feature_parts, parts_of
+from training.layers.features import Features, FeatureSettings, parts_of
 from training.methods import also_reads_of, linear_probe, read_settings, reads_of, ridge
 
 Planted = Callable[[Plan], Cache]
@@ -86,7 +86,7 @@ def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
 
 
 def test_what_a_probe_reads_follows_from_its_features() -> None:
-    assert feature_parts() == {"globals", "nodes", "moments"}
+    assert feature_words() == {"globals", "nodes", "moments"}
     assert parts_of(["global"]) == {"globals"}
     # Node 0 is the global vector: it is not read twice.
     assert parts_of(["nodes"]) == parts_of(["global", "nodes"]) == {"nodes"}
