@@ -12,6 +12,7 @@ only one that was earned and is `ok` answers an item: every other is asked again
 import json
 import math
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -50,6 +51,7 @@ EARNED = {"live", "batch", "edited"}
 MENDABLE = {"truncated", "invalid"}
 # What OpenAI's Batch API costs of the price of a call [mem].
 BATCH_PRICE = 0.5
+ASKING = "asking"  # begins the names of the threads that ask
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -237,7 +239,7 @@ def ask_all(
     llm = client.llm
     answers: dict[str, Row] = {}
     spent = 0.0
-    pool = ThreadPoolExecutor(llm.concurrency)
+    pool = ThreadPoolExecutor(llm.concurrency, ASKING)
     progress = tqdm(total=len(new), desc=stage, unit="call", dynamic_ncols=True)
     try:
         ask = partial(ask_one, client=client, journal=journal, attach=attach)
@@ -272,10 +274,14 @@ def ask_all(
 
 
 def settle(pool: ThreadPoolExecutor) -> None:
-    """Wait for the calls under way. They are paid for: no second signal cuts that short."""
+    """Wait for the calls under way in a pool of threads ASKING. They are paid for: no second signal cuts that short."""
     while True:
         try:
             pool.shutdown(cancel_futures=True)
+            # A signal while the pool starts a thread leaves the thread at work and the pool unaware of it.
+            for thread in threading.enumerate():
+                if thread.name.startswith(ASKING):
+                    thread.join()
             return
         except KeyboardInterrupt:
             continue

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.llm.answers import (
+    ASKING,
     Item,
     Unaskable,
     charge,
@@ -29,6 +30,7 @@ from fieldmark.llm.answers import (
     plan_calls,
     preview,
     rows_of,
+    settle,
     summarise,
 )
 from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
@@ -320,6 +322,15 @@ def test_ctrl_c_ends_pauses_and_keeps_what_is_answered(
 class KeysAll:
     def __contains__(self, key: object) -> bool:
         return True
+
+
+def test_a_thread_that_its_pool_lost_sight_of_ends_before_the_journal_does() -> None:
+    """A Ctrl-C in the moment in which a pool starts a thread leaves the thread out of those that it waits for."""
+    pool, answered = ThreadPoolExecutor(1, ASKING), []
+    pool.submit(lambda: answered.append(time.sleep(0.3)))
+    pool._threads.clear()
+    settle(pool)
+    assert answered == [None]
 
 
 def test_an_entry_is_written_before_it_is_returned(server: OpenAIServer) -> None:
