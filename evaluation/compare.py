@@ -56,6 +56,7 @@ from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import load_params
 from fieldmark.store import read_table, write_text
 from training.data import SPLITS
+from training.inputs import ROOT
 from training.metrics import mean_and_deviation
 from training.regimes import Folds, LongTail, Shots, Unseen
 from training.runs import write_json
@@ -342,19 +343,20 @@ def contamination_note(plan: Plan) -> list[str]:
     return [f"warning: {found['images']} of {found['of']} test images are contaminated: {reasons}"]
 
 
-def describe_commit() -> str:
-    """The commit of this code, marked where it has been edited; empty where there is no git."""
+def describe_commit(root: Path = ROOT) -> str:
+    """The commit of the checkout at `root`, `-dirty` where files were edited since; empty where there is no git.
+
+    params.yaml may differ, as a profile leaves it: a run's identity has its settings.
+    """
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
         )
+        edited = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)params.yaml"]
+        clean = subprocess.run(edited, cwd=root, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
         return ""
-    return done.stdout.strip()
+    return commit.stdout.strip() + ("" if clean or commit.returncode else "-dirty")
 
 
 def footnotes(plan: Plan, split: str, groups: bool) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation import compare as module
-from evaluation.compare import MARKER, compare
+from evaluation.compare import MARKER, compare, describe_commit
 from evaluation.plan import Cell, Plan
 from evaluation.report import HEALTH
 from evaluation.study import run_study
@@ -375,3 +376,22 @@ def test_groups_have_an_interval_of_their_own(tmp_path: Path) -> None:
     assert rows[1]["verdict"] == "no verdict: 12 groups, and it takes 20"
     assert "\nno verdict: 12 groups, and it takes 20: intervals alone\n" in text
     assert pq.read_schema(plan.folder / grid[0].run / "predictions.parquet").metadata[b"schema"] == b"run.predictions/1"
+
+
+def test_a_commit_is_dirty_where_more_than_the_parameters_was_edited(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    assert describe_commit(tmp_path) == ""
+    for name in ("params.yaml", "code.py"):
+        (tmp_path / name).write_text("a")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    commit = describe_commit(tmp_path)
+    (tmp_path / "params.yaml").write_text("b")
+    assert commit
+    assert describe_commit(tmp_path) == commit
+    (tmp_path / "code.py").write_text("b")
+    assert describe_commit(tmp_path) == f"{commit}-dirty"
