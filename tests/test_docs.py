@@ -437,6 +437,7 @@ def test_duckdb_opens_every_file(inside: Path) -> None:
         assert_same(path, relation.columns, [[row[column] for row in rows] for column in range(len(relation.columns))])
 
 
+@pytest.mark.slow
 def test_pandas_opens_every_file(inside: Path) -> None:
     pandas = pytest.importorskip("pandas")
     for path in parquet_files():

@@ -206,6 +206,7 @@ def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(made: P
     assert refitted(folder) == OF_TEXT
 
 
+@pytest.mark.slow
 def test_a_probe_on_a_tower_alone_is_in_the_report(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tower"
     shutil.copytree(made, folder, symlinks=True)

@@ -279,7 +279,8 @@ def test_nothing_made_is_nothing_to_share(bare: Path) -> None:
     assert failed.stderr.startswith("error: dvc.lock: is missing")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("hardlink", marks=pytest.mark.slow), "symlink"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hardlink", "symlink"])
 def test_links_to_the_cache_survive_an_update(
     kind: str, first: Path, tmp_path: Path, run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

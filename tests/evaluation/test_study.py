@@ -740,6 +740,7 @@ def test_a_killed_study_goes_on_where_it_was(project: Path) -> None:
     kill_and_finish(project, kills=3, jobs=1, random_seed=0)
 
 
+@pytest.mark.slow
 def test_killed_folds_go_on_where_they_were(project: Path) -> None:
     folds = [{"kind": "folds", "folds": 3}]
     kill_and_finish(project, kills=2, jobs=1, random_seed=2, regimes=folds, methods=["linear_probe", "concept_graph"])

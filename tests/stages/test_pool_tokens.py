@@ -423,6 +423,7 @@ while code:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_every_rename_it_goes_on_where_it_was(set_moments: SetParams, dataset: list[str], make: Make) -> None:
     set_moments({name: MOMENTS[name] for name in ("pooled", "isqrt")}, dataset={"buckets": 2})
     make()
