@@ -38,7 +38,7 @@ profile: setup
 repro: profile
 	@python -m tools.preflight
 	@python -m training.train --check
-	@dvc repro --quiet
+	@python -m tools.repro
 	@cat data/report/summary.txt
 
 # Ask again what was refused, invalid or failed; answers that are there cost nothing.

@@ -2,9 +2,11 @@
 
 Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet} of every run in train.runs;
         data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/,
-        data/concepts/concepts.parquet; for the encoder of the run that is shown also data/bank/E.parquet,
-        data/labels/E/ and the boxes in data/embed/E/images/ (a tower has no texts, and so no bank and no labels).
-Writes  data/report/index.html (one page that loads nothing else) and data/report/summary.txt (its table as text).
+        data/concepts/concepts.parquet, data/{concepts,descriptions}/answers.parquet (what they cost); for each encoder
+        that a run stands on data/bank/E.parquet (a tower has no texts, and so no bank and no labels), and for that of
+        the run that is shown also data/labels/E/ and the boxes in data/embed/E/images/.
+Writes  data/report/index.html (one page that loads nothing else), data/report/summary.txt (its table as text) and
+        data/report/state.json, what `python -m tools.changes` compares; that one also in .cache/states.
 Costs   seconds; memory for the logits of one run at a time.
 
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are paired, image
@@ -27,6 +29,7 @@ import pyarrow as pa
 from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from evaluation.changes import dump, remember, take_state
 from evaluation.examples import make_examples, name_concept
 from evaluation.health import HEALTH, contamination, near_pairs, read_health
 from evaluation.runs import (
@@ -287,6 +290,10 @@ def report(params: Params, data: Path) -> str:
     html, summary = render(content), summarise(rows, not_made, reference.name, warning, page)
     store.write_text(page, html)
     store.write_text(page.with_name("summary.txt"), summary)
+    used = {encoder for planned in params.train.runs.values() for encoder in (planned.encoder, *planned.also)}
+    state = take_state(data, runs, [encoder for encoder in params.encoders if encoder in used])
+    store.write_text(page.with_name("state.json"), dump(state))
+    remember(state, data)
     return summary
 
 

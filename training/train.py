@@ -3,9 +3,10 @@
 Reads   data/index/{images,classes}.parquet and, of what the stages wrote for the run's encoder E, the parts that the
         method declares (READS): data/embed/E/{images/,text.parquet}, data/bank/E.parquet, data/labels/E/,
         data/graphs/E/, data/descriptions/descriptions.parquet. data/inputs/RUN.json lists them (training/plan_runs.py).
-Writes  data/runs/RUN/: metrics.json (accuracies by split, the mean over seeds), history.csv (a row a look at val),
-        timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best
-        on the half of val that chooses), config.json (settings, class order, device, fingerprints of what was read).
+Writes  data/runs/RUN/: metrics.json (the dozen figures that people compare, the mean over seeds), history.csv (a row a
+        look at val), timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the
+        seed that is best on the half of val that chooses), config.json (settings, what each seed chose, images by
+        split, class order, device, fingerprints of what was read).
         Where the method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others
         are empty.
 Costs   time of the processor, or of the GPU that train.device gives: none to speak of for the zero-shot methods; an
@@ -122,17 +123,19 @@ def figures_by_split(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
     return numbers
 
 
-def summarise(measured: Mapping[int, dict[str, Numbers]], fits: Mapping[int, Fitted], cache: Cache) -> dict[str, Any]:
-    """metrics.json: means over seeds, the accuracy's standard deviation (0 for one seed), sizes, what was chosen."""
-    metrics: dict[str, Any] = {}
+def summarise(measured: Mapping[int, dict[str, Numbers]]) -> dict[str, Numbers]:
+    """metrics.json: means over seeds, and the accuracy's standard deviation (0 for one seed).
+
+    DVC makes a column of each key (`dvc metrics show`, `dvc exp show`): of train there is the accuracy alone, and what
+    nobody compares stands in config.json.
+    """
+    metrics: dict[str, Numbers] = {}
     for split in SPLITS:
-        runs = [numbers[split] for numbers in measured.values()]
-        metrics[split] = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
-        accuracies = [run["accuracy"] for run in runs]
-        metrics[split]["accuracy_std"] = float(np.std(accuracies, ddof=1)) if len(runs) > 1 else 0.0
-        metrics[split]["images"] = int((cache.split == split).sum())
-    metrics["seeds"] = len(measured)
-    metrics["chosen"] = {str(seed): fitted.chosen for seed, fitted in fits.items()}
+        seeds = [numbers[split] for numbers in measured.values()]
+        accuracies = [numbers["accuracy"] for numbers in seeds]
+        names = ["accuracy"] if split == "train" else list(seeds[0])
+        metrics[split] = {name: float(np.mean([numbers[name] for numbers in seeds])) for name in names}
+        metrics[split]["accuracy_std"] = float(np.std(accuracies, ddof=1)) if len(seeds) > 1 else 0.0
     return metrics
 
 
@@ -157,19 +160,22 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         fits = fit_seeds(planned.method, told, planned.settings, seeds)
     except NotPossible as error:
         print(f"{name}: {planned.method} cannot work on this data: {error}")
-        metrics: dict[str, Any] = {"not_possible": str(error)}
-        write_run(folder, {}, fits, cache, config | metrics, metrics, {}, mark)
+        reason = {"not_possible": str(error)}
+        write_run(folder, {}, fits, cache, config | reason, reason, {}, mark)
     else:
         images = torch.arange(len(cache.paths))
         logits = {seed: predict(fit.model, seen, images).cpu().numpy() for seed, fit in fits.items()}
         measured = {seed: figures_by_split(values, cache) for seed, values in logits.items()}
-        for seed, numbers in measured.items():
-            print(f"{name} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
+        metrics = summarise(measured)
+        said = ", ".join(f"{split} {metrics[split]['accuracy']:.4f}" for split in SPLITS)
+        print(f"{name}: accuracy {said} (mean over seeds: {len(seeds)})")
         chosen_by = {seed: numbers["choose"] for seed, numbers in measured.items()}
         best = max(seeds, key=lambda seed: (chosen_by[seed]["accuracy"], -chosen_by[seed]["log_loss"]))
         state = {key: value.cpu().contiguous() for key, value in fits[best].model.state_dict().items()}
         config["model_seed"] = best
-        write_run(folder, logits, fits, cache, config, summarise(measured, fits, cache), state, mark)
+        config["chosen"] = {str(seed): fitted.chosen for seed, fitted in fits.items()}
+        config["images"] = {split: int((cache.split == split).sum()) for split in SPLITS}
+        write_run(folder, logits, fits, cache, config, metrics, state, mark)
     timing = {
         "epoch_seconds": float(np.mean([fitted.epoch_seconds for fitted in fits.values()])) if fits else 0.0,
         "load_seconds": loaded - started,
@@ -184,7 +190,7 @@ def write_run(
     fits: Mapping[int, Fitted],
     cache: Cache,
     config: dict[str, Any],
-    metrics: dict[str, Any],
+    metrics: Mapping[str, Any],
     state: dict[str, torch.Tensor],
     mark: str,
 ) -> None:

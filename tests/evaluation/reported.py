@@ -132,6 +132,19 @@ def write_rest(data: Path) -> None:
         )
     ]
     write_table(make_table("concepts/1", concepts), data / "concepts/concepts.parquet", "concepts/1", {}, "concepts")
+    for folder in ("concepts", "descriptions"):
+        write_answers(data / folder / "answers.parquet", {})
+
+
+def write_answers(path: Path, costs: Mapping[str, float | None], source: str = "live") -> None:
+    """An answer at each of these times, and what it cost."""
+    schema = "llm.answers/1"
+    same = {"sample": 0, "prompt_sha": "p", "status": "ok", "model_requested": "m", "attempts": 1, "source": source}
+    rows = [
+        {**same, "item_key": time, "subject_id": f"class-{number:02d}", "created_at": time, "cost_usd": usd}
+        for number, (time, usd) in enumerate(costs.items())
+    ]
+    write_table(make_table(schema, rows), path, schema, {}, "answers")
 
 
 def write_health(data: Path, pairs: Sequence[tuple[str, str, int]] = (), **changes: Row) -> None:

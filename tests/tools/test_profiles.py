@@ -295,7 +295,7 @@ def test_make_takes_the_profile_first() -> None:
         return done.stdout.splitlines()
 
     steps = planned("repro", "PROFILE=cub100")
-    wanted = ['python -m tools.profiles "cub100"', "python -m tools.preflight", "dvc repro --quiet"]
+    wanted = ['python -m tools.profiles "cub100"', "python -m tools.preflight", "python -m tools.repro"]
     assert [step for step in steps if step in wanted] == wanted
     assert not [step for step in planned("repro", "PROFILE=") if "tools.profiles" in step]
     retry = planned("retry", "PROFILE=cub100")
