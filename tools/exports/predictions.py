@@ -1,0 +1,79 @@
+"""What a run says of images: the class it takes each for, and how probable it holds that, as exports pass it on.
+
+Two sources: data/runs/RUN/predictions.parquet, of the images that the index holds, whose classes are known; and a
+Parquet file of tools.predict, of other pictures, whose classes are not. A probability is the softmax of the logits of
+the seed whose model is kept.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from evaluation.runs import PREDICTIONS, NotMade, Run, check_same_images, read_json, read_run
+from fieldmark import store
+from fieldmark.command import UserError
+from fieldmark.params import Params
+from tools.exports.index import Index, Row
+from training.metrics import softmax
+
+# What is exported: `val` is the half that chose nothing. Whoever looks at test tunes on it, so it is asked for by name.
+SPLITS = ("val", "choose", "train", "test", "all")
+
+
+class Said(NamedTuple):
+    """What a run says of one image."""
+
+    number: int  # of the image, from 1: the same in every split and of every run
+    image: Row  # its row of the index
+    split: str  # as in run.predictions
+    class_id: str  # of the class that it holds most probable
+    probability: float
+    of_label: float  # the probability that it gives the image's own class
+
+
+class Source(NamedTuple):
+    """A run as its exports name it."""
+
+    name: str
+    method: str
+    encoder: str
+    mark: str  # its fingerprint
+
+    def __str__(self) -> str:
+        return f"fieldmark run {self.name} ({self.method} on {self.encoder})"
+
+
+def find_run(data: Path, params: Params, name: str) -> tuple[Run, dict[str, Any]]:
+    """A run and its config.json, held against the index. Raises UserError where it is not there or cannot predict."""
+    if name not in params.train.runs:
+        raise UserError(f"params.yaml: train.runs: has no {name}; choose one of: {', '.join(params.train.runs)}")
+    found = read_run(data, name, params.train.runs[name].encoder)
+    if isinstance(found, NotMade):
+        raise UserError(f"{data}/runs/{name}: predicts nothing: {found.reason}; choose another run")
+    index = store.read_table(
+        data / "index/images.parquet", "index.images/1", ["path", "split", "class_id", "status", "group"]
+    )
+    check_same_images(data, [found], index)
+    return found, read_json(data / "runs" / name / "config.json", f"run train@{name} again (dvc repro)")
+
+
+def kept_logits(data: Path, run: Run) -> np.ndarray:
+    """(n, C): the logits of the seed whose model is kept, in the order of run.paths."""
+    path = data / f"runs/{run.name}/predictions.parquet"
+    groups = store.iterate_groups(path, PREDICTIONS, ["seed", "path", "logits"])
+    kept = pa.concat_tables([group.filter(pc.equal(group.column("seed"), run.model_seed)) for group in groups])
+    return store.vectors_of(kept.sort_by("path"), "logits")
+
+
+def read_said(data: Path, index: Index, run: Run, split: str) -> Iterator[Said]:
+    """What the run says of the images of a split, or of `all`, in the order of their paths."""
+    chosen = np.flatnonzero(run.split == split) if split != "all" else np.arange(len(run.paths))
+    probabilities = softmax(kept_logits(data, run)[chosen])
+    for place, row in zip(chosen.tolist(), probabilities, strict=True):
+        image, best = index.images[place], int(row.argmax())  # check_same_images: a run has the images of the index
+        own = float(row[image["y"]])
+        yield Said(place + 1, image, str(run.split[place]), run.classes[best], float(row[best]), own)
