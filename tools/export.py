@@ -26,10 +26,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Params, load_params
 from tools.exports import card, coco, darwin_core, dataset, embeddings, graphs
 from tools.exports.index import read_index
+from tools.exports.new_pictures import read_new, with_size
 from tools.exports.predictions import SPLITS, Source, find_run, read_said
 
 Arguments = argparse.Namespace
@@ -42,6 +45,8 @@ TAKES = {
     "view": ("safetensors", "webdataset", "pyg"),
     "thumbs": ("webdataset",),
     "split": ("coco", "darwin-core"),
+    "predictions": ("coco", "darwin-core"),
+    "manifest": ("coco", "darwin-core"),
     "media_url": ("darwin-core",),
     "with_images": ("dataset",),
 }
@@ -63,13 +68,24 @@ def export_predictions(params: Params, arguments: Arguments) -> str:
     data = arguments.data
     found, config = find_run(data, params, arguments.run)
     index = read_index(data, coco.COLUMNS if arguments.to == "coco" else darwin_core.COLUMNS)
-    source = Source(found.name, config["method"], found.encoder, found.mark)
-    said = list(read_said(data, index, found, arguments.split or "val"))
+    left_out: dict[str, int] = {}
+    if arguments.predictions:
+        calibration = "as tools.predict calibrates it"
+        said, left_out = read_new(arguments.predictions, arguments.manifest, found.classes)
+        if arguments.to == "coco":
+            folder = arguments.manifest.parent if arguments.manifest else Path()
+            said = [with_size(each, folder) for each in tqdm(said, desc="sizes", unit="image")]
+    else:
+        calibration = "not calibrated"
+        said = list(read_said(data, index, found, arguments.split or "val"))
+    source = Source(found.name, config["method"], found.encoder, found.mark, calibration)
     if any(each.split == "test" for each in said):
         print("images of test are among them: whoever looks and then changes something tunes on test", file=sys.stderr)
     if arguments.to == "coco":
-        return coco.write_coco(data, arguments.out, index, source, said)
-    return darwin_core.write_archive(arguments.out, index, source, said, arguments.media_url)
+        written = coco.write_coco(data, arguments.out, index, source, said)
+    else:
+        written = darwin_core.write_archive(arguments.out, index, source, said, arguments.media_url)
+    return "; ".join([written, *(f"{rows} left out: {why}" for why, rows in left_out.items())])
 
 
 def export_card(params: Params, arguments: Arguments) -> str:
@@ -101,6 +117,10 @@ def read_arguments() -> Arguments:
     parser.add_argument("--thumbs", action="store_true", default=None, help="a thumbnail beside each image's vectors")
     said = "of which images (default: val, the half that chose nothing; whoever looks at test tunes on it)"
     parser.add_argument("--split", choices=SPLITS, help=said)
+    said = "new pictures in the place of the data set's: a Parquet file of tools.predict for this run"
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help=said)
+    said = "more of these pictures: the manifest that tools.predict was given"
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help=said)
     said = "where the pictures are to be found: an address that a path is put behind"
     parser.add_argument("--media-url", metavar="URL", help=said)
     said = "pictures whose licence does not allow it too: you may pass them on"
@@ -116,6 +136,10 @@ def read_arguments() -> Arguments:
     for name, formats in TAKES.items():
         if getattr(arguments, name) is not None and arguments.to not in formats:
             parser.error(f"--{name.replace('_', '-')} goes with --to {' or '.join(formats)}")
+    if arguments.predictions and arguments.split:
+        parser.error("--split is of the data set's pictures, --predictions of new ones")
+    if arguments.manifest and not arguments.predictions:
+        parser.error("--manifest goes with --predictions: the index has what the data set says")
     return arguments
 
 

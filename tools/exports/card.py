@@ -200,7 +200,7 @@ def make_card(data: Path, params: Params, index: Index, run: Run, config: Row) -
         for name in (config["encoder"], *config["also"])
     ]
     return render(
-        "card.md.jinja",
+        "card.jinja",
         front_matter(run.name, encoders[0], params, figures),
         run=run,
         config=config,

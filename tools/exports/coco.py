@@ -5,6 +5,7 @@ OUT is a folder of three JSON files over the same images and categories:
                     the data set marks parts, these are the annotation's keypoints
   predictions.json  the same with the class that the run holds most probable, and `score`, its probability
   results.json      these annotations alone, the list that pycocotools' loadRes takes
+Of new pictures there is no truth.json.
 
 The run says what is in a picture and not where. So the box of an annotation is that of the object where the data set
 has it, else the whole picture, in truth and prediction alike: average precision of these files judges names, never
@@ -108,21 +109,23 @@ def annotation(number: int, image_number: int, category: int, box: list[float]) 
 
 
 def write_coco(data: Path, out: Path, index: Index, source: Source, said: Sequence[Said]) -> str:
-    """Write the three files. Returns what there is to say of them."""
-    check_folder(out, NAMES)
+    """Write the files; truth.json where there are labels. Returns what there is to say of them."""
+    known = all(each.of_label is not None for each in said)
+    check_folder(out, NAMES if known else NAMES[1:])
     categories = {row["class_id"]: number for number, row in enumerate(index.classes, start=1)}
-    names, parts = read_parts(data, [each.image["path"] for each in said])
+    names, parts = read_parts(data, [each.image["path"] for each in said]) if known else ([], {})
     shared = describe(index, said, names, source)
     truth, predicted = [], []
     for number, each in enumerate(said, start=1):
         box = box_of(each.image)
-        points = keypoints_of(each.image, names, parts.get(each.image["path"], {})) if names else {}
-        truth.append({**annotation(number, each.number, categories[each.image["class_id"]], box), **points})
+        if known:
+            points = keypoints_of(each.image, names, parts.get(each.image["path"], {})) if names else {}
+            truth.append({**annotation(number, each.number, categories[each.image["class_id"]], box), **points})
         label = annotation(number, each.number, categories[each.class_id], box)
         predicted.append({**label, "score": round(each.probability, 6)})
     results = [{key: row[key] for key in ("image_id", "category_id", "bbox", "score")} for row in predicted]
     contents = ({**shared, "annotations": truth}, {**shared, "annotations": predicted}, results)
-    for name, content in zip(NAMES, contents, strict=True):
+    for name, content in list(zip(NAMES, contents, strict=True))[0 if known else 1 :]:
         store.write_text(out / name, json.dumps(content, ensure_ascii=False) + "\n")
     boxed = sum(each.image["box"] is not None for each in said)
     return f"{len(said)} images of {len(categories)} categories, {boxed} with a box of the object, {len(names)} parts"

@@ -99,20 +99,21 @@ def place(image: Row) -> Row:
 def occurrence(said: Said, classes: dict[str, Row], source: Source, media: str | None) -> Row:
     """One row: the label where there is one, else what the run says."""
     image, predicted = said.image, classes[said.class_id]
-    label = classes[image["class_id"]]
-    agreed = said.class_id == image["class_id"]
+    label, own = (None, said.probability) if said.of_label is None else (classes[image["class_id"]], said.of_label)
+    agreed = label is None or label is predicted
     name = predicted["scientific_name"] or predicted["name"]
-    about = {"path": image["path"], "split": said.split, "group": image["group"], "probability": said.of_label}
+    about = {"path": image["path"], "split": said.split, "group": image["group"], "probability": own}
+    by = [*([LABEL] if label else []), *([str(source)] if agreed else [])]
     return {
         "occurrenceID": image["image_id"],
         "basisOfRecord": "MachineObservation",
         "occurrenceStatus": "present",
         **place(image),
-        **taxon(label),
-        "identifiedBy": f"{LABEL} | {source}" if agreed else LABEL,
+        **taxon(label or predicted),
+        "identifiedBy": " | ".join(by),
         "identificationReferences": f"{source}, fingerprint {source.mark}",
-        "identificationVerificationStatus": HUMAN,
-        "identificationRemarks": f"probability {said.of_label:.4f} by {source}, not calibrated",
+        "identificationVerificationStatus": HUMAN if label else MACHINE,
+        "identificationRemarks": f"probability {own:.4f} by {source}, {source.calibration}",
         "previousIdentifications": "" if agreed else f"{name} (probability {said.probability:.4f} by {source})",
         "associatedMedia": media + quote(image["path"]) if media else "",
         "license": image["licence"] or "",
@@ -152,7 +153,7 @@ def eml(source: Source, index: Index, rows: int) -> str:
     <creator><organizationName>to be filled in by who publishes</organizationName></creator>
     <language>en</language>
     <abstract><para>{rows} occurrences, one an image. Names are the data set's labels; where there is none, they are
-      predictions and say so (identificationVerificationStatus). Probabilities are not calibrated.</para></abstract>
+      predictions and say so (identificationVerificationStatus). Probabilities: {source.calibration}.</para></abstract>
     <contact><organizationName>to be filled in by who publishes</organizationName></contact>
   </dataset>
 </eml:eml>
@@ -171,7 +172,8 @@ def write_archive(out: Path, index: Index, source: Source, said: Sequence[Said],
         "occurrence.txt": "\n".join(lines) + "\n",
     }
     store.write_atomic(out, lambda partial: write_zip(files, partial))
-    return "; ".join([f"{len(rows)} occurrences", *lacking(rows)])
+    machine = sum(row["identificationVerificationStatus"] == MACHINE for row in rows)
+    return "; ".join([f"{len(rows)} occurrences, {machine} of them {MACHINE}", *lacking(rows)])
 
 
 def lacking(rows: Iterable[Row]) -> list[str]:

@@ -171,7 +171,7 @@ def card(index: Index, files: dict[str, list[Row]], held: int) -> str:
     }
     licences = Counter(row["licence"] or "none stated" for row in index.images).most_common()
     images, classes = len(index.images), len(index.classes)
-    return render("dataset.md.jinja", front, images=images, classes=classes, held=held, licences=licences)
+    return render("dataset.jinja", front, images=images, classes=classes, held=held, licences=licences)
 
 
 def write_dataset(data: Path, out: Path, folder: Path, index: Index, *, all_pictures: bool) -> str:

@@ -28,11 +28,11 @@ class Said(NamedTuple):
     """What a run says of one image."""
 
     number: int  # of the image, from 1: the same in every split and of every run
-    image: Row  # its row of the index
-    split: str  # as in run.predictions
+    image: Row  # its row of the index; of a new picture the same columns, and None for class_id
+    split: str | None  # as in run.predictions; None of a new picture
     class_id: str  # of the class that it holds most probable
     probability: float
-    of_label: float  # the probability that it gives the image's own class
+    of_label: float | None  # the probability that it gives the image's own class, where that is known
 
 
 class Source(NamedTuple):
@@ -42,6 +42,7 @@ class Source(NamedTuple):
     method: str
     encoder: str
     mark: str  # its fingerprint
+    calibration: str  # what its probabilities are
 
     def __str__(self) -> str:
         return f"fieldmark run {self.name} ({self.method} on {self.encoder})"

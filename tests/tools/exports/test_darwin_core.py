@@ -28,7 +28,7 @@ def rows_of(path: Path) -> tuple[list[Row], Any]:
 
 def test_dwca_reader_opens_every_occurrence(made: list[Row], kept: Kept, export: Export, tmp_path: Path) -> None:
     said = export("darwin-core", tmp_path / "x.zip", "--run", "zero_shot", "--split", "all", "--media-url", "https://x/")
-    assert "30 occurrences; 10 without a scientificName, of 1 class" in said
+    assert "30 occurrences, 0 of them PredictedByMachine; 10 without a scientificName, of 1 class" in said
     assert "12 without an eventDate" in said
     assert "10 without coordinates" in said
     rows, metadata = rows_of(tmp_path / "x.zip")
