@@ -33,7 +33,7 @@ from fieldmark.params import Params, load_params
 from tools.exports import card, coco, darwin_core, dataset, embeddings, graphs
 from tools.exports.index import read_index
 from tools.exports.new_pictures import read_new, with_size
-from tools.exports.predictions import SPLITS, Source, find_run, read_said
+from tools.exports.predictions import SPLITS, Source, find_run, kept_logits, read_said, temperature_of
 
 Arguments = argparse.Namespace
 # What each format needs, and which options it takes beside.
@@ -68,17 +68,17 @@ def export_predictions(params: Params, arguments: Arguments) -> str:
     data = arguments.data
     found, config = find_run(data, params, arguments.run)
     index = read_index(data, coco.COLUMNS if arguments.to == "coco" else darwin_core.COLUMNS)
+    logits = kept_logits(data, found)
     left_out: dict[str, int] = {}
     if arguments.predictions:
-        calibration = "as tools.predict calibrates it"
         said, left_out = read_new(arguments.predictions, arguments.manifest, found.classes)
         if arguments.to == "coco":
             folder = arguments.manifest.parent if arguments.manifest else Path()
             said = [with_size(each, folder) for each in tqdm(said, desc="sizes", unit="image")]
     else:
-        calibration = "not calibrated"
-        said = list(read_said(data, index, found, arguments.split or "val"))
-    source = Source(found.name, config["method"], found.encoder, found.mark, calibration)
+        said = list(read_said(index, found, logits, arguments.split or "val"))
+    temperature = temperature_of(found, logits)
+    source = Source(found.name, config["method"], found.encoder, found.mark, temperature)
     if any(each.split == "test" for each in said):
         print("images of test are among them: whoever looks and then changes something tunes on test", file=sys.stderr)
     if arguments.to == "coco":

@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.calibration import calibrate
 from evaluation.health import contamination, read_health
+from evaluation.reliability import cross_judge, rows
 from evaluation.runs import Run, group_numbers, groups_of
+from evaluation.taxonomy import lineages_of
 from evaluation.words import percent_and_deviation
 from fieldmark import store
 from fieldmark.params import Encoder, Params, Tower
@@ -131,7 +134,7 @@ def text_rows(data: Path, config: Row) -> list[Row]:
         "concepts": any(name.startswith(("bank/", "labels/")) for name in read),
         "descriptions": any(name.startswith("descriptions/") for name in read),
     }
-    rows = []
+    found = []
     for table in (name for name, wanted in tables.items() if wanted):
         path = data / table / "answers.parquet"
         answers = store.read_table(path, "llm.answers/1", ["status", "source", "model_reported", "model_requested"])
@@ -142,11 +145,11 @@ def text_rows(data: Path, config: Row) -> list[Row]:
         )
         params = store.read_header(path, "llm.answers/1").params
         for (source, model), answered in sorted(count.items(), key=str):
-            rows.append({
+            found.append({
                 "table": table, "source": source, "model": model, "answers": answered,
                 "prompt": params.get("prompt_sha"),
             })  # fmt: skip
-    return rows
+    return found
 
 
 def front_matter(name: str, encoder: Row, params: Params, figures: Mapping[str, Figures]) -> Row:
@@ -186,12 +189,16 @@ def make_card(data: Path, params: Params, index: Index, run: Run, config: Row) -
     logits, names = kept_logits(data, run), [row["name"] for row in index.classes]
     table = store.read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     groups = groups_of(table)
+    classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
     figures = {}
     for split in JUDGED:
         chosen = np.flatnonzero(run.split == split)
         paths = [run.paths[image] for image in chosen]
         figures[split] = measure(logits[chosen], run.y[chosen], group_numbers(paths, groups))
     val = run.split == "val"
+    units = None if groups is None else [groups[path] for path in np.array(run.paths)[val]]
+    calibrated = logits[val], run.y[val], units, run.classes, lineages_of(classes, run.classes)
+    unsure = rows(calibrate(*calibrated), cross_judge(*calibrated)) if len(set(units or range(val.sum()))) > 1 else []
     counts = Counter(row["split"] for row in index.images)
     images = {split: counts[split] for split in ("train", "val", "test")}
     health = read_health(data / "index/metrics.json", images)
@@ -214,6 +221,7 @@ def make_card(data: Path, params: Params, index: Index, run: Run, config: Row) -
         choosing=int((run.split == "choose").sum()),
         fewest=min(Counter(row["class_id"] for row in index.images if row["split"] == "train").values()),
         licences=licences(index, "train"),
+        unsure=unsure,
         contamination=contamination(health, images["test"]),
         grouped=groups is not None,
         weakest=weakest(logits[val], run.y[val], names),

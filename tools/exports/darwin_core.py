@@ -113,7 +113,7 @@ def occurrence(said: Said, classes: dict[str, Row], source: Source, media: str |
         "identifiedBy": " | ".join(by),
         "identificationReferences": f"{source}, fingerprint {source.mark}",
         "identificationVerificationStatus": HUMAN if label else MACHINE,
-        "identificationRemarks": f"probability {own:.4f} by {source}, {source.calibration}",
+        "identificationRemarks": f"probability {own:.4f} by {source}, calibrated on val",
         "previousIdentifications": "" if agreed else f"{name} (probability {said.probability:.4f} by {source})",
         "associatedMedia": media + quote(image["path"]) if media else "",
         "license": image["licence"] or "",
@@ -153,7 +153,8 @@ def eml(source: Source, index: Index, rows: int) -> str:
     <creator><organizationName>to be filled in by who publishes</organizationName></creator>
     <language>en</language>
     <abstract><para>{rows} occurrences, one an image. Names are the data set's labels; where there is none, they are
-      predictions and say so (identificationVerificationStatus). Probabilities: {source.calibration}.</para></abstract>
+      predictions and say so (identificationVerificationStatus). Probabilities are
+      calibrated on val (temperature {source.temperature:.3f}).</para></abstract>
     <contact><organizationName>to be filled in by who publishes</organizationName></contact>
   </dataset>
 </eml:eml>

@@ -1,8 +1,8 @@
 """What a run says of images: the class it takes each for, and how probable it holds that, as exports pass it on.
 
-Two sources: data/runs/RUN/predictions.parquet, of the images that the index holds, whose classes are known; and a
-Parquet file of tools.predict, of other pictures, whose classes are not. A probability is the softmax of the logits of
-the seed whose model is kept.
+The images are those of the index, whose classes are known; tools/exports/new_pictures.py has others. A probability is
+that of the seed whose model is kept, calibrated as tools.predict does: the softmax of its logits over the temperature
+that fits val, the half that chose nothing.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from evaluation.calibration import fit_calibrating_temperature
 from evaluation.runs import PREDICTIONS, NotMade, Run, check_same_images, read_json, read_run
 from fieldmark import store
 from fieldmark.command import UserError
@@ -42,7 +43,7 @@ class Source(NamedTuple):
     method: str
     encoder: str
     mark: str  # its fingerprint
-    calibration: str  # what its probabilities are
+    temperature: float  # that its probabilities are calibrated with
 
     def __str__(self) -> str:
         return f"fieldmark run {self.name} ({self.method} on {self.encoder})"
@@ -70,10 +71,16 @@ def kept_logits(data: Path, run: Run) -> np.ndarray:
     return store.vectors_of(kept.sort_by("path"), "logits")
 
 
-def read_said(data: Path, index: Index, run: Run, split: str) -> Iterator[Said]:
-    """What the run says of the images of a split, or of `all`, in the order of their paths."""
+def temperature_of(run: Run, logits: np.ndarray) -> float:
+    """The temperature that val asks for, of the kept logits (n, C)."""
+    val = run.split == "val"
+    return fit_calibrating_temperature(logits[val], run.y[val])
+
+
+def read_said(index: Index, run: Run, logits: np.ndarray, split: str) -> Iterator[Said]:
+    """What the run says of the images of a split, or of `all`, in the order of their paths; logits (n, C) are kept."""
     chosen = np.flatnonzero(run.split == split) if split != "all" else np.arange(len(run.paths))
-    probabilities = softmax(kept_logits(data, run)[chosen])
+    probabilities = softmax(logits[chosen] / temperature_of(run, logits))
     for place, row in zip(chosen.tolist(), probabilities, strict=True):
         image, best = index.images[place], int(row.argmax())  # check_same_images: a run has the images of the index
         own = float(row[image["y"]])
