@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from training.train import plan_run
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "studies").glob("*.md"))]
 LONGEST_README = 160
-OUTPUTS = {"answers.md"}  # pages that a command writes
+OUTPUTS = {"answers.md", "card.md"}  # pages that a command writes
 
 
 def name_of(path: Path) -> str:
@@ -295,7 +295,8 @@ OF_ENCODER = ["embed_images", "embed_tokens", "pool_tokens", "embed_text", "embe
               "label_patches", "build_graphs"]  # fmt: skip
 STAGES = ["draw_reef", "index_images", "generate_concepts", "describe_images", "clean_concepts", *OF_ENCODER]
 CLASSES, TRAIN, TEST = 24, 3, 1
-READING = "docs/reading-files.md"
+READING, EXPORTING = "docs/reading-files.md", "docs/exporting.md"
+NOT_INSTALLED = ("fiftyone", "lightly_studio")  # what the page of exports names and does not run
 
 
 def run_module(name: str, *arguments: str) -> None:
@@ -403,6 +404,34 @@ def test_the_commands_and_the_programs_run(inside: Path, polars: Any, capsys: py
     assert found["vectors"].shape == (CLASSES * (TRAIN + TEST), found["nodes"]["vector"].dtype.shape[0])
     np.testing.assert_allclose(np.linalg.norm(found["vectors"].astype(np.float32), axis=1), 1, atol=2e-3)
     assert found["classes"].value_counts().to_dict() == dict.fromkeys(set(found["classes"]), TRAIN + TEST)
+
+
+@pytest.fixture
+def exporting(inside: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """The blocks of the page of exports in a language, with a folder of this test and the only run that there is."""
+
+    def read(language: str) -> list[str]:
+        found = blocks(EXPORTING, language)
+        return [block.replace("data/export", str(tmp_path)).replace("linear_probe", "zero_shot") for block in found]
+
+    return read
+
+
+def test_exports_are_opened_as_their_page_says(exporting: Callable[[str], list[str]]) -> None:
+    for line in "".join(exporting("sh")).splitlines():
+        python, dash_m, module, *arguments = shlex.split(line)
+        assert (python, dash_m) == ("python", "-m")
+        run_module(module, *arguments)
+    programs, found = exporting("python"), dict[str, Any]()
+    for program in programs:
+        code = compile(program, EXPORTING, "exec")
+        if not any(f"import {name}" in program for name in NOT_INSTALLED):
+            exec(code, found)
+    assert len(programs) == 6
+    assert found["hidden"].shape == (found["batch"].num_nodes, 64)
+    assert set(found["names"]) <= {name for name, _, _ in found["counts"]}
+    assert len(found["wrong"]) <= len(found["rows"]) == len(found["truth"].getImgIds())
+    assert sum(images for _, images, _ in found["counts"]) == CLASSES * (TRAIN - 1)
 
 
 def parquet_files() -> list[Path]:

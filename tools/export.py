@@ -1,278 +1,156 @@
-"""Export the embeddings of one encoder or tower for other tools: a safetensors file, or a folder of WebDataset shards.
+"""Write what the pipeline made for other tools: embeddings, graphs, predictions, a data set, a model card.
 
-Reads   data/index/images.parquet, data/index/classes.parquet, data/embed/NAME/images/; with --thumbs data/thumbs/.
-Writes  OUT alone, the usable images of the index in one view (--view, 0 is the picture as it is). Equal inputs give
-        equal bytes.
-Costs   seconds for ten thousand images. Memory: some copies of one bucket, and for safetensors all that is written,
-        2 N D bytes an image (400 MB for 11,788 images of 33 nodes of 512).
+    --to          what, from whom                                               for
+    safetensors   the embeddings of --encoder, a file                           NumPy, PyTorch, JAX
+    webdataset    the same, a folder of tar shards by split and bucket          WebDataset
+    pyg           the patch graphs of --encoder, a folder                       PyTorch Geometric
+    coco          what --run predicts, a folder of JSON                         pycocotools, FiftyOne, LightlyStudio
+    darwin-core   what --run predicts, a Darwin Core archive (zip)              GBIF, OBIS
+    card          what --run is and how well it does, a Markdown file           Hugging Face, people
+    dataset       images, labels, descriptions, concepts, a folder of Parquet   datasets, pandas, Polars, DuckDB
 
-safetensors: OUT is a file of n images sorted by path, of N nodes and D dimensions each:
-  vectors  (n, N, D) float16, unit length; 0 where an image has fewer nodes
-  norms    (n, N) float32, the length that a vector had
-  boxes    (n, N, 4) float32, x0 y0 x1 y1 in [0,1] of the full image
-  kinds    (n, N) int8, positions in `kinds`; -1 where an image has fewer nodes
-  y        (n,) int64, positions in `classes`, those of the trainer
-  split    (n,) int8, positions in `splits`
-  image_id (n, 32) uint8, the sha256 of each file
-and, as metadata, one JSON text `fieldmark`: schema, encoder, view, classes (ids), names, splits, kinds, fingerprints of
-what was read, params of the embeddings, and the n paths.
+Reads   data/index/ and, for the format that is asked for, data/embed/NAME/images/, data/graphs/NAME/, data/thumbs/,
+        data/runs/RUN/, data/concepts/, data/descriptions/; --to dataset also the pictures.
+Writes  OUT alone, of the usable images of the index. Equal inputs give equal bytes.
+Costs   seconds for ten thousand images; memory: some copies of one bucket, and for safetensors all that is written.
 
-webdataset: OUT is a folder of tar files SPLIT-NNN.tar, one a split and bucket, and dataset.json, the JSON above without
-the paths. A sample an image, sorted by image_id, which is its key:
-  KEY.npy   (N, D) float16
-  KEY.json  path, class_id, y, split, kinds, norms, boxes
-  KEY.webp  with --thumbs: the 192-px thumbnail
+What is in each file: docs/exporting.md, and the module of tools/exports/ that writes it.
 
-    python -m tools.export --encoder reef --to safetensors reef.safetensors
-    python -m tools.export --encoder reef --to webdataset reef-shards --thumbs
+    python -m tools.export --to safetensors --encoder reef data/export/reef.safetensors
+    python -m tools.export --to pyg --encoder reef data/export/graphs
+    python -m tools.export --to coco --run linear_probe data/export/coco
 """
 
-import io
-import tarfile
-from functools import partial
+import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from fieldmark import store
-from fieldmark.command import UserError, encoder_parser, run
-from fieldmark.listing import SPLITS
-from fieldmark.params import NodeKind, load_params
+from fieldmark.command import UserError, run, stage_parser
+from fieldmark.params import Params, load_params
+from tools.exports import card, coco, darwin_core, dataset, embeddings, graphs
+from tools.exports.index import read_index
+from tools.exports.new_pictures import read_new, with_size
+from tools.exports.predictions import SPLITS, Source, find_run, kept_logits, read_said, temperature_of
 
-INDEX = Path("data/index")
-EMBED = Path("data/embed")
-THUMBS = Path("data/thumbs")
-NODES = "embed.nodes/1"
-SCHEMA = "export.embeddings/1"
-KINDS = get_args(NodeKind)
-BOX = ("x0", "y0", "x1", "y1")
-
-
-class Exported(NamedTuple):
-    """What is exported: the embeddings of one encoder in one view."""
-
-    folder: Path
-    buckets: int
-    view: int
-    nodes: int  # N
-    dimension: int  # D
-    images: list[dict[str, Any]]  # path, image_id, class_id, split and y of the usable images, sorted by path
-    about: dict[str, Any]  # what holds for all of them
+Arguments = argparse.Namespace
+# What each format needs, and which options it takes beside.
+NEEDS = {
+    "safetensors": "encoder", "webdataset": "encoder", "pyg": "encoder", "coco": "run", "darwin-core": "run",
+    "card": "run", "dataset": None,
+}  # fmt: skip
+TAKES = {
+    "view": ("safetensors", "webdataset", "pyg"),
+    "thumbs": ("webdataset",),
+    "split": ("coco", "darwin-core"),
+    "predictions": ("coco", "darwin-core"),
+    "manifest": ("coco", "darwin-core"),
+    "media_url": ("darwin-core",),
+    "with_images": ("dataset",),
+}
 
 
-class Nodes(NamedTuple):
-    """The nodes of one image: vectors (N, D) float16, norms (N,), boxes (N, 4) float32 and kinds (N,)."""
-
-    vectors: np.ndarray
-    norms: np.ndarray
-    boxes: np.ndarray
-    kinds: list[str]
-
-
-def find_source(encoder: str, view: int, buckets: int) -> Exported:
-    """Look up what there is of an encoder. Raises UserError where a file is missing or the view does not exist."""
-    folder = EMBED / encoder / "images"
-    header = store.read_folder_header(folder, NODES, buckets)
-    images_path, classes_path = INDEX / "images.parquet", INDEX / "classes.parquet"
-    index = store.read_table(images_path, "index.images/1", ["path", "image_id", "class_id", "split", "status"])
-    index = index.filter(pc.equal(index.column("status"), "ok")).drop_columns("status")
-    classes = store.read_table(classes_path, "index.classes/1", ["class_id", "name"]).sort_by("class_id")
-    ids = classes.column("class_id").to_pylist()
-    y = pc.index_in(index.column("class_id"), value_set=pa.array(ids))
-    if y.null_count:
-        raise UserError(f"{classes_path}: lacks a class of images.parquet; run index_images again")
-    views, nodes = count_nodes(folder, buckets)
-    if not 0 <= view < views:
-        raise UserError(f"--view {view}: {folder} holds {views} (0 is the first); raise embed.views for more")
-    about = {
-        "schema": SCHEMA,
-        "encoder": encoder,
-        "view": view,
-        "classes": ids,
-        "names": classes.column("name").to_pylist(),
-        "splits": SPLITS,
-        "kinds": KINDS,
-        "fingerprints": {
-            str(folder): header.fingerprint,
-            str(images_path): store.read_header(images_path, "index.images/1").fingerprint,
-            str(classes_path): store.read_header(classes_path, "index.classes/1").fingerprint,
-        },
-        "params": header.params,
-    }
-    return Exported(
-        folder, buckets, view,
-        nodes=nodes,
-        dimension=pq.read_schema(store.bucket_path(folder, 0)).field("vector").type.list_size,
-        images=index.append_column("y", y).sort_by("path").to_pylist(),
-        about=about,
-    )  # fmt: skip
+def export_embeddings(params: Params, arguments: Arguments) -> str:
+    params.image_encoder(arguments.encoder)
+    source = embeddings.find_source(arguments.data, arguments.encoder, arguments.view or 0, params.dataset.buckets)
+    if arguments.to == "safetensors":
+        embeddings.write_safetensors(source, arguments.out)
+    elif arguments.to == "webdataset":
+        embeddings.write_shards(source, arguments.out, thumbs=bool(arguments.thumbs))
+    else:
+        graphs.write_graphs(source, arguments.out)
+    return f"{len(source.images)} images of {source.nodes} nodes x {source.dimension}"
 
 
-def count_nodes(folder: Path, buckets: int) -> tuple[int, int]:
-    """How many views an image has, and how many nodes a view has at most. Raises UserError where there is no image."""
-    views = nodes = 0
-    for bucket in range(buckets):
-        keys = store.read_table(store.bucket_path(folder, bucket), NODES, ["view", "node"])
-        if len(keys):
-            views = max(views, pc.max(keys.column("view")).as_py() + 1)
-            nodes = max(nodes, pc.max(keys.column("node")).as_py() + 1)
-    if not nodes:
-        raise UserError(f"{folder}: holds no image; run embed_images (dvc repro)")
-    return views, nodes
+def export_predictions(params: Params, arguments: Arguments) -> str:
+    data = arguments.data
+    found, config = find_run(data, params, arguments.run)
+    index = read_index(data, coco.COLUMNS if arguments.to == "coco" else darwin_core.COLUMNS)
+    logits = kept_logits(data, found)
+    left_out: dict[str, int] = {}
+    if arguments.predictions:
+        said, left_out = read_new(arguments.predictions, arguments.manifest, found.classes)
+        if arguments.to == "coco":
+            folder = arguments.manifest.parent if arguments.manifest else Path()
+            said = [with_size(each, folder) for each in tqdm(said, desc="sizes", unit="image")]
+    else:
+        said = list(read_said(index, found, logits, arguments.split or "val"))
+    temperature = temperature_of(found, logits)
+    source = Source(found.name, config["method"], found.encoder, found.mark, temperature)
+    if any(each.split == "test" for each in said):
+        print("images of test are among them: whoever looks and then changes something tunes on test", file=sys.stderr)
+    if arguments.to == "coco":
+        written = coco.write_coco(data, arguments.out, index, source, said)
+    else:
+        written = darwin_core.write_archive(arguments.out, index, source, said, arguments.media_url)
+    return "; ".join([written, *(f"{rows} left out: {why}" for why, rows in left_out.items())])
 
 
-def read_nodes(source: Exported, bucket: int, image_ids: list[str]) -> dict[str, Nodes]:
-    """The nodes of images that belong to a bucket. Raises UserError where it lacks one."""
-    path = store.bucket_path(source.folder, bucket)
-    table = store.read_images(path, NODES, image_ids)
-    table = table.filter(pc.equal(table.column("view"), source.view)).combine_chunks()
-    vectors, norms, kinds = store.vectors_of(table), table.column("norm").to_numpy(), table.column("kind").to_pylist()
-    boxes = np.stack([table.column(side).to_numpy() for side in BOX], axis=1)
-    starts = np.flatnonzero(table.column("node").to_numpy() == 0)
-    owners = table.column("image_id").take(pa.array(starts, pa.int64())).to_pylist()
-    found = {}
-    for owner, start, end in zip(owners, starts, [*starts, len(table)][1:], strict=True):
-        found[owner] = Nodes(vectors[start:end], norms[start:end], boxes[start:end], kinds[start:end])
-    for image_id in image_ids:
-        if image_id not in found:
-            raise UserError(
-                f"{path}: lacks image {image_id} (view {source.view}); run embed_images again (dvc repro), or fetch the"
-                " file again (dvc pull)"
-            )
-    return found
+def export_card(params: Params, arguments: Arguments) -> str:
+    found, config = find_run(arguments.data, params, arguments.run)
+    index = read_index(arguments.data, ["licence"])
+    return card.write_card(arguments.data, arguments.out, params, index, found, config)
 
 
-def by_bucket(source: Exported) -> list[list[str]]:
-    return store.split_buckets([row["image_id"] for row in source.images], source.buckets)
+def export_dataset(params: Params, arguments: Arguments) -> str:
+    index = read_index(arguments.data, dataset.COLUMNS)
+    folder, all_pictures = params.dataset.folder, bool(arguments.with_images)
+    return dataset.write_dataset(arguments.data, arguments.out, folder, index, all_pictures=all_pictures)
 
 
-def make_tensors(source: Exported) -> dict[str, np.ndarray]:
-    """The arrays of the safetensors file, filled bucket by bucket."""
-    count, nodes = len(source.images), source.nodes
-    place = {row["image_id"]: number for number, row in enumerate(source.images)}
-    code = {kind: number for number, kind in enumerate(KINDS)}
-    vectors = np.zeros((count, nodes, source.dimension), dtype=np.float16)
-    norms = np.zeros((count, nodes), dtype=np.float32)
-    boxes = np.zeros((count, nodes, 4), dtype=np.float32)
-    kinds = np.full((count, nodes), -1, dtype=np.int8)
-    for bucket, image_ids in enumerate(tqdm(by_bucket(source), desc="export", unit="bucket")):
-        for image_id, image in read_nodes(source, bucket, image_ids).items():
-            row, here = place[image_id], slice(len(image.kinds))
-            vectors[row, here], norms[row, here], boxes[row, here] = image.vectors, image.norms, image.boxes
-            kinds[row, here] = [code[kind] for kind in image.kinds]
-    digests = b"".join(bytes.fromhex(row["image_id"]) for row in source.images)
-    return {
-        "vectors": vectors,
-        "norms": norms,
-        "boxes": boxes,
-        "kinds": kinds,
-        "y": np.array([row["y"] for row in source.images], dtype=np.int64),
-        "split": np.array([SPLITS.index(row["split"]) for row in source.images], dtype=np.int8),
-        "image_id": np.frombuffer(digests, dtype=np.uint8).reshape(count, 32),
-    }
+EXPORTS: dict[str, Callable[[Params, Arguments], str]] = {
+    "safetensors": export_embeddings, "webdataset": export_embeddings, "pyg": export_embeddings,
+    "coco": export_predictions, "darwin-core": export_predictions, "card": export_card, "dataset": export_dataset,
+}  # fmt: skip
 
 
-def write_safetensors(source: Exported, out: Path) -> None:
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a file, {out / source.about['encoder']}.safetensors for one")
-    # One key: safetensors writes several in an order of its own, another one each time.
-    about = store.canonical_json({**source.about, "paths": [row["path"] for row in source.images]})
-    tensors = make_tensors(source)
-    try:
-        store.write_atomic(out, lambda path: save_file(tensors, path, {"fieldmark": about}))
-    except SafetensorError as error:  # its header holds 100 MB: the paths of a million images
-        raise UserError(f"{out}: cannot be written ({error}); free some space, or export --to webdataset") from None
-
-
-def shard_name(split: str, bucket: int) -> str:
-    return f"{split}-{bucket:03d}.tar"
-
-
-def write_shards(source: Exported, out: Path, *, thumbs: bool) -> None:
-    """Write a tar file for each split and bucket: a bucket without images of a split is a shard without samples."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder")
-    names = {shard_name(split, bucket) for split in SPLITS for bucket in range(source.buckets)} | {"dataset.json"}
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in names) if out.exists() else []
-    if foreign:
-        raise UserError(f"{out}: holds {foreign[0]}, which this export does not write; name an empty folder")
-    rows = {row["image_id"]: row for row in source.images}
-    for bucket, image_ids in enumerate(tqdm(by_bucket(source), desc="export", unit="bucket")):
-        nodes = read_nodes(source, bucket, image_ids)
-        pictures = read_thumbs(bucket, image_ids) if thumbs else {}
-        for split in SPLITS:
-            samples = {
-                image_id: make_sample(rows[image_id], nodes[image_id], pictures.get(image_id))
-                for image_id in image_ids
-                if rows[image_id]["split"] == split
-            }
-            store.write_atomic(out / shard_name(split, bucket), partial(write_tar, samples))
-    about = store.canonical_json(source.about) + "\n"
-    store.write_text(out / "dataset.json", about)
-
-
-def read_thumbs(bucket: int, image_ids: list[str]) -> dict[str, bytes]:
-    """The WebP bytes of images that belong to a bucket. Raises UserError where it lacks one."""
-    path = store.bucket_path(THUMBS, bucket)
-    table = store.read_images(path, "thumbs/1", image_ids)
-    found = dict(zip(table.column("image_id").to_pylist(), table.column("webp").to_pylist(), strict=True))
-    for image_id in image_ids:
-        if image_id not in found:
-            raise UserError(f"{path}: lacks image {image_id}; run index_images (dvc repro), or leave --thumbs out")
-    return found
-
-
-def make_sample(row: dict[str, Any], nodes: Nodes, thumb: bytes | None) -> dict[str, bytes]:
-    """The files of one image by extension."""
-    array = io.BytesIO()
-    np.save(array, nodes.vectors)
-    about = {
-        **{name: row[name] for name in ("path", "class_id", "y", "split")},
-        "kinds": nodes.kinds,
-        "norms": nodes.norms.tolist(),
-        "boxes": nodes.boxes.tolist(),
-    }
-    sample = {"npy": array.getvalue(), "json": store.canonical_json(about).encode()}
-    return sample if thumb is None else {**sample, "webp": thumb}
-
-
-def write_tar(samples: dict[str, dict[str, bytes]], path: Path) -> None:
-    """A tar file of KEY.EXTENSION members, the files of a sample one behind another, without times or owners."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, files in samples.items():
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")  # its time and owner are 0
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+def read_arguments() -> Arguments:
+    """Options that a format does not take are refused, not passed over."""
+    parser = stage_parser(__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the stages wrote")
+    parser.add_argument("--to", required=True, choices=tuple(NEEDS), help="what to write")
+    parser.add_argument("--encoder", help="a name under `encoders` or `towers` in params.yaml")
+    parser.add_argument("--run", help="a name under `train.runs`")
+    parser.add_argument("--view", type=int, metavar="N", help="which view of each image (default: 0, as it is)")
+    parser.add_argument("--thumbs", action="store_true", default=None, help="a thumbnail beside each image's vectors")
+    said = "of which images (default: val, the half that chose nothing; whoever looks at test tunes on it)"
+    parser.add_argument("--split", choices=SPLITS, help=said)
+    said = "new pictures in the place of the data set's: a Parquet file of tools.predict for this run"
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help=said)
+    said = "more of these pictures: the manifest that tools.predict was given"
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help=said)
+    said = "where the pictures are to be found: an address that a path is put behind"
+    parser.add_argument("--media-url", metavar="URL", help=said)
+    said = "pictures whose licence does not allow it too: you may pass them on"
+    parser.add_argument("--with-images", action="store_true", default=None, help=said)
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file or folder to write")
+    arguments = parser.parse_args()
+    for name in ("encoder", "run"):
+        given, needed = getattr(arguments, name) is not None, NEEDS[arguments.to] == name
+        if needed and not given:
+            parser.error(f"--to {arguments.to} needs --{name}")
+        if given and not needed:
+            parser.error(f"--to {arguments.to} takes no --{name}")
+    for name, formats in TAKES.items():
+        if getattr(arguments, name) is not None and arguments.to not in formats:
+            parser.error(f"--{name.replace('_', '-')} goes with --to {' or '.join(formats)}")
+    if arguments.predictions and arguments.split:
+        parser.error("--split is of the data set's pictures, --predictions of new ones")
+    if arguments.manifest and not arguments.predictions:
+        parser.error("--manifest goes with --predictions: the index has what the data set says")
+    return arguments
 
 
 def main() -> None:
-    parser = encoder_parser(__doc__)
-    parser.add_argument("--to", required=True, choices=("safetensors", "webdataset"), help="what to write")
-    parser.add_argument("--view", type=int, default=0, metavar="N", help="which view of each image (default: 0)")
-    parser.add_argument("--thumbs", action="store_true", help="webdataset: a thumbnail beside each image's vectors")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the file or folder to write")
-    arguments = parser.parse_args()
-    if arguments.thumbs and arguments.to == "safetensors":
-        parser.error("--thumbs goes with --to webdataset")
+    arguments = read_arguments()
     params = load_params(arguments.params)
-    params.image_encoder(arguments.encoder)
-    source = find_source(arguments.encoder, arguments.view, params.dataset.buckets)
     try:
-        if arguments.to == "safetensors":
-            write_safetensors(source, arguments.out)
-        else:
-            write_shards(source, arguments.out, thumbs=arguments.thumbs)
+        said = EXPORTS[arguments.to](params, arguments)
     except OSError as error:
         raise UserError(f"{arguments.out}: cannot be written: {error.strerror}") from None
-    print(f"{arguments.out}: {len(source.images)} images of {source.nodes} nodes x {source.dimension}")
+    print(f"{arguments.out}: {said}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What tools/export.py writes for other tools: one module a family of formats."""
