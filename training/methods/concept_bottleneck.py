@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from training.data import Batch, Cache
 from training.data.bank import Bank
-from training.layers.blocks import Standardise
+from training.layers.blocks import Standardise, linear_from_state
 from training.layers.logistic import ProbeSettings, fit_probe, training_globals
+from training.layers.states import State, within
 from training.methods import Fitted, NotPossible, Output
 
 SEEDED = False
@@ -63,3 +64,8 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         linear.weight.copy_(chosen.linear.weight @ turn)
         linear.bias.copy_(chosen.linear.bias)
     return Fitted(ConceptBottleneck(standardise, K, linear), chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)
+
+
+def build(state: State, settings: Settings, classes: int) -> ConceptBottleneck:
+    standardise = Standardise.from_state(within(state, "standardise"))
+    return ConceptBottleneck(standardise, state["K"], linear_from_state(within(state, "linear")))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fieldmark.params import Block
 from training.data import Batch, Cache
 from training.data.bank import Bank
+from training.layers.states import State
 from training.layers.texts import class_text
 from training.loop import Positive, untrained
 from training.methods import Fitted, NotPossible, Output
@@ -69,3 +70,7 @@ def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     return untrained(DescriptionZeroShot(class_mean(cache, settings.class_names), settings.scale), cache)
+
+
+def build(state: State, settings: Settings, classes: int) -> DescriptionZeroShot:
+    return DescriptionZeroShot(state["class_mean"], settings.scale)

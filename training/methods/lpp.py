@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from training.data import Batch, Cache
 from training.layers.blocks import Standardise
 from training.layers.logistic import Chosen, ProbeSettings, fit_probe, require_val, training_globals
+from training.layers.states import State, within
 from training.layers.texts import class_text
 from training.loop import NotNegative, Positive
 from training.methods import Fitted, Output, search_points
@@ -91,3 +92,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     _, text_scale, chosen = best
     model = LPPlusPlus(standardise, chosen.linear)
     return Fitted(model, history, {"l2": chosen.l2, "text_scale": text_scale}, chosen.pass_seconds)
+
+
+def build(state: State, settings: Settings, classes: int) -> LPPlusPlus:
+    return LPPlusPlus(Standardise.from_state(within(state, "standardise")), BlendedLinear(state["linear.text"]))

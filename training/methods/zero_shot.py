@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fieldmark.params import Block
 from training.data import Batch, Cache
+from training.layers.states import State
 from training.layers.texts import class_text
 from training.loop import Positive, untrained
 from training.methods import Fitted, Output
@@ -35,3 +36,7 @@ class ZeroShot(nn.Module):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     return untrained(ZeroShot(class_text(cache), settings.scale), cache)
+
+
+def build(state: State, settings: Settings, classes: int) -> ZeroShot:
+    return ZeroShot(state["class_text"], settings.scale)
