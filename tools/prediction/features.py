@@ -76,6 +76,7 @@ class Recipe:
     passes: list[Shown]
     labelling: Labelling | None
     graphs: Graphs | None
+    common: list[Part]  # what is the same for all pictures, to say why a run decides as it does
 
 
 class Fresh(EncoderFiles):
@@ -147,7 +148,12 @@ def moments_of(encoder: ImageEncoder, params: Params, embed: Embed, names: Seque
 
 
 def recipe_of(
-    params: Params, name: str, reads: frozenset[str], known: Mapping[str, str], device: torch.device
+    params: Params,
+    name: str,
+    reads: frozenset[str],
+    known: Mapping[str, str],
+    classes: list[str],
+    device: torch.device,
 ) -> Recipe:
     """How what is read of an encoder is made; the encoder is loaded.
 
@@ -179,7 +185,15 @@ def recipe_of(
     if reads_whole(name, reads):
         embed = embed.model_copy(update={"tokens": False, "grids": [], "crops": []})
     graphs = params.graphs if GRAPHS in schemas else None
-    return Recipe(encoder, reads, join(families_of(encoder, params, embed, reads)), labelling, graphs)
+    passes = join(families_of(encoder, params, embed, reads))
+    return Recipe(encoder, reads, passes, labelling, graphs, common_parts(params, name, reads, classes))
+
+
+def common_parts(params: Params, name: str, reads: frozenset[str], classes: list[str]) -> list[Part]:
+    """Bank and projection, where they are read and are on this machine; the model itself has what it needs."""
+    source = EncoderFiles(DATA, name, params.dataset.buckets, classes, pa.array([], store.TEXT), 1, reads)
+    kinds = dict.fromkeys(kind_of(word) for word in sorted(reads) if not kind_of(word).shows)
+    return [kind.read(source) for kind in kinds if all((DATA / path).exists() for path in kind.files(name, reads))]
 
 
 def join(families: Iterable[Family]) -> list[Shown]:
@@ -228,7 +242,7 @@ class Features:
         """`reads` is what is read of each encoder, the run's own first; `known` as in recipe_of."""
         self.classes = classes
         self.slots = CpuSlots(device, os.cpu_count() or 1)
-        self.recipes = [recipe_of(params, name, words, known, device) for name, words in reads.items()]
+        self.recipes = [recipe_of(params, name, words, known, classes, device) for name, words in reads.items()]
 
     @property
     def passes(self) -> list[Shown]:
@@ -294,10 +308,11 @@ class Features:
                 write(graph_rows(nodes.combine_chunks(), recipe.graphs), folder / f"graphs/{name}", GRAPHS)
         source = Fresh(folder, name, 1, self.classes, pa.array(list(looked)), 1, recipe.reads)
         kinds = dict.fromkeys(kind_of(word) for word in sorted(recipe.reads) if kind_of(word).shows)
-        return Parts([
+        made: list[Part] = [
             no_descriptions(len(looked), recipe.encoder) if kind is Descriptions else kind.read(source)
             for kind in kinds
-        ])  # fmt: skip
+        ]
+        return Parts([*made, *recipe.common])
 
 
 def write(rows: pa.Table, folder: Path, schema: str) -> None:

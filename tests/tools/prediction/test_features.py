@@ -10,7 +10,7 @@ import torch
 
 from fieldmark.command import UserError
 from fieldmark.params import Params, load_params
-from tests.tools.prediction.conftest import Write, run_module
+from tests.tools.conftest import Write, run_module
 from tools.prediction.features import Features
 from tools.prediction.pictures import look, read_question
 from training.data import CPU, Cache, read_cache
@@ -43,27 +43,42 @@ def same(found: Cache, stored: Cache) -> None:
             np.testing.assert_allclose(value.numpy(), other.values[name].numpy(), rtol=0, atol=near, err_msg=name)
 
 
-def test_features_are_those_of_the_stages(project: Path) -> None:
+def test_features_are_those_of_the_stages(asked: Path) -> None:
     params = load_params()
-    found = seen(features_of(params, {"vit": EVERYTHING, "conv": GLOBALS}))
-    assert len(found.paths) == 30
-    same(found, read_cache("data", "vit", params.dataset.buckets, EVERYTHING, ["conv"], GLOBALS))
+    found = seen(features_of(params, {"vit": EVERYTHING, "twin": GLOBALS}))
+    assert len(found.paths) == 24
+    same(found, read_cache("data", "vit", params.dataset.buckets, EVERYTHING, ["twin"], GLOBALS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", [{"mode": "splice", "density": "product"}, {"density": "pixel"}], ids=str)
 def test_labels_are_made_in_every_way(
-    labels: dict[str, str], trained: Path, set_params: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labels: dict[str, str], trained: Path, write_other: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, tmp_path / "copy", symlinks=True)
     monkeypatch.chdir(tmp_path / "copy")
-    params = set_params(labels=labels | {"inside_object": True})
+    params = write_other(labels=labels | {"inside_object": True})
     run_module("stages.label_patches", "--encoder", "vit", "--params", "other.yaml")
     found = seen(features_of(params, {"vit": frozenset({"labels"})}))
     same(found, read_cache("data", "vit", params.dataset.buckets, {"labels"}))
 
 
-def test_only_what_is_read_is_made(project: Path) -> None:
+@pytest.mark.slow
+def test_windows_have_passes_of_their_own(
+    trained: Path, write_other: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments are made of a pass without windows, beside one with them."""
+    shutil.copytree(trained, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    params = write_other(embed={"views": 1, "crops": [2]})
+    run_module("stages.embed_images", "--encoder", "vit", "--params", "other.yaml")
+    reads = frozenset({"nodes", "boxes", "pooled"})
+    features = features_of(params, {"vit": reads})
+    assert len(features.passes) == 2
+    same(seen(features), read_cache("data", "vit", params.dataset.buckets, reads))
+
+
+def test_only_what_is_read_is_made(asked: Path) -> None:
     [shown] = features_of(load_params(), {"vit": frozenset({"globals", "names", "owners"})}).passes
     assert (shown.embed.tokens, shown.embed.grids, shown.embed.crops) == (False, [], [])
     assert [product.folder.name for product in shown.products] == ["images"]
@@ -72,7 +87,7 @@ def test_only_what_is_read_is_made(project: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "blocks"),
     [
-        ({"nodes"}, {"embed": {"views": 1, "tokens": False, "grids": [2], "crops": [2]}}),
+        ({"nodes"}, {"embed": {"views": 1, "tokens": False, "grids": [2]}}),
         ({"nodes", "edges"}, {"graphs": {"neighbours": 1}}),
         ({"labels"}, {"labels": {"top": 2}}),
         ({"moments/isqrt"}, {"moments": {"vit": {"isqrt": {"directions": 4, "layer": 0}}}}),
@@ -80,21 +95,23 @@ def test_only_what_is_read_is_made(project: Path) -> None:
     ],
     ids=["nodes", "edges", "labels", "moments", "tokens"],
 )
-def test_other_parameters_are_refused(words: set[str], blocks: dict[str, dict[str, object]], set_params: Write) -> None:
-    params = set_params(**blocks)
+def test_other_parameters_are_refused(
+    words: set[str], blocks: dict[str, dict[str, object]], write_other: Write
+) -> None:
+    params = write_other(**blocks)
     with pytest.raises(UserError, match=r"data/(embed|graphs|labels)/vit.*(trained on another one|is missing, or of)"):
         features_of(params, {"vit": frozenset(words)})
 
 
-def test_other_weights_and_missing_names_are_refused(project: Path) -> None:
+def test_other_weights_and_missing_names_are_refused(asked: Path) -> None:
     with pytest.raises(UserError, match="data/embed/vit/images: the run was trained on another one than vit"):
         features_of(load_params(), {"vit": frozenset({"nodes"})}, {"embed/vit/images": "another"})
     with pytest.raises(UserError, match=r"moments\.vit\.other: is not there"):
         features_of(load_params(), {"vit": frozenset({"moments/other"})})
 
 
-def test_a_run_that_reads_descriptions_is_given_none(project: Path) -> None:
+def test_a_run_that_reads_descriptions_is_given_none(asked: Path) -> None:
     features = features_of(load_params(), {"vit": frozenset({"globals", "descriptions"})})
-    batch = seen(features).batch(torch.arange(30))
-    assert batch.d.shape == (30, 0, 16)
-    assert batch.dm.shape == (30, 0)
+    batch = seen(features).batch(torch.arange(24))
+    assert batch.d.shape == (24, 0, 16)
+    assert batch.dm.shape == (24, 0)

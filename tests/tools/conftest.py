@@ -1,4 +1,4 @@
-"""A small project whose runs are trained, made once for all tests that ask them."""
+"""What tests of tools share: a small project whose runs are trained, made once for all that ask them."""
 
 import copy
 import importlib
@@ -29,7 +29,7 @@ RUNS: dict[str, Any] = {
     "two_encoders": {
         "method": "linear_probe",
         "encoder": "vit",
-        "also": ["conv"],
+        "also": ["twin"],
         "settings": {"l2": [1.0], "features": ["global"]},
     },
 }
@@ -37,7 +37,7 @@ BLOCKS: dict[str, Any] = {
     "dataset": {"root": "images", "buckets": 2, "val_fraction": 0.5},
     "llm": {"model": "none", "mode": "import"},
     "concepts": {"import": "texts.json"},
-    "embed": {"views": 1, "tokens": True, "grids": [2], "crops": [2]},
+    "embed": {"views": 1, "tokens": True, "grids": [2]},
     "moments": {"vit": {"pooled": {"kind": "pooled"}, "isqrt": {"directions": 4}}},
     "tokens": {"vit": {"layers": [0, -1]}},
     "train": {"seeds": 1, "runs": RUNS},
@@ -55,12 +55,12 @@ def run_module(name: str, *arguments: str) -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Path:
-    """Ten pictures of each of three classes; `vit` has everything that a run may read, `conv` has nodes."""
+    """Eight pictures of each of three classes; `vit` has everything that a run may read, `twin`, the same, nodes."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for seed in range(30):
-            draw(Path(f"images/{'train' if seed < 24 else 'test'}/{'abc'[seed % 3]}/{seed}.png"), seed)
+        for seed in range(24):
+            draw(Path(f"images/{'train' if seed < 18 else 'test'}/{'abc'[seed % 3]}/{seed}.png"), seed)
         Path("images/classes.csv").write_text(LINEAGES)
         Path("texts.json").write_text(json.dumps(TEXTS))
         Path("prompts").symlink_to(ROOT / "prompts")
@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -
         write_params(models)
         for stage in ("index_images", "generate_concepts", "describe_images", "clean_concepts"):
             run_module(f"stages.{stage}")
-        run_module("stages.embed_images", "--encoder", "conv")
+        run_module("stages.embed_images", "--encoder", "twin")
         for stage in (
             "embed_images", "embed_tokens", "pool_tokens", "build_graphs", "embed_text", "select_concepts",
             "label_patches",
@@ -83,13 +83,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -
 def write_params(models: dict[str, Path], name: str = "params.yaml", **blocks: Any) -> Params:
     """A file of the project's parameters, changed by whole blocks, and read."""
     content = copy.deepcopy(PARAMS) | copy.deepcopy(BLOCKS)
-    content["encoders"] = {name: {"model": f"local-dir:{folder}", "batch_size": 4} for name, folder in models.items()}
+    encoder = {"model": f"local-dir:{models['vit']}", "batch_size": 4}
+    content["encoders"] = {"vit": encoder, "twin": encoder}
     Path(name).write_text(json.dumps(content | blocks))
     return load_params(name)
 
 
 @pytest.fixture
-def project(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def asked(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The project, the working directory of the test. A test leaves it as it was, but for files beside data/."""
     monkeypatch.chdir(trained)
     before = contents()
@@ -103,8 +104,8 @@ def contents() -> dict[Path, bytes]:
 
 
 @pytest.fixture
-def set_params(project: Path, models: dict[str, Path]) -> Write:
-    """write_params into a file of its own."""
+def write_other(asked: Path, models: dict[str, Path]) -> Write:
+    """write_params into a file of its own, other.yaml."""
 
     def write(**blocks: Any) -> Params:
         return write_params(models, "other.yaml", **blocks)
