@@ -64,7 +64,7 @@ def test_runs_that_cannot_calibrate_are_named(data: Path) -> None:
         read_half(data, "linear_probe")
     with pytest.raises(UserError, match="none of its images is in the half that calibrates"):
         calibrate(np.zeros((0, 4)), np.zeros(0, int), None, CLASSES)
-    with pytest.raises(UserError, match="alpha 5 and error 0.05: are shares"):
+    with pytest.raises(UserError, match=r"alpha 5 and error 0\.05: are shares"):
         calibrate(*draw(10), None, CLASSES, alpha=5)
 
 
