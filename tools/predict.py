@@ -30,6 +30,7 @@ from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from evaluation.calibration import SETS
@@ -59,14 +60,34 @@ class Once(Generic[Made]):
     """Makes something when it is first asked for, whichever thread asks."""
 
     def __init__(self, make: Callable[[], Made]) -> None:
-        self.make, self.lock = make, Lock()
+        self.make, self.lock, self.seconds = make, Lock(), 0.0
         self.made: list[Made] = []
 
     def __call__(self) -> Made:
         with self.lock:
             if not self.made:
+                started = perf_counter()
                 self.made.append(self.make())
+                self.seconds = perf_counter() - started
             return self.made[0]
+
+
+def open_judge(
+    params: Params, path: str, name: str, candidates: Path | None, device: torch.device
+) -> tuple[Judge, Once["Features"]]:
+    """A run, and what loads its encoders; `path` is the parameters' file, for messages."""
+    asked = restore(params, path, name, DATA)
+    asked.model.to(device)
+
+    def load() -> "Features":
+        # It brings the libraries of encoders, which takes seconds: what a run knows is told without them.
+        from tools.prediction.features import Features
+
+        reads = {asked.encoder: reads_of(asked)} | dict.fromkeys(asked.also, asked.also_reads)
+        return Features(params, reads, asked.config["fingerprints"], asked.classes, device)
+
+    features = Once(load)
+    return read_judge(params, DATA, asked, candidates, features, device), features
 
 
 def choose_run(params: Params, name: str | None) -> str:
@@ -103,14 +124,19 @@ def chunk_of(params: Params, asked: Restored) -> int:
     return max(1, round(CHUNK / passes / batch)) * batch
 
 
-def ask(judge: Judge, question: Question, size: int, by_group: bool, page: Page | None, writer: Writer) -> None:
-    """Write what is said of every picture, chunk by chunk as they come, or of every group at the end."""
-    total, broken, started = len(question.pictures), 0, perf_counter()
+def ask(
+    judge: Judge, question: Question, size: int, by_group: bool, explained: bool, page: Page | None, writer: Writer
+) -> int:
+    """Write what is said of every picture, `size` at a time as they come, or of every group at the end.
+
+    Returns how many pictures cannot be read. What stands on the page is explained in any case.
+    """
+    total, broken = len(question.pictures), 0
     looked = look(question, judge.stored.place, lambda *opened: judge.features().prepare(*opened), ahead=size // 4)
     votes = Votes()
     with tqdm(total=total, desc=f"ask {judge.run.name}", unit="img", disable=total == 1) as progress:
         while chunk := list(islice(looked, size)):
-            rows, logits = judge.rows(chunk, question)
+            rows, logits = judge.rows(chunk, question, explained or (page is not None and page.has_room))
             broken += sum(row["error"] is not None for row in rows)
             if by_group:
                 votes.add([row["group"] or row["path"] for row in rows if row["error"] is None], logits)
@@ -120,9 +146,7 @@ def ask(judge: Judge, question: Question, size: int, by_group: bool, page: Page 
                 page.add(chunk, rows)
             progress.update(len(chunk))
     writer.write(votes.rows(judge))
-    seconds = perf_counter() - started
-    unread = f", {broken} of them cannot be read" if broken else ""
-    say(f"{counted(total, 'picture', 'pictures')}{unread}: {seconds:.1f} s, {total / seconds:.1f} a second")
+    return broken
 
 
 def main() -> None:
@@ -148,29 +172,26 @@ def main() -> None:
     if arguments.by and not any(picture.group for picture in question.pictures):
         raise UserError(f"{arguments.asked}: names no group; --by group needs a manifest with a column group")
     form = arguments.format or ("text" if len(question.pictures) == 1 else "table")
-    run_of = restore(params, arguments.params, choose_run(params, arguments.run), DATA)
-    device = choose_device("--device", arguments.device)
-
-    def load() -> "Features":
-        # It brings the libraries of encoders, which take seconds: what a run knows is told without them.
-        from tools.prediction.features import Features
-
-        reads = {run_of.encoder: reads_of(run_of)} | dict.fromkeys(run_of.also, run_of.also_reads)
-        return Features(params, reads, run_of.config["fingerprints"], run_of.classes, device)
-
-    run_of.model.to(device)
-    explained = arguments.explain or form == "text" or arguments.html is not None
-    if explained and nothing_to_say(run_of):
-        say(f"{run_of.name}: reads whole pictures and no texts, so that it has no patches and no concepts to name")
-    judge = read_judge(params, DATA, run_of, arguments.classes, Once(load), explained, device)
-    page = Page(question, DATA, params.dataset.buckets) if arguments.html else None
+    name, device = choose_run(params, arguments.run), choose_device("--device", arguments.device)
+    explained = arguments.explain or form == "text"
+    judge, features = open_judge(params, arguments.params, name, arguments.classes, device)
     say(how_sure(judge))
-    size = chunk_of(params, run_of)
-    write_rows(
-        form, arguments.out, judge.names.values(), partial(ask, judge, question, size, arguments.by is not None, page)
-    )
+    if "descriptions" in judge.run.reads:
+        say(f"{name}: reads descriptions, and new pictures have none: no model is asked to write some")
+    if (explained or arguments.html is not None) and nothing_to_say(judge.run):
+        say(f"{name}: reads whole pictures and no texts, so that it has no patches and no concepts to name")
+    if judge.whole is None:
+        say(f"{name}: no pictures alike are named: it reads no vector of a whole picture, or data/embed is not here")
+    page = Page(question, DATA, params.dataset.buckets) if arguments.html else None
+    answer = partial(ask, judge, question, chunk_of(params, judge.run), arguments.by is not None, explained, page)
+    started = perf_counter()
+    broken = write_rows(form, arguments.out, judge.names.values(), answer)
+    seconds, total = perf_counter() - started - features.seconds, len(question.pictures)
+    unread = f", {broken} cannot be read" if broken else ""
+    loaded = f" after {features.seconds:.1f} s to load the encoder" if features.seconds else ""
+    say(f"{counted(total, 'picture', 'pictures')}{unread}: {seconds:.1f} s{loaded}, {total / seconds:.1f} a second")
     if page is not None:
-        page.write(arguments.html, run_of.name, how_sure(judge), judge.names)
+        page.write(arguments.html, name, how_sure(judge), judge.names)
         say(f"{arguments.html}: written")
 
 

@@ -93,14 +93,13 @@ def write_params(models: dict[str, Path], name: str = "params.yaml", **blocks: A
 def asked(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The project, the working directory of the test. A test leaves it as it was, but for files beside data/."""
     monkeypatch.chdir(trained)
-    before = contents()
+    before = contents(trained / "data")
     yield trained
-    assert contents() == before
+    assert contents(trained / "data") == before
 
 
-def contents() -> dict[Path, bytes]:
-    """All files of data/."""
-    return {path: path.read_bytes() for path in sorted(Path("data").rglob("*")) if path.is_file()}
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ class Judge:
     means: Floats | None  # Whole.means of the candidates
     calibration: Calibration
     features: "Callable[[], Features]"  # loads the encoders, the first time
-    reasons: Reasons | None  # None: it is not asked why
+    reasons: Reasons
     device: torch.device
 
     def say(self, looked: Sequence[Looked], question: Question) -> Said:
@@ -247,7 +247,7 @@ class Judge:
         in_order = torch.from_numpy(np.argsort(np.concatenate([old, fresh])))
         return Said(logits[:, self.candidates], torch.cat(vectors)[in_order] if vectors else None, new)
 
-    def rows(self, looked: Sequence[Looked], question: Question) -> tuple[list[Row], Floats]:
+    def rows(self, looked: Sequence[Looked], question: Question, explained: bool) -> tuple[list[Row], Floats]:
         """A row for each picture, the broken ones among them, and the logits (n, K) of the others."""
         whole = [each for each in looked if each.error is None]
         said = self.say(whole, question)
@@ -255,7 +255,7 @@ class Judge:
         if self.whole is not None and said.vectors is not None:
             alike = self.whole.nearest(said.vectors, [each.image_id for each in whole])
             found = [row | {"nearest": each} for row, each in zip(found, alike, strict=True)]
-        if self.reasons is not None and self.candidates.sum() > 1:
+        if explained and self.candidates.sum() > 1:
             found = [row | each for row, each in zip(found, self.explain(whole, said), strict=True)]
         answers = iter(found)
         rows = []
@@ -269,7 +269,6 @@ class Judge:
 
     def explain(self, looked: Sequence[Looked], said: Said) -> list[Row]:
         """What speaks for the first class of each picture against the second."""
-        assert self.reasons is not None
         best = np.argsort(-said.logits, axis=1, kind="stable")[:, :2]
         pairs = torch.from_numpy(np.flatnonzero(self.candidates)[best])
         found: list[Row] = [{} for _ in looked]
@@ -309,7 +308,6 @@ def read_judge(
     run: Restored,
     candidates: Path | None,
     features: "Callable[[], Features]",
-    explained: bool,
     device: torch.device,
 ) -> Judge:
     """A run, calibrated on those pictures of the half of val that chose nothing that show a candidate.
@@ -317,7 +315,8 @@ def read_judge(
     `candidates` names a file. Raises UserError where there is no such picture.
     """
     index = store.read_table(data / "index/classes.parquet", "index.classes/1")
-    names = dict(zip(index["class_id"].to_pylist(), index["name"].to_pylist(), strict=True))
+    given = dict(zip(index["class_id"].to_pylist(), index["name"].to_pylist(), strict=True))
+    names = {class_id: given.get(class_id, class_id) for class_id in run.classes}
     among = np.ones(len(run.classes), dtype=bool)
     if candidates is not None:
         among = read_candidates(candidates, run.classes, names)
@@ -338,7 +337,7 @@ def read_judge(
         lineages=lineages_of(index, classes),
         distances=far,
     )
-    reasons = Reasons(run, params, data, names, device) if explained else None
+    reasons = Reasons(run, params, data, names, device)
     return Judge(run, names, stored, among, whole, means, calibration, features, reasons, device)
 
 

@@ -7,9 +7,8 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +20,7 @@ from fieldmark.command import UserError, counted
 from fieldmark.store import FLOAT, INT, TEXT, items
 
 Row = dict[str, Any]
+Said = TypeVar("Said")
 FORMATS = ("table", "text", "jsonl", "csv", "parquet")
 WIDEST = 40  # of a column of names in a table
 # What a run knows a picture as.
@@ -166,36 +166,34 @@ def lines_of(row: Row) -> Iterator[str]:
             yield f"  {each['cosine']:.3f}  {each['path']}"
 
 
-def write_rows(format_: str, out: Path | None, names: Collection[str], answer: Callable[[Writer], None]) -> None:
-    """Have `answer` write in a format: to stdout, or to a file that is whole or not there. `names` are of classes.
+def write_rows(form: str, out: Path | None, names: Collection[str], answer: Callable[[Writer], Said]) -> Said:
+    """Have `answer` write in a format: to stdout, or to a file that is whole or not there; what it returns.
 
-    Raises UserError for Parquet on stdout.
+    `names` are those of classes. Raises UserError for Parquet on stdout.
     """
-    if format_ == "parquet":
-        if out is None:
+    if out is None:
+        if form == "parquet":
             raise UserError("--format parquet: goes to a file; name it with --out FILE.parquet")
-        store.write_atomic(out, partial(to_parquet, answer))
-    elif out is None:
-        answer(text_writer(format_, sys.stdout, names))
-    else:
-        store.write_atomic(out, partial(to_text, format_, names, answer))
+        return answer(text_writer(form, sys.stdout, names))
+    found: list[Said] = []
+
+    def write(path: Path) -> None:
+        if form == "parquet":
+            with pq.ParquetWriter(path, COLUMNS, compression="zstd", write_page_checksum=True) as file:
+                found.append(answer(Parquet(file)))
+        else:
+            with open(path, "w", encoding="utf-8", newline="") as sink:
+                found.append(answer(text_writer(form, sink, names)))
+
+    store.write_atomic(out, write)
+    return found[0]
 
 
-def to_parquet(answer: Callable[[Writer], None], path: Path) -> None:
-    with pq.ParquetWriter(path, COLUMNS, compression="zstd", write_page_checksum=True) as file:
-        answer(Parquet(file))
-
-
-def to_text(format_: str, names: Collection[str], answer: Callable[[Writer], None], path: Path) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as sink:
-        answer(text_writer(format_, sink, names))
-
-
-def text_writer(format_: str, sink: IO[str], names: Collection[str]) -> Writer:
+def text_writer(form: str, sink: IO[str], names: Collection[str]) -> Writer:
     writers: dict[str, Callable[[], Writer]] = {
         "jsonl": lambda: JsonLines(sink),
         "csv": lambda: Csv(sink),
         "table": lambda: Table(sink, names),
         "text": lambda: Text(sink),
     }
-    return writers[format_]()
+    return writers[form]()

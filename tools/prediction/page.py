@@ -25,6 +25,10 @@ class Page:
         self.question, self.data, self.buckets = question, data, buckets
         self.rows: list[Row] = []
 
+    @property
+    def has_room(self) -> bool:
+        return len(self.rows) < SHOWN
+
     def add(self, looked: Sequence[Looked], rows: Sequence[Row]) -> None:
         """The rows of pictures, with a thumbnail of each that can be decoded."""
         for each, row in zip(looked, rows[: SHOWN - len(self.rows)], strict=False):
