@@ -7,6 +7,7 @@ code.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,25 +63,32 @@ def restore(params: Params, path: str, name: str, data: Path) -> Restored:
         is_there = (data / file).exists()  # not where a run was fetched alone
         if is_there and header_of(data, file, reading.files[file], params.dataset.buckets).fingerprint != mark:
             raise UserError(f"{data / file}: was made anew since {folder} was trained; {again}")
-    state = read_state(folder / "model.safetensors", again)
-    try:
-        settings, classes = settle(planned.settings, config["chosen"]), config["classes"]
-        model = build(planned.method, settings, len(classes), state)
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise UserError(f"{folder}: is not of {planned.method} as it is now ({shorten(error)}); {again}") from None
+    model = load_model(folder, planned.method, planned.settings, config, again)
     return Restored(
         name=name,
         method=planned.method,
         settings=planned.settings,
         encoder=reading.encoder,
         also=reading.also,
-        classes=classes,
+        classes=config["classes"],
         reads=reading.reads,
         also_reads=reading.also_reads,
         seed=config["model_seed"],
         model=model,
         config=config,
     )
+
+
+def load_model(folder: Path, method: str, settings: Block, config: Mapping[str, Any], again: str) -> nn.Module:
+    """The model of a run in `folder`, in evaluation mode on the CPU; `config` is its config.json.
+
+    Raises UserError, which says to do `again`, where the weights are missing, broken or of another module.
+    """
+    state = read_state(folder / "model.safetensors", again)
+    try:
+        return build(method, settle(settings, config["chosen"]), len(config["classes"]), state)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UserError(f"{folder}: is not of {method} as it is now ({shorten(error)}); {again}") from None
 
 
 def build(method: str, settings: Block, classes: int, state: dict[str, Tensor]) -> nn.Module:

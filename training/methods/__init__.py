@@ -14,8 +14,10 @@ What READS names (`training/data/` has the parts) decides what is read, what a r
 what a second machine has to fetch; nothing else can be seen. A method may hold more: `reads(settings)`, what
 of READS these settings leave; `ALSO`, the parts that it reads of other encoders, and `also_reads(settings)`, what of
 ALSO is left. A method without ALSO takes one encoder alone. `BORROWS` says that it learns from images of other classes
-too, where it is lent some (`Cache.others`). A method that finds that this data leaves it nothing to do raises
-`NotPossible`. What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
+too, where it is lent some (`Cache.others`). `texts_add(model, settings, cache, images, classes)` says what each text of
+the bank adds to logit a - logit b, (B, M) of images (B,) with a and b in classes (B, 2), or None where the settings
+leave no text (training/explain.py). A method that finds that this data leaves it nothing to do raises `NotPossible`.
+What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
 (training/folds.py). Settings whose choices are no grid of knobs say what they are themselves (`OwnPoints`).
 """
 

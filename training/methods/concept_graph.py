@@ -76,7 +76,7 @@ from training.layers.nodes import (
     training_sample,
 )
 from training.layers.states import State, within
-from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs
+from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs, margin
 from training.methods import Fitted, Output
 from training.offset import WithProbe, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
@@ -713,6 +713,46 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     given = Given.measure(cache, settings)
     fitted = fit_epochs(lambda: ConceptGraph(given, settings), told, settings, seed, weights)
     return replace(fitted, chosen={**fitted.chosen, **start.chosen})
+
+
+def texts_add(
+    model: ConceptGraph, settings: Settings, cache: Cache, images: Tensor, classes: Tensor
+) -> Tensor | None:
+    """How far logit a - logit b falls where the image's labels lack a text, at every node and among its concepts.
+
+    What is left of a node's text is a mean as before; density, selected patches and rings stay, and so do interference
+    and the stream `concept`, which read the concepts of classes and not of the image. None where no text of an image is
+    read.
+    """
+    by_node = has_graph(settings) and bool(settings.texts)
+    if not by_node and not has_second_graph(settings):
+        return None
+    model.eval()
+    found = torch.zeros(len(images), len(model.K), device=cache.device)
+    for chunk in torch.arange(len(images)).split(EVALUATION_BATCH):
+        batch = cache.batch(images[chunk])
+        whole, held = margin(model(batch).logits, classes[chunk]), torch.zeros_like(found[chunk], dtype=torch.bool)
+        if by_node:
+            weighs = (batch.concept_weight > 0) & batch.mask[..., None]
+            image = torch.arange(len(chunk), device=held.device)[:, None, None].expand_as(weighs)
+            held[image[weighs], batch.concept_idx[weighs]] = True
+        if has_second_graph(settings):
+            image, place = (batch.selected_concepts >= 0).nonzero(as_tuple=True)
+            held[image, batch.selected_concepts[image, place]] = True
+        for rows in held.nonzero().split(EVALUATION_BATCH):
+            image, text = rows.T
+            lacking = without_texts(cache.batch(images[chunk[image.cpu()]]), text)
+            found[chunk[image.cpu()], text] = whole[image] - margin(model(lacking).logits, classes[chunk][image])
+    return found
+
+
+def without_texts(batch: Batch, text: Tensor) -> Batch:
+    """The batch as if no label of an image named one text of the bank: text (B,)."""
+    gone, shown = batch.concept_idx == text[:, None, None], batch.selected_concepts
+    return batch.changed(
+        concept_weight=batch.concept_weight.masked_fill(gone, 0.0),
+        selected_concepts=shown.masked_fill(shown == text[:, None], -1),
+    )
 
 
 def build(state: State, settings: Settings, classes: int) -> ConceptGraph:

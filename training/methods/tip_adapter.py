@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from fieldmark.params import Count
 from training.data import Batch, Cache
+from training.data.bank import Bank
 from training.layers.logistic import as_probabilities, require_val
 from training.layers.states import State
-from training.layers.texts import class_text
+from training.layers.texts import class_text, name_terms
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output, search_points
 
@@ -97,6 +98,11 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
             best = score, replace(fitted, chosen={**fitted.chosen, "alpha": alpha, "beta": beta})
     assert best is not None
     return best[1]
+
+
+def texts_add(model: TipAdapter, settings: Settings, cache: Cache, images: Tensor, classes: Tensor) -> Tensor:
+    """By the texts that name a or b, exactly; the rest of logit a - logit b is what the keys say."""
+    return model.scale * name_terms(cache.part(Bank), cache.globals(images), classes)
 
 
 def build(state: State, settings: Settings, classes: int) -> TipAdapter:
