@@ -295,7 +295,7 @@ OF_ENCODER = ["embed_images", "embed_tokens", "pool_tokens", "embed_text", "embe
               "label_patches", "build_graphs"]  # fmt: skip
 STAGES = ["draw_reef", "index_images", "generate_concepts", "describe_images", "clean_concepts", *OF_ENCODER]
 CLASSES, TRAIN, TEST = 24, 3, 1
-READING = "docs/reading-files.md"
+READING, USING = "docs/reading-files.md", "docs/using-results.md"
 
 
 def run_module(name: str, *arguments: str) -> None:
@@ -403,6 +403,18 @@ def test_the_commands_and_the_programs_run(inside: Path, polars: Any, capsys: py
     assert found["vectors"].shape == (CLASSES * (TRAIN + TEST), found["nodes"]["vector"].dtype.shape[0])
     np.testing.assert_allclose(np.linalg.norm(found["vectors"].astype(np.float32), axis=1), 1, atol=2e-3)
     assert found["classes"].value_counts().to_dict() == dict.fromkeys(set(found["classes"]), TRAIN + TEST)
+
+
+def test_a_run_is_asked_as_the_page_says(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in blocks(USING, "sh")[0].splitlines():
+        python, dash_m, module, *arguments = shlex.split(line)
+        assert (python, dash_m) == ("python", "-m")
+        run_module(module, *arguments)
+    assert capsys.readouterr().out.startswith("data/reef/test/ember-bandit/000.jpg\n")
+    found: dict[str, Any] = {}
+    exec(blocks(USING, "python")[0], found)
+    assert len(found["rows"]) == CLASSES * TEST
+    assert len(found["unsure"]) < len(found["rows"])
 
 
 def parquet_files() -> list[Path]:
