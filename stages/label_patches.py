@@ -14,6 +14,7 @@ What is stored, and by which equations, stands in fieldmark/labels/labelling.py.
 """
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ from fieldmark.labels.labelling import (
 )
 from fieldmark.labels.pixels import pixel_density
 from fieldmark.labels.splits import read_split
-from fieldmark.params import Labels, load_params
+from fieldmark.params import Labels, Params, load_params
 
 INDEX = Path("data/index/images.parquet")
 EMBED = Path("data/embed")
@@ -115,43 +116,69 @@ def reads_index(settings: Labels) -> bool:
     return leans_on_images(settings) or settings.inside_object
 
 
-def main() -> None:
-    arguments = encoder_parser(__doc__).parse_args()
-    params = load_params(arguments.params)
-    params.encoder(arguments.encoder)
+class Labelling(NamedTuple):
+    """What the nodes of one encoder are labelled with."""
+
+    concepts: Tensor  # (M, D): those that are kept
+    numbers: np.ndarray  # (M,): their concept_idx
+    scale: float
+    settings: Labels
+    reference: Reference
+    boxes: pa.Table | None  # image_id and box of the index, with `settings.inside_object`
+    made_by: dict[str, Any]
+
+    def label(self, table: pa.Table, thumbs: pa.Table | None = None) -> pa.Table:
+        """`label` of a bucket's nodes."""
+        return label(table, *self[:-1], thumbs)
+
+
+def read_labelling(name: str, params: Params) -> Labelling:
+    """What `labels` asks for, read. Raises UserError where the bank was made from other embeddings than are there."""
+    params.encoder(name)
     buckets, settings = params.dataset.buckets, params.labels
-    images, bank_path = EMBED / arguments.encoder / "images", BANK / f"{arguments.encoder}.parquet"
+    images, bank_path = EMBED / name / "images", BANK / f"{name}.parquet"
     embed_mark = store.read_folder_header(images, "embed.nodes/1", buckets).fingerprint
     bank_header = store.read_header(bank_path, "bank/1")
     if bank_header.params["embed"] != embed_mark:
         raise UserError(f"{bank_path}: was selected on other embeddings than {images} holds; run select_concepts again")
-    text_header = store.read_header(EMBED / arguments.encoder / "text.parquet", "embed.text/1")
+    text_header = store.read_header(EMBED / name / "text.parquet", "embed.text/1")
     bank = store.read_table(bank_path, "bank/1", ["concept_idx", "vector", "kept"]).filter(pc.field("kept"))
-    concepts = torch.from_numpy(store.vectors_of(bank).astype(np.float32))
-    numbers = bank.column("concept_idx").to_numpy()
-
     made_by = {**settings.model_dump(), "embed": embed_mark, "bank": bank_header.fingerprint}
     if reads_index(settings):
         made_by["index"] = store.read_header(INDEX, "index.images/1").fingerprint
-    train = read_split(INDEX, "train") if leans_on_images(settings) else {}
-    reference = read_reference(images, train, buckets, settings)
-    by_pixels = settings.density == "pixel"
-    if by_pixels:
+    if settings.density == "pixel":
         made_by["thumbs"] = store.read_folder_header(THUMBS, "thumbs/1", buckets).fingerprint
+    train = read_split(INDEX, "train") if leans_on_images(settings) else {}
     boxes = None
     if settings.inside_object:
         boxes = store.read_table(INDEX, "index.images/1", ["image_id", "box", "status"])
         boxes = boxes.filter(pc.field("status") == "ok")
-    mark = store.fingerprint(SCHEMA, made_by)
-    folder = LABELS / arguments.encoder
+    return Labelling(
+        concepts=torch.from_numpy(store.vectors_of(bank).astype(np.float32)),
+        numbers=bank.column("concept_idx").to_numpy(),
+        scale=text_header.params["logit_scale"],
+        settings=settings,
+        reference=read_reference(images, train, buckets, settings),
+        boxes=boxes,
+        made_by=made_by,
+    )
+
+
+def main() -> None:
+    arguments = encoder_parser(__doc__).parse_args()
+    params = load_params(arguments.params)
+    labelling = read_labelling(arguments.encoder, params)
+    mark = store.fingerprint(SCHEMA, labelling.made_by)
+    images, folder = EMBED / arguments.encoder / "images", LABELS / arguments.encoder
     columns = ["image_id", "view", "node", "x0", "y0", "x1", "y1", "vector"]
+    buckets, by_pixels = params.dataset.buckets, params.labels.density == "pixel"
     for bucket in tqdm(range(buckets), desc=f"label {arguments.encoder}", unit="bucket"):
         nodes = store.read_table(store.bucket_path(images, bucket), "embed.nodes/1", columns)
         thumbs = store.read_table(store.bucket_path(THUMBS, bucket), "thumbs/1") if by_pixels else None
-        labels = label(nodes, concepts, numbers, text_header.params["logit_scale"], settings, reference, boxes, thumbs)
-        store.write_table(labels, store.bucket_path(folder, bucket), SCHEMA, made_by, mark)
+        labels = labelling.label(nodes, thumbs)
+        store.write_table(labels, store.bucket_path(folder, bucket), SCHEMA, labelling.made_by, mark)
     store.remove_strays(folder, buckets)
-    print(f"{folder}: nodes labelled with {len(concepts)} concepts, by {settings.mode}")
+    print(f"{folder}: nodes labelled with {len(labelling.concepts)} concepts, by {labelling.settings.mode}")
 
 
 if __name__ == "__main__":

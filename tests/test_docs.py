@@ -295,7 +295,7 @@ OF_ENCODER = ["embed_images", "embed_tokens", "pool_tokens", "embed_text", "embe
               "label_patches", "build_graphs"]  # fmt: skip
 STAGES = ["draw_reef", "index_images", "generate_concepts", "describe_images", "clean_concepts", *OF_ENCODER]
 CLASSES, TRAIN, TEST = 24, 3, 1
-READING, EXPORTING = "docs/reading-files.md", "docs/exporting.md"
+READING, EXPORTING, USING = "docs/reading-files.md", "docs/exporting.md", "docs/using-results.md"
 NOT_INSTALLED = ("fiftyone", "lightly_studio")  # what the page of exports names and does not run
 
 
@@ -432,6 +432,18 @@ def test_exports_are_opened_as_their_page_says(exporting: Callable[[str], list[s
     assert set(found["names"]) <= {name for name, _, _ in found["counts"]}
     assert len(found["wrong"]) <= len(found["rows"]) == len(found["truth"].getImgIds())
     assert sum(images for _, images, _ in found["counts"]) == CLASSES * (TRAIN - 1)
+
+
+def test_a_run_is_asked_as_the_page_says(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in blocks(USING, "sh")[0].splitlines():
+        python, dash_m, module, *arguments = shlex.split(line)
+        assert (python, dash_m) == ("python", "-m")
+        run_module(module, *arguments)
+    assert capsys.readouterr().out.startswith("data/reef/test/ember-bandit/000.jpg\n")
+    found: dict[str, Any] = {}
+    exec(blocks(USING, "python")[0], found)
+    assert len(found["rows"]) == CLASSES * TEST
+    assert len(found["unsure"]) < len(found["rows"])
 
 
 def parquet_files() -> list[Path]:

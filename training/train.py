@@ -44,6 +44,7 @@ from training.controls import Control, Request, apply_control, read_control
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.inputs import Reading, reading_of
 from training.knobs import say_knobs
+from training.layers.states import state_of
 from training.loop import choose_device, predict, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
 from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
@@ -171,10 +172,9 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         print(f"{name}: accuracy {said} (mean over seeds: {len(seeds)})")
         chosen_by = {seed: numbers["choose"] for seed, numbers in measured.items()}
         best = max(seeds, key=lambda seed: (chosen_by[seed]["accuracy"], -chosen_by[seed]["log_loss"]))
-        state = {key: value.cpu().contiguous() for key, value in fits[best].model.state_dict().items()}
-        config["model_seed"] = best
-        config["chosen"] = {str(seed): fitted.chosen for seed, fitted in fits.items()}
+        config |= {"model_seed": best, "chosen": {str(seed): fitted.chosen for seed, fitted in fits.items()}}
         config["images"] = {split: int((cache.split == split).sum()) for split in SPLITS}
+        state = state_of(fits[best].model)
         write_run(folder, logits, fits, cache, config, metrics, state, mark)
     timing = {
         "epoch_seconds": float(np.mean([fitted.epoch_seconds for fitted in fits.values()])) if fits else 0.0,

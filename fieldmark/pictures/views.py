@@ -97,9 +97,16 @@ def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, i
 def prepare(source: Source, encoder: Preprocessor, settings: Embed) -> list[View]:
     """Decode one image and cut its views and their windows. Raises UserError as open_indexed does."""
     image, size = open_indexed(source, needed_side(encoder, settings))
+    return cut_views(source.image_id, image, size, encoder, settings)
+
+
+def cut_views(
+    image_id: str, image: Image.Image, size: tuple[int, int], encoder: Preprocessor, settings: Embed
+) -> list[View]:
+    """The views and windows of an image that was decoded for them (needed_side), its true size beside it."""
     views = []
     for number in range(settings.views + 1):
-        region, flip = view_region(source.image_id, number, *size)
+        region, flip = view_region(image_id, number, *size)
         picture = image.crop(scale_region(region, size, image.size))
         seen = visible_box(region[2] - region[0], region[3] - region[1], encoder.preprocessing)
         inside = max(seen[0], 0.0), max(seen[1], 0.0), min(seen[2], 1.0), min(seen[3], 1.0)
@@ -110,7 +117,7 @@ def prepare(source: Source, encoder: Preprocessor, settings: Embed) -> list[View
         share = encoder.preprocessing.get("crop_share", 1.0)
         boxes = [in_image(box, region, size) for box in (seen, *(middle(window, share) for window in windows))]
         pixels = torch.stack([encoder.preprocess(trim(each, encoder.preprocessing)) for each in pictures])
-        views.append(View(source.image_id, number, pixels, boxes, flip))
+        views.append(View(image_id, number, pixels, boxes, flip))
     return views
 
 

@@ -125,7 +125,7 @@ def read_column(source: EncoderFiles, folder: Path, name: str, zeros: Zeros) -> 
                 continue
             if (lengths != values.shape[1]).any():
                 raise unlike(path, layer.number)
-            values[row] = numbers.reshape(len(row), -1)
+            values[row] = numbers.reshape(len(row), values.shape[1])
             present[row] = True
     rows.require(present, folder, "embed_tokens")
     assert values is not None

@@ -1,0 +1,297 @@
+"""A run that is asked says of new pictures what it said of the same ones in the data set, and how sure it is."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from evaluation.calibration import calibrate, read_half
+from evaluation.runs import read_run
+from evaluation.votes import vote
+from fieldmark import store
+from fieldmark.command import UserError
+from tests.project import ROOT, draw
+from tests.tools.conftest import RUNS, Write, run_module
+
+Row = dict[str, Any]
+Ask = Callable[..., list[Row]]
+
+
+@pytest.fixture
+def ask(asked: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Run predict for JSON lines; the rows."""
+
+    def run(*arguments: str) -> list[Row]:
+        capsys.readouterr()
+        run_module("tools.predict", "--format", "jsonl", "--device", "cpu", *arguments)
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def copy_of(project: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project, the working directory from now on."""
+    shutil.copytree(project, target, symlinks=True)
+    monkeypatch.chdir(target)
+    return target
+
+
+def forget(paths: set[str]) -> None:
+    """Take pictures out of the index, so that they are new; what the runs said of them stays."""
+    path = "data/index/images.parquet"
+    header, table = store.read_header(path, "index.images/1"), store.read_table(path, "index.images/1")
+    kept = [row for row in table.to_pylist() if row["path"] not in paths]
+    store.write_table(
+        store.make_table("index.images/1", kept), path, "index.images/1", header.params, header.fingerprint
+    )
+
+
+def said(name: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The classes of a run, and the logits of its kept model by path."""
+    path = f"data/runs/{name}/predictions.parquet"
+    table = store.read_table(path, "run.predictions/1")
+    logits = dict(zip(table["path"].to_pylist(), store.vectors_of(table, "logits"), strict=True))
+    return store.read_header(path, "run.predictions/1").params["classes"], logits
+
+
+def test_new_pictures_are_judged_as_the_same_pictures_were(
+    asked: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures that the index forgets go through encoder and model, and get the probabilities of their logits."""
+    copy_of(asked, tmp_path / "copy", monkeypatch)
+    pictures = sorted(f"test/{path.parent.name}/{path.name}" for path in Path("images/test").rglob("*.png"))
+    forgotten = pictures[::2]
+    forget(set(forgotten))
+    for name in RUNS:
+        half = read_half(Path("data"), name)
+        found = calibrate(half.logits, half.y, half.groups, half.classes, half.lineages)
+        classes, logits = said(name)
+        rows = ask("--run", name, "images/test")
+        assert [row["path"] for row in rows] == [f"images/{path}" for path in pictures]
+        for row, path in zip(rows, pictures, strict=True):
+            expected = found.probabilities(logits[path][None])[0]
+            p = {each["class_id"]: each["p"] for each in row["top"]}
+            np.testing.assert_allclose([p[name] for name in classes], expected, atol=1e-4)
+            assert row.get("split") == (None if path in forgotten else "test")
+
+
+def new_pictures(folder: Path, count: int = 5) -> list[str]:
+    """Pictures that no index has."""
+    return [str(draw(folder / f"{seed}.png", 1000 + seed)) for seed in range(count)]
+
+
+def test_what_the_run_knows_needs_no_encoder(ask: Ask, write_other: Write, tmp_path: Path) -> None:
+    gone = {"model": "local-dir:nowhere"}
+    write_other(encoders={"vit": gone, "twin": gone})
+    rows = ask("--params", "other.yaml", "--run", "moments", "images/train")
+    assert len(rows) == 18
+    assert {row["split"] for row in rows} == {"train", "choose", "val"}
+    with pytest.raises(UserError, match=r"encoders\.vit\.model: there is no folder nowhere"):
+        ask("--params", "other.yaml", "--run", "moments", *new_pictures(tmp_path, 1))
+
+
+def test_the_best_run_on_the_half_that_chooses_is_asked(
+    ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {name: read_run(Path("data"), name, "vit") for name in RUNS}
+    best = max(RUNS, key=lambda name: runs[name].accuracy("choose")[0])  # type: ignore[union-attr]
+    run_module("tools.predict", "--format", "jsonl", "images/test")
+    said = capsys.readouterr()
+    assert said.err.startswith(f"run: {best}, the best on the half of val that chooses (")
+    assert [json.loads(line) for line in said.out.splitlines()] == ask("--run", best, "images/test")
+
+
+def test_every_format_says_the_same(ask: Ask, tmp_path: Path) -> None:
+    new_pictures(tmp_path / "new")
+    rows = ask("--run", "linear_probe", str(tmp_path / "new"))
+    assert [len(row["top"]) for row in rows] == [3] * 5
+    assert {"path", "image_id", "class_id", "name", "p", "top", "nearest"} <= rows[0].keys()
+    for form in ("csv", "parquet"):
+        out = tmp_path / f"answers.{form}"
+        run_module("tools.predict", "--run", "linear_probe", str(tmp_path / "new"), "--format", form, "--out", str(out))
+    table = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+    with open(tmp_path / "answers.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert list(cells[0]) == list(table[0])
+    for row, other, cell in zip(rows, table, cells, strict=True):
+        for name, value in row.items():
+            assert other[name] == (pytest.approx(value) if isinstance(value, float) else other[name])
+            assert json.dumps(value) == cell[name] if isinstance(value, list) else str(value) == cell[name]
+        assert [each["class_id"] for each in other["top"]] == [each["class_id"] for each in row["top"]]
+
+
+def test_a_broken_file_is_a_row_with_its_reason(ask: Ask, tmp_path: Path) -> None:
+    first, _ = new_pictures(tmp_path, 2)
+    shutil.copy(first, tmp_path / "copy.png")
+    (tmp_path / "cut.png").write_bytes(Path(first).read_bytes()[:60])
+    (tmp_path / "empty.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "manifest.csv").write_text(
+        "path,group\n0.png,x\ncut.png,x\nnot there.png,\n1.png,\nempty.png,\npipe.png,y\ncopy.png,y\n"
+    )
+    rows = ask("--run", "zero_shot", str(tmp_path / "manifest.csv"))
+    assert [row["path"] for row in rows] == [
+        "0.png", "cut.png", "not there.png", "1.png", "empty.png", "pipe.png", "copy.png"
+    ]  # fmt: skip
+    reasons = [row.get("error") for row in rows]
+    assert reasons[0] is reasons[3] is reasons[6] is None
+    assert reasons[2] == "cannot be read: No such file or directory"
+    assert reasons[5] == "is a named pipe, not a file"
+    assert all(reasons[place] for place in (1, 4))
+    assert all(row["top"] == [] for row in rows if "error" in row)
+    assert rows[6]["top"] == rows[0]["top"] != rows[3]["top"]
+
+
+def test_chunks_change_nothing(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_pictures(tmp_path, 6)
+    shutil.copytree("images/test", tmp_path / "known")
+    (tmp_path / "a broken one.png").touch()
+    whole = ask("--run", "concept_graph", str(tmp_path))
+    monkeypatch.setattr("tools.predict.CHUNK", 1)  # a batch of four
+    for row, other in zip(ask("--run", "concept_graph", str(tmp_path)), whole, strict=True):
+        assert row["path"] == other["path"]
+        for each, same in zip(row["top"], other["top"], strict=True):
+            assert each["p"] == pytest.approx(same["p"], abs=1e-5)
+
+
+def test_candidates_alone_are_ranked_and_calibrated(ask: Ask, tmp_path: Path) -> None:
+    [path] = new_pictures(tmp_path, 1)
+    classes = tmp_path / "classes.txt"
+    classes.write_text("Cardinal\n\na\n")
+    [row] = ask("--run", "linear_probe", "--classes", str(classes), path)
+    assert {each["class_id"] for each in row["top"]} == {"a", "c"}
+    assert sum(each["p"] for each in row["top"]) == pytest.approx(1)
+    known = ask("--run", "linear_probe", "--classes", str(classes), "images/test")
+    half, logits = read_half(Path("data"), "linear_probe"), said("linear_probe")[1]
+    kept = np.isin(half.y, [0, 2])
+    found = calibrate(half.logits[kept][:, [0, 2]], half.y[kept] // 2, None, ["a", "c"])
+    for each in known:
+        own = logits[each["path"].removeprefix("images/")][[0, 2]]
+        assert each["p"] == pytest.approx(found.probabilities(own[None]).max(), abs=1e-5)
+    classes.write_text("Cardinal\nCadinal\nShark\n")
+    with pytest.raises(UserError, match=r"classes\.txt: no class of this run: 'Cadinal', 'Shark'; did you mean 'Card"):
+        ask("--run", "linear_probe", "--classes", str(classes), path)
+
+
+def test_a_group_has_one_answer_by_votes(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.predict.CHUNK", 1)
+    paths = sorted(f"test/{path.parent.name}/{path.name}" for path in Path("images/test").rglob("*.png"))
+    groups = ["x", "y", "x", "", "x", "y"]
+    lines = [f"{path},{group}" for path, group in zip([*paths, "test/gone.png"], [*groups, "y"], strict=True)]
+    manifest = Path("images/survey.csv")
+    manifest.write_text("\n".join(["path,group", *lines]))
+    broken, *rows = ask("--run", "moments", "--by", "group", str(manifest))
+    manifest.unlink()
+    assert (broken["path"], broken["group"]) == ("test/gone.png", "y")
+    names = [group or path for path, group in zip(paths, groups, strict=True)]
+    logits = said("moments")[1]
+    half = read_half(Path("data"), "moments")
+    found = calibrate(half.logits, half.y, half.groups, half.classes)
+    _, votes = vote(np.stack([logits[path] for path in paths]), np.unique(names, return_inverse=True)[1])
+    assert [(row["group"], row["pictures"]) for row in rows] == [(n, names.count(n)) for n in sorted(set(names))]
+    for row, p in zip(rows, found.probabilities(votes), strict=True):
+        assert row["p"] == pytest.approx(p.max(), abs=1e-5)
+    with pytest.raises(UserError, match="names no group"):
+        ask("--run", "moments", "--by", "group", "images/test")
+
+
+def test_the_nearest_training_pictures_are_named(ask: Ask) -> None:
+    rows = ask("--run", "moments", "images")
+    table = store.read_buckets("data/embed/vit/moments/pooled", "embed.moments/1", 2)
+    table = table.filter([view == 0 for view in table["view"].to_pylist()])
+    vectors = store.vectors_of(table).astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    own = dict(zip(table["image_id"].to_pylist(), vectors, strict=True))
+    train = {row["image_id"]: row["path"].removeprefix("images/") for row in rows if row["split"] == "train"}
+    for row in rows:
+        cosine = {each: own[row["image_id"]] @ own[each] for each in train if each != row["image_id"]}
+        best = sorted(cosine, key=lambda each: -cosine[each])[:5]
+        assert [each["path"] for each in row["nearest"]] == [train[each] for each in best]
+        found = [each["cosine"] for each in row["nearest"]]
+        np.testing.assert_allclose(found, [cosine[each] for each in best], atol=1e-3)
+
+
+def test_one_picture_is_told_whole(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [path] = new_pictures(tmp_path, 1)
+    run_module("tools.predict", "--run", "concept_graph", path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == path
+    assert [re.fullmatch(r" +[\d.]+ %  (\w+)", line) is not None for line in lines[1:4]] == [True] * 3
+    assert any(re.fullmatch(r"  \w+ rather than \w+, in logits:", line) for line in lines)
+    assert sum("train/" in line for line in lines) == 5
+    run_module("tools.predict", "--run", "linear_probe", path)
+    assert "has no patches and no concepts to name" in capsys.readouterr().err
+
+
+def test_reasons_are_those_of_the_trainer(ask: Ask, tmp_path: Path) -> None:
+    """A stored picture and its new copy, cut down to other bytes of the same pixels, have the same reasons."""
+    with Image.open("images/test/a/18.png") as image:
+        image.save(tmp_path / "same.png", compress_level=1)
+    asked = ("images/test/a/18.png", str(tmp_path))
+    [old], [new] = (ask("--run", "concept_graph", "--explain", path) for path in asked)
+    assert (old["split"], "split" in new) == ("test", False)
+    assert old["image_id"] != new["image_id"]
+    for name in ("patches", "concepts"):
+        assert [each["gain"] for each in old[name]] == pytest.approx([each["gain"] for each in new[name]], abs=1e-4)
+    assert all(each["gain"] > 0 for each in old["patches"])
+
+
+def test_the_page_loads_nothing_and_escapes_names(asked: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    new_pictures(folder, 2)
+    (folder / "<script>alert(1)<").mkdir()
+    draw(folder / "<script>alert(1)<" / "x.png", 7)
+    (folder / "broken.png").touch()
+    page = tmp_path / "page.html"
+    run_module("tools.predict", "--run", "attention_pool", str(folder), "--html", str(page))
+    html = page.read_text()
+    assert "default-src 'none'; img-src data:" in html
+    assert html.count("<article") == 4
+    assert "<script" not in html
+    assert not re.search(r"(src|href)=\"(?!data:)", html)
+    assert html.count("data:image/webp") == 3 + 3 * 5
+    assert "is none of JPEG" in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["nowhere"], "nowhere: is not there; name a picture, a folder"),
+        (["data"], "data: holds no picture"),
+        (["--run", "other", "images"], r"train\.runs: has no other; choose one of"),
+        (["--format", "parquet", "images"], "goes to a file; name it with --out"),
+    ],
+    ids=["nothing there", "no picture", "no run", "parquet"],
+)
+def test_a_person_is_told_what_to_do(arguments: list[str], reason: str, ask: Ask) -> None:
+    with pytest.raises(UserError, match=reason):
+        run_module("tools.predict", "--run", "zero_shot", *arguments)
+
+
+def test_nothing_is_trained_yet(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: dict[str, Path]
+) -> None:
+    copy_of(trained, tmp_path / "copy", monkeypatch)
+    shutil.rmtree("data/runs")
+    with pytest.raises(UserError, match="data/runs: no run is trained yet; make repro trains"):
+        run_module("tools.predict", "images")
+    with pytest.raises(UserError, match=r"data/runs/zero_shot/config\.json: is missing"):
+        run_module("tools.predict", "--run", "zero_shot", "images")
+
+
+@pytest.mark.slow
+def test_libraries_of_encoders_are_not_loaded_for_what_is_known(asked: Path) -> None:
+    code = "import sys; from tools.predict import main; main(); assert 'open_clip' not in sys.modules"
+    words = [sys.executable, "-c", code, "--run", "zero_shot", "images/test"]
+    subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)

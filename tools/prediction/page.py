@@ -1,0 +1,65 @@
+"""The page of --html: the first pictures with all that is said of them, in one file that loads nothing."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import FileSystemLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from evaluation.examples import read_thumbs
+from evaluation.words import percent
+from fieldmark import store
+from fieldmark.command import printable
+from tools.prediction.output import SPLITS, Row
+from tools.prediction.pictures import Looked, Question, thumbnail
+
+# Pictures on a page: some 10 MB, with the training pictures that they are like.
+SHOWN = 300
+
+
+class Page:
+    """Takes the first SHOWN rows, and writes them at the end."""
+
+    def __init__(self, question: Question, data: Path, buckets: int) -> None:
+        self.question, self.data, self.buckets = question, data, buckets
+        self.rows: list[Row] = []
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.rows) < SHOWN
+
+    def add(self, looked: Sequence[Looked], rows: Sequence[Row]) -> None:
+        """The rows of pictures, with a thumbnail of each that can be decoded."""
+        for each, row in zip(looked, rows[: SHOWN - len(self.rows)], strict=False):
+            webp = None if row["error"] else thumbnail(self.question.file(each.picture))
+            self.rows.append(row | {"webp": None if webp is None else base64.b64encode(webp).decode()})
+
+    def write(self, path: Path, run: str, said: str, names: Mapping[str, str]) -> None:
+        """`said` is how sure answers are, in words, `names` those of classes by class_id."""
+        alike = {each["image_id"] for row in self.rows for each in row.get("nearest") or []}
+        is_there = store.bucket_path(self.data / "thumbs", self.buckets - 1).is_file()
+        content = {
+            "run": run,
+            "said": said,
+            "pictures": len(self.question.pictures),
+            "answers": self.rows,
+            "thumbs": read_thumbs(self.data, self.buckets, alike) if is_there else {},
+            "names": names,
+            "splits": SPLITS,
+        }
+        store.write_text(path, render(content))
+
+
+def render(content: Row) -> str:
+    """The page. What comes from data is escaped, and so are characters that change how a text is read."""
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent)
+    return environment.get_template("page.html.jinja").render(content)

@@ -1,0 +1,141 @@
+"""The pictures that are asked about: one file, all of a folder, or the rows of a manifest; and their files, opened."""
+
+import os
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fieldmark.command import UserError, counted
+from fieldmark.formats import manifest
+from fieldmark.formats.imagefolder import visible
+from fieldmark.listing import Row, Spelling, check_columns, read_csv
+from fieldmark.pictures.decode import IMAGE_SUFFIXES, BadImage, hash_file, map_ahead, open_file
+from fieldmark.pictures.views import View
+from stages.index_images import look_at
+
+TABLES = (".csv", ".parquet")
+# View 0 of a picture for each way in which it is shown to an encoder.
+Views = tuple[list[View], ...]
+
+
+class Picture(NamedTuple):
+    """One that is asked about. It is small: of 100,000 the list is all that is held at once."""
+
+    path: str  # as answers name it: below the folder as that was given, or as the manifest has it
+    group: str | None = None
+    box: list[float] | None = None  # of the object, x0 y0 x1 y1 in [0,1] of the picture
+
+
+class Question(NamedTuple):
+    """All pictures that are asked about, in order, and the folder that their paths start from."""
+
+    folder: Path
+    pictures: list[Picture]
+    passed_over: int = 0  # files in a folder that are no pictures by their names
+
+    def file(self, picture: Picture) -> Path:
+        return self.folder / picture.path
+
+
+def read_question(asked: str) -> Question:
+    """The pictures of a file, a folder or a manifest (.csv, .parquet). Raises UserError where there is none."""
+    path = Path(asked)
+    if path.is_dir():
+        return list_folder(path)
+    if path.suffix.lower() in TABLES:
+        return list_manifest(path)
+    if not os.path.lexists(path):
+        raise UserError(f"{asked}: is not there; name a picture, a folder of pictures, or a manifest (.csv, .parquet)")
+    return Question(Path(), [Picture(asked)])
+
+
+def list_folder(folder: Path) -> Question:
+    """All pictures in a folder and the folders in it, by their names; hidden ones do not count."""
+    pictures, others = [], 0
+    for path in files_below(folder):
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+            pictures.append(Picture(path))
+        else:
+            others += 1
+    if not pictures:
+        has = f"{counted(others, 'file is', 'files are')} none by the name" if others else "it is empty"
+        raise UserError(f"{folder}: holds no picture ({has}); name a folder of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return Question(Path(), pictures, others)
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """The paths of all files in a folder and below, by name. Links to folders are not followed: they may lead back."""
+    for entry in visible(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from files_below(Path(entry.path))
+        else:
+            yield entry.path
+
+
+def list_manifest(path: Path) -> Question:
+    """The rows of a manifest, whose paths start from its own folder.
+
+    Columns: path; group and box where there are any, as in fieldmark/formats/manifest.py. Others are not read. Raises
+    UserError for a file that is not readable, has no row, or has a row without a path or with a box that is none.
+    """
+    pictures, spelling = [], Spelling(path.parent)
+    for line, row in enumerate(manifest_rows(path), start=2 if path.suffix.lower() == ".csv" else 1):
+        where = f"{path}: {'line' if path.suffix.lower() == '.csv' else 'row'} {line}"
+        name = manifest.text(row["path"])
+        if name is None:
+            raise UserError(f"{where}: path is empty; fill it in, or remove the row")
+        box = manifest.box_of(row.get("box"), where)
+        pictures.append(Picture(spelling.on_disk(name), manifest.text(row.get("group")), box))
+    if not pictures:
+        raise UserError(f"{path}: names no picture")
+    return Question(path.parent, pictures)
+
+
+def manifest_rows(path: Path) -> list[Row]:
+    known = [*manifest.OPTIONAL, "class"]
+    if path.suffix.lower() == ".csv":
+        return read_csv(path, ["path"], known)
+    try:
+        names = pq.read_schema(path).names
+        check_columns(path, ["path"], known, names)
+        rows: list[dict[str, Any]] = pq.read_table(
+            path, columns=[name for name in ("path", "group", "box") if name in names], partitioning=None
+        ).to_pylist()
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: is not readable Parquet ({reason}); correct the path or the file") from None
+    return rows
+
+
+class Looked(NamedTuple):
+    """A picture once its file was opened."""
+
+    picture: Picture
+    image_id: str = ""  # empty where it cannot be read
+    views: Views = ()  # none of a picture that is stored or broken
+    error: str | None = None  # why it cannot be used
+
+
+def look(
+    question: Question, stored: Container[str], prepare: Callable[[IO[bytes], str], Views], ahead: int
+) -> Iterator[Looked]:
+    """Every picture, in order; those whose image_id is not `stored` are prepared, some of them `ahead` of time."""
+
+    def look_at_one(picture: Picture) -> Looked:
+        image_id = ""
+        try:
+            with open_file(question.file(picture)) as file:
+                image_id = hash_file(file)
+                return Looked(picture, image_id, () if image_id in stored else prepare(file, image_id))
+        except BadImage as error:
+            return Looked(picture, image_id, error=str(error))
+
+    return map_ahead(look_at_one, question.pictures, os.cpu_count() or 1, ahead)
+
+
+def thumbnail(file: Path) -> bytes | None:
+    """A picture as a WebP of 192 px, as index_images makes it; None where it is broken."""
+    return look_at(file.parent, {"path": file.name})

@@ -1,0 +1,97 @@
+"""Why a run says one class and not another of a picture: the patches and the texts that add most to that decision."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from evaluation.examples import name_concept
+from fieldmark.params import Params
+from fieldmark.store import read_table
+from tools.prediction.output import Row
+from training.data import Cache, read_cache
+from training.data.bank import Bank
+from training.data.boxes import Boxes
+from training.explain import occlude, texts
+from training.methods import load_method
+from training.restore import Restored
+
+PATCHES, CONCEPTS = 3, 6  # that are named
+
+
+def reads_of(run: Restored) -> frozenset[str]:
+    """What is read to say why, in the words of READS: what the run reads, and where its patches lie."""
+    return run.reads | ({"boxes"} if "nodes" in run.reads else set())
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """A run that is asked why."""
+
+    run: Restored
+    params: Params
+    data: Path
+    names: dict[str, str]  # of classes, by class_id
+    device: torch.device
+
+    @cached_property
+    def cache(self) -> Cache:
+        """All pictures of the index, as the run sees them."""
+        run, buckets = self.run, self.params.dataset.buckets
+        return read_cache(self.data, run.encoder, buckets, reads_of(run), run.also, run.also_reads).on(self.device)
+
+    @cached_property
+    def bank(self) -> list[Row]:
+        """The texts by concept_idx."""
+        columns = ["concept_idx", "text", "class_ids"]
+        bank: pa.Table = read_table(self.data / f"bank/{self.run.encoder}.parquet", "bank/1", columns)
+        return bank.sort_by("concept_idx").to_pylist()
+
+    def stored(self, image_ids: Sequence[str]) -> tuple[Cache, Tensor]:
+        """Where pictures of the index are."""
+        place = {image_id: number for number, image_id in enumerate(self.cache.image_ids)}
+        return self.cache, torch.tensor([place[image_id] for image_id in image_ids])
+
+    def of(self, cache: Cache, images: Tensor, classes: Tensor) -> list[Row]:
+        """`patches` and `concepts` of images (n,), for the first of classes (n, 2) against the second.
+
+        None where the run reads none.
+        """
+        seen = cache.only(self.run.reads)
+        patches: list[list[Row] | None] = [None] * len(images)
+        concepts: list[list[Row] | None] = [None] * len(images)
+        fall = occlude(self.run.model, seen, images, classes)
+        if fall is not None:
+            boxes = cache.part(Boxes).box[images.to(cache.device) * cache.views, 1:].cpu()
+            patches = [best_patches(*each) for each in zip(fall.cpu(), boxes, strict=True)]
+        found = texts(self.run, seen, images, classes, CONCEPTS) if seen.has(Bank) else None
+        if found is not None:
+            adds = zip(found.text.tolist(), found.adds.tolist(), strict=True)
+            concepts = [self.best_concepts(*each) for each in adds]
+        return [{"patches": each, "concepts": other} for each, other in zip(patches, concepts, strict=True)]
+
+    def best_concepts(self, rows: Sequence[int], adds: Sequence[float]) -> list[Row]:
+        return [
+            {"text": name_concept(self.bank[row], self.names), "class_ids": self.bank[row]["class_ids"], "gain": gain}
+            for row, gain in zip(rows, adds, strict=True)
+            if gain
+        ]
+
+
+def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:
+    """Of patches (N,), boxes (N, 4), those that speak most for the first class, best first."""
+    best = fall.topk(min(PATCHES, len(fall)))
+    return [
+        dict(zip(("x0", "y0", "x1", "y1"), boxes[place].tolist(), strict=True)) | {"gain": gain}
+        for gain, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        if gain > 0
+    ]
+
+
+def nothing_to_say(run: Restored) -> bool:
+    """Whether a run has neither patches nor texts to name."""
+    return "nodes" not in run.reads and not hasattr(load_method(run.method), "texts_add")
