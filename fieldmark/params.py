@@ -54,6 +54,7 @@ class Dataset(Block):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     val_list: str = NONE
+    group_by: Literal["none", "sequence"] = "none"
     seed: int = 0
     buckets: Annotated[int, Field(ge=1, le=1000)] = 16
     without_images: bool = False
