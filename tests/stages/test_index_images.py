@@ -623,8 +623,8 @@ def test_times_of_exif_and_manifests_make_sequences(set_params: SetParams, proje
     assert [groups[start : start + 3].count(groups[start]) for start in (0, 3, 6, 9)] == [3, 3, 3, 3]
     assert len(set(groups)) == 4
     # What the manifest says goes before the file.
-    manifest = {"format": "manifest", "root": "manifest.csv", "images": "images", "group_by": "sequence", "val_fraction": 0.4}
-    index(set_params(dataset=manifest))
+    manifest = {"format": "manifest", "root": "manifest.csv", "images": "images"}
+    index(set_params(dataset={**manifest, "group_by": "sequence", "val_fraction": 0.4}))
     groups = [by_path()[f"a/{letter}.jpg"]["group"] for letter in "qwertyuiopas"]
     assert groups[:3] == ["bed"] * 3
     assert groups[9] == groups[11] is not None
