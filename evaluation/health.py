@@ -74,6 +74,18 @@ HEALTH = {
         Finding("in all", "health.groups.count", "tracks, cameras or sites that the data set names"),
         Finding("across splits", "health.groups.across_splits", "one split gives away another", alarm=True),
     ],
+    "Likely sequences, of no group": [
+        Finding("in all", "health.sequences.count", "frames of one thing, by names, times and near duplicates"),
+        Finding(
+            "across splits",
+            "health.sequences.across_splits",
+            "`dataset.group_by: sequence` keeps each in one split that is drawn",
+            alarm=True,
+        ),
+        Finding(
+            "test images", "health.sequences.test_images", "train or val has pictures of the same sequence", alarm=True
+        ),
+    ],
     "Classes": [
         Finding("without images", "health.classes_without.images", "no usable one in any split"),
         Finding("missing in train", "health.classes_without.train", "images, but none to learn from", alarm=True),

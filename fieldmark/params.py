@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -54,6 +54,7 @@ class Dataset(Block):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     val_list: str = NONE
+    group_by: Literal["none", "sequence"] = "none"
     seed: int = 0
     buckets: Annotated[int, Field(ge=1, le=1000)] = 16
     without_images: bool = False
@@ -124,9 +125,15 @@ class Describe(Block):
     sentences: Count = 4
 
 
+def read_switch(value: Any) -> Any:
+    """`on` or `off` as a text: in YAML 1.1, which other programs may write, the words stand for true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class Clean(Block):
     name_templates: Annotated[list[str], Field(min_length=1)] = ["a photo of a {name}, a type of {noun}."]
     max_words: Count = 25
+    visibility: Annotated[Literal["on", "off"], BeforeValidator(read_switch)] = "on"
 
 
 class Encoder(Block):

@@ -7,9 +7,12 @@ Writes  data/concepts/concepts.parquet (concepts/1): every candidate of every cl
 Costs   nothing but a second or two.
 
 The reasons to drop a text stand in fieldmark/concepts/cleaning.py. Classes that keep no visual text are named on
-stderr; so is domain.noun, where texts were imported and none of them says it.
+stderr; so is domain.noun, where texts were imported and none of them says it. No text that you imported or edited goes
+without a word: those that are dropped are named there line by line, of the imported ones the first 50, and --dropped
+prints all.
 
     python -m stages.clean_concepts
+    python -m stages.clean_concepts --dropped
 """
 
 import json
@@ -29,6 +32,8 @@ CONCEPTS = Path("data/concepts/concepts.parquet")
 SCHEMA = "concepts/1"
 # The subject of an answer about no class.
 GENERIC = "*"
+# So many imported texts that are dropped are named one by one; a file of a model's texts may hold thousands.
+SHOWN = 50
 Row = dict[str, Any]
 
 
@@ -44,6 +49,30 @@ def report(concepts: list[Row], classes: list[Row]) -> None:
     if bare:
         keep = counted(len(bare), "class keeps", "classes keep")
         print(f"warning: {keep} no visual concept: {name_some(bare)}", file=sys.stderr)
+
+
+def own_dropped(concepts: list[Row], answers: dict[str, list[Row]], classes: list[Row], source: str) -> list[str]:
+    """A line for each text of one's own, of `source` import or edited, that is dropped: class, reason, text."""
+    keys = {row["item_key"] for rows in answers.values() for row in rows if row["source"] == source}
+    names = {row["class_id"]: row["name"] for row in classes}
+    return [
+        f"{names[row['class_id']]}: {row['drop_reason']}: {row['text']}"
+        for row in concepts
+        if row["item_key"] in keys and not row["kept"]
+    ]
+
+
+def report_own(edited: list[str], imported: list[str]) -> None:
+    """Name on stderr what is dropped of one's own texts; all edited ones, for somebody wrote each of them by hand."""
+    if edited or imported:
+        what = counted(len(edited) + len(imported), "text of your own is dropped", "texts of your own are dropped")
+        remedy = "reword them, or set clean.visibility: off in params.yaml where a photo shows them all the same"
+        print(f"warning: {what}; {remedy}:", file=sys.stderr)
+        for line in [*edited, *imported[:SHOWN]]:
+            print(f"  {line}", file=sys.stderr)
+    if len(imported) > SHOWN:
+        more = f"and {len(imported) - SHOWN} more, which `python -m stages.clean_concepts --dropped` prints"
+        print(f"  {more}", file=sys.stderr)
 
 
 def check_noun(answers: dict[str, list[Row]], noun: str, params: str) -> None:
@@ -66,7 +95,10 @@ def read_answers() -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    file = stage_parser(__doc__).parse_args().params
+    parser = stage_parser(__doc__)
+    parser.add_argument("--dropped", action="store_true", help="print your own texts that are dropped; write nothing")
+    args = parser.parse_args()
+    file = args.params
     params = load_params(file)
     header = store.read_header(ANSWERS, "llm.answers/1")
     upstream = [header.fingerprint, store.read_header(CLASSES, "index.classes/1").fingerprint]
@@ -87,10 +119,15 @@ def main() -> None:
             f"{ANSWERS}: holds what is no answer ({type(error).__name__}: {' '.join(str(error).split())[:100]}); run"
             " generate_concepts again, what its journal holds costs nothing"
         ) from None
+    edited, imported = (own_dropped(concepts, answers, classes, source) for source in ("edited", "import"))
+    if args.dropped:
+        print(*edited, *imported, sep="\n")
+        return
     content = {"domain": params.domain.model_dump(), "clean": params.clean.model_dump()}
     mark = store.fingerprint(SCHEMA, content, upstream)
     store.write_table(store.make_table(SCHEMA, concepts), CONCEPTS, SCHEMA, content, mark)
     report(concepts, classes)
+    report_own(edited, imported)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ sha256(seed, group or image_id) are test, f `dataset.test_fraction`; where they 
 its training images with `dataset.val_fraction`: one image more moves one image at most. A group stays whole, as near to
 the fractions as it can, and a class keeps one image to train on at least.
 
+Pictures taken one after the other of one thing (fieldmark/pictures/sequences.py) are named on stderr and counted in
+metrics.json. With `dataset.group_by: sequence` each such sequence is a group, named by the image_id of its first
+picture, and so drawn where that one is drawn: a picture more goes where its sequence is. One that comes before the
+first takes the sequence with it, and one that joins two sequences moves the later one to the earlier one's split.
+
     python -m stages.index_images
 """
 
@@ -35,6 +40,7 @@ from fieldmark.listing import SPLITS, Listing, Row, hint, list_classes, read_lin
 from fieldmark.params import Dataset, Params, load_params
 from fieldmark.pictures import health
 from fieldmark.pictures.decode import BadImage, dhash, hash_file, map_ahead, open_file, open_rgb
+from fieldmark.pictures.sequences import mark_sequences, read_time, seconds
 
 INDEX = Path("data/index")
 THUMBS = Path("data/thumbs")
@@ -79,13 +85,14 @@ def mark_duplicates(rows: list[Row]) -> None:
 
 
 def look_at(root: Path, row: Row) -> bytes | None:
-    """Decode one image: fill width, height and dhash and return its thumbnail, or mark the row broken."""
+    """Decode one image: fill width, height, dhash and taken and return its thumbnail, or mark the row broken."""
     try:
         image = open_rgb(root / row["path"])
     except BadImage as error:
         row.update(status="broken", error=str(error))
         return None
-    row.update(width=image.width, height=image.height, dhash=dhash(image))
+    taken = seconds(row.get("captured_at") or read_time(root / row["path"]))
+    row.update(width=image.width, height=image.height, dhash=dhash(image), taken=taken)
     image.thumbnail((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80, method=4)
@@ -126,6 +133,19 @@ def name_validation(rows: list[Row], path: Path) -> None:
         if row["split"] == "test":
             raise UserError(f"{path}: {line.strip()!r} is a test image; val is taken from train")
         row["split"] = "val"
+
+
+def group_sequences(rows: list[Row]) -> None:
+    """Make a group of each sequence: of what the data name no group for, together with the one group named in it."""
+    sequences = defaultdict(list)
+    for row in rows:
+        if row.get("sequence") is not None:
+            sequences[row["sequence"]].append(row)
+    for name, members in sequences.items():
+        named = {row["group"] for row in members if row.get("group") is not None}
+        group = next(iter(named)) if len(named) == 1 else name
+        for row in members:
+            row["group"] = row.get("group") or group
 
 
 def split_rows(rows: list[Row], dataset: Dataset) -> None:
@@ -286,6 +306,9 @@ def index(params: Params) -> dict[str, Any]:
     hash_files(dataset.folder, rows)
     mark_duplicates(rows)
     write_thumbs(dataset.folder, rows, dataset.buckets)
+    mark_sequences(row for row in rows if row["status"] == "ok")
+    if dataset.group_by == "sequence":
+        group_sequences(rows)
     split_rows(rows, dataset)
     scale_to_image(listing, dataset.root)
     found, near_duplicates = health.examine(rows, classes, listing)
@@ -297,6 +320,7 @@ def index(params: Params) -> dict[str, Any]:
     made_by = {
         "format": dataset.format, "test_fraction": dataset.test_fraction, "val_fraction": dataset.val_fraction,
         "seed": dataset.seed, **({"without_images": True} if dataset.without_images else {}),
+        **({"group_by": dataset.group_by} if dataset.group_by != "none" else {}),
     }
     for name, content in tables.items():
         schema = f"index.{name}/1"

@@ -70,7 +70,7 @@ ABOUT = {
             "dhash": "64-bit difference hash, for near duplicates",
             "duplicate_of": "the path of the equal file that is used",
             "box": "x0, y0, x1, y1 of the object in [0, 1], where the data set has it",
-            "group": "track, camera or site",
+            "group": "track, camera or site; a sequence by the image_id of its first picture",
             "captured_at": "as the manifest says",
             "latitude": "degrees",
             "longitude": "degrees",

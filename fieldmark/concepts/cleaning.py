@@ -8,7 +8,8 @@ is cut off. A text is dropped, for the first of these reasons that holds:
     class_name         gives the class away; a generic one, any class
     habitat            is about the surroundings: the model says so, or the words do
     sound, smell, diet, range, habitat, size, population, breeding, mechanics, lore, behaviour, comparison,
-    nothing_visible    claims what one photo cannot show, or nothing that it can: see visibility.py
+    nothing_visible    claims what one photo cannot show, or nothing that it can: see visibility.py. Where
+                       clean.visibility is off, none of these, nor habitat by its words
     surplus            is one of more than were asked for, or than ten of one text; of those only the first are rows
     duplicate          says in the same words what another text of the class says
 """
@@ -111,7 +112,7 @@ def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: 
         return "class_name"
     if candidate["kind"] == "habitat":
         return "habitat"
-    return eye.why_invisible(text)
+    return eye.why_invisible(text) if clean.visibility == "on" else None
 
 
 def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean, asked: int | None = None) -> list[Row]:

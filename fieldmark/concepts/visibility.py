@@ -3,7 +3,8 @@
 A text is invisible for the first of RULES of which it holds a word or a phrase; else for `size` (of the whole: "a small
 bird"), `comparison` (one that takes more than the photo) or `nothing_visible` (no word of a colour, a pattern, a shape
 or a part). Hedges and negations around a mark are visible ("often has a crest", "no wing bars"); a posture is, a habit
-is not. tests/fieldmark/concepts/visibility_guide.md is the guide that the rules follow.
+is not. What the attributes of the domain card name is visible as well, and parts of plants are where the card is one of
+plants. tests/fieldmark/concepts/visibility_guide.md is the guide that the rules follow.
 """
 
 import re
@@ -29,11 +30,37 @@ VAGUE = frozenset(words("arm back hand line saddle scale side skin"))
 POSES = frozenset(words("cocked flared folded perched posture raised stance"))
 SEEN = (COLOURS | SHAPES | PATTERNS | ANIMAL_PARTS | VEHICLE_PARTS | POSES) - VAGUE
 LONGEST_SEEN = max(map(len, SEEN))
-# Plants have parts where they are what is pictured; elsewhere they are food and surroundings.
+# Plants have parts and ways to grow where they are what is pictured; elsewhere they are food and surroundings.
 FLORA = PLANT_PARTS | frozenset(
-    words("bristle frond gill hair leaflet lobe margin midrib petiole ring scale skin spore stalk tendril")
+    words("""
+    acorn annulus areole awn ball banner bell bristle capsule catkin cluster corona corymb cup cyme fall filament floret
+    flowerhead foliage frond funnel gill globe guide hair husk inflorescence keel leaflet lobe margin midrib nectary
+    node nut ovary pad panicle pappus petiole pollen pompom pompon pore prickle raceme ray ring runner samara saucer
+    scale sheath shoot skin spike spore stalk standard stipule style tassel tendril tepal trumpet tube tuber umbel urn
+    vase volva whorl
+
+    ascending climbing creeping drooping erect nodding pendent pendulous prostrate shrubby sprawling spreading trailing
+    twining weeping
+    """)
 )
-BOTANY = frozenset(words("plant tree shrub herb grass fern moss mushroom fungus leaf flower blossom petal fruit seed"))
+# What a phrase of two words means where the second alone would be food.
+FLORA_PHRASES = ("nectar guide", "seed head", "seed pod")
+# A card is one of plants if it says any of these, or calls what is pictured by one of those.
+BOTANY = frozenset(
+    words("""
+    plant tree shrub herb grass fern moss mushroom fungus leaf flower blossom petal fruit seed
+    wildflower bloom tepal sepal stamen pistil anther bract floret inflorescence corolla calyx spadix frond leaflet
+    petiole umbel raceme panicle catkin
+    """)
+)
+PLANTS = frozenset(
+    words("""
+    aster begonia bulb cactus cacti camellia clover conifer crocus crop cultivar daffodil dahlia daisy hyacinth iris
+    lily magnolia narcissus narcissi oak orchid palm pansy peony pine poppy primrose rose sedge seedling succulent
+    sunflower tulip vine violet weed willow
+    """)
+)
+GROWTH = frozenset(words("bush climber fern grass herb moss shrub tree vine"))
 # What stands in a card's attributes without naming anything that is seen.
 EMPTY = frozenset(words("and the with for from its all each size"))
 PARTS = PATTERNS | ANIMAL_PARTS | PLANT_PARTS | VEHICLE_PARTS
@@ -259,7 +286,7 @@ LIKENESS = re.compile(
     r"\b\w+-(?:shaped|colou?red|green|blue|gr[ae]y|brown|black|white|red|yellow|orange)\b"
     r"|\b(?:electric|forest|grass|moss|ocean|sea|sky) (?:green|blue)\b"
 )
-LIKE = re.compile(r"\b\w+-(?:like|catching)\b")
+LIKE = re.compile(r"\b(\w+)-(?:like|catching)\b")
 # ", a common trait of this species": a clause that only says of whom the rest is true.
 REMARK = re.compile(
     r", (?:(?:which|that) (?:is|are) )?(?:an? |the )?(?:[\w-]+ ){0,2}"
@@ -306,10 +333,6 @@ def reasons_of(word: str) -> frozenset[str]:
     )
 
 
-def is_part(word: str) -> bool:
-    return not word.endswith("ed") and not PARTS.isdisjoint(forms(word))
-
-
 def one_of(phrases: Iterable[str]) -> re.Pattern[str]:
     """Finds any of these whole phrases, in the singular or plural; nothing where there are none."""
     longest_first = sorted({phrase.casefold() for phrase in phrases} - {""}, key=lambda phrase: (-len(phrase), phrase))
@@ -320,24 +343,38 @@ class Eye:
     """Tells what can be seen of one domain. `attributes` are the parts and marks that its card names."""
 
     def __init__(self, noun: str, group: str = "", attributes: Sequence[str] = ()) -> None:
-        flora = FLORA if domain_words(noun, group, *attributes) & BOTANY else frozenset()
-        self.seen = (SEEN | flora | (domain_words(*attributes) - EMPTY - VAGUE)) - domain_words(noun, group)
+        is_flora = domain_words(noun, group, *attributes) & BOTANY or domain_words(noun, group) & PLANTS
+        flora = FLORA if is_flora else frozenset()
+        # Of "trumpet daffodils" the last word says what it is, the others what it looks like.
+        last = domain_words(*(phrase.split()[-1] for phrase in (noun, group) if phrase.split()))
+        self.seen = (SEEN | flora | (domain_words(*attributes) - EMPTY)) - last
+        self.parts = PARTS | flora
         self.noun = one_of([noun, group])
-        self.flora = one_of(flora)
+        self.flora = one_of([*flora, *FLORA_PHRASES] if flora else [])
+        # "a small shrub with ..." is about no surroundings where plants are pictured.
+        growth = one_of(GROWTH if flora else []).pattern
+        self.subject = re.compile(rf"^(?:an? |the )?(?:(?!{NEAR}\b)[\w-]+ ){{0,3}}?{growth}")
 
     def sees(self, text: str) -> bool:
         """Whether a text has a word of anything visible; a part's bare name ("the wings") says nothing."""
         content = [word for word in words(text) if word not in ARTICLES]
-        if len(content) == 1 and is_part(content[0]):
+        if len(content) == 1 and self.is_part(content[0]):
             return False
         return any(not self.seen.isdisjoint(forms(word)) for word in content)
+
+    def is_part(self, word: str) -> bool:
+        return not word.endswith("ed") and not self.parts.isdisjoint(forms(word))
+
+    def likeness(self, match: re.Match[str]) -> str:
+        """What is left of "sparrow-like", which says nothing, and of "bell-like", which is a shape."""
+        return "shaped" if match[0].endswith("like") and not self.seen.isdisjoint(forms(match[1])) else ""
 
     def why_invisible(self, text: str) -> str | None:
         """The reason for which a photo cannot show all that a text claims; None where it can."""
         text = text.casefold().replace("\u2019", "'")
-        text = LIKE.sub("", LIKENESS.sub("shaped", REMARK.sub("", text)))
+        text = LIKE.sub(self.likeness, LIKENESS.sub("shaped", REMARK.sub("", text)))
         # Of insects, "an insect with ..." is not about food, nor of plants "... on its twigs" about where they are.
-        text = self.noun.sub("thing", text)
+        text = self.subject.sub("thing", self.noun.sub("thing", text))
         foreign = self.flora.sub("mark", text)
         found = {reason for word in TOKEN.findall(foreign) for reason in reasons_of(word)}
         for reason, (_, phrases) in PATTERN_OF.items():
@@ -354,7 +391,7 @@ class Eye:
 
     def refers_to_others(self, text: str) -> bool:
         """Whether what follows "than" is nothing that the same photo shows."""
-        return not RATIO.match(text) and (bool(OTHERS.search(text)) or not any(map(is_part, words(text))))
+        return not RATIO.match(text) and (bool(OTHERS.search(text)) or not any(map(self.is_part, words(text))))
 
     def sizes_the_whole(self, tokens: list[str]) -> bool:
         """Whether a word of size tells of the whole rather than of a part: a small songbird, a bird with a big body."""
@@ -371,6 +408,6 @@ class Eye:
         for token in phrase:
             if stems(token) & WHOLE:
                 return True
-            if is_part(token) or token in QUANTITIES:
+            if self.is_part(token) or token in QUANTITIES:
                 return False
         return subject and bool(phrase) and self.seen.isdisjoint(forms(phrase[-1]))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fieldmark.command import UserError
 from fieldmark.llm.batch import Asked, Batches, Upload, listed, read_uploads, record_path
-from fieldmark.llm.client import LIMITS, Client, Reply, objection, public_url, server_of, total
+from fieldmark.llm.client import LIMITS, Client, Reply, is_local, objection, public_url, server_of, total
 from fieldmark.llm.journal import (
     BadLine,
     Entry,
@@ -52,6 +52,8 @@ MENDABLE = {"truncated", "invalid"}
 # What OpenAI's Batch API costs of the price of a call [mem].
 BATCH_PRICE = 0.5
 ASKING = "asking"  # begins the names of the threads that ask
+# What a server on this machine costs that llm.prices does not name.
+FREE = Price(input=0.0, output=0.0)
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -250,7 +252,7 @@ def ask_all(
             answers[row["item_key"]] = row
             spent += row["cost_usd"] or 0.0
             charged += entry.charged or 0.0
-            progress.set_postfix_str(f"${spent:.4f}" if llm.model in llm.prices else "unknown price", refresh=False)
+            progress.set_postfix_str(f"${spent:.4f}" if price_of(llm) else "unknown price", refresh=False)
             progress.update()
             if llm.max_usd is not None and charged > llm.max_usd:
                 kept = sum(answer["status"] != "error" for answer in answers.values())
@@ -463,8 +465,8 @@ def row_of(asked: Asked, reply: Reply, prompt_sha: str, llm: Llm) -> Row:
 
 
 def price_of(llm: Llm) -> Price | None:
-    """What a token costs in this mode; None where params.yaml has no price."""
-    price = llm.prices.get(llm.model)
+    """What a token costs in this mode: by llm.prices, else nothing on this machine; None where it is not known."""
+    price = llm.prices.get(llm.model) or (FREE if is_local(server_of(llm)) else None)
     if price and llm.mode == "batch":
         return Price(input=price.input * BATCH_PRICE, output=price.output * BATCH_PRICE)
     return price
@@ -475,7 +477,9 @@ def now() -> str:
 
 
 def cost(input_tokens: int | None, output_tokens: int | None, price: Price | None) -> float | None:
-    """US dollars, or None where the server counts no tokens or params.yaml has no price."""
+    """US dollars, or None where the server counts no tokens or there is no price."""
+    if price == FREE:
+        return 0.0
     if price is None or input_tokens is None or output_tokens is None:
         return None
     return (input_tokens * price.input + output_tokens * price.output) / 1e6

@@ -8,6 +8,7 @@ further call would fare better. Every other outcome is a Reply with its status.
 """
 
 import email.utils
+import ipaddress
 import json
 import math
 import os
@@ -66,6 +67,8 @@ LONGEST_SHOWN = 20_000
 LONGEST_FAILURE = 10_000
 # Shorter values stand in for a key where a local server asks for none; to hide them would garble messages.
 SHORTEST_SECRET = 8
+# What a server on this machine is sent in the place of a key: openai's client does not work without one.
+NO_KEY = "none"
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 # Where openai's client takes more headers from, a line each.
 MORE_HEADERS = "OPENAI_CUSTOM_HEADERS"
@@ -311,8 +314,13 @@ class Client:
 
 
 def read_key(llm: Llm) -> str:
-    """The API key from the environment. Raises UserError where there is none that a header can hold."""
+    """The API key from the environment; a server on this machine needs none.
+
+    Raises UserError where there is none, or none that a header can hold.
+    """
     key = os.environ.get(llm.api_key_env, "").strip()
+    if not key and is_local(server_of(llm)):
+        return NO_KEY
     if not key:
         raise UserError(
             f"llm.mode is {llm.mode} and the environment has no {llm.api_key_env}: export it (any value for a server"
@@ -428,6 +436,20 @@ def redirection(response: httpx2.Response) -> str:
 def server_of(llm: Llm) -> str:
     """The address that is asked: llm.base_url, else the variable that every OpenAI client knows, else OpenAI."""
     return llm.base_url or os.environ.get(BASE_URL) or OPENAI
+
+
+def is_local(url: str) -> bool:
+    """Whether an address names this machine: localhost (RFC 6761, 6.3) or a loopback address. No name is looked up."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def public_url(url: str) -> str:

@@ -20,6 +20,7 @@ from fieldmark.llm.answers import (
     keep_in_turn,
     plan_calls,
     preview,
+    price_of,
     rows_in_order,
     summarise,
     warn_of_other_servers,
@@ -110,7 +111,7 @@ def report(stage: str, plan: PlannedCalls, rows: dict[str, list[Row]], llm: Llm)
     asked = asked_now(plan, rows)
     sums = summarise(asked)
     spent = f"{'at least ' if sums['unpriced'] else ''}${sums['cost_usd']:.4f}"
-    if llm.model not in llm.prices:
+    if price_of(llm) is None:
         spent = f"an unknown sum (llm.prices has no {llm.model!r})"
     status = summarise([row for each in rows.values() for row in each])["status"]
     failed = ", ".join(f"{count} {name}" for name, count in status.items() if name != "ok")

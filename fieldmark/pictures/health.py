@@ -8,6 +8,7 @@ not found.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,25 @@ def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
     return pairs, leaks
 
 
+def likely_sequences(rows: Iterable[Row]) -> list[list[Row]]:
+    """The usable rows of each sequence (sequences.py) that is not of one group already, the worst first.
+
+    That is: those with pictures in test and elsewhere, then the longest, then by path.
+    """
+    members: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok" and row.get("sequence") is not None:
+            members[row["sequence"]].append(row)
+    groups = {name: {row.get("group") for row in each} for name, each in members.items()}
+    found = [each for name, each in members.items() if len(groups[name]) > 1 or None in groups[name]]
+    return sorted(found, key=lambda each: (not gives_test_away(each), -len(each), each[0]["path"]))
+
+
+def gives_test_away(members: Iterable[Row]) -> bool:
+    splits = {row["split"] for row in members}
+    return "test" in splits and len(splits) > 1
+
+
 def spread(values: Iterable[int]) -> Row:
     """The smallest, median and largest value; null where there is none."""
     numbers = np.array(list(values))
@@ -136,6 +156,9 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
     leaking = {group for group, splits in splits_of.items() if "test" in splits and len(splits) > 1}
     of_group = {row["path"] for row in usable if row["split"] == "test" and row.get("group") in leaking}
 
+    sequences = likely_sequences(rows)
+    shown = [row for each in sequences if gives_test_away(each) for row in each if row["split"] == "test"]
+
     size = {split: dict.fromkeys((row["class_id"] for row in usable), 0) for split in SPLITS}
     for row in usable:
         size[row["split"]][row["class_id"]] += 1
@@ -144,6 +167,12 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
         "byte_duplicates": copies,
         "near_duplicates": count_pairs((by_path[pair["path"]], by_path[pair["other"]]) for pair in pairs),
         "groups": {"count": len(splits_of), "across_splits": sum(len(splits) > 1 for splits in splits_of.values())},
+        "sequences": {
+            "count": len(sequences),
+            "images": sum(map(len, sequences)),
+            "across_splits": sum(len({row["split"] for row in each}) > 1 for each in sequences),
+            "test_images": len(shown),
+        },
         "contaminated_test": {
             "near_duplicates": len(leaks),
             "groups": len(of_group),
@@ -177,6 +206,17 @@ def warnings(health: dict[str, Any], rows: Sequence[Row], classes: Sequence[Row]
             f"test is contaminated: {leak['images']} of {tested} test images have a near duplicate in train or val"
             f" ({leak['near_duplicates']}) or are of a group that train or val has too ({leak['groups']}); their"
             " accuracy is optimistic; data/index/near_duplicates.parquet lists the pairs"
+        )
+    sequences = likely_sequences(rows)
+    if sequences:
+        found = health["sequences"]
+        one, many = "likely sequence holds", "likely sequences hold"
+        names = [f"{each[0]['path']} to {PurePosixPath(each[-1]['path']).name} ({len(each)})" for each in sequences]
+        said.append(
+            f"{counted(len(sequences), one, many)} {found['images']} images taken one after the other of one thing, and"
+            f" {found['test_images']} of {tested} test images have others of theirs in train or val:"
+            f" {name_some(names, SHOWN)}; look at some: where it is so, `group_by: sequence` under `dataset` in"
+            " params.yaml keeps each in one of the splits that are drawn"
         )
     conflicts, broken = ([row["path"] for row in rows if row["status"] == kind] for kind in ("conflict", "broken"))
     twice = "under two classes with the same bytes"

@@ -154,6 +154,7 @@ def write_health(data: Path, pairs: Sequence[tuple[str, str, int]] = (), **chang
         "byte_duplicates": places,
         "near_duplicates": places,
         "groups": {"count": 0, "across_splits": 0},
+        "sequences": {"count": 0, "images": 0, "across_splits": 0, "test_images": 0},
         "contaminated_test": {"near_duplicates": 0, "groups": 0, "images": 0},
         "images_a_class": {split: {"min": 4, "median": 4.0, "max": 4} for split in ("train", "val", "test")},
         "classes_without": {"train": 0, "val": 0, "test": 0, "images": 0},

@@ -40,7 +40,7 @@ def test_healthy_data_warn_nowhere(data: Path) -> None:
     assert not page.of_class("warning")
     assert not page.of_class("alarm")
     assert not page.of_class("near")
-    assert len(page.of_class("nil")) == 16  # of 17 counts; one file is broken
+    assert len(page.of_class("nil")) == 19  # of 20 counts; one file is broken
     assert "broken 1 cannot be read as an image" in page.text
     assert "test 4 (4 to 4) median (fewest to most)" in page.text
     assert "shorter side – (– to –)" in page.text

@@ -157,6 +157,15 @@ def test_a_run_has_settings_of_its_own(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "found"), [("off", "off"), ("false", "off"), ("'off'", "off"), ("on", "on"), ("true", "on")]
+)
+def test_a_switch_may_have_been_written_by_another_yaml(project: Path, word: str, found: str) -> None:
+    content = json.dumps(changed("clean.visibility", "WORD")).replace('"WORD"', word)
+    (project / "params.yaml").write_text(content)
+    assert load_params().clean.visibility == found
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("domian", {}, ["domian: unknown key", "did you mean `domain`?"]),
@@ -191,6 +200,8 @@ def test_an_unknown_key(refuse: Callable[..., None], key: str, value: Any, words
         ("encoders", {}, ["encoders: "]),
         ("graphs.nodes", ["global", "patch"], ["graphs.nodes.1: ", "'patch'"]),
         ("clean.name_templates", [], ["clean.name_templates: "]),
+        ("clean.visibility", "of", ["clean.visibility: ", "'on' or 'off'", "'of'"]),
+        ("clean.visibility", 0, ["clean.visibility: ", "'on' or 'off'"]),
         ("train.runs", ["zero_shot"], ["train.runs: ", "['zero_shot']"]),
         ("train.runs", {}, ["train.runs: "]),
     ],

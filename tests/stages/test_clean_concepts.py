@@ -65,6 +65,44 @@ def test_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
     assert store.read_header(CONCEPTS, "concepts/1").fingerprint != mark
 
 
+def test_one_s_own_texts_are_named_where_they_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stages.clean_concepts.SHOWN", 2)
+    workspace = Workspace(monkeypatch, "http://unused")
+    workspace.write()
+    workspace.write_classes("Iron ray", "Moss ray", "Salt ray")
+    ids = {name: store.sha256(name)[:8] for name in ("Iron ray", "Moss ray", "Salt ray")}
+    own = ["a fish with charm", "a fish with a tail", "a fish that sings", "a fish of 3 kg"]
+    rows = [
+        answer(*own, subject_id=ids["Iron ray"], key="a", source="import"),
+        answer(*own, subject_id=ids["Moss ray"], key="b", source="edited"),
+        answer(*own, subject_id=ids["Salt ray"], key="c"),
+    ]
+    schema = "llm.answers/1"
+    store.write_table(store.make_table(schema, rows), "data/concepts/answers.parquet", schema, {}, "m")
+    workspace.run(main)
+    edited = ["Moss ray: nothing_visible: a fish with charm", "Moss ray: sound: a fish that sings"]
+    edited.append("Moss ray: size: a fish of 3 kg")
+    imported = [line.replace("Moss", "Iron") for line in edited]
+    said = capsys.readouterr().err.splitlines()
+    start = next(place for place, line in enumerate(said) if line.startswith("warning: 6 texts of your own"))
+    assert "clean.visibility: off" in said[start]
+    more = "and 1 more, which `python -m stages.clean_concepts --dropped` prints"
+    assert said[start + 1 :] == [f"  {line}" for line in [*edited, *imported[:2], more]]
+
+    before = CONCEPTS.read_bytes()
+    workspace.run(main, "--dropped")
+    assert capsys.readouterr().out.splitlines() == [*edited, *imported]
+    assert CONCEPTS.read_bytes() == before
+    workspace.blocks["clean"] = {"visibility": "off"}
+    workspace.write()
+    workspace.run(main)
+    assert "your own" not in capsys.readouterr().err
+    assert all(row["kept"] for row in store.read_table(CONCEPTS, "concepts/1").to_pylist())
+
+
 @pytest.mark.parametrize(("text", "source", "warns"), [
     ("a long tail", "import", True),
     ("a Fish with a long tail", "import", False),

@@ -19,7 +19,7 @@ from fieldmark.llm.answers import summarise
 from fieldmark.llm.imported import row_of
 from fieldmark.llm.journal import journal_path
 from stages.generate_concepts import ANSWERS, CLASSES, METRICS, main
-from tests.fieldmark.llm.workspace import KEY, REPOSITORY, Row, Workspace, answers, journal_lines
+from tests.fieldmark.llm.workspace import ELSEWHERE, KEY, REPOSITORY, Row, Workspace, answers, journal_lines
 from tests.openai_server import OpenAIServer, body, completion, content, failure, refusal, without_usage
 
 NAMES = ("Iron ray", "Moss ray", "Salt ray")
@@ -165,9 +165,22 @@ def test_too_many_calls_fail_before_the_first(server: OpenAIServer, workspace: W
 
 def test_no_key_is_one_line_and_no_call(server: OpenAIServer, workspace: Workspace) -> None:
     workspace.monkeypatch.delenv("FIELDMARK_TEST_KEY")
+    workspace.write(base_url=ELSEWHERE)
     with pytest.raises(UserError, match="FIELDMARK_TEST_KEY"):
         workspace.run(main)
     assert server.calls == []
+
+
+def test_a_server_on_this_machine_needs_neither_key_nor_price(
+    server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.monkeypatch.delenv("FIELDMARK_TEST_KEY")
+    workspace.write(prices={}, max_usd=0.0)
+    workspace.run(main, "--dry-run")
+    assert "price: at most $0.0000" in capsys.readouterr().out
+    workspace.run(main)
+    assert len(server.calls) == 3
+    assert "generate_concepts: asked 3, cached 0, spent $0.0000, failed: none\n" in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_and_asks_nobody(
@@ -563,6 +576,8 @@ def test_a_run_ends_with_what_it_did(
     assert "generate_concepts: asked 3, cached 0, spent at least $0.0004, failed: 1 refused\n" in said
     workspace.run(main)
     assert "generate_concepts: asked 1, cached 2, spent $0.0002, failed: none\n" in capsys.readouterr().err
+    # A name that is not known to be this machine's, so that nothing says what it costs.
+    workspace.monkeypatch.setattr("fieldmark.llm.answers.is_local", lambda url: False)
     workspace.write(prices={}, model="other")
     workspace.run(main)
     assert "asked 3, cached 0, spent an unknown sum (llm.prices has no 'other')" in capsys.readouterr().err

@@ -537,3 +537,95 @@ def test_dhash_and_size_are_of_the_upright_picture(set_params: SetParams, datase
     index(set_params())
     turned = by_path()["train/a/turned.png"]
     assert (turned["width"], turned["height"], turned["dhash"]) == (40, 90, 2**64 - 1)
+
+
+def film_plants(folder: Path, plants: int = 6, frames: int = 5, step: float = 0.03) -> None:
+    """Pictures of two kinds of flowers, `frames` of each plant, between which the camera moves by a share of its view.
+
+    They are numbered as a camera does, kind by kind, plant after plant.
+    """
+    for kind, colour in (("tulip", (200, 40, 60)), ("iris", (90, 60, 190))):
+        for plant in range(plants):
+            chance = np.random.default_rng([len(kind), plant])
+            meadow = chance.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            scene = Image.fromarray(meadow).resize((240, 240), Image.Resampling.BICUBIC)
+            x, y = chance.integers(30, 130, 2).tolist()
+            scene.paste(colour, (x, y, x + 50, y + 70))
+            for frame in range(frames):
+                left = int(20 + frame * step * 160)
+                path = folder / kind / f"IMG_{1000 + plant * frames + frame}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scene.crop((left, 30, left + 160, 190)).save(path)
+
+
+def plants_of(frames: int = 5) -> dict[str, set[str]]:
+    """The splits in which the frames of each plant stand."""
+    splits: dict[str, set[str]] = {}
+    for path, row in by_path().items():
+        number = int(Path(path).stem.removeprefix("IMG_")) - 1000
+        splits.setdefault(f"{Path(path).parent} {number // frames}", set()).add(row["split"])
+    return splits
+
+
+def test_frames_of_one_plant_in_two_splits_are_named_and_group_by_sequence_mends_it(
+    set_params: SetParams, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film_plants(project / "images")
+    before = index(set_params())
+    found = before["health"]["sequences"]
+    assert (found["count"], found["images"]) == (12, 60)
+    assert found["across_splits"] == sum(len(splits) > 1 for splits in plants_of().values()) > 6
+    assert found["test_images"] == sum(row["split"] == "test" for row in by_path().values())
+    assert all(row["group"] is None for row in by_path().values())
+    said = capsys.readouterr().err
+    assert "12 likely sequences hold 60 images" in said
+    assert re.search(r"iris/IMG_10\d\d\.jpg to IMG_10\d\d\.jpg \(5\)", said)
+    assert "`group_by: sequence` under `dataset` in params.yaml" in said
+
+    after = index(set_params(dataset={"group_by": "sequence"}))
+    assert all(len(splits) == 1 for splits in plants_of().values())
+    assert set().union(*plants_of().values()) == {"train", "val", "test"}
+    assert after["health"]["sequences"] == {"count": 0, "images": 0, "across_splits": 0, "test_images": 0}
+    assert after["health"]["groups"] == {"count": 12, "across_splits": 0}
+    assert after["health"]["contaminated_test"]["images"] == 0
+    assert "likely sequence" not in capsys.readouterr().err
+    first = by_path()["tulip/IMG_1000.jpg"]
+    assert by_path()["tulip/IMG_1004.jpg"]["group"] == first["group"] == first["image_id"]
+    made = Path("data/index/images.parquet").read_bytes()
+    index(set_params(dataset={"group_by": "sequence"}))
+    assert Path("data/index/images.parquet").read_bytes() == made
+
+    # One frame more goes where its plant is, and no other picture moves.
+    split_of = {path: row["split"] for path, row in by_path().items()}
+    image = Image.open("images/tulip/IMG_1029.jpg")
+    image.rotate(1, Image.Resampling.BILINEAR, fillcolor=image.getpixel((0, 0))).save("images/tulip/IMG_1030.jpg")
+    index(set_params(dataset={"group_by": "sequence"}))
+    new = by_path().pop("tulip/IMG_1030.jpg")
+    assert new["split"] == split_of["tulip/IMG_1029.jpg"]
+    assert {path: row["split"] for path, row in by_path().items() if path in split_of} == split_of
+
+
+def test_times_of_exif_and_manifests_make_sequences(set_params: SetParams, project: Path) -> None:
+    """Pictures that look nothing alike, taken seconds apart; a group that the data name takes its sequence with it."""
+    lines = ["path,class,group,captured_at"]
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9003] = f"2021:05:03 10:{number // 3:02d}:{5 * (number % 3):02d}"
+        path = project / f"images/a/{'qwertyuiopas'[number]}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(path, exif=exif)
+        captured = "2021-05-03T12:00:05Z" if number in (9, 11) else "2021-05-03" if number == 10 else ""
+        lines.append(f"a/{path.name},a,{'bed' if number == 1 else ''},{captured}")
+    (project / "manifest.csv").write_text("\n".join(lines))
+    index(set_params(dataset={"group_by": "sequence", "val_fraction": 0.4}))
+    groups = [by_path()[f"a/{letter}.jpg"]["group"] for letter in "qwertyuiopas"]
+    assert [groups[start : start + 3].count(groups[start]) for start in (0, 3, 6, 9)] == [3, 3, 3, 3]
+    assert len(set(groups)) == 4
+    # What the manifest says goes before the file.
+    manifest = {"format": "manifest", "root": "manifest.csv", "images": "images"}
+    index(set_params(dataset={**manifest, "group_by": "sequence", "val_fraction": 0.4}))
+    groups = [by_path()[f"a/{letter}.jpg"]["group"] for letter in "qwertyuiopas"]
+    assert groups[:3] == ["bed"] * 3
+    assert groups[9] == groups[11] is not None
+    assert groups[10] is None  # a date alone

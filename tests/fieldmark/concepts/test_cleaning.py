@@ -88,6 +88,14 @@ def test_reasons(text: str, reason: str | None) -> None:
     assert reasons(text) == [reason]
 
 
+def test_what_is_seen_need_not_be_judged() -> None:
+    texts = ["a bird with a charm of its own", "a bird with a loud call", "a kingfisher", "a bird with a", "a bird"]
+    assert reasons(*texts) == ["nothing_visible", "sound", "class_name", "fragment", "nothing_visible"]
+    assert reasons(*texts, visibility="off") == [None, None, "class_name", "fragment", None]
+    [row] = clean(answer("a bird on a river bank", kind="habitat"), visibility="off")[1:]
+    assert row["drop_reason"] == "habitat"  # the model says so
+
+
 def test_habitat_is_kept_apart() -> None:
     [row] = [row for row in clean(answer("a bird on a river bank", kind="habitat")) if row["kind"] != "name"]
     assert (row["kind"], row["kept"], row["drop_reason"]) == ("habitat", False, "habitat")

@@ -27,6 +27,9 @@ EYES = {
     "tree": Eye("tree", "trees"),
     "insect": Eye("insect", "insects"),
     "shoe": Eye("shoe", "shoes", ["sole", "laces"]),
+    "flower": Eye("flower", "garden flowers", ["petals", "leaves"]),
+    "daffodil": Eye("daffodil", "trumpet daffodils"),
+    "succulent": Eye("succulent", "succulents"),
 }
 
 
@@ -124,6 +127,26 @@ def test_the_labellers_agree_with_each_other() -> None:
         "a tree with red flowers along the branches",
         "an insect with clear wings",
         "a shoe with three laces",
+        "a flower with a cup",
+        "a flower with a trumpet",
+        "a flower with nodding bells",
+        "a flower with an orange-rimmed corona",
+        "a flower with six tepals",
+        "a flower with hundreds of florets",
+        "a flower with drooping falls and erect standards",
+        "a flower with papery bracts below it",
+        "a flower with a spadix and a spathe",
+        "a flower with an umbel of stars",
+        "a flower in a loose raceme",
+        "a flower with a cup deeper than its corona",
+        "a flower with bell-like blooms",
+        "a flower with nectar guides",
+        "a flower with a climbing stem",
+        "a flower with a globe of anthers",
+        "a daffodil with a trumpet",
+        "a daffodil with a frilled cup",
+        "a succulent with pads",
+        "a succulent with areoles in rows",
     ],
 )
 def test_visible(text: str) -> None:
@@ -174,11 +197,39 @@ def test_visible(text: str) -> None:
         ("the bird", "nothing_visible"),
         ("a shoe with comfort", "nothing_visible"),
         ("a bird with leaves", "nothing_visible"),
+        ("a bird with a cup", "nothing_visible"),
+        ("a flower with a sweet scent", "smell"),
+        ("a flower that attracts bees", "behaviour"),
+        ("a flower found in damp meadows", "range"),
+        ("a flower under a tree", "habitat"),
+        ("a flower of 5 cm", "size"),
+        ("a flower with a long history", "nothing_visible"),
+        ("a flower with charm", "nothing_visible"),
+        ("the petals", "nothing_visible"),
+        ("the cup", "nothing_visible"),
+        ("a daffodil with vigour", "nothing_visible"),
         ("", "nothing_visible"),
     ],
 )
 def test_invisible(text: str, reason: str) -> None:
     assert eye_of(text).why_invisible(text) == reason
+
+
+@pytest.mark.parametrize(
+    "text", ["a woody shrub with nodding trumpets", "the tree with pink petals", "a creeping vine with bells"]
+)
+def test_the_habit_of_a_plant_is_no_surroundings(text: str) -> None:
+    assert EYES["flower"].why_invisible(text) is None
+    assert EYES["bird"].why_invisible(text) in ("habitat", "behaviour")
+
+
+def test_a_domain_card_says_what_is_seen() -> None:
+    """Words of its attributes count as visible, vague ones too; the words that say what it is do not."""
+    plain, told = Eye("tool", "hand tools"), Eye("tool", "hand tools", ["jig", "the back of the blade", "scale"])
+    for text in ("a tool with a jig", "a tool with a worn back", "a tool with a scale"):
+        assert (plain.why_invisible(text), told.why_invisible(text)) == ("nothing_visible", None)
+    assert Eye("reef fish", "striped reef fish").why_invisible("a reef fish that is striped") is None
+    assert Eye("leaf", "lobed leaves").why_invisible("the leaf") == "nothing_visible"
 
 
 def eye_of(text: str) -> Eye:

@@ -18,6 +18,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.llm.answers import (
     ASKING,
+    FREE,
     Item,
     Unaskable,
     charge,
@@ -29,6 +30,7 @@ from fieldmark.llm.answers import (
     live_answers,
     plan_calls,
     preview,
+    price_of,
     rows_of,
     settle,
     summarise,
@@ -38,8 +40,8 @@ from fieldmark.llm.prompts import Message, Prompt
 from fieldmark.llm.turn import Spent
 from fieldmark.params import Llm, Price
 from tests.fieldmark.llm import workspace
-from tests.fieldmark.llm.workspace import PRICES, PROMPT, items_of, plain, row_with
-from tests.openai_server import OpenAIServer, content, drop, failure, refusal
+from tests.fieldmark.llm.workspace import ELSEWHERE, PRICES, PROMPT, items_of, plain, row_with
+from tests.openai_server import OpenAIServer, content, drop, failure, refusal, without_usage
 
 OUTPUT = Path("data/answers.parquet")
 STAGE = "test_stage"
@@ -164,7 +166,7 @@ def test_keys_do_not_depend_on_where_and_how_patiently_one_asks() -> None:
     [
         ({"max_calls": 2}, "llm.max_calls: 3 calls are needed, more than 2"),
         ({"max_usd": 0.001}, "llm.max_usd: 3 calls may cost"),
-        ({"max_usd": 9.0, "prices": {}}, "llm.prices has no 'tiny'"),
+        ({"max_usd": 9.0, "prices": {}, "base_url": ELSEWHERE}, "llm.prices has no 'tiny'"),
     ],
 )
 def test_limits_hold_before_the_first_call(server: OpenAIServer, limits: dict[str, Any], said: str) -> None:
@@ -253,8 +255,17 @@ def test_the_preview_counts(server: OpenAIServer) -> None:
     plan = plan_calls(STAGE, items, PROMPT, llm, OUTPUT)
     assert estimate(plan, llm) == (2, 2 + 1 + 85 + 4 * 170, 2000, pytest.approx((768 + 4000) / 1e6))
     assert "3 items, 1 cached, 2 calls to tiny" in preview(STAGE, plan, llm)
-    assert "unknown price" in preview(STAGE, plan, llm_of(server, prices={}))
+    assert "unknown price" in preview(STAGE, plan, llm_of(server, prices={}, base_url=ELSEWHERE))
     assert len(server.calls) == 1
+
+
+def test_a_server_on_this_machine_costs_nothing_unless_it_has_a_price(server: OpenAIServer) -> None:
+    """No price is needed for llm.max_usd, and a server that counts no tokens leaves nothing unknown."""
+    server.script.append(without_usage('{"x": "y"}'))
+    [row] = ask(server, "a", prices={}, max_usd=0.0)
+    assert (row["status"], row["input_tokens"], row["cost_usd"]) == ("ok", None, 0.0)
+    assert (price_of(llm_of(server)), price_of(llm_of(server, prices={}))) == (PRICES["tiny"], FREE)
+    assert price_of(llm_of(server, prices={}, base_url=ELSEWHERE)) is None
 
 
 def test_cost_is_unknown_rather_than_wrong() -> None:

@@ -19,7 +19,7 @@ from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
 from fieldmark.llm.prompts import Message
 from stages import generate_concepts
 from tests.fieldmark.llm import workspace
-from tests.fieldmark.llm.workspace import KEY, PRICES, PROMPT, Workspace, answers, items_of, plain
+from tests.fieldmark.llm.workspace import ELSEWHERE, KEY, PRICES, PROMPT, Workspace, answers, items_of, plain
 from tests.openai_server import (
     Course,
     OpenAIServer,
@@ -433,7 +433,7 @@ def test_the_dry_run_counts_half_the_price(server: OpenAIServer) -> None:
     assert "3 calls to tiny by batch" in said
     assert f"price: at most ${live / 2:.4f}, 50% of live" in said
     assert "batch" not in preview(STAGE, plan, llm_of(server, mode="live"))
-    assert "unknown price" in preview(STAGE, plan, llm_of(server, prices={}))
+    assert "unknown price" in preview(STAGE, plan, llm_of(server, prices={}, base_url=ELSEWHERE))
     interrupt_at(server, "create")
     with pytest.raises(KeyboardInterrupt):
         ask(server, "ab")

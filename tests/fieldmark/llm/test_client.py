@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from fieldmark.command import UserError
-from fieldmark.llm.client import SURROUNDINGS, Client, Reply, limit_name, public_url
+from fieldmark.llm.client import SURROUNDINGS, Client, Reply, is_local, limit_name, public_url
 from fieldmark.llm.rates import Rates
 from fieldmark.params import Llm
 from tests.fieldmark.llm.test_rates import Clock
-from tests.fieldmark.llm.workspace import KEY, PROMPT, llm_of
+from tests.fieldmark.llm.workspace import ELSEWHERE, KEY, PROMPT, llm_of
 from tests.openai_server import (
     Handler,
     OpenAIServer,
@@ -514,8 +514,37 @@ def test_no_usable_key_is_one_line_before_any_call(
 ) -> None:
     monkeypatch.setenv("FIELDMARK_TEST_KEY", key)
     with pytest.raises(UserError, match="FIELDMARK_TEST_KEY"):
-        ask(server)
+        ask(server, base_url=ELSEWHERE if key.isspace() or not key else server.base_url)
     assert server.calls == []
+
+
+def test_a_server_on_this_machine_needs_no_key(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FIELDMARK_TEST_KEY")
+    assert ask(server).status == "ok"
+    assert server.keys == ["Bearer none"]
+    monkeypatch.setenv("FIELDMARK_TEST_KEY", KEY)
+    ask(server)
+    assert server.keys[1:] == [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("http://localhost:8000/v1", True),
+        ("http://LOCALHOST/v1", True),
+        ("http://llm.localhost:1/v1", True),
+        ("http://127.0.0.1:11434/v1", True),
+        ("http://127.8.9.1/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://localhost.example.org/v1", False),
+        ("http://192.168.0.2/v1", False),
+        ("http://0.0.0.0/v1", False),
+        ("https://api.openai.com/v1", False),
+        ("http://[x/v1", False),
+    ],
+)
+def test_which_addresses_are_on_this_machine(address: str, local: bool) -> None:
+    assert is_local(address) == local
 
 
 @pytest.mark.parametrize(

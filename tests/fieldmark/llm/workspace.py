@@ -131,6 +131,8 @@ def journal_lines(stage: str = "generate_concepts") -> list[bytes]:
 
 SCHEMA = {"type": "object", "required": ["x"], "properties": {"x": {"type": "string"}}}
 PROMPT = Prompt("prompts/test.md", "0" * 64, "a test", (), SCHEMA, ())
+# An address of documentation (RFC 5737), which nothing is sent to.
+ELSEWHERE = "http://192.0.2.1/v1"
 PRICES = {"tiny": Price(input=1.0, output=2.0)}
 
 

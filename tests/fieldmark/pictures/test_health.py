@@ -85,6 +85,7 @@ def test_numbers() -> None:
         "byte_duplicates": {"within_split": 0, "across_splits": 1, "across_classes": 1},
         "near_duplicates": {"within_split": 0, "across_splits": 1, "across_classes": 0},
         "groups": {"count": 3, "across_splits": 1},
+        "sequences": {"count": 0, "images": 0, "across_splits": 0, "test_images": 0},
         "contaminated_test": {"near_duplicates": 1, "groups": 1, "images": 2},
         "images_a_class": {
             "train": {"min": 0, "median": 1.0, "max": 2},
@@ -99,6 +100,24 @@ def test_numbers() -> None:
         "passed_over": 5,
     }
     assert len(pairs) == 1
+
+
+def test_likely_sequences_are_those_that_no_group_holds() -> None:
+    """Named worst first; a group that holds a whole sequence has mended it, one that holds a part has not."""
+    rows = [
+        image("train/a/IMG_1.jpg", 1, sequence="s"), image("test/a/IMG_2.jpg", 2, sequence="s"),
+        *(image(f"train/a/f{number}.jpg", number, sequence="t") for number in range(5)),
+        image("train/b/1", 3, sequence="u", group="g"), image("val/b/2", 4, sequence="u", group="g"),
+        image("train/b/3", 5, sequence="v", group="h"), image("val/b/4", 6, sequence="v"),
+        image("test/b/5", 7), image("test/b/6", 8, status="broken", sequence="t"),
+    ]  # fmt: skip
+    found, _ = examine(rows, [], Listing([]))
+    assert found["sequences"] == {"count": 3, "images": 9, "across_splits": 2, "test_images": 1}
+    said = "\n".join(health.warnings(found, rows, [], Listing([])))
+    assert "3 likely sequences hold 9 images" in said
+    assert "1 of 2 test images have others of theirs in train or val" in said
+    assert "train/a/IMG_1.jpg to IMG_2.jpg (2), train/a/f0.jpg to f4.jpg (5), train/b/3 to 4 (2);" in said
+    assert "`group_by: sequence`" in said
 
 
 def test_nothing_to_say_of_nothing() -> None:
