@@ -46,13 +46,15 @@ def state_of(revision: str) -> State:
     """The state of a revision. Raises UserError where DVC finds none."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "state.json")
-        words = ["dvc", "get", "--quiet", ".", str(STATE), "--rev", revision, "--out", str(target)]
+        words = ["dvc", "get", ".", str(STATE), "--rev", revision, "--out", str(target)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-        lines = done.stderr.strip().splitlines() or ["DVC does not say why"]
-        remedy = f"commit dvc.lock with the runs it tells of, `dvc fetch` what it lists ({redact(lines[-1])})"
         if not target.is_file():
-            raise UserError(f"--against {revision}: has no {STATE} here; {remedy}")
-        return read_state(target, remedy)
+            why = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+            raise UserError(
+                f"--against {revision}: {redact(' '.join(why[:1]) or 'DVC brings nothing')}; name a revision that has a"
+                f" dvc.lock with {STATE}, whose outputs are in DVC's cache or on its remote"
+            )
+        return read_state(target, f"--against {revision} was made by another version")
 
 
 def shorten(lines: Sequence[str], whole: bool) -> list[str]:
