@@ -75,9 +75,10 @@ def render(content: Row, data: Row, pictures: Mapping[str, bytes]) -> Page:
     numbers = as_json(shown(data))
     inside = sum(len(webp) for webp in pictures.values()) * 4 / 3 + len(numbers) <= LARGEST
     encoded = {name: base64.b64encode(webp).decode() for name, webp in pictures.items()} if inside else {}
+    images = "data:" if inside else "'self' file:"
     policy = (
-        f"default-src 'none'; script-src {source_of(script)}; style-src {source_of(style)}; "
-        f"img-src {'data:' if inside else 'file: *'}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {source_of(script)}; style-src {source_of(style)}; img-src {images}; "
+        "base-uri 'none'; form-action 'none'"
     )
 
     def source(name: str) -> str:

@@ -87,9 +87,8 @@ function goTo(wanted) {
 }
 
 function readAddress() {
-  const [section, kept] = decodeURI(location.hash.slice(1)).split("?");
-  if (section !== "pictures" || kept === undefined) return;
-  const wanted = Object.fromEntries(new URLSearchParams(location.hash.slice(location.hash.indexOf("?") + 1)));
+  if (!location.hash.startsWith("#pictures?")) return;
+  const wanted = Object.fromEntries(new URLSearchParams(location.hash.slice("#pictures?".length)));
   setFilters(wanted);
   at("pictures").scrollIntoView();
   const number = tiles.rows.findIndex((picture) => picture.id === wanted.picture);
