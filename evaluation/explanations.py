@@ -27,12 +27,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evaluation.pointing import PARTS, RIVALS, Hits, PartWords, judge_parts, judged_patches, others, part_concepts
@@ -42,15 +41,17 @@ from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Params, load_params
 from fieldmark.store import read_buckets, read_table, write_text
 from training.controls import Control
-from training.data import Batch, Cache, Fields, check_origins, read_cache
+from training.data import Cache, check_origins, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.nodes import Nodes
 from training.data.rows import Rows, column
-from training.loop import EVALUATION_BATCH, Schedule, choose_device, predict, set_up_torch
+from training.explain import keep_nodes
+from training.loop import EVALUATION_BATCH, choose_device, predict, set_up_torch
 from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
+from training.restore import load_model
 from training.runs import write_json
 from training.train import PlannedRun, plan_run
 
@@ -61,23 +62,6 @@ DRAWS = 10_000  # of the bootstrap
 
 
 # The decision.
-
-F = TypeVar("F", bound=Fields)
-
-
-def keep_nodes(batch: Batch, keep: Tensor) -> Batch:
-    """The batch as if its images had no local nodes but those in `keep` (B, N); the global node stays."""
-    mask = batch.mask & torch.cat([torch.ones_like(keep[:, :1]), keep], dim=1)
-    by_node = dict.fromkeys(("mask", "selected", "density"), mask)
-    by_node |= dict.fromkeys(("nodes", "concept_weight"), mask[..., None])
-    by_node |= {"adjacency": (mask[:, :, None] & mask[:, None, :])[..., None]}
-
-    def kept(fields: F) -> F:
-        left = {name: fields.values[name] * shown for name, shown in by_node.items() if fields.has(name)}
-        return fields.changed(**left)
-
-    return kept(batch).changed(also=tuple(kept(other) for other in batch.also))
-
 
 @torch.no_grad()
 def read_out(model: nn.Module, cache: Cache, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -337,8 +321,7 @@ def read_model(
     It is that of the run in `folder` (data/runs/RUN) where the run has the planned settings and was trained on this
     cache; else the method is fitted here. Raises UserError where the run's weights do not fit the method as it is now.
     """
-    method, settings, hidden = planned.method, planned.settings, hide_test(cache).on(device)
-    module = load_method(method)
+    method, settings = planned.method, planned.settings
     wanted = {
         "method": method,
         "encoder": encoder,
@@ -351,16 +334,9 @@ def read_model(
     }
     config = folder / "config.json"
     run = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if not isinstance(settings, Schedule) or any(run.get(key) != value for key, value in wanted.items()):
-        return module.fit(hidden, settings, seed).model, f"fitted here, seed {seed}"
-    # No epoch: the method builds its model and leaves it as it starts.
-    start = {"epochs": 0, "lr": settings.lr[:1], "weight_decay": settings.weight_decay[:1]}
-    model = module.fit(hidden, settings.model_copy(update=start), seed).model
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder}: its model is not this {method} ({reason}); run training.train again") from None
+    if "chosen" not in run or any(run.get(key) != value for key, value in wanted.items()):
+        return load_method(method).fit(hide_test(cache).on(device), settings, seed).model, f"fitted here, seed {seed}"
+    model = load_model(folder, method, settings, run, "run training.train again").to(device)
     return model, f"of {folder}, seed {run['model_seed']}"
 
 

@@ -90,6 +90,12 @@ def predict(model: nn.Module, cache: Cache, images: Tensor) -> Tensor:
     return torch.cat([model(cache.batch(chunk)).logits.float() for chunk in images.split(EVALUATION_BATCH)])
 
 
+def margin(logits: Tensor, classes: Tensor) -> Tensor:
+    """logit a - logit b (B,) of logits (B, C), a and b of each image in classes (B, 2)."""
+    a, b = logits.float().gather(1, classes).unbind(1)
+    return a - b
+
+
 def untrained(model: nn.Module, cache: Cache) -> Fitted:
     """A model that needs no training, with one row of history."""
     return Fitted(model, [state_row(0, assess_split(model, cache, "train")[1], assess_split(model, cache, "val"))])

@@ -18,7 +18,7 @@ import copy
 import functools
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from training.data import Batch, Cache, Part
 from training.data.nodes import Globals
 from training.folds import HELD_OUT, settle
 from training.layers.logistic import as_probabilities
+from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, predict
 from training.methods import NotPossible, also_reads_of, borrows_others, load_method, method_names, reads_of
 from training.metrics import fit_temperature
@@ -123,6 +124,11 @@ class Offset(nn.Module):
         super().__init__()
         self.probe = copy.deepcopy(probe).requires_grad_(False)
         self.register_buffer("temperature", torch.tensor(temperature))
+
+    @classmethod
+    def from_state(cls, state: State, with_probe: WithProbe, classes: int) -> Self:
+        probe = load_method(with_probe.method).build(within(state, "probe"), with_probe.block, classes)
+        return cls(probe, float(state["temperature"]))
 
     def forward(self, batch: Batch) -> Tensor:
         if self.training:

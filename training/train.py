@@ -43,6 +43,7 @@ from training.controls import Control, Request, apply_control, read_control
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.inputs import Reading, reading_of
 from training.knobs import say_knobs
+from training.layers.states import state_of
 from training.loop import choose_device, predict, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
 from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
@@ -167,9 +168,9 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
             print(f"{name} seed {seed}: " + ", ".join(f"{split} {numbers[split]['accuracy']:.4f}" for split in SPLITS))
         chosen_by = {seed: numbers["choose"] for seed, numbers in measured.items()}
         best = max(seeds, key=lambda seed: (chosen_by[seed]["accuracy"], -chosen_by[seed]["log_loss"]))
-        state = {key: value.cpu().contiguous() for key, value in fits[best].model.state_dict().items()}
-        config["model_seed"] = best
-        write_run(folder, logits, fits, cache, config, summarise(measured, fits, cache), state, mark)
+        config |= {"model_seed": best, "chosen": fits[best].chosen}
+        state, metrics = state_of(fits[best].model), summarise(measured, fits, cache)
+        write_run(folder, logits, fits, cache, config, metrics, state, mark)
     timing = {
         "epoch_seconds": float(np.mean([fitted.epoch_seconds for fitted in fits.values()])) if fits else 0.0,
         "load_seconds": loaded - started,

@@ -17,7 +17,6 @@ from evaluation.explanations import (
     compare_parts,
     judge_decisions,
     judge_explanations,
-    keep_nodes,
     read_model,
     read_norms,
     top,
@@ -34,6 +33,7 @@ from training.data import CPU, Batch, Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.nodes import Nodes
+from training.explain import keep_nodes
 from training.loop import predict
 from training.methods import Output
 from training.methods.concept_graph import class_anchors

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan
-from tests.training.methods.test_universal import pad, quick, shake
+from tests.training.methods.test_universal import assert_saved, pad, quick, shake
 from training import offset
 from training.data import Cache, Parts
 from training.data.nodes import Globals, Nodes
@@ -200,8 +199,8 @@ def test_the_universal_tests(
     cache = cache.with_part(Globals(cache.part(Nodes).nodes[:, 0].clone())) if "nodes" in knobs else cache
     knobs = {**knobs, "texts": 0} if method == "concept_graph" and "nodes" in knobs else knobs
     settings = settings_of(method, **knobs)
-    fit = load_method(method).fit
-    model = fit(cache.only(reads_of(method, settings)), settings, 0).model.eval()
+    fitted = load_method(method).fit(cache.only(reads_of(method, settings)), settings, 0)
+    model = fitted.model.eval()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if name.startswith("offset.")}
     shake(model)
@@ -220,11 +219,7 @@ def test_the_universal_tests(
             assert torch.allclose(moved, said, atol=1e-4) == (method == "attention_pool")
         else:
             torch.testing.assert_close(model(pad(batch, 3)).logits, said, atol=1e-4, rtol=1e-4)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    other = fit(cache, settings, 5).model
-    shake(other)
-    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(predict(other, cache, images), predict(model, cache, images))
+    assert_saved(model, method, settle(settings, fitted.chosen), cache, tmp_path)
 
     training = cache.batch(cache.images("train")[:20])
     if "with_probe" in knobs:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.layers.states import State
+
 
 class Standardise(nn.Module):
     """(x - mean) / scale: the mean (D,) of training vectors, and one scale for all dimensions.
@@ -29,6 +31,12 @@ class Standardise(nn.Module):
         """By the mean (D,) of training vectors and their variance, the mean over dimensions, both float64."""
         made = cls(mean[None])
         made.scale = scale_of(variance)
+        return made
+
+    @classmethod
+    def from_state(cls, state: State) -> Self:
+        made = cls(state["mean"][None])
+        made.scale = state["scale"]
         return made
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,6 +74,10 @@ def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], len(weight), device=weight.device)
     layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return layer
+
+
+def linear_from_state(state: State) -> nn.Linear:
+    return linear_layer(state["weight"], state["bias"])
 
 
 def silent(inputs: int, outputs: int) -> nn.Linear:

@@ -5,8 +5,8 @@ as the mean and the maximum of nodes do. What is fitted goes through the same fu
 """
 
 import math
-from collections.abc import Collection
-from typing import Annotated, Literal, Protocol
+from collections.abc import Collection, Sequence
+from typing import Annotated, Literal, Protocol, Self
 
 import torch
 from pydantic import AfterValidator, Field
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fieldmark.params import Block
 from training.data import Batch, Cache, feature_blocks, word_behind
 from training.layers.blocks import Standardise
+from training.layers.states import State, within
 
 CHUNK = 2048  # images read at a time, and fewer of long vectors:
 ROOM = 2**24  # numbers that a chunk holds at most
@@ -67,32 +68,37 @@ class Features(nn.Module):
     of other encoders (`also`) come behind, the same vectors of each.
     """
 
-    def __init__(self, cache: Cache, settings: FeatureSettings) -> None:
-        """Mean and scale of every view of the training images, taken from `cache` chunk by chunk."""
+    def __init__(self, settings: FeatureSettings, standardise: Sequence[Standardise]) -> None:
+        """By what standardises each block, in their order."""
         super().__init__()
-        self.names = settings.features
-        self.transform: Transform = settings.transform
-        train = cache.images("train")
-        sums = [Sums(block) for block in self.blocks(cache.batch(train[:1]))]
-        sizes = [len(total.total) for total in sums]
+        self.settings, sizes = settings, [len(each.mean) for each in standardise]
         self.size = sum(sizes)  # F
-        self.chunk = max(1, min(CHUNK, ROOM // self.size))
         self.weights = [math.sqrt(self.size / len(sizes) / size) for size in sizes]
-        for view in range(cache.views):
-            for images in train.split(self.chunk):
-                for total, block in zip(sums, self.blocks(view_of(cache, images, view)), strict=True):
-                    total.add(block)
-        self.standardise = nn.ModuleList(total.standardise() for total in sums)
+        self.standardise = nn.ModuleList(standardise)
 
-    def blocks(self, batch: Batch) -> list[Tensor]:
-        encoders = (batch, *batch.also)
-        found = [block for seen in encoders for name in self.names for block in feature_blocks(name, seen)]
-        if self.transform == "signed_sqrt":
-            found = [F.normalize(block.sign() * block.abs().sqrt(), dim=-1) for block in found]
-        return found
+    @classmethod
+    def measure(cls, cache: Cache, settings: FeatureSettings) -> Self:
+        """Mean and scale of every view of the training images, taken from `cache` chunk by chunk."""
+        train = cache.images("train")
+        sums = [Sums(block) for block in blocks_of(settings, cache.batch(train[:1]))]
+        chunk = chunk_of(sum(len(total.total) for total in sums))
+        for view in range(cache.views):
+            for images in train.split(chunk):
+                for total, block in zip(sums, blocks_of(settings, view_of(cache, images, view)), strict=True):
+                    total.add(block)
+        return cls(settings, [total.standardise() for total in sums])
+
+    @classmethod
+    def from_state(cls, state: State, settings: FeatureSettings) -> Self:
+        count = sum(name.endswith(".mean") for name in state)
+        return cls(settings, [Standardise.from_state(within(state, f"standardise.{block}")) for block in range(count)])
+
+    @property
+    def chunk(self) -> int:
+        return chunk_of(self.size)
 
     def forward(self, batch: Batch) -> Tensor:
-        parts = zip(self.blocks(batch), self.standardise, self.weights, strict=True)
+        parts = zip(blocks_of(self.settings, batch), self.standardise, self.weights, strict=True)
         return torch.cat([standardise(block) * weight for block, standardise, weight in parts], dim=-1)
 
     def of(self, cache: Cache, images: Tensor, view: int = 0) -> Tensor:
@@ -102,6 +108,20 @@ class Features(nn.Module):
     def of_training(self, cache: Cache) -> Tensor:
         """x (V n, F) of the training images, all of view 0 first."""
         return torch.cat([self.of(cache, cache.images("train"), view) for view in range(cache.views)])
+
+
+def blocks_of(settings: FeatureSettings, batch: Batch) -> list[Tensor]:
+    """The vectors that settings name, (B, F) each, transformed: of the run's own encoder, then of each other."""
+    encoders = (batch, *batch.also)
+    found = [block for seen in encoders for name in settings.features for block in feature_blocks(name, seen)]
+    if settings.transform == "signed_sqrt":
+        found = [F.normalize(block.sign() * block.abs().sqrt(), dim=-1) for block in found]
+    return found
+
+
+def chunk_of(size: int) -> int:
+    """How many images of `size` numbers are read at a time."""
+    return max(1, min(CHUNK, ROOM // size))
 
 
 class Sums:

@@ -1,7 +1,7 @@
 """What a head makes of an image's nodes first: the local vectors of the encoder, or its raw tokens."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from training.data import Batch, Cache
 from training.layers.blocks import Standardise
+from training.layers.states import State, within
 
 # all; selected: the patches that label_patches selected; tokens: raw tokens, before the encoder's projection.
 NodeKind = Literal["all", "selected", "tokens"]
@@ -24,11 +25,10 @@ def training_sample(cache: Cache, images: int = SAMPLE) -> Batch:
 class Projection(nn.Module):
     """LN(V v + b), v standardised by training images."""
 
-    def __init__(self, sample: Tensor, width: int) -> None:
-        """sample (n, D): vectors of training images."""
+    def __init__(self, standardise: Standardise, width: int) -> None:
         super().__init__()
-        self.standardise = Standardise(sample)
-        self.linear, self.norm = nn.Linear(sample.shape[1], width), nn.LayerNorm(width)
+        self.standardise = standardise
+        self.linear, self.norm = nn.Linear(len(standardise.mean), width), nn.LayerNorm(width)
 
     def forward(self, v: Tensor) -> Tensor:
         """v (..., D) -> (..., width)."""
@@ -39,18 +39,36 @@ class Projection(nn.Module):
         return out
 
 
+class NodeScales(NamedTuple):
+    """What is standard among the nodes of training images."""
+
+    local: Standardise
+    whole: Standardise | None  # of pictures, where they do not stand among the nodes: beside tokens
+
+    @classmethod
+    def measure(cls, cache: Cache, kind: NodeKind) -> Self:
+        if kind == "tokens":
+            tokens = training_sample(cache, TOKEN_SAMPLE).tokens.flatten(0, 1).float()
+            return cls(Standardise(tokens), Standardise(cache.globals(cache.images("train"))))
+        sample = training_sample(cache)
+        return cls(Standardise(sample.nodes[sample.mask]), None)
+
+    @classmethod
+    def from_state(cls, state: State) -> Self:
+        """From that of a NodeInput."""
+        local, whole = (within(state, f"{name}.standardise") for name in cls._fields)
+        return cls(Standardise.from_state(local), Standardise.from_state(whole) if whole else None)
+
+
 class NodeInput(nn.Module):
     """LN(V v_n + b) of an image's nodes, node 0 the whole picture; tokens and the picture have a V each."""
 
-    def __init__(self, cache: Cache, kind: NodeKind, width: int) -> None:
+    def __init__(self, scales: NodeScales, kind: NodeKind, width: int) -> None:
         super().__init__()
         self.kind = kind
-        if kind == "tokens":
-            self.local = Projection(training_sample(cache, TOKEN_SAMPLE).tokens.flatten(0, 1).float(), width)
-            self.whole = Projection(cache.globals(cache.images("train")), width)
-        else:
-            sample = training_sample(cache)
-            self.local = Projection(sample.nodes[sample.mask], width)
+        self.local = Projection(scales.local, width)
+        if scales.whole is not None:
+            self.whole = Projection(scales.whole, width)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, n, width), and which nodes count (B, n) bool."""

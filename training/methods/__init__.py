@@ -2,15 +2,22 @@
 
 A method's module holds `Settings`, a `fieldmark.params.Block` with every knob, its default and a comment on its line;
 `SEEDED`, false where no random number is drawn, so that one fit stands for every seed; `READS`, the parts of the cache
-that it looks at under any settings; a torch module whose `forward(batch)` returns an `Output`; and
-`fit(cache, settings, seed)`, which returns a `Fitted`. There is no list of methods to extend.
+that it looks at under any settings; a torch module whose `forward(batch)` returns an `Output`;
+`fit(cache, settings, seed)`, which returns a `Fitted`; and `build(state, settings, classes)`, which makes that module
+again without an image. There is no list of methods to extend.
+
+`build` is given the module's `state_dict`, the settings as val chose them (`settle` of training/folds.py) and how many
+classes there are. What it returns has each tensor of that state in its shape, and all that is no tensor as it was; then
+the state is loaded (training/restore.py).
 
 What READS names (`training/data/` has the parts) decides what is read, what a run's identity and its controls are, and
 what a second machine has to fetch; nothing else can be seen. A method may hold more: `reads(settings)`, what
 of READS these settings leave; `ALSO`, the parts that it reads of other encoders, and `also_reads(settings)`, what of
 ALSO is left. A method without ALSO takes one encoder alone. `BORROWS` says that it learns from images of other classes
-too, where it is lent some (`Cache.others`). A method that finds that this data leaves it nothing to do raises
-`NotPossible`. What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
+too, where it is lent some (`Cache.others`). `texts_add(model, settings, cache, images, classes)` says what each text of
+the bank adds to logit a - logit b, (B, M) of images (B,) with a and b in classes (B, 2), or None where the settings
+leave no text (training/explain.py). A method that finds that this data leaves it nothing to do raises `NotPossible`.
+What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
 (training/folds.py). Settings whose choices are no grid of knobs say what they are themselves (`OwnPoints`).
 """
 
@@ -29,6 +36,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Params, read_block
 from training.data import Cache, kind_of
 from training.layers.logistic import assess, require_val
+from training.layers.states import State
 
 BUDGET = 16  # times that val may be looked at to choose, settings times epochs: the same for every method
 METHODS = Path(__file__).parent
@@ -61,6 +69,7 @@ class MethodModule(Protocol):
     SEEDED: bool
     READS: frozenset[str]
     fit: Callable[[Cache, Block, int], Fitted]
+    build: Callable[[State, Block, int], nn.Module]
 
 
 @runtime_checkable

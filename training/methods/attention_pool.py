@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache, feature_words
 from training.layers.blocks import GatedAttention, silent
-from training.layers.nodes import NodeInput
+from training.layers.nodes import NodeInput, NodeScales
+from training.layers.states import State, within
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
 from training.offset import WithProbe, probe_also_reads, reduce, with_reads
@@ -59,12 +60,12 @@ def also_reads(settings: Settings) -> frozenset[str]:
 
 
 class AttentionPool(nn.Module):
-    def __init__(self, cache: Cache, start: StartingPoint, settings: Settings) -> None:
+    def __init__(self, start: StartingPoint, scales: NodeScales, settings: Settings) -> None:
         super().__init__()
         dimension, classes, hidden = start.probe.in_features, start.probe.out_features, settings.hidden
-        self.offset = None if start.rival is None else start.rival.offset()
-        self.standardise_global, self.has_boxes = start.standardise_global, settings.nodes == "all"
-        self.in_nodes = NodeInput(cache, settings.nodes, hidden)
+        self.offset, self.standardise_global = start.offset, start.standardise_global
+        self.has_boxes = settings.nodes == "all"
+        self.in_nodes = NodeInput(scales, settings.nodes, hidden)
         self.attention = GatedAttention(hidden, hidden // 2)
         self.norm_pooled = nn.LayerNorm(hidden)
         self.dropout = nn.Dropout(settings.dropout)
@@ -91,11 +92,17 @@ class AttentionPool(nn.Module):
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     start = starting_point(cache, settings.start_l2, settings.with_probe)
     told = cache if start.rival is None else start.rival.told(cache)
+    scales = NodeScales.measure(cache, settings.nodes)
     fitted = fit_epochs(
-        lambda: AttentionPool(cache, start, settings),
+        lambda: AttentionPool(start, scales, settings),
         reduce(told, own_reads(settings), frozenset()),
         settings,
         seed,
         settings.loss_weights.model_dump(),
     )
     return replace(fitted, chosen={**fitted.chosen, **start.chosen})
+
+
+def build(state: State, settings: Settings, classes: int) -> AttentionPool:
+    start = StartingPoint.from_state(state, settings.with_probe, classes)
+    return AttentionPool(start, NodeScales.from_state(within(state, "in_nodes")), settings)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from training.data import Batch, Cache
 from training.data.bank import Bank
-from training.layers.blocks import Standardise
+from training.layers.blocks import Standardise, linear_from_state
 from training.layers.logistic import ProbeSettings, fit_probe, training_globals
+from training.layers.states import State, within
 from training.methods import Fitted, NotPossible, Output
 
 SEEDED = False
@@ -42,9 +43,14 @@ class ConceptBottleneck(nn.Module):
         return Output(self.linear(self.standardise(batch.g.float()) @ self.K.T), {}, None)
 
 
+def is_concept(bank: Bank) -> Tensor:
+    """(M,) bool: the texts of the bank that are read."""
+    return bank.kept & ~bank.of_kind("name", "proto")
+
+
 def concepts(bank: Bank) -> Tensor:
     """(M, D): the kept concepts. Raises NotPossible where there is none."""
-    kept = bank.K[bank.kept & ~bank.of_kind("name", "proto")]
+    kept = bank.K[is_concept(bank)]
     if not len(kept):
         raise NotPossible(
             f"{bank.path}: holds no kept concept; write texts (concepts.import) or have a model asked (llm.mode live);"
@@ -63,3 +69,18 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         linear.weight.copy_(chosen.linear.weight @ turn)
         linear.bias.copy_(chosen.linear.bias)
     return Fitted(ConceptBottleneck(standardise, K, linear), chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)
+
+
+def texts_add(model: ConceptBottleneck, settings: Settings, cache: Cache, images: Tensor, classes: Tensor) -> Tensor:
+    """(w_a - w_b) s_k, exactly: with the difference of the biases they make logit a - logit b."""
+    bank = cache.part(Bank)
+    said = model.standardise(cache.globals(images)) @ model.K.T
+    a, b = model.linear.weight[classes].unbind(1)  # (B, M) each
+    found = said.new_zeros(len(images), len(bank.K))
+    found[:, is_concept(bank)] = (a - b) * said
+    return found
+
+
+def build(state: State, settings: Settings, classes: int) -> ConceptBottleneck:
+    standardise = Standardise.from_state(within(state, "standardise"))
+    return ConceptBottleneck(standardise, state["K"], linear_from_state(within(state, "linear")))

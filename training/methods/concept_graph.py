@@ -47,7 +47,7 @@ and not by the image itself.
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -66,11 +66,20 @@ from training.layers.blocks import Dropout, GatedAttention, Standardise, silent
 from training.layers.gather import sum_rows
 from training.layers.graphs import GraphNetwork, Kind, grid_edges, nearest_edges, prepare_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, recovery
-from training.layers.nodes import NodeInput, NodeKind, Projection, in_precision, selected_of, training_sample
-from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs
+from training.layers.nodes import (
+    NodeInput,
+    NodeKind,
+    NodeScales,
+    Projection,
+    in_precision,
+    selected_of,
+    training_sample,
+)
+from training.layers.states import State, within
+from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs, margin
 from training.methods import Fitted, Output
 from training.offset import WithProbe, probe_also_reads, reduce, with_reads
-from training.start import starting_point
+from training.start import StartingPoint, starting_point
 
 SEEDED = True
 OWN = frozenset({"nodes", "tokens", "concepts", "owners", "labels", "edges", "descriptions"})
@@ -184,6 +193,23 @@ def class_anchors(bank: Bank) -> Tensor:
     return own.T @ bank.K / own.sum(0).clamp(min=1)[:, None]
 
 
+class Anchored(NamedTuple):
+    """Vectors are met by the anchors of classes, and the products standardised as those of training images are."""
+
+    anchors: Tensor  # (C, D): class_anchors
+    standardise: Standardise
+
+    @classmethod
+    def measure(cls, anchors: Tensor, sample: Tensor) -> Self:
+        """sample (n, D): vectors of training images."""
+        return cls(anchors, Standardise(sample @ anchors.T))
+
+    @classmethod
+    def from_state(cls, state: State) -> Self:
+        """From that of a module that holds both."""
+        return cls(state["anchors"], Standardise.from_state(within(state, "standardise")))
+
+
 class Bottleneck(nn.Module):
     """z ~ N(mu, s), [mu; log s^2] = Linear(GELU(x)); z = mu at evaluation. Then back to the width of x."""
 
@@ -206,12 +232,11 @@ class Interference(nn.Module):
 
     anchors: Tensor
 
-    def __init__(self, anchors: Tensor, sample: Tensor, dimensions: int, width: int, dropout: float) -> None:
-        """anchors (C, D); sample (n, D): nodes of training images, which say what is standard."""
+    def __init__(self, of_nodes: Anchored, dimensions: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.register_buffer("anchors", anchors)
-        self.standardise = Standardise(sample @ anchors.T)
-        self.narrow, self.widen = nn.Linear(len(anchors), dimensions), nn.Linear(dimensions, width)
+        self.register_buffer("anchors", of_nodes.anchors)
+        self.standardise = of_nodes.standardise
+        self.narrow, self.widen = nn.Linear(len(self.anchors), dimensions), nn.Linear(dimensions, width)
         self.dropout = Dropout(dropout, by_image=True)
 
     def forward(self, v: Tensor) -> Tensor:
@@ -384,11 +409,11 @@ class ConceptStream(nn.Module):
 
     anchors: Tensor
 
-    def __init__(self, anchors: Tensor, sample: Tensor, scale: float) -> None:
-        """anchors (C, D), class_anchors; sample (n, D): global vectors of training images; s starts at `scale`."""
+    def __init__(self, of_images: Anchored, scale: float) -> None:
+        """s starts at `scale`."""
         super().__init__()
-        self.register_buffer("anchors", anchors)
-        self.standardise = Standardise(sample @ anchors.T)
+        self.register_buffer("anchors", of_images.anchors)
+        self.standardise = of_images.standardise
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, g: Tensor) -> Tensor:
@@ -397,37 +422,88 @@ class ConceptStream(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a model takes of the training images and of the bank before it learns; None where it does not read it."""
+
+    start: StartingPoint
+    K: Tensor | None  # (M, D): the bank
+    contrast: tuple[Tensor, Tensor] | None  # (M, C) bool: the kept texts that a class owns; (C, D): class_anchors
+    nodes: NodeScales | None
+    others: tuple[Standardise, ...]  # of the nodes of each other encoder
+    interference: Anchored | None
+    concept: Anchored | None
+    rings: Standardise | None
+
+    @classmethod
+    def measure(cls, cache: Cache, settings: Settings) -> Self:
+        """Raises UserError where labels lack the rings that settings ask for."""
+        start, wanted = starting_point(cache, settings.start_l2, settings.with_probe), own_reads(settings)
+        K = contrast = nodes = interference = concept = rings = None
+        others: tuple[Standardise, ...] = ()
+        if "concepts" in wanted:
+            K = cache.part(Bank).K
+        if "owners" in wanted:
+            bank = cache.part(Bank)
+            contrast = bank.own & bank.kept[:, None], class_anchors(bank)
+        if contrast is not None and "concept" in settings.streams:
+            concept = Anchored.measure(contrast[1], cache.globals(cache.images("train")))
+        if has_graph(settings):
+            sample, nodes = training_sample(cache), NodeScales.measure(cache, settings.nodes)
+            if settings.nodes != "tokens":  # at whose places nodes of other encoders are not
+                others = tuple(Standardise(other.nodes[sample.mask]) for other in sample.also)
+            if contrast is not None and settings.interference:
+                interference = Anchored.measure(contrast[1], sample.nodes[sample.mask])
+            if settings.rings != "none" or settings.loss_weights.rings:
+                labels = cache.part(Labels)
+                if not labels.ring_gains.shape[1]:
+                    raise UserError(f"{labels.path}: hold no ring gains (column ring_gains); run label_patches again")
+                rings = Standardise(sample.ring_gains)
+        return cls(start, K, contrast, nodes, others, interference, concept, rings)
+
+    @classmethod
+    def from_state(cls, state: State, settings: Settings, classes: int) -> Self:
+        """From that of a ConceptGraph: all but what training alone reads."""
+        parts = {name: within(state, name) for name in ("in_nodes", "in_others", "interference", "streams.concept")}
+        rings, count = within(state, "standardise_rings"), len({name.split(".")[0] for name in parts["in_others"]})
+        others = (within(parts["in_others"], f"{place}.standardise") for place in range(count))
+        return cls(
+            start=StartingPoint.from_state(state, settings.with_probe, classes),
+            K=state.get("K"),
+            contrast=None,
+            nodes=NodeScales.from_state(parts["in_nodes"]) if parts["in_nodes"] else None,
+            others=tuple(map(Standardise.from_state, others)),
+            interference=Anchored.from_state(parts["interference"]) if parts["interference"] else None,
+            concept=Anchored.from_state(parts["streams.concept"]) if parts["streams.concept"] else None,
+            rings=Standardise.from_state(rings) if rings else None,
+        )
+
+
 class ConceptGraph(nn.Module):
     K: Tensor
     K_narrow: Tensor
     own: Tensor
     anchors: Tensor
 
-    def __init__(self, cache: Cache, settings: Settings) -> None:
-        """Starts as the tuned linear probe, or as `with_probe`.
-
-        Raises UserError where labels lack the rings that settings ask for.
-        """
+    def __init__(self, given: Given, settings: Settings) -> None:
+        """Starts as the tuned linear probe, or as `with_probe`."""
         super().__init__()
-        start, weights = starting_point(cache, settings.start_l2, settings.with_probe), settings.loss_weights
-        dimension, hidden, classes = start.probe.in_features, settings.hidden, len(cache.classes)
+        start, weights = given.start, settings.loss_weights
+        dimension, hidden, classes = start.probe.in_features, settings.hidden, start.probe.out_features
         self.settings, self.has_graph, self.has_second_graph = settings, has_graph(settings), has_second_graph(settings)
         self.epoch = 0  # training's; see train()
-        self.offset = None if start.rival is None else start.rival.offset()
-        self.standardise_global = start.standardise_global
+        self.offset, self.standardise_global = start.offset, start.standardise_global
         self.dropout = Dropout(settings.dropout)
-        train, wanted = cache.images("train"), own_reads(settings)
-        anchors = class_anchors(cache.part(Bank)) if "owners" in wanted else torch.zeros(classes, dimension)
-        if "concepts" in wanted:
-            self.register_buffer("K", cache.part(Bank).K)
+        if given.K is not None:
+            self.register_buffer("K", given.K)
             self.register_buffer("K_narrow", self.K.bfloat16(), persistent=False)
-        if self.has_graph:
-            self.build_graph(cache, anchors)
+        if given.nodes is not None:
+            self.build_graph(given, given.nodes)
 
-        if weights.contrast:  # what only training reads is not saved
-            bank = cache.part(Bank)
+        if weights.contrast:
             self.to_concepts = nn.Linear(hidden, dimension)
-            self.register_buffer("own", bank.own & bank.kept[:, None], persistent=False)
+            own, anchors = given.contrast or (None, None)
+            self.register_buffer("own", own, persistent=False)  # what only training reads is not saved
             self.register_buffer("anchors", anchors, persistent=False)
         if weights.recovery:
             self.to_proxies = nn.Linear(hidden, PROXY_WIDTH)
@@ -446,28 +522,24 @@ class ConceptGraph(nn.Module):
                 case "relation":
                     streams[stream] = Relation(dimension, hidden, classes, settings.dropout)
                 case "concept":
-                    scale = 1.0 if self.offset is None else 0.0
-                    streams[stream] = ConceptStream(anchors, cache.globals(train), scale)
+                    assert given.concept is not None
+                    streams[stream] = ConceptStream(given.concept, 1.0 if self.offset is None else 0.0)
         self.streams = streams
 
-    def build_graph(self, cache: Cache, anchors: Tensor) -> None:
+    def build_graph(self, given: Given, nodes: NodeScales) -> None:
         """The parts of G1 and of G2."""
-        settings, dimension, hidden = self.settings, anchors.shape[1], self.settings.hidden
-        tokens = settings.nodes == "tokens"
-        self.in_nodes = NodeInput(cache, settings.nodes, hidden)
+        settings, dimension, hidden = self.settings, given.start.probe.in_features, self.settings.hidden
+        self.in_nodes = NodeInput(nodes, settings.nodes, hidden)
         if settings.texts:
             self.in_text, self.norm_text = nn.Linear(dimension, hidden, bias=False), nn.LayerNorm(hidden)
-        weights = 1 if tokens else 2  # of an edge
+        weights = 1 if settings.nodes == "tokens" else 2  # of an edge
         self.network = GraphNetwork(settings.graph, settings.layers, hidden, settings.heads, weights, settings.dropout)
-        sample = training_sample(cache)
-        others = () if tokens else sample.also  # whose nodes are not at the places of tokens
-        self.in_others = nn.ModuleList(Projection(other.nodes[sample.mask], hidden) for other in others)
+        self.in_others = nn.ModuleList(Projection(standardise, hidden) for standardise in given.others)
         self.attention = GatedAttention(hidden, hidden // 2)
         if settings.bottleneck:
             self.bottleneck = Bottleneck(hidden, settings.bottleneck)
-        if settings.interference:
-            nodes = sample.nodes[sample.mask]
-            self.interference = Interference(anchors, nodes, settings.interference, hidden, settings.dropout)
+        if given.interference is not None:
+            self.interference = Interference(given.interference, settings.interference, hidden, settings.dropout)
         if self.has_second_graph:
             self.description = DescriptionGraph(dimension, hidden // 2, settings)
             self.fusion = (
@@ -475,12 +547,8 @@ class ConceptGraph(nn.Module):
                 if settings.description == "gate"
                 else CrossAttention(hidden, hidden // 2, settings.heads)
             )
-        if settings.rings != "none" or settings.loss_weights.rings:
-            labels = cache.part(Labels)
-            gains = labels.ring_gains.shape[1]
-            if not gains:
-                raise UserError(f"{labels.path}: hold no ring gains (column ring_gains); run label_patches again")
-            self.standardise_rings = Standardise(sample.ring_gains)
+        if given.rings is not None:
+            self.standardise_rings, gains = given.rings, len(given.rings.mean)
             if settings.rings == "readout":
                 self.with_rings = nn.Sequential(nn.Linear(hidden + gains, hidden), nn.GELU(), nn.Linear(hidden, hidden))
             if settings.rings == "node":
@@ -642,5 +710,50 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     # Before the seed is set: what these draw must not depend on whether they are remembered.
     start = starting_point(cache, settings.start_l2, settings.with_probe)
     told, weights = prepare(cache, settings.model_dump_json()), settings.loss_weights.model_dump()
-    fitted = fit_epochs(lambda: ConceptGraph(cache, settings), told, settings, seed, weights)
+    given = Given.measure(cache, settings)
+    fitted = fit_epochs(lambda: ConceptGraph(given, settings), told, settings, seed, weights)
     return replace(fitted, chosen={**fitted.chosen, **start.chosen})
+
+
+def texts_add(
+    model: ConceptGraph, settings: Settings, cache: Cache, images: Tensor, classes: Tensor
+) -> Tensor | None:
+    """How far logit a - logit b falls where the image's labels lack a text, at every node and among its concepts.
+
+    What is left of a node's text is a mean as before; density, selected patches and rings stay, and so do interference
+    and the stream `concept`, which read the concepts of classes and not of the image. None where no text of an image is
+    read.
+    """
+    by_node = has_graph(settings) and bool(settings.texts)
+    if not by_node and not has_second_graph(settings):
+        return None
+    model.eval()
+    found = torch.zeros(len(images), len(model.K), device=cache.device)
+    for chunk in torch.arange(len(images)).split(EVALUATION_BATCH):
+        batch = cache.batch(images[chunk])
+        whole, held = margin(model(batch).logits, classes[chunk]), torch.zeros_like(found[chunk], dtype=torch.bool)
+        if by_node:
+            weighs = (batch.concept_weight > 0) & batch.mask[..., None]
+            image = torch.arange(len(chunk), device=held.device)[:, None, None].expand_as(weighs)
+            held[image[weighs], batch.concept_idx[weighs]] = True
+        if has_second_graph(settings):
+            image, place = (batch.selected_concepts >= 0).nonzero(as_tuple=True)
+            held[image, batch.selected_concepts[image, place]] = True
+        for rows in held.nonzero().split(EVALUATION_BATCH):
+            image, text = rows.T
+            lacking = without_texts(cache.batch(images[chunk[image.cpu()]]), text)
+            found[chunk[image.cpu()], text] = whole[image] - margin(model(lacking).logits, classes[chunk][image])
+    return found
+
+
+def without_texts(batch: Batch, text: Tensor) -> Batch:
+    """The batch as if no label of an image named one text of the bank: text (B,)."""
+    gone, shown = batch.concept_idx == text[:, None, None], batch.selected_concepts
+    return batch.changed(
+        concept_weight=batch.concept_weight.masked_fill(gone, 0.0),
+        selected_concepts=shown.masked_fill(shown == text[:, None], -1),
+    )
+
+
+def build(state: State, settings: Settings, classes: int) -> ConceptGraph:
+    return ConceptGraph(Given.from_state(state, settings, classes), settings)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fieldmark.params import Block
 from training.data import Batch, Cache
 from training.data.bank import Bank
+from training.layers.states import State
 from training.layers.texts import class_text
 from training.loop import Positive, untrained
 from training.methods import Fitted, NotPossible, Output
@@ -45,15 +46,18 @@ class DescriptionZeroShot(nn.Module):
         return Output(self.scale * batch.g.float() @ self.class_mean.T, {}, None)
 
 
+def own_texts(bank: Bank) -> Tensor:
+    """(C, M) bool: the texts that each class owns and is judged by."""
+    return bank.own.T & bank.kept & ~bank.of_kind("name", "proto")
+
+
 def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
     """(C, D): a mean over cosines is a product with this mean. Raises NotPossible for a class without concepts.
 
     A text that the bank holds twice counts once.
     """
-    bank = cache.part(Bank)
+    bank, owned = cache.part(Bank), own_texts(cache.part(Bank))
     names = class_text(cache) if class_names else bank.K.new_zeros(len(cache.classes), bank.K.shape[1])
-    texts = bank.kept & ~bank.of_kind("name", "proto")
-    owned = bank.own.T & texts  # (C, M)
     means = []
     for class_id, rows, name in zip(cache.classes, owned, names, strict=True):
         if not rows.any():
@@ -69,3 +73,28 @@ def class_mean(cache: Cache, class_names: bool = False) -> Tensor:
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     return untrained(DescriptionZeroShot(class_mean(cache, settings.class_names), settings.scale), cache)
+
+
+def texts_add(
+    model: DescriptionZeroShot, settings: Settings, cache: Cache, images: Tensor, classes: Tensor
+) -> Tensor:
+    """By the texts of a and of b, exactly; a text that the bank holds twice shares its term.
+
+    From each cosine the middle of the two classes' means is taken off, which the sum does not notice: a text counts by
+    how much better it fits than these texts do in the mean.
+    """
+    bank, owned, g = cache.part(Bank), own_texts(cache.part(Bank)), cache.globals(images)
+    found, middle = g.new_zeros(len(images), len(bank.K)), (g @ model.class_mean.T).gather(1, classes).mean(1)
+    for label in classes.unique().tolist():
+        rows = owned[label].nonzero()[:, 0]
+        _, same, count = torch.unique(bank.K[rows], dim=0, return_inverse=True, return_counts=True)
+        vectors = bank.K[rows]
+        if settings.class_names:
+            vectors = F.normalize(vectors + class_text(cache)[label], dim=-1)
+        sign = (classes == label).float() @ torch.tensor([1.0, -1.0], device=g.device)  # (B,)
+        found[:, rows] += sign[:, None] * model.scale * (g @ vectors.T - middle[:, None]) / (count[same] * len(count))
+    return found
+
+
+def build(state: State, settings: Settings, classes: int) -> DescriptionZeroShot:
+    return DescriptionZeroShot(state["class_mean"], settings.scale)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fieldmark.params import Block, Count
 from training.data import Batch, Cache
 from training.layers.logistic import as_probabilities, training_globals
+from training.layers.states import State
 from training.loop import EVALUATION_BATCH, Positive
 from training.methods import Fitted, Output, search
 
@@ -83,3 +84,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     point, history = search(cache, settings, logits)
     model = NearestNeighbours(keys, values, int(point["k"]), point["temperature"])
     return Fitted(model, history, dict(point))
+
+
+def build(state: State, settings: Settings, classes: int) -> NearestNeighbours:
+    return NearestNeighbours(state["keys"], state["values"], int(state["k"]), float(state["temperature"]))

@@ -18,14 +18,13 @@ from training.layers.blocks import Span, linear_layer
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.ridge import training_targets
-from training.methods import Fitted, search
-from training.methods.linear_probe import Probe
+from training.methods import Fitted, linear_probe, search
 from training.methods.prototypes import class_means
 
 SEEDED = False
 READS = feature_words()
 ALSO = READS
-reads, also_reads = feature_reads, feature_also_reads
+reads, also_reads, build = feature_reads, feature_also_reads, linear_probe.build
 
 
 class Settings(FeatureSettings):
@@ -35,7 +34,7 @@ class Settings(FeatureSettings):
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    features = Features(cache, settings)
+    features = Features.measure(cache, settings)
     x, x_val = features.of_training(cache).double(), features.of(cache, cache.images("val"))
     span = Span(x)
     means, covariance, known = class_means(span.into(x), training_targets(cache))
@@ -46,4 +45,4 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         return linear_layer(span.back(weight), bias)
 
     point, history = search(cache, settings, lambda shrinkage: layer(shrinkage)(x_val))
-    return Fitted(Probe(features, layer(**point)), history, dict(point))
+    return Fitted(linear_probe.Probe(features, layer(**point)), history, dict(point))

@@ -12,9 +12,10 @@ weight outside it pays, so that the objective and its minimum are the same, in f
 from torch import nn
 
 from training.data import Batch, Cache, feature_words
-from training.layers.blocks import Span, linear_layer
+from training.layers.blocks import Span, linear_from_state, linear_layer
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.logistic import ProbeSettings, fit_probe
+from training.layers.states import State, within
 from training.methods import Fitted, Output
 
 SEEDED = False
@@ -39,8 +40,13 @@ class Probe(nn.Module):
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    features = Features(cache, settings)
+    features = Features.measure(cache, settings)
     span = Span(features.of_training(cache))
     chosen = fit_probe(cache, settings, lambda images, view: span.into(features.of(cache, images, view)))
     linear = linear_layer(span.back(chosen.linear.weight.detach()), chosen.linear.bias.detach())
     return Fitted(Probe(features, linear), chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)
+
+
+def build(state: State, settings: FeatureSettings, classes: int) -> Probe:
+    """That of every probe with a linear layer."""
+    return Probe(Features.from_state(within(state, "features"), settings), linear_from_state(within(state, "layer")))

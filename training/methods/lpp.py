@@ -10,14 +10,18 @@ full-batch L-BFGS (layers/logistic.py), the problem being convex, from zero and 
 Left free, alpha fits the training images at the cost of val where there are many.
 """
 
+from typing import cast
+
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import Batch, Cache
+from training.data.bank import Bank
 from training.layers.blocks import Standardise
 from training.layers.logistic import Chosen, ProbeSettings, fit_probe, require_val, training_globals
-from training.layers.texts import class_text
+from training.layers.states import State, within
+from training.layers.texts import class_text, own_names
 from training.loop import NotNegative, Positive
 from training.methods import Fitted, Output, search_points
 
@@ -91,3 +95,21 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     _, text_scale, chosen = best
     model = LPPlusPlus(standardise, chosen.linear)
     return Fitted(model, history, {"l2": chosen.l2, "text_scale": text_scale}, chosen.pass_seconds)
+
+
+def texts_add(model: LPPlusPlus, settings: Settings, cache: Cache, images: Tensor, classes: Tensor) -> Tensor | None:
+    """alpha_a x . s t_a - alpha_b x . s t_b, each shared evenly among the texts that name the class.
+
+    The rest of logit a - logit b is what w and the bias say. None where the settings leave no text.
+    """
+    if "names" not in reads(settings):
+        return None
+    owned, linear = own_names(cache.part(Bank)).float(), cast(BlendedLinear, model.linear)
+    said = linear.weight[:, -1] * (model.standardise(cache.globals(images)) @ linear.text.T)  # (B, C)
+    share = owned / owned.sum(1, keepdim=True)
+    a, b = (said.gather(1, classes)[..., None] * share[classes]).unbind(1)
+    return a - b
+
+
+def build(state: State, settings: Settings, classes: int) -> LPPlusPlus:
+    return LPPlusPlus(Standardise.from_state(within(state, "standardise")), BlendedLinear(state["linear.text"]))

@@ -11,6 +11,7 @@ from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import Standardise
 from training.layers.logistic import training_globals
+from training.layers.states import State, within
 from training.loop import Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
 
@@ -25,9 +26,9 @@ class Settings(Schedule):
 
 
 class MLP(nn.Module):
-    def __init__(self, standardise: Standardise, dimension: int, classes: int, settings: Settings) -> None:
+    def __init__(self, standardise: Standardise, classes: int, settings: Settings) -> None:
         super().__init__()
-        self.standardise = standardise
+        self.standardise, dimension = standardise, len(standardise.mean)
         self.layers = nn.Sequential(
             nn.LayerNorm(dimension),
             nn.Linear(dimension, settings.hidden),
@@ -41,6 +42,9 @@ class MLP(nn.Module):
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    vectors, _ = training_globals(cache)
-    standardise, dimension = Standardise(vectors), vectors.shape[1]
-    return fit_epochs(lambda: MLP(standardise, dimension, len(cache.classes), settings), cache, settings, seed)
+    standardise = Standardise(training_globals(cache)[0])
+    return fit_epochs(lambda: MLP(standardise, len(cache.classes), settings), cache, settings, seed)
+
+
+def build(state: State, settings: Settings, classes: int) -> MLP:
+    return MLP(Standardise.from_state(within(state, "standardise")), classes, settings)

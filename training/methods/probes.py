@@ -17,6 +17,7 @@ from training.data import Cache, feature_words
 from training.folds import settle
 from training.layers.features import feature_also_reads, feature_reads, require_feature
 from training.layers.logistic import require_val
+from training.layers.states import State
 from training.methods import Fitted, lda, linear_probe, rbf_ridge, ridge, single_points
 
 SEEDED = False
@@ -124,3 +125,9 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
             best = score, Fitted(fitted.model, history, chosen, fitted.epoch_seconds)
     assert best is not None
     return best[1]
+
+
+def build(state: State, settings: Settings, classes: int) -> linear_probe.Probe:
+    [candidate] = settings.candidates
+    made: linear_probe.Probe = FAMILY[candidate.method].build(state, candidate.of(settings.features), classes)
+    return made

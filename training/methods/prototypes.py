@@ -20,6 +20,7 @@ from fieldmark.params import Block
 from training.data import Batch, Cache
 from training.layers.blocks import Standardise
 from training.layers.logistic import as_probabilities, training_globals
+from training.layers.states import State, within
 from training.loop import Positive
 from training.methods import Fitted, Output, search
 
@@ -78,9 +79,14 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     means, within, seen = class_means(standardise(vectors), as_probabilities(target, len(cache.classes)))
     g = cache.globals(cache.images("val"))
 
-    def build(shrinkage: float, scale: float) -> Prototypes:
+    def model(shrinkage: float, scale: float) -> Prototypes:
         whiten = whitening(within, shrinkage)
         return Prototypes(standardise, whiten, means @ whiten, seen, scale)
 
-    point, history = search(cache, settings, lambda shrinkage, scale: build(shrinkage, scale).classify(g))
-    return Fitted(build(**point), history, dict(point))
+    point, history = search(cache, settings, lambda shrinkage, scale: model(shrinkage, scale).classify(g))
+    return Fitted(model(**point), history, dict(point))
+
+
+def build(state: State, settings: Settings, classes: int) -> Prototypes:
+    standardise = Standardise.from_state(within(state, "standardise"))
+    return Prototypes(standardise, state["whiten"], state["means"], state["seen"], float(state["scale"]))

@@ -18,6 +18,7 @@ from training.data import Cache, feature_words
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.logistic import Positive
 from training.layers.ridge import Basis, Build, Judged, basis_of_kernel, choose_left_out, training_rows
+from training.layers.states import State, within
 from training.methods import Fitted, grid
 from training.methods.linear_probe import Probe
 
@@ -61,7 +62,7 @@ def gauss(x: Tensor, rows: Tensor, distance: Tensor | float) -> Tensor:
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    features = Features(cache, settings)
+    features = Features.measure(cache, settings)
     held, rows = features.of_training(cache), training_rows(cache, features)
     # Twice the sum of the variances.
     mean_distance = 2 * held.double().var(0, correction=0).sum().item()
@@ -81,3 +82,9 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
 
     layer, chosen, history = choose_left_out(cache, features, grid(settings), basis_of)
     return Fitted(Probe(features, layer), history, chosen)
+
+
+def build(state: State, settings: Settings, classes: int) -> Probe:
+    layer = within(state, "layer")
+    kernel = KernelLayer(layer["rows"], layer["coefficients"], layer["bias"], float(layer["distance"]))
+    return Probe(Features.from_state(within(state, "features"), settings), kernel)

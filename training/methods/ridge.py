@@ -21,13 +21,12 @@ from training.layers.blocks import linear_layer
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.logistic import Positive
 from training.layers.ridge import Basis, Build, Judged, basis_of_rows, choose_left_out, training_rows
-from training.methods import Fitted, grid
-from training.methods.linear_probe import Probe
+from training.methods import Fitted, grid, linear_probe
 
 SEEDED = False
 READS = feature_words()
 ALSO = READS
-reads, also_reads = feature_reads, feature_also_reads
+reads, also_reads, build = feature_reads, feature_also_reads, linear_probe.build
 
 
 class Settings(FeatureSettings):
@@ -37,7 +36,7 @@ class Settings(FeatureSettings):
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    features = Features(cache, settings)
+    features = Features.measure(cache, settings)
     unit = math.sqrt(features.size)
 
     def basis_of(point: Mapping[str, float]) -> tuple[Basis, Build]:
@@ -50,4 +49,4 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         return basis, build
 
     linear, chosen, history = choose_left_out(cache, features, grid(settings), basis_of)
-    return Fitted(Probe(features, linear), history, chosen)
+    return Fitted(linear_probe.Probe(features, linear), history, chosen)

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 
 from fieldmark.params import Count
 from training.data import Batch, Cache
+from training.data.bank import Bank
 from training.layers.logistic import as_probabilities, require_val
-from training.layers.texts import class_text
+from training.layers.states import State
+from training.layers.texts import class_text, name_terms
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output, search_points
 
@@ -89,10 +91,20 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     text, (keys, values) = class_text(cache), fill_cache(cache, settings.cache_images, seed)
     best: tuple[tuple[float, float], Fitted] | None = None
     for alpha, beta in itertools.product(settings.alpha, settings.beta):
-        build = functools.partial(TipAdapter, text, keys, values, settings.scale, alpha, beta)
-        fitted = fit_epochs(build, cache, settings, seed)
+        model = functools.partial(TipAdapter, text, keys, values, settings.scale, alpha, beta)
+        fitted = fit_epochs(model, cache, settings, seed)
         score = max((row["val_accuracy"], -row["val_loss"]) for row in fitted.history)
         if best is None or score > best[0]:
             best = score, replace(fitted, chosen={**fitted.chosen, "alpha": alpha, "beta": beta})
     assert best is not None
     return best[1]
+
+
+def texts_add(model: TipAdapter, settings: Settings, cache: Cache, images: Tensor, classes: Tensor) -> Tensor:
+    """By the texts that name a or b, exactly; the rest of logit a - logit b is what the keys say."""
+    return model.scale * name_terms(cache.part(Bank), cache.globals(images), classes)
+
+
+def build(state: State, settings: Settings, classes: int) -> TipAdapter:
+    text, keys, values = state["class_text"], state["keys"], state["values"]
+    return TipAdapter(text, keys, values, settings.scale, float(state["alpha"]), float(state["beta"]))

@@ -30,14 +30,13 @@ from training.layers.features import Features, FeatureSettings, Transform, featu
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
-from training.methods import Fitted, NotPossible, search
-from training.methods.linear_probe import Probe
+from training.methods import Fitted, NotPossible, linear_probe, search
 from training.methods.prototypes import class_means
 
 SEEDED = False
 READS = feature_words()
 ALSO = READS
-reads, also_reads = feature_reads, feature_also_reads
+reads, also_reads, build = feature_reads, feature_also_reads, linear_probe.build
 BORROWS = True  # it reads the images and labels of `Cache.others`
 
 
@@ -77,7 +76,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         return linear_layer(span.back(weight) / scale, (bias - weight @ centre) / scale)
 
     point, history = search(cache, settings, lambda shrinkage, strength: layer(shrinkage, strength)(x_val))
-    return Fitted(Probe(features, layer(**point)), history, dict(point))
+    return Fitted(linear_probe.Probe(features, layer(**point)), history, dict(point))
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,7 +86,7 @@ def learn(cache: Cache, names: tuple[str, ...], transform: Transform) -> Learned
     if others is None or training_targets(others).any(0).sum() < 2:
         raise NotPossible("no images of two other classes are lent to it, so there is nothing to transfer; take lda")
     # Few images say little of mean and scale too.
-    features = Features(others, FeatureSettings(features=list(names), transform=transform))
+    features = Features.measure(others, FeatureSettings(features=list(names), transform=transform))
     x_others, x = features.of_training(others).double(), features.of_training(cache).double()
     told = training_targets(cache)
     span = Span(torch.cat([x_others, x]))

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from fieldmark.params import Block
 from training.data import Batch, Cache
-from training.layers.texts import class_text
+from training.data.bank import Bank
+from training.layers.states import State
+from training.layers.texts import class_text, name_terms
 from training.loop import Positive, untrained
 from training.methods import Fitted, Output
 
@@ -35,3 +37,12 @@ class ZeroShot(nn.Module):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     return untrained(ZeroShot(class_text(cache), settings.scale), cache)
+
+
+def texts_add(model: ZeroShot, settings: Settings, cache: Cache, images: Tensor, classes: Tensor) -> Tensor:
+    """By the texts that name a or b, exactly."""
+    return model.scale * name_terms(cache.part(Bank), cache.globals(images), classes)
+
+
+def build(state: State, settings: Settings, classes: int) -> ZeroShot:
+    return ZeroShot(state["class_text"], settings.scale)

@@ -18,7 +18,7 @@ from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes, mean_and_max
 from training.data.rows import EncoderFiles
 from training.layers.blocks import Standardise
-from training.layers.features import Features, FeatureSettings, parts_of
+from training.layers.features import Features, FeatureSettings, blocks_of, parts_of
 from training.methods import also_reads_of, linear_probe, read_settings, reads_of, ridge
 
 Planted = Callable[[Plan], Cache]
@@ -35,7 +35,7 @@ def test_mean_and_maximum_by_hand() -> None:
 
 def test_the_global_vector_alone_is_standardised_and_no_more(planted: Planted) -> None:
     cache = planted(Plan(views=2))
-    features, train = Features(cache, FeatureSettings()), cache.images("train")
+    features, train = Features.measure(cache, FeatureSettings()), cache.images("train")
     vectors = torch.cat([cache.globals(train, view) for view in range(2)])
     assert torch.equal(features.of_training(cache), Standardise(vectors)(vectors))
     assert torch.equal(features.of(cache, train, 1), Standardise(vectors)(cache.globals(train, 1)))
@@ -45,7 +45,7 @@ def test_the_global_vector_alone_is_standardised_and_no_more(planted: Planted) -
 def test_blocks_have_equal_weight_whatever_their_sizes(planted: Planted, transform: str) -> None:
     cache = planted(Plan(views=2))
     settings = FeatureSettings.model_validate({"features": ["global", "nodes"], "transform": transform})
-    features = Features(cache, settings)
+    features = Features.measure(cache, settings)
     x = features.of_training(cache)
     assert x.shape[1] == features.size == 3 * 32
     for block in x.split(32, dim=1):
@@ -53,7 +53,7 @@ def test_blocks_have_equal_weight_whatever_their_sizes(planted: Planted, transfo
         assert block.var(0, correction=0).sum().item() == pytest.approx(32, rel=1e-4)
     # As if the global vector came twice as wide: its weight in the sum stays what it was.
     wide = replace(cache, parts=cache.parts.with_part(doubled(cache)))
-    x = Features(wide, settings).of_training(wide)
+    x = Features.measure(wide, settings).of_training(wide)
     sums = [block.var(0, correction=0).sum().item() for block in x.split([64, 32, 32], dim=1)]
     assert sums == pytest.approx([128 / 3] * 3, rel=1e-4)
 
@@ -65,9 +65,8 @@ def doubled(cache: Cache) -> Globals:
 
 def test_signed_roots_of_unit_length_by_a_loop(planted: Planted) -> None:
     cache = planted(Plan())
-    features = Features(cache, FeatureSettings(transform="signed_sqrt"))
     batch = cache.batch(cache.images("test")[:3])
-    [found] = features.blocks(batch)
+    [found] = blocks_of(FeatureSettings(transform="signed_sqrt"), batch)
     for vector, said in zip(batch.g.tolist(), found.tolist(), strict=True):
         roots = [(value > 0) * abs(value) ** 0.5 - (value < 0) * abs(value) ** 0.5 for value in vector]
         length = sum(root**2 for root in roots) ** 0.5
@@ -76,7 +75,7 @@ def test_signed_roots_of_unit_length_by_a_loop(planted: Planted) -> None:
 
 def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
     cache = planted(Plan(views=2))
-    features = Features(cache, FeatureSettings(features=["nodes", "global"]))
+    features = Features.measure(cache, FeatureSettings(features=["nodes", "global"]))
     images = cache.images("train")[:7]
     shown = features(cache.batch(images, torch.ones(7, dtype=torch.long)))
     assert torch.equal(features.of(cache, images, 1), shown)
@@ -99,10 +98,10 @@ def test_what_a_probe_reads_follows_from_its_features() -> None:
 
 def test_moments_stand_beside_the_global_vector(planted: Planted) -> None:
     cache = planted(Plan(views=2))
-    features = Features(cache, FeatureSettings(features=["pooled", "global"]))
+    features = Features.measure(cache, FeatureSettings(features=["pooled", "global"]))
     images = cache.images("train")[:7]
     batch = cache.batch(images, torch.ones(7, dtype=torch.long))
-    pooled, whole = features.blocks(batch)
+    pooled, whole = blocks_of(features.settings, batch)
     assert torch.equal(pooled, cache.part(Moments).vectors["pooled"][2 * images + 1].float())
     assert torch.equal(whole, cache.globals(images, 1))
     assert features(batch).shape == (7, 36 + 32)
@@ -151,9 +150,9 @@ def test_vectors_of_other_encoders_are_further_blocks(tmp_path: Path) -> None:
     assert reads == {"nodes", "pooled"}
     assert also_reads == {"nodes", "globals", "pooled"}
     cache = read_cache(tmp_path, "tiny", 3, reads, ["other"], also_reads)
-    features, images = Features(cache, settings), cache.images("train")[:5]
+    features, images = Features.measure(cache, settings), cache.images("train")[:5]
     batch = cache.batch(images, torch.ones(5, dtype=torch.long))
-    blocks = features.blocks(batch)
+    blocks = blocks_of(features.settings, batch)
     assert [block.shape[1] for block in blocks] == [32, 32, 32, 36, 20, 20, 20, 24]
     assert torch.equal(blocks[-1], batch.also[0].pooled)
     assert torch.equal(blocks[-2], batch.also[0].g)
@@ -167,7 +166,7 @@ def test_another_encoder_without_the_same_nodes_stands_beside_where_none_is_read
     write_moments(tmp_path, "other", "pooled", 24)
     settings = ridge.Settings(features=["pooled"])
     cache = read_cache(tmp_path, "tiny", 3, {"pooled"}, ["other"], also_reads_of("ridge", settings))
-    assert Features(cache, settings).size == 36 + 24
+    assert Features.measure(cache, settings).size == 36 + 24
     with pytest.raises(UserError, match="embed/other/images"):
         read_cache(tmp_path, "tiny", 3, {"nodes"}, ["other"], {"nodes"})
 
@@ -175,10 +174,11 @@ def test_another_encoder_without_the_same_nodes_stands_beside_where_none_is_read
 def test_mean_and_scale_do_not_depend_on_the_chunks(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = planted(Plan(views=2))
     settings = FeatureSettings(features=["nodes", "pooled"])
-    whole = Features(cache, settings)
+    whole = Features.measure(cache, settings)
+    assert whole.chunk == 2048
     monkeypatch.setattr("training.layers.features.ROOM", 5 * whole.size)
-    some = Features(cache, settings)
-    assert (some.chunk, whole.chunk) == (5, 2048)
+    some = Features.measure(cache, settings)
+    assert some.chunk == 5
     for one, other in zip(some.standardise, whole.standardise, strict=True):
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.scale, other.scale)

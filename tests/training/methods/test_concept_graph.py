@@ -17,7 +17,9 @@ from training.data.descriptions import Descriptions
 from training.data.nodes import Nodes
 from training.loop import assess_split, decayed_groups, total_loss
 from training.methods.concept_graph import (
+    Anchored,
     ConceptGraph,
+    Given,
     Interference,
     Settings,
     class_anchors,
@@ -58,7 +60,8 @@ def cache(planted: Callable[[Plan], Cache]) -> Cache:
 def build(cache: Cache, **knobs: object) -> ConceptGraph:
     """A model whose every part says something."""
     torch.manual_seed(0)
-    model = ConceptGraph(cache, Settings.model_validate({"hidden": 32, "dropout": 0.0, **knobs}))
+    settings = Settings.model_validate({"hidden": 32, "dropout": 0.0, **knobs})
+    model = ConceptGraph(Given.measure(cache, settings), settings)
     shake(model)
     return model.eval()
 
@@ -76,10 +79,8 @@ def test_node_text_equals_a_loop_over_the_heaviest_concepts(cache: Cache) -> Non
 
 
 def test_it_starts_as_the_linear_probe(cache: Cache) -> None:
-    model, batch = (
-        ConceptGraph(cache, Settings(streams=["global", "local", "relation", "fused"])).eval(),
-        cache.batch(cache.images("test")),
-    )
+    settings, batch = Settings(streams=["global", "local", "relation", "fused"]), cache.batch(cache.images("test"))
+    model = ConceptGraph(Given.measure(cache, settings), settings).eval()
     start = starting_point(cache)
     torch.testing.assert_close(model(batch).logits, start.probe(start.standardise_global(batch.g)))
 
@@ -229,8 +230,8 @@ def test_what_is_found_before_training_is_what_a_batch_would_find(
 
 
 def test_the_concept_stream_is_the_mean_cosine_of_a_class_s_concepts(cache: Cache) -> None:
-    batch = cache.batch(cache.images("test"))
-    said = ConceptGraph(cache, Settings(streams=["concept"])).eval()(batch).logits
+    batch, settings = cache.batch(cache.images("test")), Settings(streams=["concept"])
+    said = ConceptGraph(Given.measure(cache, settings), settings).eval()(batch).logits
     own, train = cache.part(Bank).own & cache.part(Bank).kept[:, None], cache.globals(cache.images("train"))
     mean, expected = (
         torch.stack([(g @ cache.part(Bank).K[own[:, label]].T).mean(1) for label in range(4)], dim=1)
@@ -242,7 +243,7 @@ def test_the_concept_stream_is_the_mean_cosine_of_a_class_s_concepts(cache: Cach
 
 def test_interference_is_the_standardised_product_and_reads_no_other_image(cache: Cache) -> None:
     anchors, v = class_anchors(cache.part(Bank)), cache.batch(cache.images("train")).nodes
-    part = Interference(anchors, v.flatten(0, 1), 6, 16, 0.0)
+    part = Interference(Anchored.measure(anchors, v.flatten(0, 1)), 6, 16, 0.0)
     met = part.standardise(v @ anchors.T)
     torch.testing.assert_close(part(v), part.widen(F.elu(part.narrow(met))), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(part(v[:1]), part(v)[:1])
@@ -269,7 +270,7 @@ def test_rings_reach_the_decision(cache: Cache, entry: str) -> None:
 @pytest.mark.parametrize("knobs", [{"rings": "node"}, {"loss_weights": {"rings": 0.1}}])
 def test_rings_that_labels_lack_are_refused(planted: Callable[[Plan], Cache], knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"labels/tiny: hold no ring gains .*run label_patches"):
-        ConceptGraph(planted(Plan()), Settings.model_validate(knobs))
+        Given.measure(planted(Plan()), Settings.model_validate(knobs))
 
 
 @pytest.mark.parametrize("knobs", [{"graph": "gat"}, {"description": "attention"}])

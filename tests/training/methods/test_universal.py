@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
+from fieldmark.params import Block
 from tests.training.cache import Plan
 from training import loop, methods
 from training.data import Batch, Cache, Part, kind_of, part_kinds
@@ -28,11 +29,14 @@ from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
 from training.data.tokens import Tokens
+from training.folds import settle
 from training.knobs import say_knobs
 from training.layers import logistic
 from training.layers.logistic import assess
+from training.layers.states import state_of
 from training.loop import assess_split, decayed_groups, predict, total_loss
 from training.methods import BUDGET, Fitted, load_method, reads_of, search_points, single_points
+from training.restore import build
 from training.start import starting_point
 
 METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"))
@@ -70,13 +74,17 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
-    """A method fitted in a moment: fewer epochs and one point of the grid, where it has such knobs."""
-    module, cache = load_method(method), lend(method, cache)
+    """A method fitted in a moment."""
+    return load_method(method).fit(lend(method, cache), quick_settings(method, **knobs), seed)
+
+
+def quick_settings(method: str, **knobs: object) -> Block:
+    """Fewer epochs and one point of the grid, where a method has such knobs."""
     wanted = {"epochs": 4, "batch_size": 32, "weight_decay": [0.01], "hidden": 32, "precision": "fp32", **knobs}
     if method == "tip_adapter":
         wanted |= {"alpha": [10.0], "beta": [10.0]}
-    known = {name: value for name, value in wanted.items() if name in module.Settings.model_fields}
-    return module.fit(cache, module.Settings(**known), seed)
+    of_method = load_method(method).Settings
+    return of_method(**{name: value for name, value in wanted.items() if name in of_method.model_fields})
 
 
 def lend(method: str, cache: Cache) -> Cache:
@@ -96,12 +104,16 @@ def cache(planted: Planted) -> Cache:
 
 
 @pytest.fixture(scope="module")
-def models(cache: Cache) -> dict[str, torch.nn.Module]:
-    models = {}
-    for method in METHODS:
-        models[method] = quick(method, cache, **FEATURES).model
-        shake(models[method])
-    return models
+def fits(cache: Cache) -> dict[str, Fitted]:
+    fits = {method: quick(method, cache, **FEATURES) for method in METHODS}
+    for fitted in fits.values():
+        shake(fitted.model)
+    return fits
+
+
+@pytest.fixture(scope="module")
+def models(fits: dict[str, Fitted]) -> dict[str, torch.nn.Module]:
+    return {method: fitted.model for method, fitted in fits.items()}
 
 
 def shake(model: torch.nn.Module) -> None:
@@ -271,15 +283,26 @@ def test_9_the_loss_is_finite_in_every_corner(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_10_a_saved_model_says_the_same(
-    models: dict[str, torch.nn.Module], cache: Cache, method: str, tmp_path: Path
+    fits: dict[str, Fitted], cache: Cache, method: str, tmp_path: Path
 ) -> None:
+    settings = settle(quick_settings(method, **FEATURES), fits[method].chosen)
+    assert_saved(fits[method].model, method, settings, cache, tmp_path)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_10_a_saved_model_with_every_part_says_the_same(planted: Planted, method: str, tmp_path: Path) -> None:
+    cache, knobs = planted(Plan(rings=2, sentences=2)), {**WHOLE[method], "epochs": 1}
+    fitted = quick(method, cache, **knobs)
+    shake(fitted.model)
+    assert_saved(fitted.model, method, settle(quick_settings(method, **knobs), fitted.chosen), cache, tmp_path)
+
+
+def assert_saved(model: torch.nn.Module, method: str, settings: Block, cache: Cache, folder: Path) -> None:
+    """A model that is made of the saved state alone is what it was."""
     images = cache.images("test")
-    said = predict(models[method], cache, images)
-    save_file(models[method].state_dict(), tmp_path / "model.safetensors")
-    other = quick(method, cache, seed=5, epochs=1, **FEATURES).model
-    shake(other)
-    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(predict(other, cache, images), said)
+    save_file(state_of(model), folder / "model.safetensors")
+    other = build(method, settings, len(cache.classes), load_file(folder / "model.safetensors")).to(cache.device)
+    assert torch.equal(predict(other, cache, images), predict(model, cache, images))
 
 
 @pytest.mark.parametrize("method", TRAINED)
