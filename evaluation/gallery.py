@@ -35,11 +35,6 @@ def read_logits(data: Path, run: Run) -> Floats:
     return store.vectors_of(kept, "logits").astype(np.float64)
 
 
-def softmax(logits: Floats) -> Floats:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
 def members(
     folder: Path, schema: str, buckets: int, image_ids: Iterable[str], columns: list[str]
 ) -> Iterator[pa.Table]:
@@ -119,10 +114,13 @@ def read_patches(
     return {one: {"patches": patches[one], "selected": chosen[one]} for one in image_ids}
 
 
-def answer(probabilities: Floats) -> list[list[int]]:
-    """The LIKELY classes of highest probability (C,), with it in thousandths; equal ones in the order of classes."""
-    order = np.argsort(-probabilities, kind="stable")[:LIKELY]
-    return [[int(label), round(1000 * float(probabilities[label]))] for label in order]
+def answer(probabilities: Floats, true: int) -> list[list[int]]:
+    """The LIKELY classes of highest probability (C,), with it in thousandths; the true one last where it is not there.
+
+    Equal ones stand in the order of classes.
+    """
+    order = np.argsort(-probabilities, kind="stable")[:LIKELY].tolist()
+    return [[label, round(1000 * float(probabilities[label]))] for label in [*order, *{true}.difference(order)]]
 
 
 def picture_rows(
@@ -143,7 +141,7 @@ def picture_rows(
             "split": str(shown.split[position]),
             "group": row["group"],
             "y": int(shown.y[position]),
-            "top": answer(probabilities[position]),
+            "top": answer(probabilities[position], int(shown.y[position])),
             "guesses": [int(guess[position]) for guess in guesses],
         }
         found.append((row["image_id"], picture))

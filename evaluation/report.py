@@ -23,7 +23,8 @@ tunes on them: they are shown with --open-test alone, and that is written down, 
 run removes.
 
     python -m evaluation.report
-    python -m evaluation.report --open-test   # test pictures too
+    python -m evaluation.report --study NAME   # out-of-fold images of a study: many more than val has
+    python -m evaluation.report --open-test    # test pictures too
 """
 
 import shutil
@@ -35,6 +36,7 @@ import pyarrow as pa
 
 from evaluation import opened
 from evaluation.accuracies import accuracy_rows, reach_of, summarise, units_of
+from evaluation.calibration import read_half
 from evaluation.classes import class_rows, confused_pairs, confusion, mean_doubt, order_classes
 from evaluation.concept_bank import (
     CHANCE,
@@ -47,8 +49,10 @@ from evaluation.concept_bank import (
     written_texts,
 )
 from evaluation.curves import read_curves
-from evaluation.gallery import picture_rows, read_logits, read_patches, read_thumbs, softmax
+from evaluation.decisions import explain_runs, to_explain
+from evaluation.gallery import picture_rows, read_logits, read_patches, read_thumbs
 from evaluation.health import HEALTH, contamination, near_pairs, odd_sizes, read_health
+from evaluation.out_of_fold import FOLD, half_of, read_out_of_fold
 from evaluation.page import FILES, Page, render
 from evaluation.runs import (
     SPLITS,
@@ -63,6 +67,7 @@ from evaluation.runs import (
     read_marks,
     read_run,
 )
+from evaluation.unsure import answers, judge_half
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts import gate
@@ -144,8 +149,10 @@ def explain(
     image_id = dict(zip(index["path"].to_pylist(), index["image_id"].to_pylist(), strict=True))
     train = {image_id[shown.paths[at]]: int(shown.y[at]) for at in np.flatnonzero(shown.split == "train")}
     seen = see(data, encoder, buckets, ids, train, len(shown.classes), place)
-    # Test pictures, where they are opened, have no say in what a concept is worth.
-    judged = [number for number, (_, picture) in enumerate(pictures) if picture["split"] != "test"]
+    # Neither test pictures, where they are opened, nor training pictures, by which concepts were selected, have a say
+    # in what a concept is worth.
+    val = {path for path, split in zip(shown.paths, shown.split, strict=True) if split in ("val", "choose")}
+    judged = [number for number, (_, picture) in enumerate(pictures) if picture["path"] in val]
     of_val = seen._replace(weight=seen.weight[judged], node=seen.node[judged])
     y: Ints = np.array([pictures[number][1]["y"] for number in judged])
     rows, patches = concept_rows(concepts, bank, of_val, y, ids, label)
@@ -180,8 +187,13 @@ def guess_and_rival(picture: Row) -> tuple[int, int]:
     return first, second if picture["y"] == first else picture["y"]
 
 
-def report(params: Params, data: Path, open_test: bool = False) -> str:
-    """Write data/report/ and return the summary. `open_test`: show test pictures, and write down that they were."""
+def report(
+    params: Params, data: Path, path: str = "params.yaml", open_test: bool = False, study: str | None = None
+) -> str:
+    """Write data/report/ and return the summary. `path` is the parameters' file, for messages.
+
+    `open_test`: show test pictures too, and write down that they were. `study`: show out-of-fold images of it instead.
+    """
     buckets = params.dataset.buckets
     index = store.read_table(data / "index/images.parquet", "index.images/1")
     classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
@@ -200,16 +212,30 @@ def report(params: Params, data: Path, open_test: bool = False) -> str:
     check_marks(data, shown, marks)
     rows = accuracy_rows(runs, reference, groups_of(index))
 
-    probabilities = softmax(read_logits(data, shown))
-    val = shown.split == "val"
-    guesses = shown.predicted[shown.seeds.index(shown.model_seed), val]
-    matrix = confusion(shown.y[val], guesses, len(shown.classes))
-    doubt = mean_doubt(shown.y[val], probabilities[val])
+    # What is looked at: the answers of a run, or of its folds in a study; `judging` is the split that is counted.
+    looked, others, judging = shown, runs, "val"
+    if study is None:
+        half, logits = read_half(data, shown.name), read_logits(data, shown)
+    else:
+        looked, others, logits = read_out_of_fold(data, study, shown, index)
+        half, judging = half_of(looked, logits, index, classes), FOLD
+    calibration, unsure = judge_half(half)
+    probabilities = calibration.probabilities(logits)
+    judged = looked.split == judging
+    guesses = looked.predicted[looked.seeds.index(looked.model_seed), judged]
+    matrix = confusion(looked.y[judged], guesses, len(shown.classes))
+    doubt = mean_doubt(looked.y[judged], probabilities[judged])
     order, pairs = order_classes(classes, shown.classes), confused_pairs(matrix, doubt)
 
-    positions = np.flatnonzero(np.isin(shown.split, ["val", "choose", *(["test"] if open_test else [])]))
-    pictures = picture_rows(shown, runs, positions, probabilities, index)
+    splits = [judging, "choose", *(["test"] if open_test else [])]
+    positions = np.flatnonzero(np.isin(looked.split, splits))
+    pictures = picture_rows(looked, others, positions, probabilities, index)
+    for (_, picture), said in zip(pictures, answers(calibration, logits[positions]), strict=True):
+        picture |= said
     every = [*shown.classes, *(class_id for class_id in names if class_id not in shown.classes)]
+    # The model of a run saw what is out of fold in a study: it is asked of its own val images alone.
+    asked = to_explain(pictures) if study is None else []
+    explained = explain_runs(params, path, data, runs, positions[asked], [pictures[number][1] for number in asked])
     concepts = explain(params, data, shown, index, every, pictures, pairs) if has_texts else None
     owned = [owner for row in concepts["rows"] if row["kept"] for owner in row["owners"]] if concepts else []
 
@@ -233,30 +259,41 @@ def report(params: Params, data: Path, open_test: bool = False) -> str:
         "shown": shown,
         "chosen": params.report.run is not None,
         "names": names,
-        "val_images": int(val.sum()),
-        "wrong": int((guesses != shown.y[val]).sum()),
-        "counts": {split: int((shown.split[positions] == split).sum()) for split in ("val", "choose", "test")},
+        "study": study,
+        "judged": "val" if study is None else "out-of-fold",
+        "judged_images": int(judged.sum()),
+        "wrong": int((guesses != looked.y[judged]).sum()),
+        "counts": {split: int((looked.split[positions] == split).sum()) for split in ("val", "choose", "test", FOLD)},
         "pairs": pairs,
         "totals": matrix.sum(axis=1).tolist(),
         "order": order if len(order) <= MATRIX_CLASSES else [],
         "matrix": matrix.tolist(),
         "class_rows": class_rows(shown, matrix, doubt, order, {label: owned.count(label) for label in set(owned)}),
+        "unsure": unsure,
+        "explained": explained,
+        "asked": len(asked),
         "concepts": concepts,
         "curves": [curves for one in runs if (curves := read_curves(data, one.name))],
         "opened": opened.read(data),
         "open_test": opening is not None,
-        "marks": {**marks, **{f"runs/{one.name}/predictions.parquet": one.mark for one in runs}},
+        "marks": {
+            **marks,
+            **{f"runs/{one.name}/predictions.parquet": one.mark for one in runs},
+            **({} if study is None else {f"studies/{study}: {one.name}": one.mark for one in others}),
+        },
     }
     numbers = {
         "noun": params.domain.noun,
         "classes": [{"id": class_id, "name": names[class_id]} for class_id in every],
         "order": order,
-        "runs": [{"name": one.name, "encoder": one.encoder} for one in runs],
-        "shown": runs.index(shown),
+        "runs": [{"name": one.name, "encoder": one.encoder} for one in others],
+        "shown": [one.name for one in others].index(shown.name),
         "pictures": [picture for _, picture in pictures],
         "concepts": concepts["rows"] if concepts else [],
         "chance": CHANCE,
+        "held": round(100 * (1 - calibration.alpha)),
         "written": concepts["written"] if concepts else {},
+        "explained": explained,
         "pairs": [
             {"a": a, "b": b, "telling": concepts["telling"][number] if concepts else [[], []]}
             for number, (a, b, *_) in enumerate(pairs)
@@ -283,9 +320,13 @@ def main() -> None:
     where = "where the stages wrote (default: data)"
     parser.add_argument("--data", default="data", metavar="DIR", help=where)
     opens = "show test pictures too; data/studies/test_was_opened.json remembers it"
-    parser.add_argument("--open-test", action="store_true", help=opens)
+    shows = "show out-of-fold images of a study in folds instead of val; its row of the shown run's name"
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--open-test", action="store_true", help=opens)
+    either.add_argument("--study", metavar="NAME", help=shows)
     arguments = parser.parse_args()
-    report(load_params(arguments.params), Path(arguments.data), arguments.open_test)
+    params = load_params(arguments.params)
+    report(params, Path(arguments.data), arguments.params, arguments.open_test, arguments.study)
     print(f"{Path(arguments.data) / 'report'}: index.html and summary.txt are written")
 
 

@@ -1,6 +1,6 @@
 // One picture: what the run says of it, what the encoder sees in it, and pictures of the two classes to compare.
 const dialog = at("picture");
-const opened = {list: [], number: 0, tab: 0};
+const opened = {list: [], number: 0, tab: 0, scores: false};
 
 // Whom the answer is held against: the true class where it is wrong, else the second.
 function rival(picture) { return isRight(picture) ? (picture.top[1] ?? picture.top[0])[0] : picture.y; }
@@ -22,6 +22,14 @@ function answers(picture) {
   return element("ul", {class: "plain answers"}, ...picture.top.map(([label, sure]) => element("li", {},
     element("span", {}, classes[label], label === picture.y ? element("b", {class: "right"}, " true class") : null),
     element("span", {class: "weight"}, percent(sure)), element("meter", {min: 0, max: 1000, value: sure, "aria-label": classes[label]}))));
+}
+
+// What may be promised of the answer: classes that hold the truth so often, and the taxon where the class is not sure.
+function promised(picture) {
+  const set = picture.set === null ? null : element("p", {class: "soft"}, `Classes that hold the truth in ${report.held} of 100 pictures: `,
+    picture.set.map((label) => classes[label]).join(", "));
+  const taxon = picture.taxon ? element("p", {class: "soft"}, `Not sure enough of the class; of the next rank it is: ${picture.taxon}`) : null;
+  return [set, taxon].filter((note) => note !== null);
 }
 
 function runAnswers(picture) {
@@ -68,7 +76,38 @@ function typical(label, without = null) {
   return report.pictures.filter((one) => one.y === label && isRight(one) && one.id !== without).sort((a, b) => b.top[0][1] - a.top[0][1]);
 }
 
-function tabsOf(picture) { return picture.patches ? [encoderTab(picture)] : []; }
+// What each patch adds to a run's answer against its rival: orange for the answer, blue against it.
+function decisionTab(picture, {run, texts}) {
+  const decision = picture.decisions[run], boxes = picture.boxes[report.runs[run].encoder], [a, b] = decision.pair.map((label) => classes[label]);
+  const own = opened.scores && decision.scores !== null, values = own ? decision.scores : decision.fall;
+  const most = Math.max(1e-9, ...values.map(Math.abs));
+  const heat = values.map((value, node) => {
+    const made = place(element("span", {class: "heat", title: value.toFixed(2)}), boxes[node]);
+    made.style.background = value > 0 ? "#ff8c00" : "#2f7bff";
+    made.style.opacity = 0.65 * Math.abs(value) / most;
+    return made;
+  });
+  const choice = (scores, text) => element("button", {type: "button", "aria-pressed": String(own === scores),
+    onclick: () => { opened.scores = scores; drawPicture("[aria-pressed=true]"); }}, text);
+  return {
+    name: report.runs[run].name,
+    overlays: heat,
+    notes: [
+      decision.scores === null ? null : element("div", {class: "tabs"}, choice(false, "without the patch"), choice(true, "its own scores")),
+      element("p", {class: "soft"}, own ? `How much ${report.runs[run].name} itself says each patch counted, for whatever class; strongest ${most.toFixed(2)}.`
+        : `${a} against ${b}: how far the decision falls without a patch. Orange speaks for ${a}, blue for ${b}; strongest ${most.toFixed(2)} of a logit.`
+          + " The whole picture and coarser patches stay, and they saw the patch too."),
+      decision.texts.length ? element("h4", {}, `Texts by what they add for ${a} against ${b}`) : null,
+      element("ul", {class: "plain weighed"}, ...decision.texts.map(([text, adds]) => element("li", {},
+        element("span", {class: adds > 0 ? "weight for" : "weight against"}, (adds > 0 ? "+" : "") + adds.toFixed(2)), element("span", {}, texts[text])))),
+    ],
+  };
+}
+
+function tabsOf(picture) {
+  return [...(picture.patches ? [encoderTab(picture)] : []),
+    ...(picture.decisions ? report.explained.map((one) => decisionTab(picture, one)) : [])];
+}
 
 function drawPicture(focus = ".next") {
   const picture = opened.list[opened.number], tabs = tabsOf(picture);
@@ -84,7 +123,7 @@ function drawPicture(focus = ".next") {
     element("div", {class: "columns"},
       element("div", {class: "seen"}, frame(picture, tab.overlays), chooser),
       element("div", {class: "notes"}, ...tab.notes.filter((note) => note !== null)),
-      element("div", {class: "said"}, element("h4", {}, `What ${report.runs[report.shown].name} says`), answers(picture),
+      element("div", {class: "said"}, element("h4", {}, `What ${report.runs[report.shown].name} says`), answers(picture), ...promised(picture),
         element("h4", {}, "What every run says"), runAnswers(picture), ...speaks(picture), ...compared(picture),
         element("p", {class: "soft"}, element("code", {}, picture.path), picture.group === null ? "" : `, group ${picture.group}`))));
   const wanted = dialog.querySelector(focus);
@@ -92,7 +131,7 @@ function drawPicture(focus = ".next") {
 }
 
 function openPicture(list, number) {
-  Object.assign(opened, {list, number, tab: 0});
+  Object.assign(opened, {list, number});
   drawPicture();
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation import compare as module
-from evaluation.compare import MARKER, compare
+from evaluation import opened
+from evaluation.compare import MARKER, compare, read_test_images
 from evaluation.plan import Cell, Plan
 from evaluation.report import HEALTH
 from evaluation.study import run_study
@@ -375,3 +376,18 @@ def test_groups_have_an_interval_of_their_own(tmp_path: Path) -> None:
     assert rows[1]["verdict"] == "no verdict: 12 groups, and it takes 20"
     assert "\nno verdict: 12 groups, and it takes 20: intervals alone\n" in text
     assert pq.read_schema(plan.folder / grid[0].run / "predictions.parquet").metadata[b"schema"] == b"run.predictions/1"
+
+
+def test_test_pictures_that_were_opened_are_told_with_the_figures_of_test(project: Path) -> None:
+    write_health(project / "data", contaminated=0)
+    plan, grid = made(project, declared_test=True)
+    (plan.data / MARKER).unlink(missing_ok=True)
+    path = plan.data / opened.MARKER
+    opening = {"run": "linear_probe", "fingerprint": "f", "images": "0123456789abcdef"}
+    path.write_text(json.dumps([opening]))
+    assert "looked at" not in compare(plan, grid)  # other images
+    opening["images"] += f" {min(read_test_images(plan.data))}"
+    path.write_text(json.dumps([opening]))
+    said = "warning: test pictures were looked at in the report (data/studies/test_was_opened.json)"
+    assert said in compare(plan, grid)
+    path.unlink()

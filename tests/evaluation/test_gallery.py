@@ -31,7 +31,7 @@ def test_a_picture_has_its_thumbnail_answers_boxes_and_concepts(data: Path) -> N
     [picture] = [picture for picture in page.data["pictures"] if picture["path"] == FIRST]
     assert picture["id"] == image_id[:16]
     assert picture["y"] == 0
-    assert picture["top"] == [[2, 576], [0, 212], [1, 212]]  # e / (e + 2) and 1 / (e + 2)
+    assert picture["top"] == [[2, 917], [0, 42], [1, 42]]  # calibrated: 11 of 12 are right
     assert picture["guesses"] == [1, 2]  # zero_shot and linear_probe
     assert picture["split"] == "val"
 
@@ -61,5 +61,9 @@ def test_missing_thumbnail_is_named(data: Path) -> None:
 
 
 def test_equal_answers_stand_in_the_order_of_classes() -> None:
-    assert answer(np.array([0.1, 0.4, 0.1, 0.4])) == [[1, 400], [3, 400], [0, 100]]
-    assert answer(np.array([1.0])) == [[0, 1000]]
+    assert answer(np.array([0.1, 0.4, 0.1, 0.4]), 0) == [[1, 400], [3, 400], [0, 100]]
+    assert answer(np.array([1.0]), 0) == [[0, 1000]]
+
+
+def test_the_true_class_is_always_told() -> None:
+    assert answer(np.array([0.1, 0.4, 0.1, 0.4]), 2) == [[1, 400], [3, 400], [0, 100], [2, 100]]
