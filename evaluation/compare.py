@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
+from evaluation import opened
 from evaluation.choices import choice_notes
 from evaluation.health import contamination, read_health
 from evaluation.plan import (
@@ -409,7 +410,16 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     notes += idle_notes(plan)
     if split == "test":
         notes += ["test was read once, for these runs (data/studies/test_was_read.json)", *contamination_note(plan)]
+        notes += opened_note(plan.data)
     return notes
+
+
+def opened_note(data: Path) -> list[str]:
+    """A line where some of these test images were looked at in the report; no line where none was."""
+    images = read_test_images(data)
+    if any(images & set(opening["images"].split()) for opening in opened.read(data)):
+        return [f"warning: test pictures were looked at in the report (data/{opened.MARKER}), maybe before choices"]
+    return []
 
 
 def idle_notes(plan: Plan) -> list[str]:

@@ -3,7 +3,7 @@
 The numbers come from data/index/metrics.json and data/index/near_duplicates.parquet, which index_images writes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evaluation.examples import read_thumbs
+from evaluation.gallery import short
 from evaluation.runs import SPLITS, Row, query, read_json
 from fieldmark import store
 from fieldmark.command import UserError
 
 NEAR_PAIRS = 6  # near duplicates shown
+ODD_SIZES = 3  # images shown of each kind of odd size
 INDEX_AGAIN = "run `python -m stages.index_images` again (dvc repro index_images)"
 
 
@@ -143,11 +144,12 @@ def contamination(health: Mapping[str, float | None], test_images: int) -> Row |
     return {"images": found["images"], "of": test_images, "reasons": [reason for reason in reasons if reason[0]]}
 
 
-def near_pairs(data: Path, index: pa.Table, buckets: int) -> Row:
-    """How many pairs of near duplicates there are, and the NEAR_PAIRS that most need a look, with their thumbnails.
+def near_pairs(data: Path, index: pa.Table, open_test: bool) -> Row:
+    """How many pairs of near duplicates there are, and the NEAR_PAIRS that most need a look.
 
     Pairs of a test image and one of train or val come first, then those that differ in the fewest bits, then those of
-    the lowest paths. Raises UserError where a pair names an image that is not usable, or a thumbnail is missing.
+    the lowest paths. `picture` is a short image_id, None for a test image that is not opened; `image_ids` are those to
+    show. Raises UserError where a pair names an image that is not usable.
     """
     path = data / "index/near_duplicates.parquet"
     pairs = store.read_table(path, "index.near_duplicates/1")
@@ -167,9 +169,44 @@ def near_pairs(data: Path, index: pa.Table, buckets: int) -> Row:
         pairs=pairs,
         usable=usable,
     )
-    thumbs = read_thumbs(data, buckets, [image["image_id"] for _, _, *both in chosen for image in both])
     shown = [
-        {"bits": bits, "leak": leak, "images": [{**image, "webp": thumbs[image["image_id"]]} for image in both]}
+        {"bits": bits, "leak": leak, "images": [pictured(image, open_test) for image in both]}
         for bits, leak, *both in chosen
     ]
-    return {"count": len(pairs), "shown": shown}
+    images = [image for pair in shown for image in pair["images"]]
+    return {"count": len(pairs), "shown": shown, "image_ids": to_show(images)}
+
+
+def pictured(image: Row, open_test: bool) -> Row:
+    """An image with the short id of its picture; a test image has none, unless test is open."""
+    closed = image["split"] == "test" and not open_test
+    return {**image, "picture": None if closed else short(image["image_id"])}
+
+
+def to_show(images: Iterable[Row]) -> set[str]:
+    return {image["image_id"] for image in images if image["picture"] is not None}
+
+
+def odd_sizes(index: pa.Table, open_test: bool) -> Row:
+    """The ODD_SIZES usable images of each kind: fewest pixels, most, and the most drawn out; none where all are alike.
+
+    `image_ids` are those whose pictures are shown.
+    """
+    usable = index.filter(pc.field("status") == "ok")
+    kinds = {
+        "smallest": "least(width, height)",
+        "largest": "-greatest(width, height)",
+        "most drawn out": "-greatest(width, height) / least(width, height)",
+    }
+    shown = {}
+    for kind, measure in kinds.items():
+        rows = query(
+            f"""SELECT path, image_id, class_id, split, width, height FROM t
+                WHERE width > 0 AND height > 0 AND (SELECT min({measure}) < max({measure}) FROM t)
+                ORDER BY {measure}, path LIMIT {ODD_SIZES}""",
+            t=usable,
+        )
+        names = ("path", "image_id", "class_id", "split", "width", "height")
+        if rows:
+            shown[kind] = [pictured(dict(zip(names, row, strict=True)), open_test) for row in rows]
+    return {"shown": shown, "image_ids": to_show(image for images in shown.values() for image in images)}

@@ -1,37 +1,62 @@
-"""Put accuracy, confusion, explained test images and the health of the data set on one page.
+"""Put accuracy, confusion, pictures, concepts and the health of the data set on one page, to look around in.
 
-Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet} of every run in train.runs;
+Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet,history.csv} of every run in train.runs;
         data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/,
         data/concepts/concepts.parquet, data/{concepts,descriptions}/answers.parquet (what they cost); for each encoder
         that a run stands on data/bank/E.parquet (a tower has no texts, and so no bank and no labels), and for that of
-        the run that is shown also data/labels/E/ and the boxes in data/embed/E/images/.
-Writes  data/report/index.html (one page that loads nothing else), data/report/summary.txt (its table as text) and
-        data/report/state.json, what `python -m tools.changes` compares; that one also in .cache/states.
-Costs   seconds; memory for the logits of one run at a time.
+        the run that is shown also data/bank/E.json, data/labels/E/ and the boxes in data/embed/E/images/.
+Writes  data/report/index.html (one page that loads nothing else; above 20 MB its pictures lie beside it, in
+        data/report/pictures/), data/report/summary.txt (its table as text) and data/report/state.json, what
+        `python -m tools.changes` compares; that one also in .cache/states. With --open-test also
+        data/studies/test_was_opened.json.
+Costs   seconds to a minute; memory for the logits of one run at a time and the weights of concepts in the pictures.
 
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are paired, image
 by image, with the intervals of evaluation.statistics.paired_difference over the coarsest unit there is: groups where
 images name them, else images. They stand on val first; on test they are a single reading, not corrected for the number
-of runs, and no verdict (evaluation.compare gives those). The run shown in detail, and its seed, are those that are best
-on the half of val that chooses. What the page calls a patch or a concept comes from label_patches: it says what the
-encoder sees in the picture, not why a method decided as it did. A run whose method cannot work on this data is a row
+of runs, and no verdict (evaluation.compare gives those). The run shown in detail is report.run, or the one that is best
+on the half of val that chooses; its seed is the best one there. A run whose method cannot work on this data is a row
 that says why. Where test images have a near duplicate, or other images of their group, in train or val, the page and
 its summary warn.
 
+Confusion is of the half of val that chose nothing. The pictures are those of val: of that half, and of the half that
+chose, which is marked and on which a run does a little too well. Whoever edits concepts while looking at test pictures
+tunes on them: they are shown with --open-test alone, and that is written down, on the page and in a file that no later
+run removes.
+
     python -m evaluation.report
+    python -m evaluation.report --study NAME   # out-of-fold images of a study: many more than val has
+    python -m evaluation.report --open-test    # test pictures too
 """
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import FileSystemLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from evaluation import opened
+from evaluation.accuracies import accuracy_rows, reach_of, summarise, units_of
+from evaluation.calibration import read_half
 from evaluation.changes import dump, remember, take_state
-from evaluation.examples import make_examples, name_concept
-from evaluation.health import HEALTH, contamination, near_pairs, read_health
+from evaluation.classes import class_rows, confused_pairs, confusion, mean_doubt, order_classes
+from evaluation.concept_bank import (
+    CHANCE,
+    add_patches,
+    concept_rows,
+    count_concepts,
+    see,
+    speaking,
+    telling_apart,
+    written_texts,
+)
+from evaluation.curves import read_curves
+from evaluation.decisions import explain_runs, to_explain
+from evaluation.gallery import picture_rows, read_logits, read_patches, read_thumbs
+from evaluation.health import HEALTH, contamination, near_pairs, odd_sizes, read_health
+from evaluation.out_of_fold import FOLD, half_of, read_out_of_fold
+from evaluation.page import FILES, Page, render
 from evaluation.runs import (
     SPLITS,
     NotMade,
@@ -39,24 +64,21 @@ from evaluation.runs import (
     Run,
     check_marks,
     check_same_images,
-    group_numbers,
     groups_of,
     query,
+    read_json,
     read_marks,
     read_run,
 )
-from evaluation.statistics import UNITS, Paired, paired_difference
-from evaluation.words import lay_out, percent, percent_and_deviation, points, points_range
+from evaluation.unsure import answers, judge_half
 from fieldmark import store
-from fieldmark.command import UserError, printable, run, stage_parser
+from fieldmark.command import UserError, run, stage_parser
+from fieldmark.concepts import gate
 from fieldmark.params import Params, load_params
 from training.metrics import Ints
 
 MATRIX_CLASSES = 60  # a confusion matrix of more classes is not readable
-PAIRS = 15  # most confused pairs listed
-TELLING = 10  # concepts listed
 REASONS = 20  # kinds of unused files listed
-COMPARED = ("val", "test")  # where runs are held against the reference
 
 
 def count_dataset(index: pa.Table, classes: pa.Table) -> Row:
@@ -79,147 +101,6 @@ def count_dataset(index: pa.Table, classes: pa.Table) -> Row:
     }
 
 
-def confused_pairs(matrix: Ints) -> list[tuple[int, int, int, int]]:
-    """Pairs of classes by how often one is taken for the other: (a, b, a taken for b, b taken for a)."""
-    true, predicted = np.nonzero(matrix * (1 - np.eye(len(matrix), dtype=int)))
-    table = pa.table({"true": true, "predicted": predicted, "images": matrix[true, predicted]})
-    return query(
-        f"""SELECT least("true", predicted) AS a, greatest("true", predicted) AS b,
-                   sum(CASE WHEN "true" < predicted THEN images ELSE 0 END)::BIGINT AS ab,
-                   sum(CASE WHEN "true" > predicted THEN images ELSE 0 END)::BIGINT AS ba
-            FROM t GROUP BY a, b ORDER BY ab + ba DESC, a, b LIMIT {PAIRS}""",
-        t=table,
-    )
-
-
-def order_classes(classes: pa.Table, chosen: Sequence[str]) -> list[int]:
-    """Positions in `chosen`, such that classes of one superclass stand together."""
-    row = {row["class_id"]: row for row in classes.to_pylist()}
-
-    def place(position: int) -> tuple[str, str, str]:
-        class_id = chosen[position]
-        return row[class_id]["superclass"] or "", row[class_id]["name"], class_id
-
-    return sorted(range(len(chosen)), key=place)
-
-
-def count_concepts(concepts: pa.Table, bank: pa.Table, names: Mapping[str, str]) -> Row:
-    """How many concepts were written and are kept, why the others were dropped, and which tell most of a class.
-
-    Concepts that are class names are not counted.
-    """
-    count = "SELECT count(*), count(*) FILTER (kept) FROM t WHERE kind <> 'name'"
-    [(written, clean)] = query(count, t=concepts)
-    [(candidates, kept)] = query(count, t=bank)
-    # A reason may name the concept that was preferred behind a colon: "near duplicate of: a fish with ..."
-    dropped = query(
-        """SELECT stage, count(*) AS n,
-                  regexp_replace(split_part(coalesce(drop_reason, 'no reason given'), ':', 1), ' of$', ' of another')
-                  AS reason
-           FROM (
-             SELECT 'clean_concepts' AS stage, drop_reason FROM concepts WHERE NOT kept AND kind <> 'name'
-             UNION ALL
-             SELECT 'select_concepts', drop_reason FROM bank WHERE NOT kept AND kind <> 'name'
-           ) GROUP BY stage, reason ORDER BY stage, n DESC, reason""",
-        concepts=concepts,
-        bank=bank,
-    )
-    best = sorted(
-        (row for row in bank.to_pylist() if row["kept"] and row["discriminability"] is not None),
-        key=lambda row: (-row["discriminability"], row["concept_idx"]),
-    )
-    telling = [
-        {
-            "text": name_concept(row, names),
-            "classes": [names[class_id] for class_id in row["class_ids"]],
-            "kind": row["kind"],
-            "nats": row["discriminability"],
-        }
-        for row in best[:TELLING]
-    ]
-    counts = {"written": written, "clean": clean, "candidates": candidates, "kept": kept}
-    return {**counts, "dropped": dropped, "telling": telling}
-
-
-def accuracy_rows(runs: Sequence[Run], reference: Run, groups: Mapping[str, str] | None) -> list[Row]:
-    """A row for each run: its accuracies by split and, on val and test, its differences to the reference (`paired`).
-
-    The reference itself has none. `groups` says which group each image is of.
-    """
-    rows = []
-    for found in runs:
-        paired: dict[str, Paired] = {}
-        for split in COMPARED if found is not reference else ():
-            of_split = found.split == split
-            numbers = group_numbers([path for path, own in zip(found.paths, of_split, strict=True) if own], groups)
-            right = found.on(split), reference.on(split)
-            paired[split] = paired_difference(*right, found.y[of_split], numbers, by_class=found.by_class)
-        splits = {split: found.accuracy(split) for split in SPLITS}
-        row = {"name": found.name, "encoder": found.encoder, "seeds": len(found.seeds), "paired": paired}
-        rows.append({**row, **splits})
-    return rows
-
-
-def units_of(rows: Sequence[Row]) -> str:
-    """What the intervals on val and test are over, in words; empty where nothing is compared."""
-    paired = next((row["paired"] for row in rows if row["paired"]), None)
-    if paired is None:
-        return ""
-    said = " and ".join(f"{paired[split].units} {paired[split].unit} of {split}" for split in COMPARED)
-    few = not all(paired[split].judged for split in COMPARED)
-    return said + (f": fewer than {UNITS} say nothing of others" if few else "")
-
-
-def number(value: float | None) -> str:
-    """A count or a median: without decimals where it is whole, a dash where it is None."""
-    return "–" if value is None else f"{value:.1f}".removesuffix(".0")
-
-
-def summarise(rows: Sequence[Row], not_made: Sequence[NotMade], reference: str, warning: Row | None, page: Path) -> str:
-    """summary.txt: the table in % and points, and the notes that it must not be read without."""
-    lines = [["run", *(head for split in COMPARED for head in (split, f"{split} - {reference} [95 %]")), "train"]]
-    for row in rows:
-        fields = [row["name"]]
-        for split in COMPARED:
-            paired = row["paired"].get(split)
-            difference = f"{points(paired.difference)} {points_range(paired.over)}" if paired else "reference"
-            fields += [percent_and_deviation(*row[split]), difference]
-        lines.append([*fields, percent_and_deviation(*row["train"])])
-    counts = sorted({row["seeds"] for row in rows})
-    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    note = f"accuracy in %, mean +- standard deviation over seeds ({seeds}); paired difference in points"
-    missing = [f"{one.name}: cannot work on this data: {one.reason}" for one in not_made]
-    over = units_of(rows)
-    lasts = [
-        note,
-        *([f"95 % intervals over {over}"] if over else []),
-        "val: the half of it that chose no setting and no epoch",
-        "test: a single, uncorrected reading of every run here; verdicts are a study's (docs/studies.md)",
-        *missing,
-        f"report: {page.as_posix()}",
-    ]
-    if warning is not None:
-        reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
-        counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
-        lasts.insert(-1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
-    return printable("\n".join([lay_out(lines), "", *lasts])) + "\n"
-
-
-def render(content: Row) -> str:
-    """The page. Everything that comes from data is escaped, and so are characters that change how a text is read."""
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        # What is not a plain text was made by the template itself, or is a number.
-        finalize=lambda value: printable(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, points=points, points_range=points_range, number=number)
-    return environment.get_template("report.html.jinja").render(content)
-
-
 def find_reference(data: Path, found: Sequence[Run | NotMade], name: str) -> Run:
     """The run that the others are compared with. Raises UserError where its method cannot work on this data."""
     reference = next(one for one in found if one.name == name)
@@ -231,8 +112,91 @@ def find_reference(data: Path, found: Sequence[Run | NotMade], name: str) -> Run
     return reference
 
 
-def report(params: Params, data: Path) -> str:
-    """Write data/report/ and return the summary."""
+def find_shown(data: Path, found: Sequence[Run | NotMade], name: str | None) -> Run:
+    """The run shown in detail: `name`, or the best on the half of val that chooses, of equals the first.
+
+    Raises UserError where its method cannot work on this data.
+    """
+    if name is None:
+        return max((one for one in found if isinstance(one, Run)), key=lambda one: one.accuracy("choose")[0])
+    shown = next(one for one in found if one.name == name)
+    if isinstance(shown, NotMade):
+        raise UserError(
+            f"{data}/runs/{name}: cannot work on this data ({shown.reason}); name another run in report.run, or null"
+        )
+    return shown
+
+
+def explain(
+    params: Params,
+    data: Path,
+    shown: Run,
+    index: pa.Table,
+    classes: Sequence[str],
+    pictures: Sequence[tuple[str, Row]],
+    pairs: Sequence[tuple[int, int, int, int]],
+) -> Row:
+    """What the page says with concepts; adds to each of `pictures` what the encoder sees in it.
+
+    `classes` are class_ids, those of the run first.
+    """
+    buckets, encoder = params.dataset.buckets, shown.encoder
+    label = {class_id: number for number, class_id in enumerate(classes)}
+    columns = ["concept_idx", "text", "class_ids", "kind", "discriminability", "kept", "drop_reason"]
+    table = store.read_table(data / f"bank/{encoder}.parquet", "bank/1", columns)
+    bank = table.sort_by("concept_idx").to_pylist()
+    concepts = store.read_table(data / "concepts/concepts.parquet", "concepts/1")
+    place = {row["concept_idx"]: number for number, row in enumerate(bank)}
+
+    ids = [image_id for image_id, _ in pictures]
+    image_id = dict(zip(index["path"].to_pylist(), index["image_id"].to_pylist(), strict=True))
+    train = {image_id[shown.paths[at]]: int(shown.y[at]) for at in np.flatnonzero(shown.split == "train")}
+    seen = see(data, encoder, buckets, ids, train, len(shown.classes), place)
+    # Neither test pictures, where they are opened, nor training pictures, by which concepts were selected, have a say
+    # in what a concept is worth.
+    val = {path for path, split in zip(shown.paths, shown.split, strict=True) if split in ("val", "choose")}
+    judged = [number for number, (_, picture) in enumerate(pictures) if picture["path"] in val]
+    of_val = seen._replace(weight=seen.weight[judged], node=seen.node[judged])
+    y: Ints = np.array([pictures[number][1]["y"] for number in judged])
+    rows, patches = concept_rows(concepts, bank, of_val, y, ids, label)
+    add_patches(rows, patches, data, encoder, buckets, [ids[number] for number in judged])
+
+    seen_patches = read_patches(data, encoder, buckets, ids, place)
+    owners = [row["owners"] if row["kept"] else [] for row in rows]
+    for number, (one, picture) in enumerate(pictures):
+        pair = guess_and_rival(picture)
+        picture |= seen_patches[one] | {"speak": speaking(seen.weight[number], owners, *pair)}
+    telling = []
+    for a, b, *_ in pairs:
+        allowed = [number for number, own in enumerate(owners) if (a in own) != (b in own)]
+        telling.append(telling_apart(seen, a, b, allowed))
+    judgement = read_json(data / f"bank/{encoder}.json", f"run select_concepts@{encoder} again (dvc repro)")["judged"]
+    finds = [row["finds"] for row in rows if row["finds"] is not None]
+    return {
+        "counts": count_concepts(concepts, table),
+        "gate": gate.say(judgement),
+        "verdict": judgement["verdict"],
+        "rows": rows,
+        "telling": telling,
+        "written": written_texts(concepts),
+        "judged": len(finds),
+        "useless": sum(value <= CHANCE for value in finds),
+    }
+
+
+def guess_and_rival(picture: Row) -> tuple[int, int]:
+    """The class that is answered, and the one that it is held against: the truth where it is wrong, else the second."""
+    first, second = (picture["top"] * 2)[0][0], (picture["top"] * 2)[1][0]  # twice: of one class there is no second
+    return first, second if picture["y"] == first else picture["y"]
+
+
+def report(
+    params: Params, data: Path, path: str = "params.yaml", open_test: bool = False, study: str | None = None
+) -> str:
+    """Write data/report/ and return the summary. `path` is the parameters' file, for messages.
+
+    `open_test`: show test pictures too, and write down that they were. `study`: show out-of-fold images of it instead.
+    """
     buckets = params.dataset.buckets
     index = store.read_table(data / "index/images.parquet", "index.images/1")
     classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
@@ -245,51 +209,103 @@ def report(params: Params, data: Path) -> str:
     health = read_health(data / "index/metrics.json", dataset["images"])
     warning = contamination(health, dataset["images"]["test"])
 
-    # Of equals, the first in params.yaml.
-    shown = max(runs, key=lambda one: one.accuracy("choose")[0])
+    shown = find_shown(data, found, params.report.run)
     has_texts = shown.encoder in params.encoders
     marks = read_marks(data, shown.encoder, buckets, has_texts)
     check_marks(data, shown, marks)
-    bank: pa.Table | None = None
-    if has_texts:
-        columns = ["concept_idx", "text", "class_ids", "kind", "discriminability", "kept", "drop_reason"]
-        bank = store.read_table(data / f"bank/{shown.encoder}.parquet", "bank/1", columns)
-    concepts = store.read_table(data / "concepts/concepts.parquet", "concepts/1", ["kind", "kept", "drop_reason"])
     rows = accuracy_rows(runs, reference, groups_of(index))
 
-    test = shown.split == "test"
-    guesses = shown.predicted[shown.seeds.index(shown.model_seed), test]
-    matrix = np.zeros((len(shown.classes), len(shown.classes)), dtype=np.int64)  # rows: the true classes
-    np.add.at(matrix, (shown.y[test], guesses), 1)
-    order = order_classes(classes, shown.classes)
+    # What is looked at: the answers of a run, or of its folds in a study; `judging` is the split that is counted.
+    looked, others, judging = shown, runs, "val"
+    if study is None:
+        half, logits = read_half(data, shown.name), read_logits(data, shown)
+    else:
+        looked, others, logits = read_out_of_fold(data, study, shown, index)
+        half, judging = half_of(looked, logits, index, classes), FOLD
+    calibration, unsure = judge_half(half)
+    probabilities = calibration.probabilities(logits)
+    judged = looked.split == judging
+    guesses = looked.predicted[looked.seeds.index(looked.model_seed), judged]
+    matrix = confusion(looked.y[judged], guesses, len(shown.classes))
+    doubt = mean_doubt(looked.y[judged], probabilities[judged])
+    order, pairs = order_classes(classes, shown.classes), confused_pairs(matrix, doubt)
+
+    splits = [judging, "choose", *(["test"] if open_test else [])]
+    positions = np.flatnonzero(np.isin(looked.split, splits))
+    pictures = picture_rows(looked, others, positions, probabilities, index)
+    for (_, picture), said in zip(pictures, answers(calibration, logits[positions]), strict=True):
+        picture |= said
+    every = [*shown.classes, *(class_id for class_id in names if class_id not in shown.classes)]
+    # The model of a run saw what is out of fold in a study: it is asked of its own val images alone.
+    asked = to_explain(pictures) if study is None else []
+    explained = explain_runs(params, path, data, runs, positions[asked], [pictures[number][1] for number in asked])
+    concepts = explain(params, data, shown, index, every, pictures, pairs) if has_texts else None
+    owned = [owner for row in concepts["rows"] if row["kept"] for owner in row["owners"]] if concepts else []
+
+    near, odd = near_pairs(data, index, open_test), odd_sizes(index, open_test)
+    needed = {image_id for image_id, _ in pictures} | near.pop("image_ids") | odd.pop("image_ids")
+    thumbs = read_thumbs(data, buckets, needed)
+    opening = opened.record(data, index, shown) if open_test else None
     content = {
         "domain": params.domain,
         "dataset": dataset,
         "health_table": HEALTH,
         "health": health,
         "warning": warning,
-        "near": near_pairs(data, index, buckets),
+        "near": near,
+        "odd": odd,
         "rows": rows,
         "not_made": not_made,
         "reference": reference.name,
-        "reach": max([0.01, *(abs(end) for row in rows if row["paired"] for end in row["paired"]["val"].over)]),
+        "reach": reach_of(rows),
         "units": units_of(rows),
         "shown": shown,
+        "chosen": params.report.run is not None,
         "names": names,
-        "test_images": int(test.sum()),
-        "wrong": int((guesses != shown.y[test]).sum()),
-        "pairs": confused_pairs(matrix),
+        "study": study,
+        "judged": "val" if study is None else "out-of-fold",
+        "judged_images": int(judged.sum()),
+        "wrong": int((guesses != looked.y[judged]).sum()),
+        "counts": {split: int((looked.split[positions] == split).sum()) for split in ("val", "choose", "test", FOLD)},
+        "pairs": pairs,
         "totals": matrix.sum(axis=1).tolist(),
         "order": order if len(order) <= MATRIX_CLASSES else [],
         "matrix": matrix.tolist(),
-        "examples": make_examples(data, shown, index, bank, names, buckets=buckets, count=params.report.examples),
-        "concepts": None if bank is None else count_concepts(concepts, bank, names),
-        "marks": {**marks, **{f"runs/{one.name}/predictions.parquet": one.mark for one in runs}},
+        "class_rows": class_rows(shown, matrix, doubt, order, {label: owned.count(label) for label in set(owned)}),
+        "unsure": unsure,
+        "explained": explained,
+        "asked": len(asked),
+        "concepts": concepts,
+        "curves": [curves for one in runs if (curves := read_curves(data, one.name))],
+        "opened": opened.read(data),
+        "open_test": opening is not None,
+        "marks": {
+            **marks,
+            **{f"runs/{one.name}/predictions.parquet": one.mark for one in runs},
+            **({} if study is None else {f"studies/{study}: {one.name}": one.mark for one in others}),
+        },
+    }
+    numbers = {
+        "noun": params.domain.noun,
+        "classes": [{"id": class_id, "name": names[class_id]} for class_id in every],
+        "order": order,
+        "runs": [{"name": one.name, "encoder": one.encoder} for one in others],
+        "shown": [one.name for one in others].index(shown.name),
+        "pictures": [picture for _, picture in pictures],
+        "concepts": concepts["rows"] if concepts else [],
+        "chance": CHANCE,
+        "held": round(100 * (1 - calibration.alpha)),
+        "written": concepts["written"] if concepts else {},
+        "explained": explained,
+        "pairs": [
+            {"a": a, "b": b, "telling": concepts["telling"][number] if concepts else [[], []]}
+            for number, (a, b, *_) in enumerate(pairs)
+        ],
     }
     page = data / "report/index.html"
-    html, summary = render(content), summarise(rows, not_made, reference.name, warning, page)
-    store.write_text(page, html)
-    store.write_text(page.with_name("summary.txt"), summary)
+    made = render(content, numbers, thumbs)
+    summary = summarise(rows, not_made, reference.name, warning, bool(content["opened"]), page)
+    write_report(page, made, summary)
     used = {encoder for planned in params.train.runs.values() for encoder in (planned.encoder, *planned.also)}
     state = take_state(data, runs, [encoder for encoder in params.encoders if encoder in used])
     store.write_text(page.with_name("state.json"), dump(state))
@@ -297,12 +313,27 @@ def report(params: Params, data: Path) -> str:
     return summary
 
 
+def write_report(page: Path, made: Page, summary: str) -> None:
+    """Write the page, its pictures and the summary; pictures of a page before that one are removed."""
+    shutil.rmtree(page.parent / FILES, ignore_errors=True)
+    for name, content in made.files.items():
+        store.write_bytes(page.parent / name, content)
+    store.write_text(page, made.html)
+    store.write_text(page.with_name("summary.txt"), summary)
+
+
 def main() -> None:
     parser = stage_parser(__doc__)
     where = "where the stages wrote (default: data)"
     parser.add_argument("--data", default="data", metavar="DIR", help=where)
+    opens = "show test pictures too; data/studies/test_was_opened.json remembers it"
+    shows = "show out-of-fold images of a study in folds instead of val; its row of the shown run's name"
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--open-test", action="store_true", help=opens)
+    either.add_argument("--study", metavar="NAME", help=shows)
     arguments = parser.parse_args()
-    report(load_params(arguments.params), Path(arguments.data))
+    params = load_params(arguments.params)
+    report(params, Path(arguments.data), arguments.params, arguments.open_test, arguments.study)
     print(f"{Path(arguments.data) / 'report'}: index.html and summary.txt are written")
 
 

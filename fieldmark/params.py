@@ -268,7 +268,7 @@ class Train(Block):
 
 class Report(Block):
     reference: str = "linear_probe"
-    examples: Count = 12
+    run: str | None = None
 
 
 class Params(Block):
@@ -479,6 +479,9 @@ def check_contradictions(path: str, params: Params) -> None:
     if reference not in params.train.runs:
         known = ", ".join(params.train.runs)
         refuse("report.reference", f"{reference!r} is not under `train.runs`", f"choose one of: {known}")
+    if params.report.run is not None and params.report.run not in params.train.runs:
+        known = ", ".join(params.train.runs)
+        refuse("report.run", f"{params.report.run!r} is not under `train.runs`", f"choose one of: {known}, or null")
     if params.dataset.images is not None and params.dataset.format != "manifest":
         refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
     if "global" not in params.graphs.nodes:

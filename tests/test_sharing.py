@@ -60,7 +60,7 @@ def make_small(params: Any) -> None:
     runs = {name: params["train"]["runs"][name] for name in ("zero_shot", "concept_graph")}
     runs["concept_graph"]["settings"] = {"epochs": 3, "weight_decay": [0.01]}
     params["train"].update(seeds=1, runs=runs)
-    params["report"].update(reference="zero_shot", examples=3)
+    params["report"].update(reference="zero_shot")
 
 
 def data_files(folder: Path) -> dict[str, str]:

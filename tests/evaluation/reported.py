@@ -30,23 +30,27 @@ PLAN = Plan(classes=3, train=4, val=8, test=4, nodes=6, dimension=8, buckets=2)
 RUNS = {"zero_shot": ENCODER, "linear_probe": ENCODER}
 NASTY = """<script src="https://evil.example/x.js">'&"</script>"""
 Row = dict[str, Any]
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}
+JOINED = "\N{WORD JOINER}"  # where a word may break
 
 
 class Page(HTMLParser):
-    """Collects tags and text, and raises where tags do not nest."""
+    """Collects tags, text and what the page tells its script, and raises where tags do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.scripts: dict[str, str] = {}  # by id
         self.feed(text)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "wbr":
+            self.words.append(JOINED)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -57,19 +61,36 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts[self.tags[-1][1].get("id") or "script"] = data
+        elif self.open and self.open[-1] != "style":
             self.words.append(data)
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        return " ".join(" ".join(self.words).split()).replace(f" {JOINED} ", "")
+
+    @property
+    def data(self) -> Row:
+        """What the script shows: classes, pictures, concepts."""
+        found: Row = json.loads(self.scripts["report-data"])
+        return found
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """WebP in base64, by the first digits of image_id."""
+        found: dict[str, str] = json.loads(self.scripts["report-pictures"])
+        return found
 
     def of_class(self, name: str) -> list[dict[str, str | None]]:
         return [attrs for _, attrs in self.tags if name in (attrs.get("class") or "").split()]
 
 
 def make_params(
-    reference: str = "linear_probe", examples: int = 6, runs: Mapping[str, str] = RUNS, towers: Sequence[str] = ()
+    reference: str = "linear_probe",
+    shown: str | None = None,
+    runs: Mapping[str, str] = RUNS,
+    towers: Sequence[str] = (),
 ) -> Params:
     """Parameters with runs, each of the method of its name, by the encoder or tower that it stands on."""
     return Params.model_validate(
@@ -80,7 +101,7 @@ def make_params(
             "encoders": {ENCODER: {"model": "none"}},
             "towers": {tower: {"model": "none"} for tower in towers},
             "train": {"seeds": 2, "runs": {name: {"method": name, "encoder": on} for name, on in runs.items()}},
-            "report": {"reference": reference, "examples": examples},
+            "report": {"reference": reference, "run": shown},
         }
     )
 
@@ -132,6 +153,8 @@ def write_rest(data: Path) -> None:
         )
     ]
     write_table(make_table("concepts/1", concepts), data / "concepts/concepts.parquet", "concepts/1", {}, "concepts")
+    judged = {"verdict": "unknown", "images": 12, "classes": PLAN.classes, "concepts": 11}
+    (data / f"bank/{ENCODER}.json").write_text(json.dumps({"judged": judged}))
     for folder in ("concepts", "descriptions"):
         write_answers(data / folder / "answers.parquet", {})
 
@@ -240,6 +263,8 @@ def write_run(
         "regime": {"kind": "full"},
     }
     (folder / "config.json").write_text(json.dumps(config))
+    looks = [f"{seed},{epoch},0.5,{epoch / 10 + seed / 100}" for seed in range(len(wrong)) for epoch in range(4)]
+    (folder / "history.csv").write_text("\n".join(["seed,epoch,val_loss,val_accuracy", *looks]) + "\n")
 
 
 def write_not_made(data: Path, name: str, reason: str) -> None:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation import compare as module
-from evaluation.compare import MARKER, compare, describe_commit
+from evaluation import opened
+from evaluation.compare import MARKER, compare, describe_commit, read_test_images
 from evaluation.plan import Cell, Plan
 from evaluation.report import HEALTH
 from evaluation.study import run_study
@@ -395,3 +396,18 @@ def test_a_commit_is_dirty_where_more_than_the_parameters_was_edited(tmp_path: P
     assert describe_commit(tmp_path) == commit
     (tmp_path / "code.py").write_text("b")
     assert describe_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_test_pictures_that_were_opened_are_told_with_the_figures_of_test(project: Path) -> None:
+    write_health(project / "data", contaminated=0)
+    plan, grid = made(project, declared_test=True)
+    (plan.data / MARKER).unlink(missing_ok=True)
+    path = plan.data / opened.MARKER
+    opening = {"run": "linear_probe", "fingerprint": "f", "images": "0123456789abcdef"}
+    path.write_text(json.dumps([opening]))
+    assert "looked at" not in compare(plan, grid)  # other images
+    opening["images"] += f" {min(read_test_images(plan.data))}"
+    path.write_text(json.dumps([opening]))
+    said = "warning: test pictures were looked at in the report (data/studies/test_was_opened.json)"
+    assert said in compare(plan, grid)
+    path.unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from evaluation.examples import read_thumbs
+from evaluation.gallery import read_thumbs, short
 from evaluation.words import percent
 from fieldmark import store
 from fieldmark.command import printable
@@ -33,22 +33,28 @@ class Page:
         """The rows of pictures, with a thumbnail of each that can be decoded."""
         for each, row in zip(looked, rows[: SHOWN - len(self.rows)], strict=False):
             webp = None if row["error"] else thumbnail(self.question.file(each.picture))
-            self.rows.append(row | {"webp": None if webp is None else base64.b64encode(webp).decode()})
+            self.rows.append(row | {"webp": None if webp is None else encode(webp)})
 
     def write(self, path: Path, run: str, said: str, names: Mapping[str, str]) -> None:
         """`said` is how sure answers are, in words, `names` those of classes by class_id."""
         alike = {each["image_id"] for row in self.rows for each in row.get("nearest") or []}
         is_there = store.bucket_path(self.data / "thumbs", self.buckets - 1).is_file()
+        thumbs = read_thumbs(self.data, self.buckets, alike) if is_there else {}
         content = {
             "run": run,
             "said": said,
             "pictures": len(self.question.pictures),
             "answers": self.rows,
-            "thumbs": read_thumbs(self.data, self.buckets, alike) if is_there else {},
+            "thumbs": {image_id: encode(thumbs[short(image_id)]) for image_id in alike} if thumbs else {},
             "names": names,
             "splits": SPLITS,
         }
         store.write_text(path, render(content))
+
+
+def encode(webp: bytes) -> str:
+    """As it stands in an address."""
+    return base64.b64encode(webp).decode()
 
 
 def render(content: Row) -> str:

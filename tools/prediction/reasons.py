@@ -9,7 +9,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from evaluation.examples import name_concept
 from fieldmark.params import Params
 from fieldmark.store import read_table
 from tools.prediction.output import Row
@@ -74,9 +73,14 @@ class Reasons:
             concepts = [self.best_concepts(*each) for each in adds]
         return [{"patches": each, "concepts": other} for each, other in zip(patches, concepts, strict=True)]
 
+    def name(self, concept: Row) -> str:
+        """Its text; a prototype has none and is named after its classes."""
+        text: str | None = concept["text"]
+        return text or "prototype of " + ", ".join(self.names[class_id] for class_id in concept["class_ids"])
+
     def best_concepts(self, rows: Sequence[int], adds: Sequence[float]) -> list[Row]:
         return [
-            {"text": name_concept(self.bank[row], self.names), "class_ids": self.bank[row]["class_ids"], "gain": gain}
+            {"text": self.name(self.bank[row]), "class_ids": self.bank[row]["class_ids"], "gain": gain}
             for row, gain in zip(rows, adds, strict=True)
             if gain
         ]

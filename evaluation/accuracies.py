@@ -1,0 +1,95 @@
+"""The table of accuracies: a row a run, its differences to the reference, and how far the forest plot reaches."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evaluation.opened import MARKER
+from evaluation.runs import SPLITS, NotMade, Row, Run, group_numbers
+from evaluation.statistics import UNITS, Paired, paired_difference
+from evaluation.words import lay_out, percent_and_deviation, points, points_range
+from fieldmark.command import printable
+
+COMPARED = ("val", "test")  # where runs are held against the reference
+NEAR = 0.1  # a run whose difference on val is at most this lies near the reference
+
+
+def accuracy_rows(runs: Sequence[Run], reference: Run, groups: Mapping[str, str] | None) -> list[Row]:
+    """A row for each run: its accuracies by split and, on val and test, its differences to the reference (`paired`).
+
+    The reference itself has none. `groups` says which group each image is of.
+    """
+    rows = []
+    for found in runs:
+        paired: dict[str, Paired] = {}
+        for split in COMPARED if found is not reference else ():
+            of_split = found.split == split
+            numbers = group_numbers([path for path, own in zip(found.paths, of_split, strict=True) if own], groups)
+            right = found.on(split), reference.on(split)
+            paired[split] = paired_difference(*right, found.y[of_split], numbers, by_class=found.by_class)
+        splits = {split: found.accuracy(split) for split in SPLITS}
+        row = {"name": found.name, "encoder": found.encoder, "seeds": len(found.seeds), "paired": paired}
+        rows.append({**row, **splits})
+    return rows
+
+
+def reach_of(rows: Sequence[Row]) -> float:
+    """How far the forest plot reaches on either side of 0: to the ends of intervals of runs near the reference.
+
+    A run far away, such as zero-shot at chance, would press all others into one point; it is drawn as an arrow. Where
+    no run is near, the nearest one says how far.
+    """
+    on_val = sorted((row["paired"]["val"] for row in rows if row["paired"]), key=lambda paired: abs(paired.difference))
+    near = [paired for paired in on_val if abs(paired.difference) <= NEAR] or on_val[:1]
+    return max([0.01, *(abs(end) for paired in near for end in paired.over)])
+
+
+def units_of(rows: Sequence[Row]) -> str:
+    """What the intervals on val and test are over, in words; empty where nothing is compared."""
+    paired = next((row["paired"] for row in rows if row["paired"]), None)
+    if paired is None:
+        return ""
+    said = " and ".join(f"{paired[split].units} {paired[split].unit} of {split}" for split in COMPARED)
+    few = not all(paired[split].judged for split in COMPARED)
+    return said + (f": fewer than {UNITS} say nothing of others" if few else "")
+
+
+def summarise(
+    rows: Sequence[Row],
+    not_made: Sequence[NotMade],
+    reference: str,
+    warning: Row | None,
+    was_opened: bool,
+    page: Path,
+) -> str:
+    """summary.txt: the table in % and points, and the notes that it must not be read without.
+
+    `warning` is about contamination; `was_opened`: test pictures were looked at.
+    """
+    lines = [["run", *(head for split in COMPARED for head in (split, f"{split} - {reference} [95 %]")), "train"]]
+    for row in rows:
+        fields = [row["name"]]
+        for split in COMPARED:
+            paired = row["paired"].get(split)
+            difference = f"{points(paired.difference)} {points_range(paired.over)}" if paired else "reference"
+            fields += [percent_and_deviation(*row[split]), difference]
+        lines.append([*fields, percent_and_deviation(*row["train"])])
+    counts = sorted({row["seeds"] for row in rows})
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    note = f"accuracy in %, mean +- standard deviation over seeds ({seeds}); paired difference in points"
+    missing = [f"{one.name}: cannot work on this data: {one.reason}" for one in not_made]
+    over = units_of(rows)
+    lasts = [
+        note,
+        *([f"95 % intervals over {over}"] if over else []),
+        "val: the half of it that chose no setting and no epoch",
+        "test: a single, uncorrected reading of every run here; verdicts are a study's (docs/studies.md)",
+        *missing,
+        f"report: {page.as_posix()}",
+    ]
+    if was_opened:
+        lasts.insert(-1, f"note: test pictures were opened (data/{MARKER}); test accuracy may be optimistic")
+    if warning is not None:
+        reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
+        counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
+        lasts.insert(-1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
+    return printable("\n".join([lay_out(lines), "", *lasts])) + "\n"

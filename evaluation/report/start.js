@@ -1,0 +1,4 @@
+startPicture();
+startGallery();
+startClasses();
+startConcepts();
