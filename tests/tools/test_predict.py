@@ -153,6 +153,7 @@ def test_a_broken_file_is_a_row_with_its_reason(ask: Ask, tmp_path: Path) -> Non
     assert rows[6]["top"] == rows[0]["top"] != rows[3]["top"]
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_pictures(tmp_path, 6)
     shutil.copytree("images/test", tmp_path / "known")
@@ -222,6 +223,7 @@ def test_the_nearest_training_pictures_are_named(ask: Ask) -> None:
         np.testing.assert_allclose(found, [cosine[each] for each in best], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_picture_is_told_whole(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [path] = new_pictures(tmp_path, 1)
     run_module("tools.predict", "--run", "concept_graph", path)
@@ -234,6 +236,7 @@ def test_one_picture_is_told_whole(asked: Path, tmp_path: Path, capsys: pytest.C
     assert "has no patches and no concepts to name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reasons_are_those_of_the_trainer(ask: Ask, tmp_path: Path) -> None:
     """A stored picture and its new copy, cut down to other bytes of the same pixels, have the same reasons."""
     with Image.open("images/test/a/18.png") as image:

@@ -290,6 +290,8 @@ class Judge:
             best = np.argsort(-chances, kind="stable")[:TOP].tolist()
             top = [self.named(classes[number]) | {"p": round(float(chances[number]), 6)} for number in best]
             answer = {f"sure_{key}": sure[key] for key in ("rank", "name", "p")}
+            if sure["rank"] == 0:
+                answer["sure_name"] = self.names[sure["name"]]
             rows.append({**top[0], "top": top, "set": sure["set"], **answer, "none_of_these": sure["none_of_these"]})
         return rows
 

@@ -160,6 +160,9 @@ def lines_of(row: Row) -> Iterator[str]:
             yield f"  {patch['gain']:+.2f}  patch {' '.join(f'{patch[side]:.2f}' for side in ('x0', 'y0', 'x1', 'y1'))}"
         for concept in row["concepts"] or []:
             yield f"  {concept['gain']:+.2f}  {concept['text']}"
+    elif row["patches"] == []:
+        first, second = (each["name"] for each in row["top"][:2])
+        yield f"no patch speaks for {first} rather than {second}: the whole picture decides"
     if row["nearest"]:
         yield "training pictures most like it, by cosine:"
         for each in row["nearest"]:
