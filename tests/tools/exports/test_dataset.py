@@ -106,9 +106,15 @@ def test_files_are_cut_where_they_are_full(
     assert names == [f"train-{number:05d}-of-00003.parquet" for number in range(3)]
     counts = [pq.read_metadata(tmp_path / "rows/data" / name) for name in names]
     assert [(each.num_rows, each.num_row_groups) for each in counts] == [(4, 2), (4, 2), (1, 1)]
-    monkeypatch.setattr(dataset, "SHARD_BYTES", 1)
+    size = {row["image_id"]: (Path("images") / row["path"]).stat().st_size for row in made}
+    monkeypatch.setattr(dataset, "SHARD_ROWS", 30)
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 5 * max(size.values()))
     export("dataset", tmp_path / "bytes", "--with-images")
-    assert len(list((tmp_path / "bytes/data").iterdir())) == 30
+    for path in sorted((tmp_path / "bytes/data").glob("train-*-of-*")):
+        sizes = [size[image_id] for image_id in pq.read_table(path, columns=["image_id"])["image_id"].to_pylist()]
+        assert sum(sizes[:-1]) < dataset.SHARD_BYTES
+        assert sum(sizes) >= dataset.SHARD_BYTES or path.name == "train-00001-of-00002.parquet"
+    assert len(list((tmp_path / "bytes/data").iterdir())) == 6
 
 
 def test_a_picture_that_is_another_is_refused(
