@@ -6,6 +6,7 @@ selective classification. The threshold is chosen on images that chose nothing, 
 the asked share of the answers is wrong (Geifman and El-Yaniv, NeurIPS 2017 [mem]).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -73,10 +74,15 @@ def choose_threshold(p: Floats, y: Ints, taxonomy: Taxonomy, error: float) -> Ch
 
 def chance(wrong: int, of: int, share: float) -> float:
     """The chance of `wrong` or fewer, where each is wrong by chance with probability `share` in (0, 1)."""
-    counts = np.arange(wrong + 1)
-    log = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + 1)))])  # of factorials
+    counts, log = np.arange(wrong + 1), log_factorials(of)
     ways = log[of] - log[counts] - log[of - counts]
     return float(np.exp(ways + counts * np.log(share) + (of - counts) * np.log1p(-share)).sum())
+
+
+@lru_cache(maxsize=8)
+def log_factorials(of: int) -> Floats:
+    """(of + 1,): the logarithms of 0!, 1!, ..."""
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + 1)))])
 
 
 def upper_bound(wrong: int, of: int) -> float:

@@ -1,9 +1,9 @@
 """None of these: pictures that are far from all that was trained on. Pure functions over vectors of whole pictures.
 
-The distance is that to the nearest class mean, by cosine. It needs no label of the picture and nothing of the run, and
-what is far is told by known pictures alone: more than all but alpha of them. Held-out classes of the demo and of birds
-were told from known ones by it as well as or better than by nearest neighbours, and by the logits of a probe much worse
-on the demo (docs/using-results.md has the figures).
+The distance is that to the nearest class mean, by cosine (the nearest class mean of Mensink et al., PAMI 2013 [mem]).
+It needs no label of the picture and nothing of the run; what is far is told by known pictures alone, as farther than
+all but alpha of them. With held-out classes as the unknown it was ahead of nearest neighbours and of the energy of a
+probe's logits on birds with one of two encoders, and of the energy on the demo.
 """
 
 import numpy as np

@@ -173,11 +173,12 @@ def describe(found: Calibration, worth: Reliability) -> Row:
 
 
 def rows(found: Calibration, worth: Reliability) -> list[dict[str, str]]:
-    """A line for each thing that a reader may ask: label, value, meaning."""
+    """A line for each thing that a reader may ask: label, value, meaning. +- is a standard error over the units."""
     before, after = (percent(error) for error in worth.calibration_error)
     sets, lac = worth.sets[SETS], worth.sets["LAC"]
-    held = f"{percent(sets.coverage)} %, of {sets.size:.2f} classes"
-    wrong = worth.backoff.wrong
+    chance = percent((sets.coverage * (1 - sets.coverage) / worth.units) ** 0.5)
+    held = f"{percent(sets.coverage)} +- {chance} %, of {sets.size:.2f} classes"
+    wrong = None if found.backoff is None else worth.backoff.wrong
     lines = [
         (
             "calibration error",
@@ -195,7 +196,7 @@ def rows(found: Calibration, worth: Reliability) -> list[dict[str, str]]:
             "no answer" if wrong is None else f"{percent(wrong)} %",
             backoff_words(found),
         ),
-        ("pictures with an answer", f"{percent(worth.backoff.answered)} %", ranks_words(found.taxonomy, worth.backoff)),
+        ("pictures with an answer", answered_words(found), ranks_words(found.taxonomy, worth.backoff)),
         ("AURC", f"{percent(worth.aurc)} %", "errors among the surest pictures, on average over all numbers of them"),
     ]
     if found.taxonomy.ranks > 1:
@@ -222,7 +223,12 @@ def backoff_words(found: Calibration) -> str:
     )
 
 
+def answered_words(found: Calibration) -> str:
+    return "none" if found.backoff is None else f"{percent(found.backoff.answered / found.units)} %"
+
+
 def ranks_words(taxonomy: Taxonomy, backed: BackOff) -> str:
+    shares = f"in cross-fitting {percent(backed.answered)} %"
     if taxonomy.ranks == 1:
-        return "the class or none: no lineage and no superclass parts the classes"
-    return ", ".join(f"rank {rank}: {percent(share)} %" for rank, share in enumerate(backed.ranks))
+        return f"{shares}; the class or none: no lineage and no superclass parts the classes"
+    return f"{shares}; " + ", ".join(f"{percent(share)} % at rank {rank}" for rank, share in enumerate(backed.ranks))

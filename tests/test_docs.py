@@ -417,6 +417,13 @@ def test_a_run_is_asked_as_the_page_says(inside: Path, capsys: pytest.CaptureFix
     assert len(found["unsure"]) < len(found["rows"])
 
 
+def test_a_run_is_calibrated_as_the_page_says(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, Any] = {}
+    exec(next(block for block in blocks(USING, "python") if "calibrate" in block), found)
+    assert len(found["answers"]) == 3
+    assert capsys.readouterr().out.startswith("calibration error | ")
+
+
 def parquet_files() -> list[Path]:
     files = sorted(path for path in Path("data").rglob("*.parquet"))
     found = {pq.read_schema(path).metadata[b"schema"].decode() for path in files}

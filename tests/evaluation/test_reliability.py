@@ -103,7 +103,7 @@ def test_what_is_shown() -> None:
         "wrong at rank 1",
         "taxonomic distance",
     ]
-    coverage = f"{100 * worth.sets['APS'].coverage:.1f} %, of "
+    coverage = f"{100 * worth.sets['APS'].coverage:.1f} +- "
     assert rows["sets that hold the class, asked 90.0 %"][0].startswith(coverage)
     assert asdict(worth)["aurc"] == worth.aurc
 
@@ -112,4 +112,5 @@ def test_what_is_shown() -> None:
     assert rows["sets that hold the class, asked 90.0 %"][0] == "never: too few with 8 images"
     wrong = ("no answer", "never sure enough at 5.0 % with 8 images")
     assert rows["answers that are wrong, asked 5.0 % at most"] == wrong
+    assert rows["pictures with an answer"][0] == "none"
     assert "taxonomic distance" not in rows

@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 from torch import Tensor
-from training.explain import occlude, texts
 
 from evaluation.examples import name_concept
 from fieldmark.params import Params
@@ -17,6 +16,7 @@ from tools.prediction.output import Row
 from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
+from training.explain import occlude, texts
 from training.methods import load_method
 from training.restore import Restored
 
