@@ -19,11 +19,13 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 
@@ -56,6 +58,15 @@ def copy_pictures(folder: Path, target: Path, count: int) -> dict[str, str]:
     return copies
 
 
+@contextmanager
+def timed(rates: list[float], cpu: list[float], images: int) -> Iterator[None]:
+    """Add images a second, and seconds of a processor an image, which say something on a busy machine too."""
+    started, busy = perf_counter(), process_time()
+    yield
+    rates.append(images / (perf_counter() - started))
+    cpu.append((process_time() - busy) / images)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", default="params.yaml", metavar="FILE")
@@ -80,17 +91,18 @@ def main() -> None:
         question, out = read_question(str(Path(name, "pictures"))), Path(name, "answers.jsonl")
         nodes = nodes_of(encoder, params.embed.model_copy(update={"views": 0}))
         rates: dict[str, list[float]] = {"embed": [], "predict": []}
+        cpu: dict[str, list[float]] = {"embed": [], "predict": []}
         for number in range(arguments.repeats):
-            started = perf_counter()
-            update([replace(nodes, folder=Path(name, f"embed{number}"))], sources, params.dataset.buckets)
-            rates["embed"].append(len(sources) / (perf_counter() - started))
-            started = perf_counter()
+            with timed(rates["embed"], cpu["embed"], len(sources)):
+                update([replace(nodes, folder=Path(name, f"embed{number}"))], sources, params.dataset.buckets)
             answer = partial(ask, judge, question, chunk_of(params, judge.run), False, False, None)
-            write_rows("jsonl", out, judge.names.values(), answer)
-            rates["predict"].append(len(sources) / (perf_counter() - started))
+            with timed(rates["predict"], cpu["predict"], len(sources)):
+                write_rows("jsonl", out, judge.names.values(), answer)
         embed, predict = median(rates["embed"]), median(rates["predict"])
         said = f"embed {embed:.1f}, predict {predict:.1f} images/s: {predict / embed:.2f} (bar: {BAR})"
-        print(f"{len(copies)} pictures, {arguments.run} on {judge.run.encoder}: {said}", flush=True)
+        print(f"{len(copies)} pictures, {arguments.run} on {judge.run.encoder}: {said}")
+        each = ", ".join(f"{what} {1000 * median(seconds):.1f}" for what, seconds in cpu.items())
+        print(f"ms of a processor for a picture: {each}", flush=True)
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         print(f"largest difference to what the run said: {compare(judge, copies, rows)} (bar: {NEAR})")
         started = perf_counter()

@@ -7,7 +7,7 @@ code.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from fieldmark.store import canonical_json
 from training.controls import Control
 from training.data.cache import header_of
 from training.folds import settle
+from training.hashes import hash_file
+from training.inputs import Reading
 from training.methods import load_method
 from training.train import plan_run
 
@@ -59,10 +61,10 @@ def restore(params: Params, path: str, name: str, data: Path) -> Restored:
         raise UserError(f"{folder}: holds no model, {planned.method} could not work on its data; ask another run")
     if planned.control != Control():
         raise UserError(f"{path}: train.control: {name} was trained without something; write none, and {again}")
-    for file, mark in config["fingerprints"].items():
-        is_there = (data / file).exists()  # not where a run was fetched alone
-        if is_there and header_of(data, file, reading.files[file], params.dataset.buckets).fingerprint != mark:
-            raise UserError(f"{data / file}: was made anew since {folder} was trained; {again}")
+    if "banks" not in config:
+        raise UserError(f"{folder}: was trained by a version before; {again}")
+    for file in changed_since(config, reading, data, params.dataset.buckets):
+        raise UserError(f"{data / file}: was made anew since {folder} was trained; {again}")
     model = load_model(folder, planned.method, planned.settings, config, again)
     return Restored(
         name=name,
@@ -77,6 +79,16 @@ def restore(params: Params, path: str, name: str, data: Path) -> Restored:
         model=model,
         config=config,
     )
+
+
+def changed_since(config: Mapping[str, Any], reading: Reading, data: Path, buckets: int) -> Iterator[str]:
+    """Paths under data/ of what a run reads and is another now; what was not fetched cannot differ."""
+    for file, mark in config["fingerprints"].items():
+        if (data / file).exists() and header_of(data, file, reading.files[file], buckets).fingerprint != mark:
+            yield file
+    for file, sha256 in config["banks"].items():
+        if (data / file).exists() and hash_file(data / file) != sha256:
+            yield file
 
 
 def load_model(folder: Path, method: str, settings: Block, config: Mapping[str, Any], again: str) -> nn.Module:

@@ -42,6 +42,7 @@ from fieldmark.params import Block, Params, load_params
 from fieldmark.store import fingerprint, write_atomic, write_text
 from training.controls import Control, Request, apply_control, read_control
 from training.data import SPLITS, Cache, check_origins, read_cache
+from training.hashes import hash_file
 from training.inputs import Reading, reading_of
 from training.knobs import say_knobs
 from training.layers.states import state_of
@@ -154,6 +155,8 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     told = hide_test(planned.regime.apply(needed, params.train.seed)).only(reading.reads)
     told, seen = told.on(device), cache.on(device)  # both without copies of each other's
     config = {**planned.describe(), "seeds": seeds, "classes": cache.classes, "fingerprints": fingerprints}
+    # Rows of a bank are what labels name: the fingerprint of one says how it was made, this, which rows it has.
+    config["banks"] = {file: hash_file(data / file) for file, schema in reading.files.items() if schema == "bank/1"}
     config["device"] = device.type  # what figures are the same for, to their last digits; no part of what a run is
     mark = fingerprint(SCHEMA, planned.describe() | {"seeds": seeds}, list(fingerprints.values()))
     fits: dict[int, Fitted] = {}

@@ -203,6 +203,7 @@ def test_a_group_has_one_answer_by_votes(ask: Ask, tmp_path: Path, monkeypatch: 
     assert [(row["group"], row["pictures"]) for row in rows] == [(n, names.count(n)) for n in sorted(set(names))]
     for row, p in zip(rows, found.probabilities(votes), strict=True):
         assert row["p"] == pytest.approx(p.max(), abs=1e-5)
+        assert not {"set", "sure_name", "none_of_these"} & row.keys()
     with pytest.raises(UserError, match="names no group"):
         ask("--run", "moments", "--by", "group", "images/test")
 

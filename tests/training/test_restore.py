@@ -1,5 +1,6 @@
 """Every method's run is trained, restored from its folder, and says what it said."""
 
+import json
 import pickle
 import re
 import shutil
@@ -146,14 +147,28 @@ def test_a_run_of_another_regime_or_under_a_control_is_refused(folder: Path) -> 
     refused(folder, r"train\.control: zero_shot was trained without something", "zero_shot")
 
 
-def test_a_run_of_other_data_is_refused(folder: Path) -> None:
+def test_a_run_of_other_data_is_refused(trained: Path, folder: Path) -> None:
     path = folder / "data/index/classes.parquet"
     table = pq.read_table(path)
     changed = table.replace_schema_metadata({**table.schema.metadata, b"fingerprint": b"other"})
     pq.write_table(changed, path)
     refused(folder, r"index/classes\.parquet: was made anew since .*runs/linear_probe was trained")
+    path.unlink()
+    train_run(trained, "zero_shot")
+    shutil.copytree(trained / "data/runs/zero_shot", folder / "data/runs/zero_shot", dirs_exist_ok=True)
+    bank = folder / f"data/bank/{ENCODER}.parquet"  # of the same parameters, with another row
+    table = pq.read_table(bank)
+    pq.write_table(table.slice(1), bank)
+    refused(folder, r"bank/tiny\.parquet: was made anew", "zero_shot")
     shutil.rmtree(folder / "data/index")  # a run that was fetched alone
     assert restore_run(folder, "linear_probe").seed in (3, 4)
+
+
+def test_a_run_of_a_version_before_is_refused(folder: Path) -> None:
+    path = folder / "data/runs/linear_probe/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in ("chosen", "banks")}))
+    refused(folder, "runs/linear_probe: was trained by a version before; train it again")
 
 
 def test_a_run_that_was_not_possible_is_refused(folder: Path) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tools.prediction.features import Features
 
 TOP = 5  # classes, and training pictures, that are named
+LIMITS = ("set", "sure_rank", "sure_name", "sure_p", "none_of_these")  # of a row, what holds for single pictures
 ROWS = 65_536  # training vectors that are compared at once
 
 
@@ -359,12 +360,12 @@ class Votes:
         self.counts += counts
 
     def rows(self, judge: Judge) -> list[Row]:
-        """A row for each group, by its name."""
+        """A row for each group, by its name; limits that were calibrated on single pictures promise nothing of it."""
         names = sorted(self.sums)
         if not names:
             return []
         logits = np.stack([self.sums[name] / self.counts[name] for name in names])
         return [
-            empty_row() | {"group": name, "pictures": self.counts[name]} | row
+            empty_row() | {"group": name, "pictures": self.counts[name]} | row | dict.fromkeys(LIMITS)
             for name, row in zip(names, judge.answers(logits), strict=True)
         ]
