@@ -1,6 +1,7 @@
 # make repro   the whole pipeline, from nothing to data/report/index.html; PROFILE=NAME takes profiles/NAME.yaml for
 #              params.yaml first, `git checkout params.yaml` is the way back
 # make profile PROFILE=NAME lays the profile over params.yaml and runs nothing
+# make doctor  PROFILE=NAME tries encoders, disk and the model that is asked, before anything runs
 # make test    what CI runs: lint, types, tests
 # VENV=DIR reuses an environment; it is rebuilt when pyproject.toml or constraints.txt change.
 VENV ?= .venv
@@ -18,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 # Where there is no git (an unpacked archive) DVC must be told.
 NO_SCM := $(if $(wildcard .git),,.dvc/config.local)
 
-.PHONY: setup profile repro retry study compare pull share test test-all bench clean
+.PHONY: setup profile doctor repro retry study compare pull share test test-all bench clean
 
 setup: $(STAMP) $(NO_SCM)
 
@@ -34,6 +35,10 @@ $(STAMP):
 
 profile: setup
 	@$(if $(PROFILE),python -m tools.profiles "$(PROFILE)")
+
+# What the pipeline needs, tried before anything runs: packages, pictures, encoders, disk, and one question to the model.
+doctor: profile
+	@python -m tools.doctor
 
 repro: profile
 	@python -m tools.preflight

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from fieldmark import store
 from fieldmark.command import LAID_OVER, UserError, run, stage_parser
@@ -135,6 +136,20 @@ def merge(content: Any, changes: Any, model: type[Block], path: str, prefix: str
             merge(content[key], value, kind, path, f"{prefix}{key}.")
         else:
             content[key] = value
+
+
+def changed_since(path: Path) -> str | None:
+    """A warning where `path` was made of a profile, and laying that over again would change it; else None."""
+    try:
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        profile = PROFILES / first.removeprefix(LAID_OVER).partition(" ")[0]
+        if not first.startswith(LAID_OVER) or lay_over(find_base(path), profile) == path.read_text(encoding="utf-8"):
+            return None
+    # A profile that is gone or cannot be laid over is none to compare with.
+    except (UserError, OSError, YAMLError):
+        return None
+    again = f"`make profile PROFILE={profile.stem}` takes it over"
+    return f"{path} is not what {profile} makes of it any more: one of them was edited since; {again}"
 
 
 def take(name: str, path: Path) -> bool:

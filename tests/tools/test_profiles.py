@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from fieldmark.command import UserError
 from fieldmark.params import check_params, load_params
 from tests.project import PARAMS, ROOT
-from tools.profiles import lay_over, take
+from tools.profiles import changed_since, lay_over, take
 
 RunStage = Callable[..., None]
 PATH = Path("params.yaml")
@@ -157,6 +157,26 @@ def test_a_profile_may_be_edited_and_taken_again() -> None:
     assert load_params(PATH).dataset.seed == 7
     PATH.write_text(params(seed=8))
     refused("cub100", "not committed")
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_profile_that_was_edited_since_is_told_of() -> None:
+    """Commands read params.yaml alone: without a word they would go on with what the profile said before."""
+    assert changed_since(PATH) is None
+    take("cub100", PATH)
+    assert changed_since(PATH) is None
+    profile = Path("profiles/cub100.yaml")
+    profile.write_text(laid(7))
+    said = changed_since(PATH)
+    assert said is not None
+    assert "is not what profiles/cub100.yaml makes of it any more" in said
+    assert "`make profile PROFILE=cub100`" in said
+    take("cub100", PATH)
+    assert changed_since(PATH) is None
+    profile.write_text("dataset: [")
+    assert changed_since(PATH) is None
+    profile.unlink()
+    assert changed_since(PATH) is None
 
 
 @pytest.mark.usefixtures("repository")
