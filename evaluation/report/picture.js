@@ -87,16 +87,19 @@ function decisionTab(picture, {run, texts}) {
     made.style.opacity = 0.65 * Math.abs(value) / most;
     return made;
   });
+  const moves = most >= 0.005, name = report.runs[run].name;
+  const fall = moves ? `${a} against ${b}: how far the decision falls without a patch. Orange speaks for ${a}, blue for ${b}; strongest ${most.toFixed(2)} of a logit.`
+    + " The whole picture and coarser patches stay, and they saw the patch too."
+    : `${a} against ${b}: no patch moves this decision of ${name}. It rests on the whole picture.`;
   const choice = (scores, text) => element("button", {type: "button", "aria-pressed": String(own === scores),
     onclick: () => { opened.scores = scores; drawPicture("[aria-pressed=true]"); }}, text);
   return {
-    name: report.runs[run].name,
-    overlays: heat,
+    name,
+    overlays: moves ? heat : [],
     notes: [
       decision.scores === null ? null : element("div", {class: "tabs"}, choice(false, "without the patch"), choice(true, "its own scores")),
-      element("p", {class: "soft"}, own ? `How much ${report.runs[run].name} itself says each patch counted, for whatever class; strongest ${most.toFixed(2)}.`
-        : `${a} against ${b}: how far the decision falls without a patch. Orange speaks for ${a}, blue for ${b}; strongest ${most.toFixed(2)} of a logit.`
-          + " The whole picture and coarser patches stay, and they saw the patch too."),
+      element("p", {class: "soft"}, own
+        ? `How much ${name} itself says each patch counted, for whatever class; strongest ${most.toFixed(2)}.` : fall),
       decision.texts.length ? element("h4", {}, `Texts by what they add for ${a} against ${b}`) : null,
       element("ul", {class: "plain weighed"}, ...decision.texts.map(([text, adds]) => element("li", {},
         element("span", {class: adds > 0 ? "weight for" : "weight against"}, (adds > 0 ? "+" : "") + adds.toFixed(2)), element("span", {}, texts[text])))),
