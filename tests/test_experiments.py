@@ -80,9 +80,12 @@ def test_experiments_in_a_copy_in_the_queue_and_here(made: Path) -> None:
     metrics = json.loads(command("dvc", "metrics", "show", "--json", cwd=made).stdout)[""]["data"]
     assert set(metrics) == {f"data/runs/{name}/metrics.json" for name in RUNS}
     assert {sum(map(len, each["data"].values())) for each in metrics.values()} == {12}
-    changed = json.loads(command("dvc", "metrics", "diff", "main", "kept", "--json", cwd=made).stdout)["diff"]
+    changed = json.loads(command("dvc", "metrics", "diff", "main", "kept", "--json", cwd=made).stdout)
     assert set(changed) == {"data/runs/linear_probe/metrics.json"}
     assert "val.log_loss" in changed["data/runs/linear_probe/metrics.json"]
+
+    # An experiment has the report of the commit that it began at, where it asked for a run alone.
+    assert changes(made, "--against", "copied").startswith("against revision copied:\n\nconcepts: as they were")
 
     command("dvc", "plots", "diff", "main", "kept", "--out", "plots", cwd=made)
     page = (made / "plots/index.html").read_text()

@@ -31,14 +31,14 @@ STATE = DATA / "report/state.json"
 SHOWN = 10  # lines of a list, without --all
 
 
-def read_state(path: Path, remedy: str) -> State:
-    """Raises UserError, which ends with `remedy`, where there is none."""
+def read_state(path: Path, name: str, remedy: str) -> State:
+    """Raises UserError, which begins with `name` and ends with `remedy`, where there is none of this version."""
     try:
         state = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+        raise UserError(f"{name}: cannot be read ({error}); {remedy}") from None
     if state is None:
-        raise UserError(f"{path}: is of another version of this program; {remedy}")
+        raise UserError(f"{name}: is of another version of fieldmark; {remedy}")
     return state
 
 
@@ -54,7 +54,7 @@ def state_of(revision: str) -> State:
                 f"--against {revision}: {redact(' '.join(why[:1]) or 'DVC brings nothing')}; name a revision that has a"
                 f" dvc.lock with {STATE}, whose outputs are in DVC's cache or on its remote"
             )
-        return read_state(target, f"--against {revision} was made by another version")
+        return read_state(target, f"--against {revision}: its {STATE}", "name another revision")
 
 
 def shorten(lines: Sequence[str], whole: bool) -> list[str]:
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--against", metavar="REV", help="a revision of git's in the place of the last run")
     parser.add_argument("--all", action="store_true", help="whole lists")
     arguments = parser.parse_args()
-    state = read_state(STATE, "run `dvc repro`, which ends with the stage `report`")
+    state = read_state(STATE, str(STATE), "run `dvc repro report`")
     before = last_state(state, DATA) if arguments.against is None else state_of(arguments.against)
     remember(state, DATA)
     if before is None:
