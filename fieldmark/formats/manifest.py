@@ -11,6 +11,7 @@ manifest points at: after replacing an image under its old name, run `dvc repro 
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -38,8 +39,7 @@ def read(dataset: Dataset) -> Listing:
     spelling = Spelling(dataset.folder)
     images: list[Row] = []
     lines: dict[str, int] = {}
-    for line, row in enumerate(table, start=2 if path.suffix == ".csv" else 1):
-        where = f"{path}: {'line' if path.suffix == '.csv' else 'row'} {line}"
+    for line, where, row in numbered(path, table):
         image = image_of(row, where)
         image["path"] = spelling.on_disk(image["path"])
         first = lines.setdefault(image["path"], line)
@@ -63,21 +63,34 @@ def find(root: Path) -> Path:
     return found[0]
 
 
-def read_rows(path: Path) -> list[Row]:
-    if path.suffix == ".csv":
-        return read_csv(path, REQUIRED, OPTIONAL)
+def is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
+
+
+def numbered(path: Path, rows: Iterable[Row]) -> Iterator[tuple[int, str, Row]]:
+    """The rows, each with the number of its line (CSV) or row (Parquet), and with where it stands, in words."""
+    first, what = (2, "line") if is_csv(path) else (1, "row")
+    for line, row in enumerate(rows, start=first):
+        yield line, f"{path}: {what} {line}", row
+
+
+def read_rows(path: Path, required: Sequence[str] = REQUIRED, named_by: str = "dataset.root") -> list[Row]:
+    """The rows of a manifest that has to have some columns. Raises UserError, which says what names the file."""
+    optional = [*OPTIONAL, *(name for name in REQUIRED if name not in required)]
+    if is_csv(path):
+        return read_csv(path, required, optional)
     if not path.is_file():
-        raise UserError(f"{path}: is no file; correct dataset.root")
+        raise UserError(f"{path}: is no file; correct {named_by}")
     try:
         table = pq.read_table(path, partitioning=None)
-        check_columns(path, REQUIRED, OPTIONAL, table.column_names)
+        check_columns(path, required, optional, table.column_names)
         for column in table.schema:
             if column.name in (*REQUIRED, "split", *TEXTS) and column.type in (pa.binary(), pa.large_binary()):
                 raise UserError(f"{path}: column {column.name} holds bytes; write it as text")
         rows: list[Row] = table.to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: is not readable Parquet ({reason}); correct dataset.root or the file") from None
+        raise UserError(f"{path}: is not readable Parquet ({reason}); correct {named_by} or the file") from None
     return rows
 
 

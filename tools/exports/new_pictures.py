@@ -9,14 +9,14 @@ its rows box, group, captured_at, latitude, longitude, depth_m and licence are j
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fieldmark.command import UserError
-from fieldmark.formats.manifest import NUMBERS, OPTIONAL, TEXTS, box_of, number, text
-from fieldmark.listing import check_columns, read_csv
+from fieldmark.formats.manifest import NUMBERS, TEXTS, box_of, number, numbered, text
+from fieldmark.formats.manifest import read_rows as manifest_rows
+from fieldmark.listing import check_columns
 from fieldmark.pictures.decode import BadImage, open_reduced
 from tools.exports.index import Row
 from tools.exports.predictions import Said
@@ -66,28 +66,13 @@ def read_rows(path: Path) -> list[Row]:
 def read_manifest(path: Path) -> dict[str, Row]:
     """By path, what a manifest says of pictures. Raises UserError naming the row that cannot stand."""
     found = {}
-    for line, row in enumerate(manifest_rows(path), start=2 if path.suffix == ".csv" else 1):
-        where = f"{path}: {'line' if path.suffix == '.csv' else 'row'} {line}"
+    for _, where, row in numbered(path, manifest_rows(path, ["path"], "--manifest")):
         found[str(row["path"])] = {
             "box": box_of(row.get("box"), where),
             **{column: text(row.get(column)) for column in TEXTS},
             **{column: number(row.get(column), column, where) for column in NUMBERS},
         }
     return found
-
-
-def manifest_rows(path: Path) -> list[dict[str, Any]]:
-    known = [*OPTIONAL, "class"]
-    if path.suffix == ".csv":
-        return read_csv(path, ["path"], known)
-    try:
-        names = pq.read_schema(path).names
-        check_columns(path, ["path"], known, names)
-        wanted = [name for name in ("path", *KNOWN) if name in names]
-        return pq.read_table(path, columns=wanted, partitioning=None).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: is not readable Parquet ({reason}); correct the path or the file") from None
 
 
 def with_size(said: Said, folder: Path) -> Said:

@@ -3,15 +3,12 @@
 import os
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, NamedTuple
 
 from fieldmark.command import UserError, counted
 from fieldmark.formats import manifest
 from fieldmark.formats.imagefolder import visible
-from fieldmark.listing import Row, Spelling, check_columns, read_csv
+from fieldmark.listing import Spelling
 from fieldmark.pictures.decode import IMAGE_SUFFIXES, BadImage, hash_file, map_ahead, open_file
 from fieldmark.pictures.views import View
 from stages.index_images import look_at
@@ -82,8 +79,7 @@ def list_manifest(path: Path) -> Question:
     UserError for a file that is not readable, has no row, or has a row without a path or with a box that is none.
     """
     pictures, spelling = [], Spelling(path.parent)
-    for line, row in enumerate(manifest_rows(path), start=2 if path.suffix.lower() == ".csv" else 1):
-        where = f"{path}: {'line' if path.suffix.lower() == '.csv' else 'row'} {line}"
+    for _, where, row in manifest.numbered(path, manifest.read_rows(path, ["path"], "the path")):
         name = manifest.text(row["path"])
         if name is None:
             raise UserError(f"{where}: path is empty; fill it in, or remove the row")
@@ -92,22 +88,6 @@ def list_manifest(path: Path) -> Question:
     if not pictures:
         raise UserError(f"{path}: names no picture")
     return Question(path.parent, pictures)
-
-
-def manifest_rows(path: Path) -> list[Row]:
-    known = [*manifest.OPTIONAL, "class"]
-    if path.suffix.lower() == ".csv":
-        return read_csv(path, ["path"], known)
-    try:
-        names = pq.read_schema(path).names
-        check_columns(path, ["path"], known, names)
-        rows: list[dict[str, Any]] = pq.read_table(
-            path, columns=[name for name in ("path", "group", "box") if name in names], partitioning=None
-        ).to_pylist()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: is not readable Parquet ({reason}); correct the path or the file") from None
-    return rows
 
 
 class Looked(NamedTuple):
