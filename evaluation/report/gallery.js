@@ -29,10 +29,11 @@ tiles.onturn = () => { keepAddress(); at("found").scrollIntoView(); };
 
 function readFilters() { return Object.fromEntries(FIELDS.map((name) => [name, filters.elements[name].value])); }
 
+const rank = Object.fromEntries(report.order.map((label, place) => [label, place]));
 const ORDERS = {
   "": (a, b) => isRight(a) - isRight(b) || (isRight(a) ? a.top[0][1] - b.top[0][1] : b.top[0][1] - a.top[0][1]),
   unsure: (a, b) => a.top[0][1] - b.top[0][1],
-  class: (a, b) => classes[a.y].localeCompare(classes[b.y]) || isRight(a) - isRight(b),
+  class: (a, b) => rank[a.y] - rank[b.y] || isRight(a) - isRight(b),
 };
 
 function found(wanted) {

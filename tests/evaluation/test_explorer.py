@@ -208,6 +208,8 @@ def test_6000_pictures_of_200_classes_stay_few_elements(
             "y": number % many,
             "top": [[(number + (number % 9 == 0)) % many, 900], [(number + 5) % many, 50]],
             "guesses": [number % many, number % many],
+            "set": [number % many],
+            "taxon": "a family",
         }
         for number in range(count)
     ]
