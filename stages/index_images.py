@@ -86,12 +86,13 @@ def mark_duplicates(rows: list[Row]) -> None:
 
 def look_at(root: Path, row: Row) -> bytes | None:
     """Decode one image: fill width, height, dhash and taken and return its thumbnail, or mark the row broken."""
+    # Before the picture is held: metadata may take as much memory as pixels.
+    taken = seconds(row.get("captured_at") or read_time(root / row["path"]))
     try:
         image = open_rgb(root / row["path"])
     except BadImage as error:
         row.update(status="broken", error=str(error))
         return None
-    taken = seconds(row.get("captured_at") or read_time(root / row["path"]))
     row.update(width=image.width, height=image.height, dhash=dhash(image), taken=taken)
     image.thumbnail((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

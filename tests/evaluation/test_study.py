@@ -656,6 +656,7 @@ def forget() -> None:
 def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("training.methods.leaky")
     module.Settings, module.SEEDED, module.READS, module.fit = Block, False, frozenset({"globals"}), fit_leaky
+    module.build = Leaky  # never called: the run is not restored
     monkeypatch.setitem(sys.modules, "training.methods.leaky", module)
 
 
