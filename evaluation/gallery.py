@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evaluation.runs import PREDICTIONS, Row, Run, query
+from evaluation.runs import Row, Run, query
 from fieldmark import store
 from fieldmark.command import UserError
 from training.metrics import Floats, Ints
@@ -25,14 +25,6 @@ PATCH_CONCEPTS = 3  # shown of a patch
 
 def short(image_id: str) -> str:
     return image_id[:SHORT]
-
-
-def read_logits(data: Path, run: Run) -> Floats:
-    """(n, C): what the model that a run keeps says of each image, in the order of run.paths."""
-    path = data / f"runs/{run.name}/predictions.parquet"
-    table = store.read_table(path, PREDICTIONS, ["path", "seed", "logits"])
-    kept = table.filter(pc.field("seed") == run.model_seed).sort_by("path")
-    return store.vectors_of(kept, "logits").astype(np.float64)
 
 
 def members(

@@ -82,9 +82,12 @@ def render(content: Row, data: Row, pictures: Mapping[str, bytes]) -> Page:
     )
 
     def source(name: str) -> str:
+        """Where an img finds the picture of an id."""
         return f"data:image/webp;base64,{encoded[name]}" if inside else f"{FILES}/{name}.webp"
 
-    html = environment(source).get_template("page.html.jinja").render(
+    filters: dict[str, Callable[..., str]] = {"percent": percent, "points": points, "points_range": points_range}
+    filters |= {"number": number, "source": source}
+    html = environment(FOLDER, filters).get_template("page.html.jinja").render(
         **content,
         policy=policy,
         style=Markup(style),
@@ -96,10 +99,10 @@ def render(content: Row, data: Row, pictures: Mapping[str, bytes]) -> Page:
     return Page(html, {} if inside else {f"{FILES}/{name}.webp": webp for name, webp in sorted(pictures.items())})
 
 
-def environment(source: Callable[[str], str]) -> ImmutableSandboxedEnvironment:
-    """Jinja as the templates need it; `source` is where an img finds the picture of an id."""
+def environment(folder: Path, filters: Mapping[str, Callable[..., str]]) -> ImmutableSandboxedEnvironment:
+    """Jinja for the HTML templates of a folder: what comes from data is escaped."""
     made = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(FOLDER),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         # What is not a plain text was made by the template itself, or is a number.
         finalize=lambda value: printable(value) if type(value) is str else value,
@@ -107,6 +110,5 @@ def environment(source: Callable[[str], str]) -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"percent": percent, "points": points, "points_range": points_range, "number": number, "source": source}
     made.filters.update(filters)
     return made

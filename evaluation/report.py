@@ -53,7 +53,7 @@ from evaluation.concept_bank import (
 )
 from evaluation.curves import read_curves
 from evaluation.decisions import explain_runs, to_explain
-from evaluation.gallery import picture_rows, read_logits, read_patches, read_thumbs
+from evaluation.gallery import picture_rows, read_patches, read_thumbs
 from evaluation.health import HEALTH, contamination, near_pairs, odd_sizes, read_health
 from evaluation.out_of_fold import FOLD, half_of, read_out_of_fold
 from evaluation.page import FILES, Page, render
@@ -67,6 +67,7 @@ from evaluation.runs import (
     groups_of,
     query,
     read_json,
+    read_logits,
     read_marks,
     read_run,
 )
@@ -75,7 +76,7 @@ from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts import gate
 from fieldmark.params import Params, load_params
-from training.metrics import Ints
+from training.metrics import Floats, Ints
 
 MATRIX_CLASSES = 60  # a confusion matrix of more classes is not readable
 REASONS = 20  # kinds of unused files listed
@@ -217,8 +218,9 @@ def report(
 
     # What is looked at: the answers of a run, or of its folds in a study; `judging` is the split that is counted.
     looked, others, judging = shown, runs, "val"
+    logits: Floats
     if study is None:
-        half, logits = read_half(data, shown.name), read_logits(data, shown)
+        half, logits = read_half(data, shown.name), read_logits(data, shown).astype(np.float64)
     else:
         looked, others, logits = read_out_of_fold(data, study, shown, index)
         half, judging = half_of(looked, logits, index, classes), FOLD

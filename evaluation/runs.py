@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from fieldmark import store
 from fieldmark.command import UserError
-from training.metrics import Bools, Ints, mean_and_deviation
+from training.metrics import Bools, Floats, Ints, mean_and_deviation
 
 PREDICTIONS = "run.predictions/1"
 SPLITS = ("train", "val", "test")
@@ -108,6 +108,14 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: is missing; {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not readable JSON ({error}); {remedy}") from None
+
+
+def read_logits(data: Path, run: Run) -> Floats:
+    """(n, C) float32: the logits of the seed whose model is kept, in the order of run.paths."""
+    path = data / f"runs/{run.name}/predictions.parquet"
+    groups = store.iterate_groups(path, PREDICTIONS, ["seed", "path", "logits"])
+    kept = pa.concat_tables([group.filter(pc.equal(group.column("seed"), run.model_seed)) for group in groups])
+    return store.vectors_of(kept.sort_by("path"), "logits")
 
 
 def check_same_images(data: Path, runs: Sequence[Run], index: pa.Table) -> None:

@@ -28,12 +28,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from evaluation.runs import read_logits
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.params import Params, load_params
 from tools.exports import card, coco, darwin_core, dataset, embeddings, graphs
 from tools.exports.index import read_index
 from tools.exports.new_pictures import read_new, with_size
-from tools.exports.predictions import SPLITS, Source, find_run, kept_logits, read_said, temperature_of
+from tools.exports.predictions import SPLITS, Source, find_run, read_said, temperature_of
 
 Arguments = argparse.Namespace
 # What each format needs, and which options it takes beside.
@@ -68,7 +69,7 @@ def export_predictions(params: Params, arguments: Arguments) -> str:
     data = arguments.data
     found, config = find_run(data, params, arguments.run)
     index = read_index(data, coco.COLUMNS if arguments.to == "coco" else darwin_core.COLUMNS)
-    logits = kept_logits(data, found)
+    logits = read_logits(data, found)
     left_out: dict[str, int] = {}
     if arguments.predictions:
         said, left_out = read_new(arguments.predictions, arguments.manifest, found.classes)

@@ -18,14 +18,13 @@ import numpy as np
 from evaluation.calibration import calibrate
 from evaluation.health import contamination, read_health
 from evaluation.reliability import cross_judge, rows
-from evaluation.runs import Run, group_numbers, groups_of
+from evaluation.runs import Run, group_numbers, groups_of, read_logits
 from evaluation.taxonomy import lineages_of
 from evaluation.words import percent_and_deviation
 from fieldmark import store
 from fieldmark.params import Encoder, Params, Tower
 from tools.exports.index import Index, Row, check_file
 from tools.exports.markdown import render
-from tools.exports.predictions import kept_logits
 from training.metrics import (
     Bools,
     Floats,
@@ -186,7 +185,7 @@ def licences(index: Index, split: str) -> str:
 
 def make_card(data: Path, params: Params, index: Index, run: Run, config: Row) -> str:
     """The card's text. `index` has licence and group. Raises UserError where a file that it speaks of is missing."""
-    logits, names = kept_logits(data, run), [row["name"] for row in index.classes]
+    logits, names = read_logits(data, run), [row["name"] for row in index.classes]
     table = store.read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     groups = groups_of(table)
     classes = store.read_table(data / "index/classes.parquet", "index.classes/1")

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from evaluation.calibration import fit_calibrating_temperature
-from evaluation.runs import PREDICTIONS, NotMade, Run, check_same_images, read_json, read_run
+from evaluation.runs import NotMade, Run, check_same_images, read_json, read_run
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.params import Params
@@ -61,14 +59,6 @@ def find_run(data: Path, params: Params, name: str) -> tuple[Run, dict[str, Any]
     )
     check_same_images(data, [found], index)
     return found, read_json(data / "runs" / name / "config.json", f"run train@{name} again (dvc repro)")
-
-
-def kept_logits(data: Path, run: Run) -> np.ndarray:
-    """(n, C): the logits of the seed whose model is kept, in the order of run.paths."""
-    path = data / f"runs/{run.name}/predictions.parquet"
-    groups = store.iterate_groups(path, PREDICTIONS, ["seed", "path", "logits"])
-    kept = pa.concat_tables([group.filter(pc.equal(group.column("seed"), run.model_seed)) for group in groups])
-    return store.vectors_of(kept.sort_by("path"), "logits")
 
 
 def temperature_of(run: Run, logits: np.ndarray) -> float:

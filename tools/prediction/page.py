@@ -4,13 +4,10 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import FileSystemLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from evaluation.gallery import read_thumbs, short
+from evaluation.page import environment
 from evaluation.words import percent
 from fieldmark import store
-from fieldmark.command import printable
 from tools.prediction.output import SPLITS, Row
 from tools.prediction.pictures import Looked, Question, thumbnail
 
@@ -59,13 +56,4 @@ def encode(webp: bytes) -> str:
 
 def render(content: Row) -> str:
     """The page. What comes from data is escaped, and so are characters that change how a text is read."""
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent)
-    return environment.get_template("page.html.jinja").render(content)
+    return environment(Path(__file__).parent, {"percent": percent}).get_template("page.html.jinja").render(content)
