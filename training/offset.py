@@ -18,11 +18,11 @@ import copy
 import functools
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from fieldmark.params import Block
@@ -78,6 +78,15 @@ class WithProbe(Block):
         """The probe as its full fit chose it; `chosen` is what the method around it says of itself."""
         own = {name.removeprefix(PREFIX): value for name, value in chosen.items() if name.startswith(PREFIX)}
         return self.model_copy(update={"settings": settle(self.block, own).model_dump()})
+
+
+def as_probe(value: Any) -> Any:
+    """`true` is the rival itself: the best of the probe family, by its defaults; `false` is none."""
+    return {True: {"method": "probes"}, False: None}[value] if isinstance(value, bool) else value
+
+
+# The knob of a method that can stand beside a probe.
+ProbeBeside = Annotated[WithProbe | None, BeforeValidator(as_probe)]
 
 
 def with_reads(own: frozenset[str], with_probe: WithProbe | None) -> frozenset[str]:

@@ -26,14 +26,21 @@ from training.data import Cache
 ENCODER = "tiny"
 # What `write_cache` writes, but the global vectors alone, which the nodes hold too.
 ALL = frozenset(
-    {"nodes", "boxes", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners", "descriptions"}
+    {
+        *{"nodes", "boxes", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
+        *{"descriptions", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout"},
+    }
 )
+GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
 SCALE = 10.0  # of cosines, before the softmax over concepts
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to plant. `cue` is where the class shows: in the global vector, in one patch, in both, or nowhere."""
+    """What to plant. `cue` is where the class shows: in the global vector, in one patch, in both, or nowhere.
+
+    Tokens show it as patches do, in one cell of each layer, to which rollout points; CLS as the global vector does.
+    """
 
     classes: int = 4
     train: int = 24  # images a class
@@ -131,6 +138,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     )
     made_from = {"embed": marks["embed"], "bank": marks["bank"], **Labels(top=plan.top).model_dump()}
     write_buckets(folder / f"labels/{ENCODER}", "labels/1", labels, ids, plan.buckets, made_from, marks["rest"])
+    write_tokens(folder, plan, images)
     write_moments(folder, ENCODER, "pooled", plan.dimension + 4, plan.seed)
     write_moments(folder, ENCODER, "isqrt", plan.dimension + 6, plan.seed)
 
@@ -258,25 +266,35 @@ def write_moments(
     write_buckets(target, "embed.moments/1", rows, ids, len(bucket_files(folder)), made_by, mark)
 
 
-def write_tokens(folder: Path, encoder: str) -> None:
-    """Cells and CLS of layers 1 and 2 for the images and views of `tiny`, and rollout in the rows of layer 1."""
-    rng, grid, dimension, heads = np.random.default_rng(0), (2, 3), 5, 2
+def write_tokens(folder: Path, plan: Plan, images: Sequence[dict[str, Any]]) -> None:
+    """Cells and CLS of two layers for the images and views of `tiny`, and rollout in the rows of the first."""
+    rng, width, cells = np.random.default_rng(plan.seed), plan.dimension + 2, GRID[0] * GRID[1]
     marks = {name: fingerprint(name, {"encoder": ENCODER}) for name in ("embed", "tokens")}
-    keys, cells = keys_of(folder), grid[0] * grid[1]
-    rows = [
-        {
-            **{"image_id": image_id, "view": view, "layer": layer},
-            **{"grid_h": grid[0], "grid_w": grid[1], "width": dimension},
-            "vectors": rng.standard_normal(cells * dimension).astype(np.float16),
-            "cls": rng.standard_normal(dimension).astype(np.float16),
-            "rollout": rng.random(heads * cells).astype(np.float16) if layer == 1 else None,
-        }
-        for image_id, view in keys
-        for layer in (1, 2)
-    ]
-    ids, buckets = sorted({image_id for image_id, _ in keys}), len(bucket_files(folder))
-    target = folder / f"embed/{encoder}/tokens"
-    write_buckets(target, "embed.tokens/1", rows, ids, buckets, {"encoder": marks["embed"]}, marks["tokens"])
+    prototypes = unit(rng.standard_normal((len(LAYERS), plan.classes, width)))
+    rows = []
+    for image in images:
+        for view in range(plan.views):
+            place, label = rng.integers(cells), image["label"]
+            for number, layer in enumerate(LAYERS):
+                vectors, cls = unit(rng.standard_normal((cells, width))), unit(rng.standard_normal(width))
+                if plan.cue in ("local", "both"):
+                    vectors[place] = around(prototypes[number, label], plan.noise, rng)
+                if plan.cue in ("global", "both"):
+                    cls = around(prototypes[number, label], plan.noise, rng)
+                rollout = rng.random((HEADS, cells))
+                rollout[:, place] += plan.cue in ("local", "both")
+                rows.append(
+                    {
+                        **{"image_id": image["image_id"], "view": view, "layer": layer},
+                        **{"grid_h": GRID[0], "grid_w": GRID[1], "width": width},
+                        "vectors": (3 * vectors).astype(np.float16).ravel(),
+                        "cls": (3 * cls).astype(np.float16),
+                        "rollout": rollout.astype(np.float16).ravel() if layer == LAYERS[0] else None,
+                    }
+                )
+    ids = [image["image_id"] for image in images]
+    target, made_by = folder / f"embed/{ENCODER}/tokens", {"encoder": marks["embed"]}
+    write_buckets(target, "embed.tokens/1", rows, ids, plan.buckets, made_by, marks["tokens"])
 
 
 def bucket_files(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from fieldmark.params import Block
-from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other, write_tokens
+from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other
 from tests.training.methods.test_universal import LOOPED, METHODS, WHOLE, lend
 from training.data import Cache, read_cache
 from training.data.nodes import Nodes
@@ -177,7 +177,6 @@ def main() -> None:
         plan = Plan(views=2, rings=3, sentences=4, train=8, val=4, test=2)
         write_cache(Path(folder), plan)
         write_other(Path(folder), "other", 24)
-        write_tokens(Path(folder), ENCODER)
         for name in ("pooled", "isqrt"):
             write_moments(Path(folder), "other", name, 24)
         # A forward without values last: it changes what PyTorch knows of CUDA.

@@ -24,7 +24,7 @@ from fieldmark.store import (
     vectors_of,
     write_table,
 )
-from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other, write_tokens
+from tests.training.cache import ALL, ENCODER, GRID, HEADS, Plan, write_cache, write_moments, write_other
 from training.data import Cache, arrays, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.labels import Labels
@@ -267,7 +267,7 @@ def test_only_what_is_declared_is_read(copy: Path) -> None:
         assert torch.equal(cache.globals(images, view), whole.globals(images, view))
     with pytest.raises(UserError, match=r"bank/tiny\.parquet: is missing"):
         read_cache(copy, ENCODER, PLAN.buckets, {"globals", "names"})
-    with pytest.raises(UserError, match=r"'vectors' is no part of the cache; choose from: boxes, cls, concepts"):
+    with pytest.raises(UserError, match=r"'vectors' is no part of the cache; choose from: boxes, cls/NAME, concepts"):
         read_cache(copy, ENCODER, PLAN.buckets, {"vectors"})
 
 
@@ -386,33 +386,41 @@ def test_all_that_is_read_has_the_same_views(copy: Path) -> None:
     assert read_cache(copy, ENCODER, 3, {"pooled"}).views == 4
 
 
-def test_tokens_of_the_deepest_layer_arrive_where_the_files_have_them(
+def test_tokens_of_each_layer_arrive_where_the_files_have_them(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tokens(copy, ENCODER)
     rows = read_buckets(copy / f"embed/{ENCODER}/tokens", "embed.tokens/1", 3).to_pylist()
     stored = {(row["image_id"], row["view"], row["layer"]): row for row in rows}
-    caches = [read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"})]
+    words = {"tokens", "tokens/1", "tokens/rollout", "cls", "cls/rollout", "rollout"}
+    caches = [read_cache(copy, ENCODER, 3, words)]
     without_arrays(monkeypatch)
     monkeypatch.setattr(arrays, "MEMORY_SHARE", 0.0)
-    caches.append(read_cache(copy, ENCODER, 3, {"tokens", "cls", "rollout"}))  # they stay on the disk
+    caches.append(read_cache(copy, ENCODER, 3, words))  # they stay on the disk
     order = torch.tensor([4, 1, 12])
     caches.append(caches[1].take(order))
     for cache in caches:
         images = torch.arange(len(cache.paths))
         for view in (0, 1):
             batch = cache.batch(images, torch.full_like(images, view))
-            assert batch.token_grid == (2, 3)
-            assert batch.tokens.shape == (len(images), 6, 5)
-            assert batch.rollout.shape == (len(images), 2, 6)
+            assert batch.token_grid == batch.grid_of("tokens/1") == GRID
+            assert batch.tokens.shape == (len(images), 12, PLAN.dimension + 2)
+            assert batch.rollout.shape == (len(images), HEADS, 12)
             assert {each.dtype for each in (batch.tokens, batch.cls, batch.rollout)} == {torch.float32}
             for image, image_id in enumerate(cache.image_ids):
                 deep, before = stored[image_id, view, 2], stored[image_id, view, 1]
                 assert batch.tokens[image].flatten().tolist() == deep["vectors"]
                 assert batch.cls[image].tolist() == deep["cls"]
+                assert batch.of("cls/rollout")[image].tolist() == before["cls"]
+                for word in ("tokens/1", "tokens/rollout"):
+                    assert batch.of(word)[image].flatten().tolist() == before["vectors"]
                 assert batch.rollout[image].flatten().tolist() == before["rollout"]
     # Of cells on the disk, none are brought to memory where some of the images are taken.
-    assert caches[2].part(Tokens).cells.data_ptr() == caches[1].part(Tokens).cells.data_ptr()
+    first, taken = (cache.part(Tokens).layers["tokens"].vectors for cache in caches[1:])
+    assert taken.data_ptr() == first.data_ptr()
+    named = caches[0].only({"tokens/1", "cls/rollout"}).batch(order)
+    for word in ("tokens", "tokens/rollout", "cls"):
+        with pytest.raises(UserError, match=rf"{word}: is of the part `{word}`, which the method's READS does not"):
+            named.of(word)
     seen = caches[0].only({"cls"}).batch(order)
     for field in ("tokens", "token_grid", "rollout"):
         with pytest.raises(UserError, match=rf"{field}: is of the part `{field.split('_')[0]}s?`, which the method's"):
@@ -420,10 +428,13 @@ def test_tokens_of_the_deepest_layer_arrive_where_the_files_have_them(
 
 
 def test_tokens_that_are_not_whole_are_refused(copy: Path) -> None:
+    folder = copy / f"embed/{ENCODER}/tokens"
+    folder.rename(copy / "away")
     with pytest.raises(UserError, match=r"embed/tiny/tokens: is missing; run embed_tokens \(dvc repro\)"):
         read_cache(copy, ENCODER, 3, {"tokens"})
-    write_tokens(copy, ENCODER)
-    folder = copy / f"embed/{ENCODER}/tokens"
+    (copy / "away").rename(folder)
+    with pytest.raises(UserError, match=r"holds no layer 7, but 1, 2; name one of these as the layer, or add"):
+        read_cache(copy, ENCODER, 3, {"tokens/7"})
     drop_first(bucket_path(folder, 1))
     for name in ("tokens", "cls", "rollout"):
         with pytest.raises(UserError, match=r"b001.parquet: lacks image [0-9a-f]{64} \(view 0\); run embed_tokens"):
@@ -470,9 +481,9 @@ def test_the_projection_is_a_matrix_and_a_bias(copy: Path, bias: bool) -> None:
 def test_every_part_is_found_by_its_names() -> None:
     kinds = part_kinds()
     words = {name.partition("/")[0] for name in ALL}
-    assert kinds.keys() == {*words, "globals", "tokens", "cls", "rollout", "projection"}
+    assert kinds.keys() == {*words, "globals", "projection"}
     fields = [field for kind in set(kinds.values()) for field in kind.shows]
     assert len(fields) == len(set(fields))
     for kind in set(kinds.values()):
-        words = kind.provides - {kind.named}
+        words = kind.provides - {"moments"}  # which names nothing by itself
         assert set(kind.files("one", words).values()) <= {*COLUMNS, "safetensors"}

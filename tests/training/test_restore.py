@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from fieldmark.command import UserError
 from fieldmark.params import Params, load_params
-from tests.training.cache import ENCODER, Plan, write_cache, write_other, write_tokens
+from tests.training.cache import ENCODER, Plan, write_cache, write_other
 from tests.training.methods.test_universal import WHOLE
 from training import train
 from training.data import read_cache
@@ -64,7 +64,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with parameters, the cache and, once they were asked for, runs."""
     folder = tmp_path_factory.mktemp("restore")
     write_cache(folder / "data", PLAN)
-    write_tokens(folder / "data", ENCODER)
     write_other(folder / "data", "wide", 12)
     write_params(folder, RUNS)
     return folder

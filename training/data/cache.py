@@ -27,6 +27,7 @@ from training.data.nodes import Globals, Nodes
 from training.data.part import P, Part, Parts, kind_of, part_kinds
 from training.data.placement import bring
 from training.data.rows import STAGES, EncoderFiles, count_views
+from training.data.tokens import grid_word
 from training.hashes import hash_file
 
 SPLITS = ("train", "val", "test")
@@ -56,13 +57,21 @@ class Fields:
         """(B, d): the moments of that name."""
         return self.moments["pooled"]
 
+    def of(self, word: str) -> Tensor:
+        """What READS calls by this word, where a field has that name: tokens/4, cls/rollout."""
+        if word not in self.values:
+            raise undeclared(word)
+        return self.values[word]
+
+    def grid_of(self, word: str) -> tuple[int, int]:
+        """(h, w) of tokens (B, h w, d), by the word of READS that they have."""
+        height, width = self.of(grid_word(word)).tolist()
+        return height, width
+
     @property
     def token_grid(self) -> tuple[int, int]:
         """(h, w) of `tokens` (B, h w, d)."""
-        if "token_grid" not in self.values:
-            raise undeclared("token_grid")
-        height, width = self.values["token_grid"].tolist()
-        return height, width
+        return self.grid_of("tokens")
 
     def has(self, name: str) -> bool:
         return name in self.values
@@ -81,9 +90,11 @@ class Fields:
 
 def undeclared(name: str) -> Exception:
     """What to raise for a field that is not there."""
+    word, _, rest = name.partition("/")
     for part, kind in part_kinds().items():
-        if name in kind.shows:
-            part = name if name in kind.provides else part
+        if word in kind.shows:
+            part = word if word in kind.provides else part
+            part = f"{part}/{rest}" if rest else part
             return UserError(f"{name}: is of the part `{part}`, which the method's READS does not name; add it there")
     return AttributeError(name)
 

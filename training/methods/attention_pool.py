@@ -22,7 +22,7 @@ from training.layers.nodes import NodeInput, NodeScales
 from training.layers.states import State, within
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
-from training.offset import WithProbe, probe_also_reads, reduce, with_reads
+from training.offset import ProbeBeside, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
 
 SEEDED = True
@@ -39,7 +39,7 @@ class LossWeights(Block):
 
 class Settings(Schedule):
     start_l2: Positive | None = None  # strength of the probe that it starts from; null: val chooses
-    with_probe: WithProbe | None = None  # {method, settings}: the probe whose logits it adds to; null: none
+    with_probe: ProbeBeside = None  # {method, settings}: the probe whose logits it adds to; null: none
     nodes: Literal["all", "tokens"] = "all"  # all, or tokens: raw ones, before the projection
     hidden: Count = 256  # width of the patch stream
     dropout: Fraction = 0.3  # share of activations dropped in training

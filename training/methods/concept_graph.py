@@ -78,7 +78,7 @@ from training.layers.nodes import (
 from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs, margin
 from training.methods import Fitted, Output
-from training.offset import WithProbe, probe_also_reads, reduce, with_reads
+from training.offset import ProbeBeside, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
 
 SEEDED = True
@@ -105,7 +105,7 @@ class LossWeights(Block):
 class Settings(Schedule):
     batch_size: Count = 256  # images a step
     start_l2: Positive | None = None  # strength of the probe that it starts from; null: val chooses
-    with_probe: WithProbe | None = None  # {method, settings}: the probe whose logits it adds to; null: none
+    with_probe: ProbeBeside = None  # {method, settings}: the probe whose logits it adds to; null: none
     hidden: Count = 128  # width of the graph stream
     dropout: Fraction = 0.3  # share of activations dropped in training
     nodes: NodeKind = "all"  # all, selected (the patches that label_patches selected), or tokens, with texts: 0
