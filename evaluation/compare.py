@@ -3,7 +3,8 @@
 Reads   studies/NAME.yaml; data/studies/NAME/RUN/ of every run; data/index/images.parquet; where test is
         declared, data/index/metrics.json and data/studies/test_was_read.json.
 Writes  data/studies/NAME/tables.txt, tables.csv and tables.tex: a table for each encoder and regime, a row for each
-        method and control; where the study asks questions, answers.md; where test is declared, test_was_read.json.
+        method and control; where the study asks questions, answers.md; where methods have epochs, seconds.txt, what
+        their fits took; where test is declared, test_was_read.json.
 Costs   seconds; memory for the logits of one run at a time.
 
 All figures are of val, unless the study declares test. Then test is read, once: test_was_read.json holds the study's
@@ -34,6 +35,7 @@ import pyarrow.compute as pc
 
 from evaluation import opened
 from evaluation.choices import choice_notes
+from evaluation.effort import seconds_of_fits
 from evaluation.health import contamination, read_health
 from evaluation.plan import (
     REFERENCE,
@@ -79,8 +81,13 @@ def shown_figures(table: Table) -> list[str]:
 
 def columns_of(table: Table) -> list[str]:
     """The head of the text and LaTeX tables."""
-    over = intervals_over(table.groups is not None)
-    return ["method", "control", *shown_figures(table), "- probe", *over, "p (Holm)", "verdict"]
+    over, rising = intervals_over(table.groups is not None), ["still rising"] if has_epochs(table) else []
+    return ["method", "control", *shown_figures(table), *rising, "- probe", *over, "p (Holm)", "verdict"]
+
+
+def has_epochs(table: Table) -> bool:
+    """Whether any of its methods has epochs: then a column says in how many runs the last one was the best."""
+    return any(result.rising for result in table.results)
 
 
 def intervals_over(groups: bool) -> list[str]:
@@ -99,6 +106,8 @@ def fields_of(verdict: Verdict, table: Table) -> list[str]:
     for name in shown_figures(table):
         values = [of_run[name] for of_run in result.figures if name in of_run]
         figures.append(percent_of_runs(values) if values else "")
+    if has_epochs(table):
+        figures.append(result.rising)
     intervals = [""] * (1 + len(intervals_over(table.groups is not None)))
     intervals = intervals if paired is None else paired_fields(paired)
     p = "" if verdict.p is None or verdict.gain is not None else written_p(verdict.p)
@@ -209,6 +218,10 @@ def as_markdown(tables: Sequence[Table], plan: Plan, split: str, commit: str) ->
                 rows.append([question.ask, compared(question), *empty, "none: a method cannot work on this data"])
         decided = [f"Decided over {one.paired.units} {one.paired.unit}." for one in answers[:1] if one.paired.judged]
         blocks += [f"## {title_of(table, split)}", *decided, pipe_table(rows)]
+    if plan.study.published:
+        rows = [["row", "published", "with frozen features"]]
+        rows += [[row, said.figure, said.carries_over] for row, said in plan.study.published.items()]
+        blocks += ["## What is published", pipe_table(rows)]
     if plan.study.open:
         rows = [["question", "why not"], *([one.ask, one.because] for one in plan.study.open)]
         blocks += ["## Not answered", pipe_table(rows)]
@@ -366,6 +379,7 @@ def footnotes(plan: Plan, split: str, groups: bool) -> list[str]:
     return [
         "accuracies and ECE in %, mean +- standard deviation over runs; scaled: after a temperature fitted on val",
         f"- probe: difference to {REFERENCE} in points, 95 % bootstrap intervals over {over}, with the runs' spread",
+        "still rising: of methods with epochs, the runs whose last epoch was best: more might have gained more",
         *verdict_notes(),
         *split_notes(plan, split),
     ]
@@ -477,9 +491,11 @@ def compare(plan: Plan, grid: Sequence[Cell]) -> str:
     heading = f"study {plan.name}, read on {split}" + (f", code {commit}" if commit else "")
     foot = [*footnotes(plan, split, groups is not None), *choice_notes(plan, grid), *not_possible_notes(left_out)]
     text = as_text(judged, split, heading, foot)
-    if plan.study.questions:
+    if plan.study.questions or plan.study.published:
         write_text(plan.folder / "answers.md", as_markdown(tables, plan, split, commit))
     write_text(plan.folder / "tables.txt", text)
+    if seconds := seconds_of_fits(plan, grid):
+        write_text(plan.folder / "seconds.txt", seconds)
     write_text(plan.folder / "tables.csv", as_csv(judged, split))
     write_text(plan.folder / "tables.tex", as_latex(judged, split, heading, foot))
     return text

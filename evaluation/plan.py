@@ -72,6 +72,13 @@ class Open(Block):
     because: str
 
 
+class Published(Block):
+    """What was published of a system, which a row follows."""
+
+    figure: str  # with its data, its backbone, and a tag that says where it was read
+    carries_over: str  # why it does, or does not, carry over to frozen features
+
+
 class Study(Block):
     """A file of studies/. Without `encoders` it is of all that params.yaml has under that name."""
 
@@ -80,6 +87,7 @@ class Study(Block):
     variants: dict[str, Variant] = Field(default={})
     questions: list[Question] = Field(default=[])
     open: list[Open] = Field(default=[])
+    published: dict[str, Published] = Field(default={})
     controls: Annotated[list[Control], Field(min_length=1)] = Field(default=[Control()])
     regimes: Annotated[list[Regime], Field(min_length=1)] = Field(default=[Full()])
     seeds: Count = 5
@@ -298,6 +306,7 @@ def check_names(path: str, params: Params, study: Study) -> None:
         ),
         *((f"questions.{n}.of", question.of, rows) for n, question in enumerate(study.questions)),
         *((f"questions.{n}.against", question.against, rows) for n, question in enumerate(study.questions)),
+        *((f"published.{row}", row, rows) for row in study.published),
         *((f"rival.{n}", one, entries) for n, one in enumerate(study.rival)),
     ]
     for key, one, there in named_there:

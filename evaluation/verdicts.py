@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from evaluation.effort import still_rising
 from evaluation.plan import REFERENCE, RIVAL, Cell, Plan, Question, again
 from evaluation.predictions import read_predictions
 from evaluation.statistics import LEVEL, MARGIN, UNITS, Paired, holm, paired_differences
@@ -46,6 +47,7 @@ class Result(NamedTuple):
     plain: Control  # what the control stands against: none, with as many concepts where the method reads concepts
     correct: Bools  # (S, n)
     figures: list[dict[str, float]]  # of each run, by name
+    rising: str = ""  # of a method with epochs: in how many runs the last one was best
 
 
 class Table(NamedTuple):
@@ -161,7 +163,8 @@ def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> Read:
     shown: Bools = np.asarray((part >= 0).any(0))
     if not among_unseen and (part[:, shown] < 0).any():
         raise UserError(f"{plan.folder}: the runs of {method} are of different images; {again(plan)}")
-    result = Result(method, control, plain, np.stack(correct)[:, shown], figures)
+    rising = still_rising(plan, runs)
+    result = Result(method, control, plain, np.stack(correct)[:, shown], figures, rising)
     return Read(
         [path for path, chosen in zip(paths, shown, strict=True) if chosen],
         y[shown],
