@@ -175,6 +175,17 @@ def check_layer(value: Any) -> Any:
 Layer = Annotated[int | Literal["head"], PlainValidator(check_layer)]
 
 
+def check_moment_layer(value: Any) -> Any:
+    """Raises PydanticCustomError for what is neither a layer's number, `head` nor `projected`."""
+    if type(value) is not int and value not in ("head", "projected"):
+        raise PydanticCustomError("layer", "Input should be a layer's number, head or projected")
+    return value
+
+
+# What moments are made of: also `projected`, the cells of `head` after the projection into the space of texts.
+MomentLayer = Annotated[int | Literal["head", "projected"], PlainValidator(check_moment_layer)]
+
+
 class Tokens(Block):
     """Which hidden states of one encoder or tower are stored."""
 
@@ -183,14 +194,14 @@ class Tokens(Block):
 
 
 class Moment(Block):
-    """A vector of a whole image that is made before the projection of an encoder or tower."""
+    """A vector of a whole image, made of what an encoder or tower holds before its projection, or of that projected."""
 
     kind: Literal["pooled", "isqrt", "bilinear", "mean", "max"] = "isqrt"
-    layer: Layer | None = None
+    layer: MomentLayer | None = None
     directions: Count | None = None
 
     @property
-    def chosen_layer(self) -> int | Literal["head"]:
+    def chosen_layer(self) -> int | Literal["head", "projected"]:
         """The layer whose tokens it is made of: the last, where none is named."""
         return -1 if self.layer is None else self.layer
 

@@ -194,7 +194,8 @@ ABOUT = {
     ),
     "embed.moments/1": About(
         "data/embed/ENCODER/moments/NAME/bNNN.parquet",
-        "A vector of one view, made before the projection: NAME is a key of `moments.ENCODER`, and D is its own.\n"
+        "A vector of one view, made before the projection or, as a control, of projected tokens: NAME is a key of\n"
+        "`moments.ENCODER`, and D is its own.\n"
         "`basis.safetensors` beside the buckets holds `mean` (d) and `directions` (d, p) where the kind has them;\n"
         "`data/embed/ENCODER/projection.safetensors` holds `weight` and `bias` of a linear head: the global embedding\n"
         "is weight @ pooled + bias. It has no tensor where the head is not linear, or projects nothing.",

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from fieldmark.command import UserError
 from fieldmark.encoders.maps import find_visual, pool_cells
-from fieldmark.params import Layer
+from fieldmark.params import Layer, MomentLayer
 
 # Raised when what this module gives for the same weights and picture changes.
 RULES = 1
@@ -111,14 +111,17 @@ def choose_layers(tower: Any, asked: Sequence[Layer], rollout: bool, key: str) -
     return LayerChoice(layers, count - 2)
 
 
-def number_layer(tower: Any, layer: Layer, key: str) -> int:
-    """A layer as the tower counts it; `head` is one past the last. Raises UserError, under `key`, for others."""
+def number_layer(tower: Any, layer: MomentLayer, key: str) -> int:
+    """A layer as the tower counts it; `head` is one past the last, and `projected` two. Raises UserError for others.
+
+    `key` is where it stands, for messages.
+    """
     kind, count = type(tower).__name__, count_layers(tower)
     if count is None:
         remedy = "take it out, or use a ViT, a Swin or a convolutional tower"
         raise UserError(f"{key}: a {kind} does not give its hidden states layer by layer; {remedy}")
     if isinstance(layer, str):
-        return count
+        return count + ["head", "projected"].index(layer)
     if not -count <= layer < count:
         given = f"0 to {count - 1}, or -{count} to -1 from the end, and head"
         raise UserError(f"{key}: {layer} is not there; this {kind} has {given}")

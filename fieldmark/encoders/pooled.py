@@ -21,6 +21,7 @@ from open_clip.transformer import VisionTransformer
 from timm.layers import AttentionPool2d, RotAttentionPool2d
 from torch import Tensor, nn
 
+from fieldmark.command import UserError
 from fieldmark.encoders.base import ImageEncoder, make_batch
 from fieldmark.encoders.layers import count_layers, find_tower, run_tower
 from fieldmark.encoders.maps import find_visual, pool_cells, pool_map
@@ -31,21 +32,37 @@ def pool_batch(encoder: ImageEncoder, pixels: Tensor, layers: list[int]) -> tupl
     """Pixels (n, 3, H, W) to the pooled vectors (n, d) and the cells (n, h, w, D) of each of `layers`, in one pass.
 
     Pixels are bytes or normalised floats, as for embed_images; n is at most `batch_size`. `layers` are those of a
-    LayerChoice: counted from 0, in order, `head` as one past the last. All is float32, on the device, and no row
-    depends on the others of the batch.
+    LayerChoice: counted from 0, in order, `head` as one past the last, and `projected`, these cells after the
+    projection, as two. All is float32, on the device, and no row depends on the others of the batch. Raises UserError
+    for `projected` where the head is not linear.
     """
     count, tower = len(pixels), find_tower(encoder.model)
     if not hasattr(tower, "forward_features") and not isinstance(tower, VisionTransformer | ModifiedResNet):
         # A tower of another library, without layers to choose from: what it embeds is pooled and not projected.
         return encoder.embed_images(pixels)[0], []
-    visual, last = find_visual(encoder.model), count_layers(tower)
+    visual, last = find_visual(encoder.model), count_layers(tower) or 0
     key = f"params.yaml: moments.{encoder.name}: {type(tower).__name__}"
-    blocks = [layer for layer in layers if layer != last]
+    blocks = [layer for layer in layers if layer < last]
     maps, _, features = run_tower(tower, make_batch(encoder, pixels), blocks)
     cells = [each.permute(0, 2, 3, 1) for each in maps]
-    if last in layers:
-        cells.append(pool_cells(visual, features, key)[0])
+    if len(layers) > len(blocks):
+        head = pool_cells(visual, features, key)[0]
+        cells += [head if layer == last else project(encoder, head) for layer in layers[len(blocks) :]]
     return pool_map(visual, features, key)[:count].float(), [each[:count].float() for each in cells]
+
+
+def project(encoder: ImageEncoder, cells: Tensor) -> Tensor:
+    """What `head` gives of each cell (n, h, w, d), as the head projects a pooled vector: (n, h, w, D) float32.
+
+    Raises UserError where that is not linear.
+    """
+    found = projection_of(encoder)
+    if found is None:
+        what = "its head is not one linear projection, so that cells have no projected form"
+        raise UserError(f"params.yaml: moments.{encoder.name}: layer: projected: {what}; take another layer")
+    weight, bias = found
+    projected = cells.float() @ weight.T.to(cells.device)
+    return projected if bias is None else projected + bias.to(cells.device)
 
 
 def projection_of(encoder: ImageEncoder) -> tuple[Tensor, Tensor | None] | None:

@@ -91,7 +91,7 @@ def test_what_a_moment_takes_where_nothing_is_said(project: Path) -> None:
         ({"conv": {"p": {"kind": "pooled", "directions": 2}}}, ["moments.conv.p.directions: pooled is not measured"]),
         ({"conv": {"m": {"kind": "max", "directions": 2}}}, ["moments.conv.m.directions: max is not measured along"]),
         ({"conv": {"m": {"kind": "median"}}}, ["moments.conv.m.kind: input should be 'pooled', 'isqrt'"]),
-        ({"conv": {"m": {"layer": "last"}}}, ["moments.conv.m.layer: input should be a layer's number or head"]),
+        ({"conv": {"m": {"layer": "last"}}}, ["moments.conv.m.layer: input should be a layer's number, head or pro"]),
         ({"conv": {"m": {"directions": 0}}}, ["moments.conv.m.directions: input should be greater than or equal to 1"]),
         ({"conv": {"m": {"direction": 8}}}, ["moments.conv.m.direction: unknown key; did you mean `directions`?"]),
     ],

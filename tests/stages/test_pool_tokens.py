@@ -35,9 +35,10 @@ MOMENTS: dict[str, Any] = {
     "some": {"kind": "bilinear", "layer": 0, "directions": 4},
     "mean": {"kind": "mean", "layer": "head"},
     "max": {"kind": "max", "layer": -1},
+    "projected": {"kind": "bilinear", "layer": "projected", "directions": 4},
 }
 # Of the tiny ViT: its width is 32, and `head` is what its projection takes.
-LENGTHS = {"pooled": 32, "isqrt": 36, "raw": 528, "some": 10, "mean": 32, "max": 32}
+LENGTHS = {"pooled": 32, "isqrt": 36, "raw": 528, "some": 10, "mean": 32, "max": 32, "projected": 10}
 FOLDER = Path("data/embed/vit/moments")
 
 
@@ -98,9 +99,9 @@ def test_rows_are_moments_of_what_the_tower_holds(set_moments: SetParams, datase
     chosen = sorted(paths)[0]
     with Image.open(paths[chosen]) as picture:
         pixels = encoder.preprocess(picture)[None]
-    pooled, cells = pool_batch(encoder, pixels, [0, 1, 2])
+    pooled, cells = pool_batch(encoder, pixels, [0, 1, 2, 3])
     tokens = dict(enumerate(each.flatten(1, 2) for each in cells))
-    layers = {"pooled": None, "isqrt": 1, "raw": 0, "some": 0, "mean": 2, "max": 1}
+    layers = {"pooled": None, "isqrt": 1, "raw": 0, "some": 0, "mean": 2, "max": 1, "projected": 3}
     for name, layer in layers.items():
         table = read(name)
         kind = MOMENTS[name].get("kind", "isqrt")
@@ -246,16 +247,17 @@ def test_stored_tokens_give_the_same_bits(
     project: Path,
 ) -> None:
     tokens = {"vit": {"layers": [0, -1, "head"]}}
-    set_moments(tokens=tokens, embed={"views": 1})
+    stored = {name: moment for name, moment in MOMENTS.items() if name != "projected"}
+    set_moments(stored, tokens=tokens, embed={"views": 1})
     make()
     before = files()
     run_stage("embed_tokens", "--encoder", "vit")
-    for name in MOMENTS.keys() - {"pooled"}:
+    for name in stored.keys() - {"pooled"}:
         shutil.rmtree(FOLDER / name)
     with monkeypatch.context() as patch:
         patch.setattr("fieldmark.encoders.passes.prepare", no_pass)
         said = make()
-        assert embedded(said) == {name: 0 if name == "pooled" else len(dataset) for name in MOMENTS}
+        assert embedded(said) == {name: 0 if name == "pooled" else len(dataset) for name in stored}
         assert contents(files()) == contents(before)
         # The pooled vector is not among them.
         shutil.rmtree(FOLDER / "pooled")
@@ -264,12 +266,12 @@ def test_stored_tokens_give_the_same_bits(
     # Nor is a new image.
     make()
     new = draw(project / "images/train/a/new.png", 1000)
-    assert embedded(make()) == dict.fromkeys(MOMENTS, 1)
+    assert embedded(make()) == dict.fromkeys(stored, 1)
     new.unlink()
-    assert embedded(make()) == dict.fromkeys(MOMENTS, 0)
+    assert embedded(make()) == dict.fromkeys(stored, 0)
     assert contents(files()) == contents(before)
     # Tokens of other views are none of these.
-    set_moments(tokens=tokens, embed={"views": 0})
+    set_moments(stored, tokens=tokens, embed={"views": 0})
     with monkeypatch.context() as patch:
         patch.setattr("fieldmark.encoders.passes.prepare", no_pass)
         with pytest.raises(AssertionError, match="decoded"):
@@ -314,8 +316,8 @@ def test_it_says_beforehand_what_it_would_do(
     before = state()
     said, first, head, rate, disk = make("--dry-run")
     assert said == f"{FOLDER}: numbers a vector: " + ", ".join(f"{name} {LENGTHS[name]}" for name in MOMENTS)
-    assert first == "first of all 6 training images more, for the directions of isqrt, some"
-    assert head == "12 images to embed, 0 kept; 24 buckets to write"
+    assert first == "first of all 6 training images more, for the directions of isqrt, some, projected"
+    assert head == "12 images to embed, 0 kept; 28 buckets to write"
     assert re.fullmatch(r"time: about 0:00:\d\d \(.* measured with \d+ of them\)", rate)
     assert re.fullmatch(r"on disk: about 0\.\d\d MB", disk)
     assert make("--find-batch-size")[0].split() == ["batch_size", "images/s"]

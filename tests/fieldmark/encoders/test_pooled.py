@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision import models as torchvision_models
 
+from fieldmark.command import UserError
 from fieldmark.encoders.base import ImageEncoder, make_batch
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
-from fieldmark.encoders.layers import LayerChoice, choose_layers, count_layers, find_tower, has_cls, hidden_states
+from fieldmark.encoders.layers import (
+    LayerChoice,
+    choose_layers,
+    count_layers,
+    find_tower,
+    has_cls,
+    hidden_states,
+    number_layer,
+)
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.maps import image_features, pool_cells, pool_map
 from fieldmark.encoders.pooled import pool_batch, projection_of
@@ -94,6 +103,14 @@ def test_projected_the_head_is_what_embed_images_gives(name: str, encoders: dict
     assert (projection is None) == (name in WITHOUT_MATRIX)
     for found, expected in zip((pooled, cells[-1]), encoder.embed_images(pixels), strict=True):
         assert_close(functional.linear(found, *projection) if projection else visual.head(found), expected)
+    projected = number_layer(find_tower(encoder.model), "projected", "key")
+    if projection is None:
+        with pytest.raises(UserError, match=r"layer: projected: its head is not one linear projection, so that cells"):
+            pool_batch(encoder, pixels, [projected])
+    else:
+        [of_head, found] = pool_batch(encoder, pixels, [projected - 1, projected])[1]
+        assert_close(found, encoder.embed_images(pixels)[1])
+        assert torch.equal(of_head, cells[-1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
