@@ -88,6 +88,7 @@ class Study(Block):
     questions: list[Question] = Field(default=[])
     open: list[Open] = Field(default=[])
     published: dict[str, Published] = Field(default={})
+    stand_in: list[str] = Field(default=[])
     controls: Annotated[list[Control], Field(min_length=1)] = Field(default=[Control()])
     regimes: Annotated[list[Regime], Field(min_length=1)] = Field(default=[Full()])
     seeds: Count = 5
@@ -306,6 +307,7 @@ def check_names(path: str, params: Params, study: Study) -> None:
         ),
         *((f"questions.{n}.of", question.of, rows) for n, question in enumerate(study.questions)),
         *((f"questions.{n}.against", question.against, rows) for n, question in enumerate(study.questions)),
+        *((f"stand_in.{n}", row, rows) for n, row in enumerate(study.stand_in)),
         *((f"published.{row}", row, rows) for row in study.published),
         *((f"rival.{n}", one, entries) for n, one in enumerate(study.rival)),
     ]

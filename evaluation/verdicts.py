@@ -36,6 +36,7 @@ from training.metrics import (
 )
 from training.regimes import Folds, Regime, Shots, Unseen, harmonic_mean
 
+STAND_IN = "no verdict: its tower stands in for that of the system"
 WITHIN = f"{100 * MARGIN:g} point"
 
 
@@ -64,6 +65,7 @@ class Table(NamedTuple):
     groups: Ints | None = None  # (n,) which group each image is of
     measure: str = "accuracy"
     part: Ints | None = None
+    stand_ins: frozenset[str] = frozenset()  # rows without a verdict: their tower stands in for the system's
 
     def compare(self, a: Bools, b: Bools) -> list[Paired]:
         """The difference of each row of a (R, S, n) to b (S, n), or to the same row of b (R, S, n).
@@ -107,7 +109,8 @@ def read_results(plan: Plan, grid: Sequence[Cell], split: str) -> list[Table]:
             raise UserError(f"{plan.folder}: its runs are of different images; {again(plan)}")
     if not first.paths:
         raise UserError(f"{plan.folder}: regime {grid[0].regime.label} leaves no {split} image to compare on")
-    table = Table(grid[0].encoder, grid[0].regime, first.paths, first.y, [one.result for one in read])
+    results, stand_ins = [one.result for one in read], frozenset(plan.study.stand_in)
+    table = Table(grid[0].encoder, grid[0].regime, first.paths, first.y, results, stand_ins=stand_ins)
     if not isinstance(grid[0].regime, Unseen):
         return [table]
     part = max((one.part for one in read), key=len)
@@ -304,6 +307,8 @@ def verdict(table: Table, found: Compared, number: int, p: Mapping[int, float], 
     for other, plain in found.own.items():
         if plain == number and other in gain_p:
             words += against_control(table.results[other].control, found.gains[other], gain_p[other])
+    if result.method in table.stand_ins:
+        words = [STAND_IN]
     gain = found.gains.get(number)
     own_p = p.get(number) if gain is None else gain_p.get(number)
     return Verdict(result, found.to_probe.get(number), gain, own_p, "; ".join(words))
@@ -362,9 +367,12 @@ class Answer(NamedTuple):
     question: Question
     paired: Paired
     p: float | None
+    stand_in: bool = False  # whether the tower of either stands in for that of its system
 
     @property
     def words(self) -> str:
+        if self.stand_in:
+            return STAND_IN
         if self.p is None:
             return too_few(self.paired)
         if self.p < LEVEL:
@@ -391,6 +399,9 @@ def answer(tables: Sequence[Table], questions: Sequence[Question]) -> list[list[
         asked.append(own)
         found.append(dict(enumerate(paired)))
     return [
-        [Answer(question, one[number], p.get(number)) for number, question in enumerate(own)]
-        for own, one, p in zip(asked, found, corrected(found), strict=True)
+        [
+            Answer(question, one[number], p.get(number), bool(table.stand_ins & {question.of, question.against}))
+            for number, question in enumerate(own)
+        ]
+        for table, own, one, p in zip(tables, asked, found, corrected(found), strict=True)
     ]

@@ -284,6 +284,19 @@ def test_questions_are_answered_in_plain_words() -> None:
     assert better.paired.difference == -worse.paired.difference
 
 
+def test_nothing_is_said_of_a_row_whose_tower_stands_in() -> None:
+    """Its figures are there, and no verdict on it, nor an answer that has it on either side."""
+    results = [result("linear_probe", PROBE), result("a", BETTER), result("b", BETTER)]
+    table = table_of(*results)._replace(stand_ins=frozenset("a"))
+    [[_, stands_in, judged]] = judge([table])
+    assert stands_in.words == "no verdict: its tower stands in for that of the system"
+    assert stands_in.paired is not None
+    assert judged.words == "beats the probe"
+    pairs = [("a", "linear_probe"), ("linear_probe", "a"), ("b", "linear_probe")]
+    [found] = answer([table], [Question(ask="?", of=of, against=against) for of, against in pairs])
+    assert [one.words for one in found] == [stands_in.words, stands_in.words, "yes"]
+
+
 def test_many_questions_need_a_smaller_p() -> None:
     a = PROBE.copy()
     a[np.flatnonzero(~PROBE)[:8]] = True
