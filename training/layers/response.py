@@ -54,7 +54,8 @@ def salient_map(x: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor, 
     rows, columns = (interpolation(cells, side, x) for cells in grid)
     share = torch.outer(rows.mean(0), columns.mean(0)).flatten()  # of each token in the mean of a map of `side`
     bias = bias.expand(len(x), -1)
-    p = (torch.einsum("t,btd->bd", share, x) @ weight.T + bias).softmax(1)
+    mean = (share.expand(len(x), 1, -1) @ x).squeeze(1)  # in a product that copies no tokens
+    p = (mean @ weight.T + bias).softmax(1)
     p, likeliest = p.topk(min(TOP, max(len(weight) // 2, 1)))
     taken = torch.ones_like(p, dtype=torch.bool)
     taken[:, 1:] = (entropy(p) >= SURE)[:, None]
