@@ -184,15 +184,15 @@ class EACA(nn.Module):
 
 
 def unlike(x: Tensor, other: Tensor) -> Tensor:
-    """softmax(-x other^T / sqrt C), x (B, L, C), other (B, M, C) -> (B, L, M) float32, of row sum 1."""
-    return (-(x @ other.transpose(1, 2)).float() / math.sqrt(x.shape[-1])).softmax(-1)
+    """softmax(-x other^T / sqrt C), x (B, L, C), other (B, M, C) -> (B, L, M), of row sum 1."""
+    scores = x @ other.transpose(1, 2) / -math.sqrt(x.shape[-1])
+    return scores.float().softmax(-1).to(x.dtype)
 
 
 def fuse(stages: list[Tensor], gamma: Tensor) -> list[Tensor]:
     """FFM: to each stage (B, L_i, C) comes what is least like it in each of the others."""
     return [
-        x + gamma * sum(unlike(x, other).to(other.dtype) @ other for other in stages if other is not x)
-        for x in stages
+        x + gamma.to(x.dtype) * sum(unlike(x, other) @ other for other in stages if other is not x) for x in stages
     ]
 
 
@@ -223,7 +223,7 @@ class SwinFC(nn.Module):
     def forward(self, batch: Batch) -> Output:
         maps, mean = stages_of(batch, self.settings)
         fused, attention = self.fused(maps)
-        by_stage = [classify(x.amax(1)) for classify, x in zip(self.classify, fused, strict=True)]
+        by_stage = [classify(x.max(1).values) for classify, x in zip(self.classify, fused, strict=True)]
         own = torch.stack([self.backbone(self.standardise(mean)), *by_stage]).float()
         z = self.beside(batch, torch.zeros_like(own[0]))
         if not self.training:
