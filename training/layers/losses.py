@@ -1,4 +1,4 @@
-"""The concept graph's own losses: pure functions of tensors, each a scalar (docs/methods.md, concept_graph).
+"""What methods add to the cross entropy: pure functions of tensors, each a scalar (docs/methods.md).
 
 What a loss is told of the class is `target`, classes (B,) or probabilities (B, C), as in `Batch`: partial labels give
 each candidate a share.
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 TEMPERATURE = 0.1
 HARDEST = 32
+MARGIN = 0.4  # TransFG's alpha
 
 
 def likeliest_class(target: Tensor, logits: Tensor) -> Tensor:
@@ -109,3 +110,18 @@ def recovery(h: Tensor, mask: Tensor, proxies: Tensor, target: Tensor, logits: T
     """Chamfer(h, proxies of the class) + cross entropy of the assignment; of several candidates see likeliest_class."""
     assigned = F.cross_entropy(assignment_logits(h, mask, proxies), target)
     return chamfer(h.float(), mask, proxies[likeliest_class(target, logits)].float()).mean() + assigned
+
+
+def margin_contrast(x: Tensor, target: Tensor) -> Tensor:
+    """1/B^2 sum over pairs: 1 - cos of two images of one class, max(cos - MARGIN, 0) of two of different classes.
+
+    x (B, d), of any length. TransFG's contrastive loss (He et al., AAAI 2022 [code]). An image and itself are a pair,
+    which adds 0. Probabilities as `target` weigh both terms by how likely two images are of one class, p_i . p_j
+    [design].
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=-1)
+        cosine = x @ x.T
+        same = (target[:, None] == target).float() if target.ndim == 1 else (target.float() @ target.float().T)
+    same = same.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 1.0)
+    return (same * (1 - cosine) + (1 - same) * (cosine - MARGIN).clamp(min=0)).mean()

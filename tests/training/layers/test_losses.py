@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from training.layers.losses import (
     HARDEST,
+    MARGIN,
     TEMPERATURE,
     assignment_logits,
     chamfer,
@@ -15,6 +16,7 @@ from training.layers.losses import (
     densest_node,
     kl_from_normal,
     likeliest_class,
+    margin_contrast,
     recovery,
 )
 
@@ -138,3 +140,42 @@ def test_recovery_follows_the_candidate_that_the_logits_favour() -> None:
     mask = torch.ones(2, 4, dtype=torch.bool)
     expected = chamfer(h, mask, proxies[[2, 1]]).mean() + F.cross_entropy(assignment_logits(h, mask, proxies), target)
     torch.testing.assert_close(recovery(h, mask, proxies, target, logits), expected)
+
+
+def test_margin_contrast_equals_a_loop_and_does_not_see_length() -> None:
+    x, y = torch.randn(9, 5, generator=GENERATOR), torch.tensor([0, 1, 0, 2, 1, 0, 2, 2, 1])
+    x[3:5] = x[:2] + 0.1  # near ones of different classes and of one
+    expected = 0.0
+    for i in range(9):
+        for j in range(9):
+            cosine = float(x[i] @ x[j] / (x[i].norm() * x[j].norm()))
+            expected += 1 - cosine if y[i] == y[j] else max(cosine - MARGIN, 0)
+    found = margin_contrast(x, y)
+    torch.testing.assert_close(float(found), expected / 81, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(margin_contrast(x * torch.rand(9, 1, generator=GENERATOR) * 100, y), found)
+
+
+def test_margin_contrast_is_zero_where_classes_are_apart_and_one_half_for_two_at_right_angles() -> None:
+    other = MARGIN * torch.tensor([1.0, 0.0]) + math.sqrt(1 - MARGIN**2) * torch.tensor([0.0, 1.0])
+    apart = torch.stack([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 0.0]), other])
+    torch.testing.assert_close(margin_contrast(apart, torch.tensor([0, 0, 1])), torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert margin_contrast(torch.eye(2), torch.tensor([1, 1])) == 0.5
+    assert margin_contrast(torch.eye(2), torch.tensor([0, 1])) == 0
+    assert margin_contrast(torch.eye(1), torch.tensor([0])) == 0
+
+
+def test_margin_contrast_weighs_by_how_likely_two_are_of_one_class() -> None:
+    x, y = torch.randn(6, 5, generator=GENERATOR), torch.tensor([0, 1, 0, 2, 1, 0])
+    torch.testing.assert_close(margin_contrast(x, F.one_hot(y, 3).float()), margin_contrast(x, y))
+    half = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    pair = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    # Each image is surely of its own class; the two of one with probability 1/2.
+    expected = 2 * (0.5 * (1 - 0.8) + 0.5 * (0.8 - MARGIN)) / 4
+    torch.testing.assert_close(float(margin_contrast(pair, half)), expected)
+
+
+def test_margin_contrast_is_of_full_precision_under_autocast() -> None:
+    x, y = torch.randn(8, 64, generator=GENERATOR), torch.arange(8) % 2
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = margin_contrast(x, y)
+    assert torch.equal(inside, margin_contrast(x, y))
