@@ -24,11 +24,16 @@ from training.offset import Offset, ProbeBeside, fit_rival, probe_also_reads, re
 FEATURES = feature_words()  # of READS and ALSO: what the probe beside a head may read
 
 
-class HeadSettings(Schedule):
+class BesideSettings(Schedule):
+    """The knobs of a method that answers alone or beside a probe, whatever it reads."""
+
+    with_probe: ProbeBeside = None  # {method, settings}: the probe whose logits it adds to; true: probes; null: none
+
+
+class HeadSettings(BesideSettings):
     """The knobs that heads over tokens share."""
 
     layer: Annotated[int, Field(ge=0)] | None = None  # of `tokens.ENCODER`, by its number; null: the deepest stored
-    with_probe: ProbeBeside = None  # {method, settings}: the probe whose logits it adds to; true: probes; null: none
 
 
 def tokens_word(settings: HeadSettings) -> str:
@@ -36,12 +41,12 @@ def tokens_word(settings: HeadSettings) -> str:
     return "tokens" if settings.layer is None else f"tokens/{settings.layer}"
 
 
-def head_reads(settings: HeadSettings, own: frozenset[str]) -> frozenset[str]:
+def head_reads(settings: BesideSettings, own: frozenset[str]) -> frozenset[str]:
     """`reads` of a head that itself reads the parts `own`."""
     return with_reads(own, settings.with_probe)
 
 
-def head_also_reads(settings: HeadSettings) -> frozenset[str]:
+def head_also_reads(settings: BesideSettings) -> frozenset[str]:
     """`also_reads` of every head: what its probe reads of other encoders."""
     return probe_also_reads(settings.with_probe)
 
@@ -59,7 +64,7 @@ class Beside(nn.Module):
         self.offset = offset
 
     @classmethod
-    def from_state(cls, state: State, settings: HeadSettings, classes: int) -> Self:
+    def from_state(cls, state: State, settings: BesideSettings, classes: int) -> Self:
         """From that of the module."""
         if settings.with_probe is None:
             return cls(None)
@@ -73,7 +78,7 @@ class Beside(nn.Module):
 
 def fit_head(
     cache: Cache,
-    settings: HeadSettings,
+    settings: BesideSettings,
     seed: int,
     own_reads: frozenset[str],
     build: Callable[[Beside], nn.Module],

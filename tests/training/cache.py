@@ -28,7 +28,7 @@ ENCODER = "tiny"
 ALL = frozenset(
     {
         *{"nodes", "boxes", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
-        *{"descriptions", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout"},
+        *{"descriptions", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout", "parts"},
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -39,7 +39,8 @@ SCALE = 10.0  # of cosines, before the softmax over concepts
 class Plan:
     """What to plant. `cue` is where the class shows: in the global vector, in one patch, in both, or nowhere.
 
-    Tokens show it as patches do, in one cell of each layer, to which rollout points; CLS as the global vector does.
+    Tokens show it as patches do, in one cell of each layer, to which rollout points; CLS as the global vector does. The
+    part `head` has the box of the patch that shows it in view 0, or of the first one; `tail` is a point at its corner.
     """
 
     classes: int = 4
@@ -112,24 +113,30 @@ def write_cache(folder: Path, plan: Plan) -> None:
     )
 
     bank = write_bank(folder, plan, classes, prototypes, marks, rng)
-    nodes, labels, graphs = [], [], []
+    nodes, labels, graphs, parts = [], [], [], []
     for position, image in enumerate(images):
         count = plan.nodes - 2 * (plan.ragged and position % 3 == 0)
         for view in range(plan.views):
             vectors = unit(rng.standard_normal((count + 1, plan.dimension)))
             if plan.cue in ("global", "both"):
                 vectors[0] = around(prototypes[image["label"]], plan.noise, rng)
+            shows = 1
             if plan.cue in ("local", "both"):
-                vectors[1 + rng.integers(count)] = around(prototypes[image["label"]], plan.noise, rng)
+                shows = 1 + rng.integers(count)
+                vectors[shows] = around(prototypes[image["label"]], plan.noise, rng)
             vectors = vectors.astype(np.float16).astype(np.float64)
             corner = rng.uniform(0, 0.6, (count + 1, 2))
             boxes = np.concatenate([corner, corner + 0.4], axis=1)
             boxes[0] = (0, 0, 1, 1)
             nodes += node_rows(image["image_id"], view, vectors, boxes)
+            if view == 0:
+                parts += part_rows(image["path"], boxes[shows], visible=position % 5 > 0)
             shown = max(plan.shown - 2 * (plan.ragged and position % 3 == 0), 0)
             gains = rng.uniform(-0.5, 0.5, plan.rings).astype(np.float32).tolist() if plan.rings else None
             labels += label_rows(image["image_id"], view, vectors, bank, plan.top, shown, gains)
             graphs.append(graph_row(image["image_id"], view, vectors, boxes))
+    path = folder / "index/parts.parquet"
+    write_table(make_table("index.parts/1", parts), path, "index.parts/1", {}, marks["index"])
     ids = [image["image_id"] for image in images]
     embed, made_by = folder / f"embed/{ENCODER}/images", {"encoder": marks["embed"]}
     write_buckets(embed, "embed.nodes/1", nodes, ids, plan.buckets, made_by, marks["embed"])
@@ -226,6 +233,16 @@ def node_rows(image_id: str, view: int, vectors: np.ndarray, boxes: np.ndarray) 
             **{"flip": view % 2 == 1, "norm": 1.0, "vector": vector},
         }
         for node, (vector, box) in enumerate(zip(vectors, boxes, strict=True))
+    ]
+
+
+def part_rows(path: str, box: np.ndarray, visible: bool) -> list[dict[str, Any]]:
+    """A part with a box, and one that is a point, or out of sight."""
+    x, y = ((box[:2] + box[2:]) / 2).tolist()
+    tail = {"x": float(box[2]), "y": float(box[3])} if visible else {}
+    return [
+        {"path": path, "part": "head", "x": x, "y": y, "visible": True, "box": box.tolist()},
+        {"path": path, "part": "tail", "visible": visible, **tail},
     ]
 
 

@@ -30,6 +30,7 @@ from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Nodes
+from training.data.parts import ObjectParts
 from training.data.projection import Projection
 from training.data.tokens import Tokens
 
@@ -476,6 +477,35 @@ def test_the_projection_is_a_matrix_and_a_bias(copy: Path, bias: bool) -> None:
     path.write_bytes(path.read_bytes()[:5])
     with pytest.raises(UserError, match=r"projection\.safetensors: is not readable"):
         read_cache(copy, ENCODER, 3, {"projection"})
+
+
+def test_marked_parts_arrive_where_the_file_has_them(copy: Path) -> None:
+    path = copy / "index/parts.parquet"
+    rows = read_table(path, "index.parts/1").to_pylist()
+    # Of an image that is not used, and of a part with a box alone.
+    rows += [{"path": "train/broken.png", "part": "head", "x": 0.5, "y": 0.5, "visible": True}]
+    rows += [{"path": rows[0]["path"], "part": "fin", "visible": True, "box": [0.1, 0.2, 0.3, 0.4]}]
+    write_table(make_table("index.parts/1", rows), path, "index.parts/1", {}, "other")
+    cache = read_cache(copy, ENCODER, 3, {"nodes", "parts"})
+    images = torch.arange(len(cache.paths))
+    batch = cache.batch(images, images % 2)
+    assert batch.part_box.shape == (len(images), 3, 4)  # fin, head, tail
+    stored = {(row["path"], row["part"]): row for row in rows}
+    for image, name in enumerate(cache.paths):
+        for number, part in enumerate(("fin", "head", "tail")):
+            row = stored.get((name, part), {"visible": False, "box": None})
+            assert batch.part_seen[image, number] == row["visible"]
+            expected = row["box"] or ([row["x"], row["y"]] * 2 if row["visible"] else [0.0] * 4)
+            torch.testing.assert_close(batch.part_box[image, number], torch.tensor(expected))
+    assert not batch.part_seen[:, 2].all()
+    assert torch.equal(cache.take(images[3:5]).batch(images[:2]).part_box, batch.part_box[3:5])
+
+
+def test_a_data_set_without_marks_has_no_parts(copy: Path) -> None:
+    write_table(make_table("index.parts/1", []), copy / "index/parts.parquet", "index.parts/1", {}, "other")
+    cache = read_cache(copy, ENCODER, 3, {"globals", "parts"})
+    assert cache.part(ObjectParts).part_box.shape == (len(cache.paths), 0, 4)
+    assert cache.batch(torch.arange(2)).part_seen.shape == (2, 0)
 
 
 def test_every_part_is_found_by_its_names() -> None:

@@ -95,7 +95,7 @@ def tables_of(encoder: str, reads: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in sorted(reads):
         kind = kind_of(word)
-        if not kind.shows or kind is Descriptions:
+        if not kind.shows or kind.supervises or kind is Descriptions:
             continue
         files = kind.files(encoder, [word])
         if not set(files.values()) <= MADE:
@@ -307,10 +307,11 @@ class Features:
             if recipe.graphs is not None:
                 write(graph_rows(nodes.combine_chunks(), recipe.graphs), folder / f"graphs/{name}", GRAPHS)
         source = Fresh(folder, name, 1, self.classes, pa.array(list(looked)), 1, recipe.reads)
-        kinds = dict.fromkeys(kind_of(word) for word in sorted(recipe.reads) if kind_of(word).shows)
+        kinds = dict.fromkeys(kind_of(word) for word in sorted(recipe.reads))
         made: list[Part] = [
             no_descriptions(len(looked), recipe.encoder) if kind is Descriptions else kind.read(source)
             for kind in kinds
+            if kind.shows and not kind.supervises
         ]
         return Parts([*made, *recipe.common])
 

@@ -45,6 +45,7 @@ class Part:
     shows: ClassVar[tuple[str, ...]] = ()  # the fields of a batch that come from it
     of_text: ClassVar[bool] = False  # whether it comes from texts: a tower has none
     by_image: ClassVar[bool] = False  # whether its tensors have a row an image, and not one an image and view
+    supervises: ClassVar[bool] = False  # whether training alone may look at it: of new pictures it is not made
     # The vectors of whole images that probes may take, by the name in their `features`: from a batch, blocks (B, F).
     features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {}
 

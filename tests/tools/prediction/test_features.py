@@ -50,6 +50,12 @@ def test_features_are_those_of_the_stages(asked: Path) -> None:
     same(found, read_cache("data", "vit", params.dataset.buckets, EVERYTHING, ["twin"], GLOBALS))
 
 
+def test_what_people_marked_for_training_is_not_made(asked: Path) -> None:
+    params = load_params()
+    found = seen(features_of(params, {"vit": GLOBALS | {"parts"}}))
+    same(found, read_cache("data", "vit", params.dataset.buckets, GLOBALS))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", [{"mode": "splice", "density": "product"}, {"density": "pixel"}], ids=str)
 def test_labels_are_made_in_every_way(
