@@ -30,7 +30,7 @@ from training.data.nodes import Nodes
 from training.data.tokens import Cells, Cls, Rollout, Tokens
 from training.loop import has_bf16, set_up_torch
 from training.methods import load_method, method_names, reads_of
-from training.token_heads import HeadSettings
+from training.token_heads import BesideSettings
 
 SIZES = {"9 x 9 x 352": ((9, 9), 352), "14 x 14 x 768": ((14, 14), 768)}
 CLASSES, BATCH, HEADS, BOXES = 200, 128, 12, 9
@@ -115,7 +115,7 @@ def main() -> None:
     precision = "bf16" if has_bf16(device) else "fp32"
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
-    heads = [name for name in method_names() if issubclass(load_method(name).Settings, HeadSettings)]
+    heads = [name for name in method_names() if issubclass(load_method(name).Settings, BesideSettings)]
     for title, (grid, width) in SIZES.items():
         cache = synthetic_cache(arguments.images, grid, width).on(device)
         print(f"{arguments.images} images x {title}, {CLASSES} classes")

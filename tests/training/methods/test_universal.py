@@ -81,8 +81,6 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "efficient_probing": {"lr": [1e-2]},
     "s3n": {"lr": [3e-2], "weight_decay": [1.0], "hidden": 256},
     "swinfc": {"lr": [1e-2], "weight_decay": [3.0]},
-}
-HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, HeadSettings)]  # over raw tokens
     "ma_cnn": {"lr": [3e-2], "parts": 8},
     "part_rcnn": {"lr": [3e-3], "parts": 8},
 }
