@@ -20,8 +20,8 @@ changes nothing in training. `average` is that of the four softmaxes. The backbo
 the features under it are frozen: whatever deep supervision does, it does to the stages. With `beta: [0, 0, 0.8]` and
 `final: stage4` against the same with all three, that is seen.
 
-Ours besides [design]: the notes' batch normalisation is layer normalisation, so that no image depends on others; S is
-scaled as in attention; the largest cell by dimension is what a stage tells of (a mean would drown a mark of one cell).
+Ours besides [design]: the notes' batch normalisation is layer normalisation, so that no image depends on others; scores
+of fusion are scaled as in attention; a stage tells of the largest cell by dimension, for a mean drowns a mark of one.
 
 Stages are layers of a tower whose map shrinks from stage to stage (`layers`), or one map at three scales: as it is, and
 means of 2 x 2 and 4 x 4 cells. Where these do not fill a map, those of the last row and column are means of the cells
