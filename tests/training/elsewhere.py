@@ -151,9 +151,7 @@ def narrow(method: str, knobs: dict[str, Any], cache: Cache) -> None:
     with FakeTensorMode() as mode, cuda_autocast():
 
         def there(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            moved = {name: mode.from_tensor(value).detach().to("cuda") for name, value in values.items()}
-            # A grid is read as numbers, and needs its values.
-            return moved | {name: value for name, value in values.items() if name.startswith("token_grid")}
+            return {name: mode.from_tensor(value).detach().to("cuda") for name, value in values.items()}
 
         also = tuple(other.changed(**there(other.values)) for other in batch.also)
         moved = batch.changed(**there({**batch.values, "y": batch.y, "target": batch.target}), also=also)

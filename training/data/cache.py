@@ -65,7 +65,7 @@ class Fields:
 
     def grid_of(self, word: str) -> tuple[int, int]:
         """(h, w) of tokens (B, h w, d), by the word of READS that they have."""
-        height, width = self.of(grid_word(word)).tolist()
+        height, width, _ = self.of(grid_word(word)).shape
         return height, width
 
     @property

@@ -85,7 +85,7 @@ class Tokens(Part):
         places, found = self.places[rows.to(self.places.device)], {}
         for word, (vectors, grid) in self.layers.items():
             found[word] = vectors.index_select(0, places.to(vectors.device))
-            found[grid_word(word)] = torch.tensor(grid)
+            found[grid_word(word)] = as_shape(grid)
         return found
 
     def take(self, images: Tensor, rows: Tensor) -> Self:
@@ -95,6 +95,11 @@ class Tokens(Part):
         if "tokens" in names:  # as moments: the word alone stands for whatever layers there are
             return self
         return replace(self, layers={word: cells for word, cells in self.layers.items() if word in names})
+
+
+def as_shape(grid: tuple[int, int]) -> Tensor:
+    """An empty tensor (h, w, 0): a batch on a GPU tells its shape without being waited for, as numbers would be."""
+    return torch.empty(*grid, 0)
 
 
 def grid_word(word: str) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.training.cache import GRID
 from training.data import Batch
+from training.data.tokens import as_shape
 from training.layers.blocks import Standardise
 from training.methods.bilinear import (
     Bilinear,
@@ -24,7 +25,7 @@ WIDTH, CLASSES = 10, 3
 
 def batch_of(tokens: Tensor) -> Batch:
     y = torch.zeros(len(tokens), dtype=torch.long)
-    return Batch(y, y, {"tokens": tokens, "token_grid": torch.tensor(GRID)})
+    return Batch(y, y, {"tokens": tokens, "token_grid": as_shape(GRID)})
 
 
 def made(symmetric: bool) -> tuple[Bilinear, Tensor]:

@@ -6,6 +6,7 @@ import torch
 
 from tests.training.cache import GRID
 from training.data import Batch
+from training.data.tokens import as_shape
 from training.layers.blocks import Standardise
 from training.methods.efficient_probing import EfficientProbing, Settings
 from training.token_heads import Beside
@@ -15,7 +16,7 @@ WIDTH, CLASSES = 10, 3
 
 def batch_of(tokens: torch.Tensor) -> Batch:
     y = torch.zeros(len(tokens), dtype=torch.long)
-    return Batch(y, y, {"tokens": tokens, "token_grid": torch.tensor(GRID)})
+    return Batch(y, y, {"tokens": tokens, "token_grid": as_shape(GRID)})
 
 
 def made() -> tuple[EfficientProbing, torch.Tensor]:

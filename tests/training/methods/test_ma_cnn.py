@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.training.cache import GRID, Plan
 from tests.training.methods.test_universal import quick
 from training.data import Batch, Cache
-from training.data.tokens import Cells, Tokens
+from training.data.tokens import Cells, Tokens, as_shape
 from training.layers.blocks import Standardise
 from training.loop import assess_split
 from training.methods.ma_cnn import (
@@ -116,7 +116,7 @@ def made(parts: int = 3) -> tuple[MultiAttention, Tensor, Tensor]:
 
 def batch_of(tokens: Tensor) -> Batch:
     y = torch.zeros(len(tokens), dtype=torch.long)
-    return Batch(y, y, {"tokens": tokens, "token_grid": torch.tensor(GRID)})
+    return Batch(y, y, {"tokens": tokens, "token_grid": as_shape(GRID)})
 
 
 def test_it_starts_as_the_grouping_in_every_image() -> None:

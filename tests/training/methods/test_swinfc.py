@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tests.training.cache import Plan
 from tests.training.methods.test_universal import assert_saved, quick, quick_settings, shake
 from training.data import Batch, Cache
-from training.data.tokens import Cells, Tokens
+from training.data.tokens import Cells, Tokens, as_shape
 from training.folds import settle
 from training.layers.blocks import Standardise
 from training.layers.losses import margin_contrast
@@ -54,7 +54,7 @@ def random(*shape: int) -> Tensor:
 def made(**knobs: Any) -> tuple[SwinFC, Batch]:
     torch.manual_seed(0)
     tokens, y = random(5, GRID[0] * GRID[1], WIDTH), torch.tensor([0, 1, 2, 0, 1])
-    batch = Batch(y, y, {"tokens": tokens, "token_grid": torch.tensor(GRID)})
+    batch = Batch(y, y, {"tokens": tokens, "token_grid": as_shape(GRID)})
     settings = Settings(**{"hidden": 16, "heads": 2, "memory": 6, "dropout": 0.0, **knobs})
     maps, mean = stages_of(batch, settings)
     scales = Scales([Standardise(each.cells.flatten(0, 1)) for each in maps], Standardise(mean))
@@ -74,7 +74,7 @@ def made(**knobs: Any) -> tuple[SwinFC, Batch]:
 )
 def test_scales_are_means_of_the_cells_that_are_there(grid: tuple[int, int], expected: list[tuple[int, int]]) -> None:
     cells = random(2, grid[0] * grid[1], 3)
-    batch = Batch(torch.zeros(2), torch.zeros(2), {"tokens": cells, "token_grid": torch.tensor(grid)})
+    batch = Batch(torch.zeros(2), torch.zeros(2), {"tokens": cells, "token_grid": as_shape(grid)})
     maps, mean = stages_of(batch, Settings())
     assert [each.grid for each in maps] == expected
     torch.testing.assert_close(mean, cells.mean(1))

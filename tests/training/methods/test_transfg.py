@@ -15,6 +15,7 @@ from fieldmark.store import bucket_path, make_table, read_header, read_table, wr
 from tests.training.cache import ENCODER, GRID, HEADS, Plan, write_cache
 from tests.training.methods.test_universal import assert_saved, quick, quick_settings, shake
 from training.data import Batch, Cache, read_cache
+from training.data.tokens import as_shape
 from training.folds import settle
 from training.layers.blocks import Standardise
 from training.layers.losses import margin_contrast
@@ -30,7 +31,7 @@ Planted = Callable[[Plan], Cache]
 
 def batch_of(tokens: Tensor, cls: Tensor, rollout: Tensor) -> Batch:
     y = torch.arange(len(tokens)) % CLASSES
-    grid = torch.tensor(GRID)
+    grid = as_shape(GRID)
     values = {"tokens/rollout": tokens, "token_grid/rollout": grid, "cls/rollout": cls, "rollout": rollout}
     return Batch(y, y, {**values, "tokens": tokens, "token_grid": grid})
 
