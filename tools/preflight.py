@@ -61,9 +61,10 @@ def named_paths(params: Params) -> Iterator[tuple[str, str, str]]:
     yield "concepts.generic_prompt", params.concepts.generic_prompt, "file"
     yield "concepts.contrast_prompt", params.concepts.contrast_prompt, "file"
     yield "describe.prompt", params.describe.prompt, "file"
-    for name, encoder in params.encoders.items():
-        if encoder.model.startswith("local-dir:"):
-            yield f"encoders.{name}.model", encoder.model.removeprefix("local-dir:"), "folder"
+    for block, encoders in (("encoders", params.encoders), ("towers", params.towers)):
+        for name, encoder in encoders.items():
+            if encoder.model.startswith("local-dir:"):
+                yield f"{block}.{name}.model", encoder.model.removeprefix("local-dir:"), "folder"
     for name, tower in params.towers.items():
         if tower.pretrained is not None:
             yield f"towers.{name}.pretrained", tower.pretrained, "file"

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import SwinTransformer, register_model
+from timm.models import SwinTransformer, register_model, save_for_hf
 from torch import Tensor, nn
 
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.layers import choose_layers, hidden_states
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.towers import LoadedTower, load_tower
 from fieldmark.encoders.towers.timm import tower_features, translate_config
@@ -237,6 +238,58 @@ def test_a_fingerprint_is_of_what_changes_vectors(
     torch.testing.assert_close(again.embed_images(pixels)[0], resnet.embed_images(pixels)[0])
 
 
+def save_folder(folder: Path, name: str, seed: int = 0) -> nn.Module:
+    """A family's small model, with a classifier, as timm saves it: under the name of the large one."""
+    original, side, _, _, sizes = FAMILIES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: nn.Module = timm.create_model(original, img_size=side, num_classes=5, **sizes).eval()
+    seen = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.3, 0.3), "crop_pct": 1.0, "input_size": (3, side, side)}
+    save_for_hf(model, str(folder), safe_serialization=True, data_config=seen)
+    return model
+
+
+@pytest.mark.parametrize("name", ["dinov2", "swin"])
+def test_a_folder_that_timm_saved_is_loaded_as_it_is(name: str, tmp_path: Path) -> None:
+    saved: Any = save_folder(tmp_path / "model", name)
+    settings = Tower(model=f"local-dir:{tmp_path}/model", batch_size=3)
+    tower, pixels = load_tower("mine", settings, CPU), draw_noise(name)
+    with torch.inference_mode():
+        expected = saved.forward_head(saved.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(tower.embed_images(pixels)[0], expected, atol=1e-5, rtol=1e-4)
+    assert tower.preprocessing["mean"] == (0.5, 0.4, 0.3)
+    assert tower.preprocessing["size"] == (FAMILIES[name][1],) * 2
+
+    choice = choose_layers(tower.model, [-2, -1], name == "dinov2", "tokens.mine")
+    hidden = hidden_states(tower.model, pixels, choice, "tokens.mine")
+    grids = {"dinov2": [(4, 4), (4, 4)], "swin": [(4, 4), (2, 2)]}
+    assert [tuple(cells.shape[1:3]) for cells in hidden.cells] == grids[name]
+    assert hidden.rollout.shape[2] == (16 if name == "dinov2" else 0)
+
+    # The file names no folder, and other weights for the same architecture can be named.
+    (tmp_path / "model").rename(tmp_path / "moved")
+    moved = load_tower("mine", settings.model_copy(update={"model": f"local-dir:{tmp_path}/moved"}), CPU)
+    assert moved.fingerprint == tower.fingerprint
+    save_folder(tmp_path / "other", name, seed=1)
+    other = {"model": f"local-dir:{tmp_path}/moved", "pretrained": f"{tmp_path}/other/model.safetensors"}
+    assert load_tower("mine", Tower(**other), CPU).fingerprint != tower.fingerprint
+
+
+def test_a_folder_at_another_size(tmp_path: Path) -> None:
+    save_folder(tmp_path, "dinov2")
+    tower = load_tower("mine", Tower(model=f"local-dir:{tmp_path}", image_size=84), CPU)
+    assert tower.embed_images(tower.preprocess(Image.new("RGB", (50, 40)))[None])[1].shape[1:3] == (6, 6)
+
+
+def test_the_arguments_of_a_folder_are_in_the_fingerprint(tmp_path: Path) -> None:
+    """Heads of attention are in no weight."""
+    save_folder(tmp_path, "dinov2")
+    tower = load_tower("mine", Tower(model=f"local-dir:{tmp_path}"), CPU)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"num_heads": 2', '"num_heads": 4'))
+    assert load_tower("mine", Tower(model=f"local-dir:{tmp_path}"), CPU).fingerprint != tower.fingerprint
+
+
 def test_another_size_is_built_and_positions_follow(towers: dict[str, LoadedTower], files: dict[str, Path]) -> None:
     for name, size, grid in (("dinov2", 84, 6), ("swin", 128, 4), ("resnet", 96, 3), ("vit_map", 96, 6)):
         tower = load(name, files[name], image_size=size)
@@ -303,6 +356,14 @@ def test_what_cannot_be_loaded_is_one_line(
     torch.save({key: value for key, value in state.items() if "layer4" not in key}, partial)
     wide = tmp_path / "wide.pth"
     torch.save({**state, "conv1.weight": torch.zeros(9, 3, 7, 7)}, wide)
+    save_folder(tmp_path / "empty", "dinov2")
+    (tmp_path / "empty/model.safetensors").rename(tmp_path / "whole.safetensors")
+    save_folder(tmp_path / "unknown", "dinov2")
+    config = tmp_path / "unknown/config.json"
+    config.write_text(config.read_text().replace("vit_small", "vit_smal"))
+    save_folder(tmp_path / "wide", "dinov2")
+    config = tmp_path / "wide/config.json"
+    config.write_text(config.read_text().replace('"embed_dim": 32', '"embed_dim": 64'))
     resnet, swin, dinov2 = (str(files[name]) for name in ("resnet", "swin", "dinov2"))
     small = {"model": "small_resnet", "pretrained": resnet}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -311,6 +372,10 @@ def test_what_cannot_be_loaded_is_one_line(
         ({"model": "???"}, r"\.model: timm knows no '\?\?\?'; see timm\.list_models"),
         ({"model": "resnet50t"}, r"\.pretrained: timm has no weights for resnet50t, and random ones embed nothing;"),
         ({"model": "test_resnet.r160_in1k"}, r": 'test_resnet.*' cannot be downloaded: no network\? give `"),
+        ({"model": "local-dir:nowhere"}, r"\.model: nowhere holds no model as timm saves it \(.*config\.json.*\);"),
+        ({"model": f"local-dir:{tmp_path}/unknown"}, r"\.model: .*unknown holds no model .*vit_smal_patch14_dinov2"),
+        ({"model": f"local-dir:{tmp_path}/empty"}, r"\.model: .*empty has neither model\.safetensors nor pytorch_m"),
+        ({"model": f"local-dir:{tmp_path}/wide"}, r"wide/model\.safetensors \(.*size mismatch"),
         ({**small, "pretrained": "nowhere.pth"}, r"\.pretrained: there is no file nowhere\.pth;"),
         ({**small, "pretrained": str(broken)}, r": timm cannot load 'small_resnet' from .*broken"),
         ({**small, "pretrained": str(partial)}, r"partial\.pth \(.*Missing key.*layer4"),
@@ -327,10 +392,11 @@ def test_what_cannot_be_loaded_is_one_line(
         assert "\n" not in str(error.value)
 
 
-def test_preflight_looks_for_the_checkpoint(set_params: Callable[..., Params]) -> None:
-    params = set_params(towers={"hub": {"model": "resnet18"}, "mine": {"model": "resnet18", "pretrained": "mine.pth"}})
+def test_preflight_looks_for_the_checkpoint_and_the_folder(set_params: Callable[..., Params]) -> None:
+    mine = {"model": "resnet18", "pretrained": "mine.pth"}
+    params = set_params(towers={"hub": {"model": "resnet18"}, "mine": mine, "own": {"model": "local-dir:own"}})
     towers = [entry for entry in named_paths(params) if entry[0].startswith("towers")]
-    assert towers == [("towers.mine.pretrained", "mine.pth", "file")]
+    assert towers == [("towers.own.model", "own", "folder"), ("towers.mine.pretrained", "mine.pth", "file")]
 
 
 def test_a_tower_goes_through_the_stages_that_need_no_text(
