@@ -59,9 +59,17 @@ def ring_gains(weights: Tensor, density: Tensor, places: Tensor, settings: Label
 
     A node that shows no concept (a row of zeros) counts as one that shows all alike.
     """
-    _, nodes, concepts = weights.shape
     radii = (places - ring_centre(density, places, settings)[:, None]).norm(dim=2)
     member = F.one_hot(ring_numbers(radii, settings), settings.rings).transpose(1, 2).to(weights)
+    return region_gains(weights, member)
+
+
+def region_gains(weights: Tensor, member: Tensor) -> Tensor:
+    """(B, K), dH_2 .. dH_K, JS, of P (B, N, M), where member (B, K, N) says how much of each node lies in each region.
+
+    It has a sum of 1 over regions.
+    """
+    _, nodes, concepts = weights.shape
     shown = weights.sum(dim=2).clamp(max=1)
     total = member @ weights + (member @ (1 - shown)[:, :, None]) / concepts  # (B, K, M)
     count = member.sum(dim=2)
