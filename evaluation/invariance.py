@@ -13,10 +13,10 @@ the picture. Three things to hold it against: `stay`, the correlation with the s
 distance between the scores' centres of mass, in sides of the picture, between moved and new (`off`) and between old and
 new (`off, if still`). Patches are an image's finest nodes (evaluation.pointing.finest).
 
-Rings. What labels say of rings and of sectors about the densest place (fieldmark/labels), before and after: the mean
-distance of a picture's values from its own before, over that of different pictures from each other. 0 is invariance, 1
-means that a picture is no more like itself than like another one. The concepts that a table of labels has cut off count
-as shown all alike, for rings and sectors both.
+Rings. What labels say of rings and of sectors about the densest place (fieldmark/labels/rings.py), before and after:
+the mean distance of a picture's values from its own before, over that of different pictures from each other. 0 is
+invariance, 1 means that a picture is no more like itself than like another one. The concepts that a table of labels has
+cut off count as shown all alike, for rings and sectors both.
 
 Nothing here reads a file. tools/invariance.py reads, transforms, asks and writes.
 """
@@ -31,8 +31,7 @@ import torch
 from evaluation.pointing import finest, others
 from evaluation.statistics import LEVEL, Paired, bootstrap, holm, interval, paired_difference
 from evaluation.words import lay_out, percent, points, points_range, written_p
-from fieldmark.labels.rings import ring_centre, ring_gains
-from fieldmark.labels.sectors import sector_gains
+from fieldmark.labels.rings import ring_centre, ring_gains, sector_gains
 from fieldmark.params import Labels
 from training.metrics import Bools, Floats, Ints
 
@@ -40,6 +39,7 @@ DRAWS = 10_000  # of the bootstrap
 FEWEST = 3  # patches, for a rank correlation
 EDGE = 1e-6  # a place so near to a patch is in it
 CHUNK = 64  # images whose patches are compared with each other at once
+Kind = TypeVar("Kind")
 
 
 class Images(NamedTuple):
@@ -98,7 +98,8 @@ def moved_scores(before: Scored, origins: Floats) -> tuple[Floats, Bools]:
     low, high = before.boxes[:, None, :, :2] - EDGE, before.boxes[:, None, :, 2:] + EDGE
     held = ((low <= origins[:, :, None]) & (origins[:, :, None] <= high)).all(-1)
     known = (held & before.patches[:, None]).any(2) & (total > 0)
-    return np.einsum("nij,nj->ni", near, before.scores) / np.where(known, total, 1), known
+    moved = np.einsum("nij,nj->ni", near, before.scores) / np.where(known, total, 1)
+    return moved.round(9), known  # rounded, so that scores that were equal stay so
 
 
 def ranks(values: Floats, counted: Bools) -> Floats:
@@ -192,7 +193,7 @@ class Shown(NamedTuple):
 def dense(index: torch.Tensor, weight: torch.Tensor, numbers: Ints) -> torch.Tensor:
     """Weights (n, N, M) of the concepts `numbers` (M,), from the k that each node has: index and weight (n, N, k)."""
     place = torch.zeros(int(numbers.max()) + 1, dtype=torch.long)
-    place[torch.from_numpy(numbers).long()] = torch.arange(len(numbers))
+    place[torch.tensor(numbers).long()] = torch.arange(len(numbers))
     # What weighs nothing may have any index.
     column = place[index.long().clamp(max=len(place) - 1)]
     return torch.zeros(*index.shape[:2], len(numbers)).scatter_add_(2, column, weight.float())
@@ -230,7 +231,10 @@ class Row:
             return "too few to judge"
         if self.p is not None and self.p < LEVEL:
             return "loses" if self.paired.difference < 0 else "gains"
-        return "equivalent within 1 point" if self.paired.equivalent else "no difference shown"
+        if self.paired.equivalent:
+            return "equivalent within 1 point"
+        low, high = self.paired.over
+        return "no difference shown" if low <= 0 <= high else "not shown after correction"
 
 
 @dataclass(frozen=True)
@@ -328,9 +332,6 @@ def fraction_range(ends: tuple[float, float]) -> str:
     return f"[{ends[0]:+z.2f}, {ends[1]:+z.2f}]"
 
 
-Kind = TypeVar("Kind")
-
-
 def by(rows: Sequence[Kind], name: str) -> list[list[Kind]]:
     """The rows, those together that have the same under this name."""
     found: dict[str, list[Kind]] = {}
@@ -421,6 +422,7 @@ WORDS = {
     "loses": "Accuracy falls under",
     "gains": "Accuracy rises under",
     "equivalent within 1 point": "Accuracy is the same within 1 point under",
+    "not shown after correction": "Not shown after correction for all comparisons:",
     "no difference shown": "No difference is shown, which does not mean that there is none, under",
     "too few to judge": "There are too few units to judge",
 }
@@ -431,7 +433,8 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
     said: dict[str, list[str]] = {}
     for row in rows:
         if row.paired is not None:
-            said.setdefault(row.words, []).append(f"{row.transform} ({' '.join(paired_fields(row.paired))})")
+            figures = "" if row.words == "no difference shown" else f" ({' '.join(paired_fields(row.paired))})"
+            said.setdefault(row.words, []).append(row.transform + figures)
     yield from (f"{start} {', '.join(said[words])}." for words, start in WORDS.items() if words in said)
     worse = [row.transform for row in rows if row.moved is not None and row.moved.over[1] < 0]
     found = f"costs more than losing the same part in place under {', '.join(worse)}"

@@ -52,11 +52,12 @@ from fieldmark.memory import keep_memory
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.transforms import UNCHANGED, Transform, motion_of, moved_box
 from fieldmark.store import read_table, write_text
+from stages.label_patches import Labelling
 from tools.predict import DATA, chunk_of, say
-from tools.prediction.features import Features, Recipe
+from tools.prediction.features import Features, tables_of
 from tools.prediction.pictures import Picture, Question, look
 from tools.prediction.reasons import reads_of
-from training.data import Cache
+from training.data import Cache, Parts
 from training.data.boxes import Boxes
 from training.data.labels import Labels
 from training.data.nodes import Nodes
@@ -124,19 +125,37 @@ class Collected:
 
 
 def choose_runs(params: Params, path: str, names: Sequence[str]) -> list[tuple[Restored, Run]]:
-    """The runs that are named, or all that are trained and can be asked. Raises UserError where one cannot, or none."""
+    """The runs that are named, or all that are trained and can be asked.
+
+    Raises UserError where one that is named cannot, or none is left.
+    """
     trained = [name for name in params.train.runs if (DATA / "runs" / name / "predictions.parquet").is_file()]
     found = []
     for name in names or trained:
-        asked = restore(params, path, name, DATA)
-        if "descriptions" in asked.reads | asked.also_reads:
-            raise UserError(f"{name}: reads descriptions, which a changed picture has none of; name other runs (--run)")
-        of_run = read_run(DATA, name, asked.encoder)
-        assert not isinstance(of_run, NotMade)  # restore has said so
-        found.append((asked, of_run))
+        try:
+            found.append(open_run(params, path, name))
+        except UserError as error:
+            if names:
+                raise
+            say(f"{name} is passed over: {error}")
     if not found:
-        raise UserError(f"{DATA}/runs: no run is trained yet; make repro trains those of train.runs in params.yaml")
+        raise UserError(f"{DATA}/runs: no run is trained that can be asked; make repro trains those of params.yaml")
     return found
+
+
+def open_run(params: Params, path: str, name: str) -> tuple[Restored, Run]:
+    """A run's model and what it predicted. Raises UserError where a changed picture lacks what it reads."""
+    asked = restore(params, path, name, DATA)
+    reads = asked.reads | asked.also_reads
+    if "descriptions" in reads:
+        raise UserError(f"{name}: reads descriptions, and a changed picture has none; ask another run (--run)")
+    if "labels" in reads and params.labels.density == "pixel":
+        raise UserError(f"{name}: labels.density pixel reads stored thumbnails, which nothing moves; ask another run")
+    for encoder in (asked.encoder, *asked.also):
+        tables_of(encoder, reads)
+    of_run = read_run(DATA, name, asked.encoder)
+    assert not isinstance(of_run, NotMade)  # restore has said so
+    return asked, of_run
 
 
 def choose_pictures(runs: Sequence[Run], most: int | None) -> Judged:
@@ -164,18 +183,14 @@ def what_is_read(params: Params, runs: Sequence[Restored]) -> dict[str, frozense
         reads[asked.encoder] = reads.get(asked.encoder, frozenset()) | reads_of(asked)
         for other in asked.also:
             reads[other] = reads.get(other, frozenset()) | asked.also_reads
-    by_pixels = params.labels.density == "pixel"
     for name, words in reads.items():
-        if by_pixels and "labels" in words:
-            raise UserError("labels.density: pixel reads thumbnails, which nothing moves; name other runs (--run)")
-        if not by_pixels and name in params.encoders and (DATA / f"labels/{name}").is_dir():
+        if params.labels.density != "pixel" and name in params.encoders and (DATA / f"labels/{name}").is_dir():
             reads[name] = words | LABELLED
     return reads
 
 
-def as_run_sees(cache: Cache, names: Sequence[str], asked: Restored) -> Cache:
-    """Of what was made of all encoders (`names`), what one run reads."""
-    parts = dict(zip(names, (cache.parts, *cache.also), strict=True))
+def as_run_sees(cache: Cache, parts: Mapping[str, Parts], asked: Restored) -> Cache:
+    """Of what was made of all encoders (`parts`), what one run reads."""
     also = tuple(parts[other].only(asked.also_reads) for other in asked.also)
     return replace(cache, parts=parts[asked.encoder].only(asked.reads), also=also)
 
@@ -196,31 +211,28 @@ def say_of(
         if each.error is not None:
             raise UserError(f"{question.file(each.picture)}: {each.error}; run index_images again (dvc repro)")
     made, names = features.make(looked, question), [recipe.encoder.name for recipe in features.recipes]
+    by_encoder = dict(zip(names, (made.parts, *made.also), strict=True))
     predicted, scores, images = {}, {}, torch.arange(len(looked))
     for asked in runs:
-        seen = as_run_sees(made, names, asked).on(device)
+        seen = as_run_sees(made, by_encoder, asked).on(device)
         predicted[asked.name] = predict(asked.model, seen, images).argmax(1).cpu().numpy()
         of_nodes = node_scores(asked.model, seen, images)
-        if of_nodes is not None:
-            parts = made.parts if asked.encoder == names[0] else made.also[names.index(asked.encoder) - 1]
-            boxes, mask = parts.part(Boxes).box[images, 1:], parts.part(Nodes).mask[images, 1:]
-            scores[asked.name] = scored(of_nodes.cpu().double().numpy(), boxes.double().numpy(), mask.numpy())
-    shown = {
-        recipe.encoder.name: shown_by(parts.part(Labels), parts.part(Boxes), images, recipe)
-        for recipe, parts in zip(features.recipes, (made.parts, *made.also), strict=True)
-        if parts.has(Labels) and can_ring(recipe)
-    }
+        parts = by_encoder[asked.encoder]
+        if of_nodes is not None and parts.has(Boxes):
+            box, mask = parts.part(Boxes).box[images, 1:], parts.part(Nodes).mask[images, 1:]
+            scores[asked.name] = scored(of_nodes.cpu().double().numpy(), box.double().numpy(), mask.numpy())
+    shown = {}
+    for recipe in features.recipes:
+        parts, labelling = by_encoder[recipe.encoder.name], recipe.labelling
+        if labelling is not None and len(labelling.numbers) and parts.has(Labels) and parts.has(Boxes):
+            shown[recipe.encoder.name] = shown_by(parts.part(Labels), parts.part(Boxes), images, labelling)
     return Said(predicted, scores, shown)
 
 
-def can_ring(recipe: Recipe) -> bool:
-    return recipe.labelling is not None and len(recipe.labelling.numbers) > 0
-
-
-def shown_by(labels: Labels, boxes: Boxes, images: Tensor, recipe: Recipe) -> Shown:
-    assert recipe.labelling is not None
+def shown_by(labels: Labels, boxes: Boxes, images: Tensor, labelling: Labelling) -> Shown:
+    """What the local nodes of images (n,) show, of the stored labels."""
     box = boxes.box[images, 1:]
-    weights = dense(labels.concept_idx[images, 1:], labels.concept_weight[images, 1:], recipe.labelling.numbers)
+    weights = dense(labels.concept_idx[images, 1:], labels.concept_weight[images, 1:], labelling.numbers)
     return Shown(weights, labels.density[images, 1:], (box[..., :2] + box[..., 2:]) / 2)
 
 
