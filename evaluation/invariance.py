@@ -408,7 +408,7 @@ def as_text(title: str, rows: Sequence[Row], rings: Sequence[RingRow]) -> str:
 
 def as_markdown(title: str, rows: Sequence[Row], rings: Sequence[RingRow]) -> str:
     """answers.md: a sentence for each question."""
-    lines = ["# Who tells a picture that is moved or darkened", "", title, ""]
+    lines = ["# What stays when pictures are moved, turned or darkened", "", title, ""]
     for some in by(rows, "run"):
         lines += [f"## {some[0].run}", "", *(f"- {sentence}" for sentence in sentences(some)), ""]
     for of_encoder in by(rings, "encoder"):
@@ -465,5 +465,13 @@ def as_json(rows: Sequence[Row], rings: Sequence[RingRow]) -> dict[str, Any]:
     def fields_of(paired: Paired | None) -> dict[str, Any] | None:
         return None if paired is None else paired._asdict()
 
-    runs = [{**vars(row), "paired": fields_of(row.paired), "moved": fields_of(row.moved)} for row in rows]
+    runs = [
+        {
+            **vars(row),
+            "paired": fields_of(row.paired),
+            "moved": fields_of(row.moved),
+            "scores": {name: value if np.isfinite(value) else None for name, value in row.scores.items()},
+        }
+        for row in rows
+    ]
     return {"runs": runs, "rings": [vars(row) for row in rings]}

@@ -16,7 +16,7 @@ fieldmark/pictures/transforms.py.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -195,38 +195,63 @@ def as_run_sees(cache: Cache, parts: Mapping[str, Parts], asked: Restored) -> Ca
     return replace(cache, parts=parts[asked.encoder].only(asked.reads), also=also)
 
 
-def say_of(
-    transform: Transform,
-    judged: Judged,
-    rows: slice,
-    runs: Sequence[Restored],
-    features: Features,
-    folder: Path,
-    device: torch.device,
-) -> Said:
-    """What all runs say of some pictures under a transform, and what these show."""
-    question = Question(folder, judged.some(rows, transform))
-    looked = list(look(question, (), partial(features.prepare, transform=transform), ahead=os.cpu_count() or 1))
-    for each in looked:
-        if each.error is not None:
-            raise UserError(f"{question.file(each.picture)}: {each.error}; run index_images again (dvc repro)")
-    made, names = features.make(looked, question), [recipe.encoder.name for recipe in features.recipes]
-    by_encoder = dict(zip(names, (made.parts, *made.also), strict=True))
-    predicted, scores, images = {}, {}, torch.arange(len(looked))
-    for asked in runs:
-        seen = as_run_sees(made, by_encoder, asked).on(device)
-        predicted[asked.name] = predict(asked.model, seen, images).argmax(1).cpu().numpy()
-        of_nodes = node_scores(asked.model, seen, images)
-        parts = by_encoder[asked.encoder]
-        if of_nodes is not None and parts.has(Boxes):
-            box, mask = parts.part(Boxes).box[images, 1:], parts.part(Nodes).mask[images, 1:]
-            scores[asked.name] = scored(of_nodes.cpu().double().numpy(), box.double().numpy(), mask.numpy())
-    shown = {}
-    for recipe in features.recipes:
-        parts, labelling = by_encoder[recipe.encoder.name], recipe.labelling
-        if labelling is not None and len(labelling.numbers) and parts.has(Labels) and parts.has(Boxes):
-            shown[recipe.encoder.name] = shown_by(parts.part(Labels), parts.part(Boxes), images, labelling)
-    return Said(predicted, scores, shown)
+@dataclass(frozen=True)
+class Asking:
+    """All that it takes to ask runs about changed pictures."""
+
+    params: Params
+    judged: Judged
+    runs: Sequence[Restored]
+    features: Features
+    device: torch.device
+
+    def say(self, transform: Transform, rows: slice) -> Said:
+        """What all runs say of some pictures under a transform, and what these show."""
+        question = Question(Path(self.params.dataset.folder), self.judged.some(rows, transform))
+        prepare = partial(self.features.prepare, transform=transform)
+        looked = list(look(question, (), prepare, ahead=os.cpu_count() or 1))
+        for each in looked:
+            if each.error is not None:
+                raise UserError(f"{question.file(each.picture)}: {each.error}; run index_images again (dvc repro)")
+        made, recipes = self.features.make(looked, question), self.features.recipes
+        by_encoder = {recipe.encoder.name: each for recipe, each in zip(recipes, (made.parts, *made.also), strict=True)}
+        said, images = Said({}, {}, {}), torch.arange(len(looked))
+        for asked in self.runs:
+            seen, parts = as_run_sees(made, by_encoder, asked).on(self.device), by_encoder[asked.encoder]
+            said.predicted[asked.name] = predict(asked.model, seen, images).argmax(1).cpu().numpy()
+            scores = node_scores(asked.model, seen, images)
+            if scores is not None and parts.has(Boxes):
+                box, mask = parts.part(Boxes).box[images, 1:], parts.part(Nodes).mask[images, 1:]
+                said.scores[asked.name] = scored(scores.cpu().double().numpy(), box.double().numpy(), mask.numpy())
+        for recipe in recipes:
+            parts, labelling = by_encoder[recipe.encoder.name], recipe.labelling
+            if labelling is not None and len(labelling.numbers) and parts.has(Boxes):
+                said.shown[recipe.encoder.name] = shown_by(parts.part(Labels), parts.part(Boxes), images, labelling)
+        return said
+
+    def collect(self) -> Collected:
+        """Ask all runs about all pictures under all transforms."""
+        kept, judged = Collected(), self.judged
+        size = max(chunk_of(self.params, asked) for asked in self.runs)
+        asked = [UNCHANGED, *TRANSFORMS, *(each._replace(in_place=True) for each in TRANSFORMS if each.loses)]
+        total = len(judged.pictures)
+        with tqdm(total=total * len(asked), desc="ask", unit="img") as progress:
+            for start in range(0, total, size):
+                rows = slice(start, start + size)
+                before = self.say(UNCHANGED, rows)
+                for transform in asked:
+                    said = before if transform == UNCHANGED else self.say(transform, rows)
+                    for name, of_run in said.predicted.items():
+                        kept.predicted.setdefault((name, transform), []).append(of_run)
+                    if transform != UNCHANGED and not transform.in_place:
+                        for name, after in said.scores.items():
+                            origins = judged.origins(rows, transform, after.middles)
+                            found = follow(before.scores[name], after, origins)
+                            kept.followed.setdefault((name, transform), []).append(found)
+                    for key, shown in ways_shown(said.shown, transform, self.params):
+                        kept.gains.setdefault(key, []).append(shown.gains(self.params.labels))
+                    progress.update(len(judged.pictures[rows]))
+        return kept
 
 
 def shown_by(labels: Labels, boxes: Boxes, images: Tensor, labelling: Labelling) -> Shown:
@@ -236,41 +261,16 @@ def shown_by(labels: Labels, boxes: Boxes, images: Tensor, labelling: Labelling)
     return Shown(weights, labels.density[images, 1:], (box[..., :2] + box[..., 2:]) / 2)
 
 
-def collect(
-    params: Params, judged: Judged, runs: Sequence[Restored], features: Features, device: torch.device
-) -> Collected:
-    """Ask all runs about all pictures under all transforms."""
-    kept, folder = Collected(), Path(params.dataset.folder)
-    size = max(chunk_of(params, asked) for asked in runs)
-    asked = [UNCHANGED, *TRANSFORMS, *(each._replace(in_place=True) for each in TRANSFORMS if each.loses)]
-    total = len(judged.pictures)
-    with tqdm(total=total * len(asked), desc="ask", unit="img") as progress:
-        for start in range(0, total, size):
-            rows, before = slice(start, start + size), {}
-            for transform in asked:
-                said = say_of(transform, judged, rows, runs, features, folder, device)
-                if transform == UNCHANGED:
-                    before = said.scores
-                for name, of_run in said.predicted.items():
-                    kept.predicted.setdefault((name, transform), []).append(of_run)
-                for name, after in said.scores.items():
-                    if transform != UNCHANGED and not transform.in_place:
-                        origins = judged.origins(rows, transform, after.middles)
-                        kept.followed.setdefault((name, transform), []).append(follow(before[name], after, origins))
-                for name, label, shown in ways_shown(said.shown, transform, params):
-                    kept.gains.setdefault((name, label), []).append(shown.gains(params.labels))
-                progress.update(len(judged.pictures[rows]))
-    return kept
-
-
-def ways_shown(shown: Mapping[str, Shown], transform: Transform, params: Params) -> Iterator[tuple[str, str, Shown]]:
+def ways_shown(
+    shown: Mapping[str, Shown], transform: Transform, params: Params
+) -> Iterator[tuple[tuple[str, str], Shown]]:
     """By encoder and by what is done: what nodes show, and for pictures as they are the same with boxes turned."""
     for name, of_encoder in shown.items():
         if not transform.in_place:
-            yield name, transform.name, of_encoder
+            yield (name, transform.name), of_encoder
         if transform == UNCHANGED:
             for degrees in TURNS:
-                yield name, boxes_turned(degrees), of_encoder.turned(degrees, params.labels)
+                yield (name, boxes_turned(degrees)), of_encoder.turned(degrees, params.labels)
 
 
 def boxes_turned(degrees: float) -> str:
@@ -324,7 +324,7 @@ def main() -> None:
         each.model.to(device)
         known |= each.config["fingerprints"]
     features = Features(params, what_is_read(params, asked), known, asked[0].classes, device)
-    kept = collect(params, judged, asked, features, device)
+    kept = Asking(params, judged, asked, features, device).collect()
     rows, rings = rows_of(kept, judged, runs), ring_rows_of(kept, judged)
     command = "python -m tools.invariance" + "".join(f" --run {name}" for name in arguments.run)
     command += "" if arguments.images is None else f" --images {arguments.images}"

@@ -73,7 +73,7 @@ def test_a_method_that_looks_at_a_place_is_found_out(asked: Path, monkeypatch: p
     planted = replace(restored, model=LooksAtAPlace(), reads=restored.reads | {"boxes"})
     judged = invariance.choose_pictures([run], None)
     features = Features(params, invariance.what_is_read(params, [planted]), {}, planted.classes, CPU)
-    kept = invariance.collect(params, judged, [planted], features, CPU)
+    kept = invariance.Asking(params, judged, [planted], features, CPU).collect()
     unchanged, flip, dark = invariance.rows_of(kept, judged, [run])
     assert flip.scores["follow"] == flip.scores["other"] == pytest.approx(-1)
     assert flip.scores["stay"] == pytest.approx(1)
