@@ -38,7 +38,7 @@ from training.metrics import Bools, Floats, Ints
 DRAWS = 10_000  # of the bootstrap
 FEWEST = 3  # patches, for a rank correlation
 EDGE = 1e-6  # a place so near to a patch is in it
-CHUNK = 64  # images whose patches are compared with each other at once
+CHUNK = 64  # images whose patches are compared with each other, or held with all concepts, at once
 Kind = TypeVar("Kind")
 
 
@@ -175,12 +175,21 @@ class Gains(NamedTuple):
 class Shown(NamedTuple):
     """What local nodes of n images show: concepts, how dense they are, and where they are."""
 
-    weights: torch.Tensor  # (n, N, M)
+    concepts: torch.Tensor  # (n, N, k): those that each node has, as the bank numbers them
+    weight: torch.Tensor  # (n, N, k)
     density: torch.Tensor  # (n, N)
     places: torch.Tensor  # (n, N, 2)
+    numbers: Ints  # (M,): the bank's numbers of the concepts that there are
 
     def gains(self, settings: Labels) -> Gains:
-        return Gains(ring_gains(*self, settings).numpy(), sector_gains(*self, settings).numpy())
+        rings, sectors = [], []
+        for start in range(0, len(self.concepts), CHUNK):
+            rows = slice(start, start + CHUNK)
+            weights = dense(self.concepts[rows], self.weight[rows], self.numbers)
+            asked = weights, self.density[rows], self.places[rows], settings
+            rings.append(ring_gains(*asked).numpy())
+            sectors.append(sector_gains(*asked).numpy())
+        return Gains(np.concatenate(rings), np.concatenate(sectors))
 
     def turned(self, degrees: float, settings: Labels) -> "Shown":
         """All places turned about the densest one, and nothing else."""
@@ -190,13 +199,13 @@ class Shown(NamedTuple):
         return self._replace(places=(self.places - mu) @ turn.T + mu)
 
 
-def dense(index: torch.Tensor, weight: torch.Tensor, numbers: Ints) -> torch.Tensor:
-    """Weights (n, N, M) of the concepts `numbers` (M,), from the k that each node has: index and weight (n, N, k)."""
+def dense(concepts: torch.Tensor, weight: torch.Tensor, numbers: Ints) -> torch.Tensor:
+    """Weights (n, N, M) of all concepts, from those k that each node has, as Shown has them."""
     place = torch.zeros(int(numbers.max()) + 1, dtype=torch.long)
     place[torch.tensor(numbers).long()] = torch.arange(len(numbers))
-    # What weighs nothing may have any index.
-    column = place[index.long().clamp(max=len(place) - 1)]
-    return torch.zeros(*index.shape[:2], len(numbers)).scatter_add_(2, column, weight.float())
+    # What weighs nothing may have any number.
+    column = place[concepts.long().clamp(max=len(place) - 1)]
+    return torch.zeros(*concepts.shape[:2], len(numbers)).scatter_add_(2, column, weight.float())
 
 
 def moved_by(before: Floats, after: Floats, seed: int = 0) -> Floats:

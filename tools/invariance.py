@@ -39,7 +39,6 @@ from evaluation.invariance import (
     as_markdown,
     as_text,
     corrected,
-    dense,
     follow,
     judge,
     judge_rings,
@@ -256,9 +255,10 @@ class Asking:
 
 def shown_by(labels: Labels, boxes: Boxes, images: Tensor, labelling: Labelling) -> Shown:
     """What the local nodes of images (n,) show, of the stored labels."""
-    box = boxes.box[images, 1:]
-    weights = dense(labels.concept_idx[images, 1:], labels.concept_weight[images, 1:], labelling.numbers)
-    return Shown(weights, labels.density[images, 1:], (box[..., :2] + box[..., 2:]) / 2)
+    concepts, weight, density, box = (
+        each[images, 1:] for each in (labels.concept_idx, labels.concept_weight, labels.density, boxes.box)
+    )
+    return Shown(concepts, weight, density, (box[..., :2] + box[..., 2:]) / 2, labelling.numbers)
 
 
 def ways_shown(

@@ -26,6 +26,7 @@ from evaluation.invariance import (
     scored,
     unchanged,
 )
+from fieldmark.labels.rings import ring_gains, sector_gains
 from fieldmark.params import Labels
 from fieldmark.pictures.transforms import Transform, motion_of, transformed
 from training.metrics import Floats
@@ -182,7 +183,8 @@ def shown(images: int = 6) -> Shown:
     generator = torch.Generator().manual_seed(0)
     weights = torch.softmax(3 * torch.randn(images, 16, 5, generator=generator), dim=2)
     places = torch.rand(images, 16, 2, generator=generator)
-    return Shown(weights, torch.rand(images, 16, generator=generator), places)
+    density, numbers = torch.rand(images, 16, generator=generator), np.array([2, 3, 5, 7, 9])
+    return Shown(torch.from_numpy(numbers).expand_as(weights), weights, density, places, numbers)
 
 
 def test_turned_boxes_leave_rings_and_move_sectors() -> None:
@@ -192,6 +194,16 @@ def test_turned_boxes_leave_rings_and_move_sectors() -> None:
     assert (row.rings, row.rings_js) == pytest.approx((0, 0), abs=1e-4)
     assert row.sectors > 0.1
     assert row.over[1] < 0
+
+
+def test_gains_are_those_of_rings_and_sectors_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = shown()
+    expected = ring_gains(asked.weight, asked.density, asked.places, Labels())
+    monkeypatch.setattr("evaluation.invariance.CHUNK", 4)
+    found = asked.gains(Labels())
+    np.testing.assert_allclose(found.rings, expected.numpy(), atol=1e-6)
+    expected = sector_gains(asked.weight, asked.density, asked.places, Labels())
+    np.testing.assert_allclose(found.sectors, expected.numpy(), atol=1e-6)
 
 
 def test_values_move_by_what_lies_between_pictures() -> None:
