@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from evaluation.invariance import Images
 from evaluation.runs import read_run
 from fieldmark.command import UserError
 from fieldmark.params import load_params
@@ -90,6 +91,20 @@ def test_only_the_half_of_val_that_chose_nothing_is_judged(asked: Path) -> None:
     assert {picture.path for picture in judged.pictures} == val
     fewer = invariance.choose_pictures([run], 2)  # type: ignore[list-item]
     assert fewer.image_ids == [each for each in judged.image_ids if each in sorted(judged.image_ids)[:2]]
+
+
+def test_boxes_of_objects_and_places_of_patches_move_with_their_pictures() -> None:
+    ids, images = ["a", "b"], Images(np.zeros(2, int), None, by_class=False)
+    pictures = [Picture("1.png", box=[0.1, 0.2, 0.4, 0.6]), Picture("2.png")]
+    judged = invariance.Judged(pictures, ids, [(40, 20)] * 2, images)
+    flip, places = Transform("flip", flip=True), np.array([[[0.25, 0.5]], [[0.75, 0.1]]])
+    moved = judged.some(slice(0, 2), flip)
+    assert moved[0].box == pytest.approx([0.6, 0.2, 0.9, 0.6])
+    assert moved[1] == pictures[1]
+    assert judged.origins(slice(0, 2), flip, places).tolist() == [[[0.75, 0.5]], [[0.25, 0.1]]]
+    # What stays in place, and what loses light, lies where it was.
+    for transform in (Transform("shift", shift=0.2, in_place=True), Transform("darken", light=0.5)):
+        assert judged.some(slice(0, 2), transform) == pictures
 
 
 def test_a_run_whose_parts_cannot_be_made_is_refused_or_passed_over(
