@@ -10,7 +10,14 @@ centres p_n:
   JS   = H(mean P over all) - sum_k n_k / N H(mean P over ring k) >= 0: what the ring tells about the concept.
 
 The K values dH_2 .. dH_K, JS, in nats, do not change when the picture is turned or mirrored about mu.
+
+Sectors of equal angle about mu are what circles are held against (evaluation/invariance.py); no stage stores them. With
+a_n the angle of p_n - mu, from the x axis to the y axis, node n lies in sector floor(K a_n / 2 pi); one at mu has no
+angle, and lies in every sector by the same share. Turning the picture about mu by the width of a sector moves each
+sector to the next, which leaves JS as it was; other turns change all values, and mirroring the order of the sectors.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -59,9 +66,17 @@ def ring_gains(weights: Tensor, density: Tensor, places: Tensor, settings: Label
 
     A node that shows no concept (a row of zeros) counts as one that shows all alike.
     """
-    _, nodes, concepts = weights.shape
     radii = (places - ring_centre(density, places, settings)[:, None]).norm(dim=2)
     member = F.one_hot(ring_numbers(radii, settings), settings.rings).transpose(1, 2).to(weights)
+    return region_gains(weights, member)
+
+
+def region_gains(weights: Tensor, member: Tensor) -> Tensor:
+    """(B, K), dH_2 .. dH_K, JS, of P (B, N, M), where member (B, K, N) says how much of each node lies in each region.
+
+    It has a sum of 1 over regions.
+    """
+    _, nodes, concepts = weights.shape
     shown = weights.sum(dim=2).clamp(max=1)
     total = member @ weights + (member @ (1 - shown)[:, :, None]) / concepts  # (B, K, M)
     count = member.sum(dim=2)
@@ -73,3 +88,16 @@ def ring_gains(weights: Tensor, density: Tensor, places: Tensor, settings: Label
     within = torch.special.entr(total / count.clamp(min=1)[:, :, None]).sum(dim=2)
     divergence = (grown[:, -1] - (count / nodes * within).sum(dim=1)).clamp(min=0)
     return torch.cat([grown.diff(dim=1), divergence[:, None]], dim=1)
+
+
+def sector_members(places: Tensor, count: int) -> Tensor:
+    """(B, count, N) float32: how much of each node lies in each sector; places (B, N, 2) are told from the centre."""
+    angle = torch.atan2(places[..., 1], places[..., 0]) / (2 * math.pi) % 1
+    member = F.one_hot((angle * count).floor().long().clamp(max=count - 1), count).transpose(1, 2).float()
+    return torch.where((places.norm(dim=2) <= SAME_RADIUS)[:, None], 1 / count, member)
+
+
+def sector_gains(weights: Tensor, density: Tensor, places: Tensor, settings: Labels) -> Tensor:
+    """(B, K) in nats, as ring_gains, over sectors in the place of rings."""
+    centred = places - ring_centre(density, places, settings)[:, None]
+    return region_gains(weights, sector_members(centred, settings.rings).to(weights))

@@ -35,6 +35,7 @@ from fieldmark.graphs.patches import graph_rows
 from fieldmark.moments import Basis
 from fieldmark.params import Embed, Graphs, Params
 from fieldmark.pictures.decode import bad_image, open_reduced
+from fieldmark.pictures.transforms import UNCHANGED, Transform, transformed
 from fieldmark.pictures.views import View, cut_views, needed_side
 from stages import embed_tokens, label_patches, pool_tokens
 from stages.label_patches import Labelling
@@ -248,8 +249,11 @@ class Features:
     def passes(self) -> list[Shown]:
         return [shown for recipe in self.recipes for shown in recipe.passes]
 
-    def prepare(self, file: IO[bytes], image_id: str) -> Views:
-        """View 0 of a picture for each pass of each encoder. Raises BadImage with the reason."""
+    def prepare(self, file: IO[bytes], image_id: str, transform: Transform = UNCHANGED) -> Views:
+        """View 0 of a picture, or of what a transform makes of it, for each pass of each encoder.
+
+        Raises BadImage with the reason.
+        """
         # Some files of /proc state no size, and a read from them waits.
         if os.fstat(file.fileno()).st_size == 0:
             raise bad_image(UnidentifiedImageError())
@@ -257,7 +261,10 @@ class Features:
         with self.slots.one():
             for shown in self.passes:
                 file.seek(0)
-                image, size = open_reduced(file, needed_side(shown.encoder, shown.embed))
+                image, size = open_reduced(file, needed_side(shown.encoder, shown.embed) * transform.zoom)
+                if transform != UNCHANGED:
+                    image = transformed(image, transform, image_id)
+                    size = image.size
                 found.append(cut_views(image_id, image, size, shown.encoder, shown.embed))
         return tuple(found)
 
