@@ -2,7 +2,7 @@
 
 Writes   OUT/reef-vit and OUT/reef-swin: config.json and model.safetensors, in timm's own layout.
 Reads    data/demo/species.yaml, only to leave those 24 combinations of field marks out of the training drawings.
-Costs    about 15 minutes on 2 idle cores with bfloat16, more on busy ones, and 3 GB of memory. Run by hand; nothing of
+Costs    about 10 minutes on 2 idle cores with bfloat16, more on busy ones, and 5 GB of memory. Run by hand; nothing of
          it is committed, and the demo does not need it.
 
     python -m tools.train_reef_towers [--out DIR] [--images N] [--epochs E] [--seed S]
@@ -67,6 +67,7 @@ def make_tower(arguments: dict[str, Any], seed: int) -> Any:
 
 def train_tower(model: Any, name: str, drawings: Drawings, epochs: float, seed: int) -> None:
     """Train a tower in place; `name` stands in what is told on the way."""
+    torch.manual_seed(seed)
     width, marks = model.num_features, drawings.shows.shape[1]
     heads = nn.ModuleDict({"picture": nn.Linear(width, marks), "cell": nn.Linear(width, marks)})
     parameters = [*model.train().parameters(), *heads.parameters()]

@@ -147,7 +147,7 @@ def read_folder(settings: Tower, key: str) -> Found:
         raise UserError(f"{key}.model: {folder} holds no model as timm saves it ({reason}); {remedy}") from None
     held = [str(folder / name) for name in WEIGHTS if (folder / name).is_file()]
     if settings.pretrained is None and not held:
-        raise UserError(f"{key}.model: {folder} has neither {' nor '.join(WEIGHTS)}; put its weights there")
+        raise UserError(f"{key}.model: {folder} holds no weights ({' or '.join(WEIGHTS)}); put them there")
     arguments = {name: value for name, value in found.items() if name not in ("num_classes", "pretrained_model_args")}
     # No source: the file is read here, so that no weight may be missing.
     return Found(architecture, arguments, dataclasses.replace(cfg, source=None), settings.pretrained or held[0])

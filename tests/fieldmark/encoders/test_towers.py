@@ -374,7 +374,7 @@ def test_what_cannot_be_loaded_is_one_line(
         ({"model": "test_resnet.r160_in1k"}, r": 'test_resnet.*' cannot be downloaded: no network\? give `"),
         ({"model": "local-dir:nowhere"}, r"\.model: nowhere holds no model as timm saves it \(.*config\.json.*\);"),
         ({"model": f"local-dir:{tmp_path}/unknown"}, r"\.model: .*unknown holds no model .*vit_smal_patch14_dinov2"),
-        ({"model": f"local-dir:{tmp_path}/empty"}, r"\.model: .*empty has neither model\.safetensors nor pytorch_m"),
+        ({"model": f"local-dir:{tmp_path}/empty"}, r"\.model: .*empty holds no weights \(model\.safetensors or py"),
         ({"model": f"local-dir:{tmp_path}/wide"}, r"wide/model\.safetensors \(.*size mismatch"),
         ({**small, "pretrained": "nowhere.pth"}, r"\.pretrained: there is no file nowhere\.pth;"),
         ({**small, "pretrained": str(broken)}, r": timm cannot load 'small_resnet' from .*broken"),
