@@ -88,8 +88,11 @@ def render(picture: Image.Image, seen: Box, points: Tensor, encoder: Preprocesso
     places = min(MOST_PLACES, max(1, math.ceil(longest * pixels / reduced)))
     corner, extent = torch.tensor(seen[:2]), torch.tensor([seen[2] - seen[0], seen[3] - seen[1]])
     where = corner + spread(points[None], places * height, places * width) * extent  # in [0, 1] of the picture
-    shown = torch.from_numpy(np.array(picture.reduce(reduced))).permute(2, 0, 1)[None].float()
-    found = F.grid_sample(shown, (2 * where - 1).float(), padding_mode="border", align_corners=False)
+    small = picture.reduce(reduced)
+    # Its last row and column may stand for fewer pixels than the others.
+    share = torch.tensor(picture.size) / (torch.tensor(small.size) * reduced)
+    shown = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float()
+    found = F.grid_sample(shown, (2 * where * share - 1).float(), padding_mode="border", align_corners=False)
     outside = ((where < 0) | (where > 1)).any(-1)[:, None]
     found = found.masked_fill(outside, padding_of(encoder.preprocessing))
     return F.avg_pool2d(found, places)[0].round().clamp(0, 255).byte()

@@ -266,6 +266,19 @@ def write_moments(
     write_buckets(target, "embed.moments/1", rows, ids, len(bucket_files(folder)), made_by, mark)
 
 
+def write_again(folder: Path, name: str, dimension: int, seed: int = 0, encoder: str = ENCODER) -> None:
+    """A second look of a NAME for the images and views of `tiny`: vectors (dimension) that say nothing."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"image_id": image_id, "view": view, "branch": branch, "vector": 3 * rng.standard_normal(dimension)}
+        for image_id, view in keys_of(folder)
+        for branch in ("complementary", "discriminative")
+    ]
+    ids, made_by = sorted({row["image_id"] for row in rows}), {"encoder": fingerprint("embed", {"encoder": encoder})}
+    mark = fingerprint("again", {"name": name, "seed": seed})
+    write_buckets(folder / f"again/{name}", "again/1", rows, ids, len(bucket_files(folder)), made_by, mark)
+
+
 def write_tokens(folder: Path, plan: Plan, images: Sequence[dict[str, Any]]) -> None:
     """Cells and CLS of two layers for the images and views of `tiny`, and rollout in the rows of the first."""
     rng, width, cells = np.random.default_rng(plan.seed), plan.dimension + 2, GRID[0] * GRID[1]

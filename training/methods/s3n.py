@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block, Count, Fraction
+from fieldmark.pictures.sampler import over_picture
 from training.data import Batch, Cache
 from training.layers.blocks import Standardise, silent
 from training.layers.nodes import in_precision
@@ -196,11 +197,13 @@ def smoothed(logits: Tensor, target: Tensor, ratio: float) -> Tensor:
 def maps_of(model: S3N, batch: Batch) -> Tensor:
     """The attention Q_D and Q_C that a fitted model has for a batch at evaluation: (B, 2, SIDE, SIDE), rows first.
 
-    `sampling_grid` makes of each where a picture of any size is read; base_ratio at least, and never drawn.
+    base_ratio at least, and never drawn. Their nodes reach from border to border of the picture, so that it can be
+    sampled itself (fieldmark/pictures/zoom.py), and not from the first to the last centre of a cell.
     """
     model.eval()
     x, grid = model.scale(batch.of(model.word)), batch.grid_of(model.word)
-    return model.attention(x, grid, model.beside(batch, x.new_zeros(model.classify.out_features)))
+    q = model.attention(x, grid, model.beside(batch, x.new_zeros(model.classify.out_features)))
+    return over_picture(q, grid)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
