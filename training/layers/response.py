@@ -10,14 +10,15 @@
 The choice and the peaks are those of S3N's public code [code], which differs from its paper's text in two points: it
 takes the mean of five maps and not their sum, which min-max makes one, and it does not renormalise the five
 probabilities. So a flat P over very many classes has a low H, too, and the likeliest class alone is taken: 0.13 for 200
-classes that are all alike. Where all classes are fewer than five, all are taken.
+classes that are all alike. Of fewer than ten classes at most half are taken, and not five [design]: softmax makes the
+weights of all classes sum to about zero, and with them the mean of their maps.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TOP = 5  # classes that an unsure image is looked at for
+TOP = 5  # classes that an unsure image is looked at for, of ten or more
 SURE = 0.2  # nats: below this entropy the likeliest class alone
 CONSTANT = 1e-5  # a map that spreads less, as a share of its largest value, is constant up to rounding
 
@@ -53,7 +54,8 @@ def salient_map(x: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor, 
     rows, columns = (interpolation(cells, side, x) for cells in grid)
     share = torch.outer(rows.mean(0), columns.mean(0)).flatten()  # of each token in the mean of a map of `side`
     bias = bias.expand(len(x), -1)
-    p, likeliest = (share @ x @ weight.T + bias).softmax(1).topk(min(TOP, len(weight)))
+    p = (torch.einsum("t,btd->bd", share, x) @ weight.T + bias).softmax(1)
+    p, likeliest = p.topk(min(TOP, max(len(weight) // 2, 1)))
     taken = torch.ones_like(p, dtype=torch.bool)
     taken[:, 1:] = (entropy(p) >= SURE)[:, None]
     maps = response_maps(x, weight[likeliest], bias.gather(1, likeliest))
@@ -77,7 +79,8 @@ def min_max(maps: Tensor) -> Tensor:
 def peaks(maps: Tensor) -> Tensor:
     """(B, h, w) bool of maps (B, h, w): the highest of its 3 x 3, of equal ones the first, and at least the mean.
 
-    So of two peaks none lies beside the other.
+    So of two peaks none lies beside the other, and a map that was interpolated from fewer cells has no more peaks than
+    cells: it is linear along each axis between two of them, so that one lies within a step of each peak.
     """
     cells = torch.arange(maps[0].numel(), device=maps.device).view_as(maps[0])
     highest = F.max_pool2d(maps[:, None], 3, stride=1, padding=1, return_indices=True)[1][:, 0]

@@ -26,38 +26,40 @@ from training.layers.response import hat, interpolation
 FWHM = 13.0  # cells
 
 
-def sparse_attention(scores: Tensor, taken: Tensor, amplitude: Tensor, radius: Tensor) -> Tensor:
+def sparse_attention(
+    scores: Tensor, taken: Tensor, amplitude: Tensor, radius: Tensor, most: int | None = None
+) -> Tensor:
     """The sum of a Gaussian around each peak: (B, side, side).
 
     scores (B, side, side), s in [0, 1]; taken (B, side, side) bool: peaks of theirs, none beside another (`peaks`);
     amplitude (B, side, side): of the Gaussian at its middle; radius: a share of the side, at s = 1. A peak of score 0
-    has no width and adds nothing.
+    has no width and adds nothing. `most`: how many peaks a map can have, where that is known; only so many are drawn.
     """
     side = scores.shape[-1]
-    taken = (taken & (scores > 0)).flatten(1)
     # One in 2 x 2 cells at most is a peak, and the rest need no Gaussian.
-    real, place = taken.to(scores.dtype).topk(((side + 1) // 2) ** 2, sorted=False)
-    real = real > 0
-    s = torch.where(real, scores.flatten(1).gather(1, place), 1)
+    most = min(most or side**2, ((side + 1) // 2) ** 2)
+    s, place = (scores * taken).flatten(1).topk(most, sorted=False)
+    real = s > 0
     height = torch.where(real, amplitude.flatten(1).gather(1, place), 0)
-    variance = (radius * side).square() * s
-    axis = torch.arange(side, device=scores.device)
+    steepness = -0.5 / ((radius * side).square() * torch.where(real, s, 1))
+    axis = torch.arange(side, device=scores.device, dtype=scores.dtype)
+    squared = (axis - axis[:, None]).square()
 
     def along(middle: Tensor) -> Tensor:
         """(B, P, side): the Gaussians along one axis."""
-        return (-(axis - middle[..., None]).square() / (2 * variance[..., None])).exp()
+        return (steepness[..., None] * squared[middle]).exp()
 
     return (height[..., None] * along(place // side)).mT @ along(place % side)
 
 
-def discriminative(scores: Tensor, taken: Tensor, radius: Tensor) -> Tensor:
+def discriminative(scores: Tensor, taken: Tensor, radius: Tensor, most: int | None = None) -> Tensor:
     """The attention that grows with the score; see sparse_attention."""
-    return sparse_attention(scores, taken, scores, radius)
+    return sparse_attention(scores, taken, scores, radius, most)
 
 
-def complementary(scores: Tensor, taken: Tensor, radius: Tensor) -> Tensor:
+def complementary(scores: Tensor, taken: Tensor, radius: Tensor, most: int | None = None) -> Tensor:
     """The attention that falls with the score, for what a classifier had not needed yet; see sparse_attention."""
-    return sparse_attention(scores, taken, 1 / torch.where(scores > 0, scores, 1), radius)
+    return sparse_attention(scores, taken, 1 / torch.where(scores > 0, scores, 1), radius, most)
 
 
 def sampling_grid(q: Tensor, size: tuple[int, int]) -> Tensor:

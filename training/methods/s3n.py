@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from fieldmark.params import Block, Count, Fraction
 from fieldmark.pictures.sampler import over_picture
 from training.data import Batch, Cache
-from training.layers.blocks import Standardise, silent
-from training.layers.nodes import in_precision
+from training.layers.blocks import Dropout, Standardise, silent
+from training.layers.nodes import in_precision, training_sample
 from training.layers.response import peaks, salient_map
 from training.layers.sampler import complementary, discriminative, sampling_grid, sampling_weights
 from training.layers.states import State, within
@@ -67,6 +67,7 @@ class LossWeights(Block):
 
 class Settings(HeadSettings):
     hidden: Count = 256  # width of the buffer of D and of C
+    dropout: Fraction = 0.3  # share of what each classifier reads dropped in training
     base_ratio: Positive = 0.09  # attention where no peak is
     radius: Positive = 0.09  # of D's Gaussians at the start, a share of the map's side
     complementary_radius: Positive = 0.3  # of C's Gaussians at the start
@@ -111,16 +112,24 @@ class S3N(nn.Module):
     left: Tensor
 
     def __init__(
-        self, scale: Standardise, beside: Beside, classes: int, settings: Settings, warm_up: int = 0
+        self,
+        scale: Standardise,
+        grid: tuple[int, int],
+        beside: Beside,
+        classes: int,
+        settings: Settings,
+        warm_up: int = 0,
     ) -> None:
-        """`warm_up`: how many images training takes with every peak in both branches."""
+        """`grid`: (h, w) of the tokens. `warm_up`: how many images training takes with every peak in both branches."""
         super().__init__()
         width, hidden = len(scale.mean), settings.hidden
         self.word = tokens_word(settings)
-        self.scale, self.beside = scale, beside
+        self.scale, self.grid, self.beside = scale, grid, beside
+        self.register_buffer("shape", torch.tensor(grid))  # what is saved of the grid
         self.base_ratio, self.smooth_ratio = settings.base_ratio, settings.smooth_ratio
         self.log_radius = nn.Parameter(torch.tensor([settings.radius, settings.complementary_radius]).log())
         self.register_buffer("left", torch.tensor(warm_up))  # counted on the device, so that no step waits for it
+        self.dropout = Dropout(settings.dropout)
         self.classify_raw = silent(width, classes)
         self.discriminative, self.complementary = (Branch(width, classes, hidden) for _ in range(2))
         self.classify = silent(width + 2 * hidden, classes)
@@ -137,34 +146,35 @@ class S3N(nn.Module):
 
     def answers(self, batch: Batch) -> Answers:
         """All that it says of a batch; `joint` is the answer."""
-        x, grid = self.scale(batch.of(self.word)), batch.grid_of(self.word)
+        x = self.scale(batch.of(self.word))
         z = self.beside(batch, x.new_zeros(self.classify.out_features))
         with torch.autocast(x.device.type, enabled=False):  # places are told in full precision
             raw = x.mean(1)
-            q_d, q_c = self.attention(x, grid, z).unbind(1)
-            by_d, by_c = (sampling_weights(sampling_grid(q, grid), grid) for q in (q_d, q_c))
+            by_d, by_c = sampling_weights(sampling_grid(self.attention(x, z), self.grid), self.grid).unbind(1)
         x = in_precision(x)
-        d, c = self.discriminative(x, by_d), self.complementary(x, by_c)
+        o, d, c = map(self.dropout, (raw, self.discriminative(x, by_d), self.complementary(x, by_c)))
         logits = (
-            self.classify(torch.cat([raw, d, c], 1)),
-            self.classify_raw(raw),
+            self.classify(torch.cat([o, d, c], 1)),
+            self.classify_raw(o),
             self.discriminative.classify(d),
             self.complementary.classify(c),
         )
         return Answers(*(z + each.float() for each in logits))
 
-    def attention(self, x: Tensor, grid: tuple[int, int], z: Tensor) -> Tensor:
-        """Q_D and Q_C, (B, 2, SIDE, SIDE), of standardised tokens x (B, T, d) on a grid (h, w).
+    def attention(self, x: Tensor, z: Tensor) -> Tensor:
+        """Q_D and Q_C, (B, 2, SIDE, SIDE), of standardised tokens x (B, T, d).
 
         z (B, C) is what a probe says of each image, which has a part in its likeliest classes; (C,) zeros without one.
         """
         with torch.no_grad():
             raw = self.classify_raw
-            scores = salient_map(x, grid, raw.weight, raw.bias + z, SIDE)
+            scores = salient_map(x, self.grid, raw.weight, raw.bias + z, SIDE)
             by_d, by_c = self.deal(scores, peaks(scores))
         radius, complementary_radius = self.log_radius.exp()
-        drawn = [discriminative(scores, by_d, radius), complementary(scores, by_c, complementary_radius)]
-        return self.base_ratio + torch.stack(drawn, 1)
+        most = x.shape[1]  # peaks, see there
+        q_d = discriminative(scores, by_d, radius, most)
+        q_c = complementary(scores, by_c, complementary_radius, most)
+        return self.base_ratio + torch.stack([q_d, q_c], 1)
 
     def deal(self, scores: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the peaks `found` (B, SIDE, SIDE) D has, and which C has."""
@@ -201,24 +211,25 @@ def maps_of(model: S3N, batch: Batch) -> Tensor:
     sampled itself (fieldmark/pictures/zoom.py), and not from the first to the last centre of a cell.
     """
     model.eval()
-    x, grid = model.scale(batch.of(model.word)), batch.grid_of(model.word)
-    q = model.attention(x, grid, model.beside(batch, x.new_zeros(model.classify.out_features)))
-    return over_picture(q, grid)
+    z = model.beside(batch, model.classify.bias.new_zeros(model.classify.out_features))
+    return over_picture(model.attention(model.scale(batch.of(model.word)), z), model.grid)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    scale, classes = token_scale(cache, tokens_word(settings)), len(cache.classes)
+    word, classes = tokens_word(settings), len(cache.classes)
+    scale, grid = token_scale(cache, word), training_sample(cache, 1).grid_of(word)
     warm_up = round(settings.warm_up * settings.epochs * len(cache.images("train")))
     return fit_head(
         cache,
         settings,
         seed,
         own_reads(settings),
-        lambda beside: S3N(scale, beside, classes, settings, warm_up),
+        lambda beside: S3N(scale, grid, beside, classes, settings, warm_up),
         settings.loss_weights.model_dump(),
     )
 
 
 def build(state: State, settings: Settings, classes: int) -> S3N:
     beside = Beside.from_state(within(state, "beside"), settings, classes)
-    return S3N(Standardise.from_state(within(state, "scale")), beside, classes, settings)
+    height, width = state["shape"].tolist()
+    return S3N(Standardise.from_state(within(state, "scale")), (height, width), beside, classes, settings)

@@ -137,6 +137,8 @@ def test_attention_is_a_sum_of_gaussians_over_peaks() -> None:
                     expected[image, row, column] += amplitude(s) * math.exp(-squared / (2 * 0.04 * s * 121))
         torch.testing.assert_close(attention(scores, taken, radius), expected, atol=1e-5, rtol=1e-5)
     assert not discriminative(scores, taken, radius)[2].any()
+    few = discriminative(scores[1:2], taken[1:2], radius, most=3)
+    torch.testing.assert_close(few[0], discriminative(scores, taken, radius)[1])
 
 
 def test_at_score_1_both_attentions_are_one_gaussian_of_height_1() -> None:

@@ -75,7 +75,10 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
     for method, knobs in {"attention_pool": {}, "concept_graph": {"texts": 0}}.items()
 }
 # Settings under which 160 images are enough to find the cue in one of 12 cells (test 12).
-WITH_THE_CUE: dict[str, dict[str, Any]] = {"efficient_probing": {"lr": [1e-2]}}
+WITH_THE_CUE: dict[str, dict[str, Any]] = {
+    "efficient_probing": {"lr": [1e-2]},
+    "s3n": {"lr": [3e-2], "weight_decay": [1.0], "hidden": 256},
+}
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, HeadSettings)]  # over raw tokens
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}

@@ -1,0 +1,212 @@
+"""S3N's head: the equations against a loop over images and peaks, what draws and what does not, its four losses."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fieldmark.pictures.sampler import over_picture
+from tests.training.cache import GRID
+from training.data import Batch
+from training.layers.blocks import Standardise
+from training.layers.response import peaks, salient_map
+from training.layers.sampler import sampling_grid
+from training.methods.s3n import S3N, SIDE, Settings, highest, maps_of, smoothed
+from training.token_heads import Beside
+
+WIDTH, CLASSES = 10, 12
+
+
+def batch_of(tokens: Tensor) -> Batch:
+    y = torch.arange(len(tokens)) % CLASSES
+    return Batch(y, y, {"tokens": tokens})
+
+
+def made(warm_up: int = 0, **knobs: object) -> tuple[S3N, Tensor]:
+    """A head that has something to say, and the tokens of six images, those of the last one all alike."""
+    torch.manual_seed(0)
+    tokens = torch.randn(6, math.prod(GRID), WIDTH)
+    tokens[5] = tokens[5, 0]
+    settings = Settings(hidden=8, dropout=0.0, **knobs)
+    head = S3N(Standardise(tokens.flatten(0, 1)), GRID, Beside(None), CLASSES, settings, warm_up)
+    for parameter in head.parameters():
+        if parameter is not head.log_radius:
+            torch.nn.init.normal_(parameter)
+    return head.eval(), tokens
+
+
+def response(head: S3N, tokens: Tensor) -> Tensor:
+    return salient_map(head.scale(tokens), GRID, head.classify_raw.weight, head.classify_raw.bias, SIDE)
+
+
+def gaussian(at: tuple[int, int], score: float, radius: float) -> Tensor:
+    """Around a peak at (row, column), 1 there."""
+    cells = torch.arange(SIDE)
+    squared = (cells[:, None] - at[0]) ** 2 + (cells - at[1]) ** 2
+    return torch.exp(-squared / (2 * (radius * math.sqrt(score) * SIDE) ** 2))
+
+
+def test_it_is_a_loop_over_images_and_their_peaks() -> None:
+    head, tokens = made(base_ratio=0.1, radius=0.1, complementary_radius=0.2)
+    said, maps = head.answers(batch_of(tokens)), maps_of(head, batch_of(tokens))
+    for image, x in enumerate(head.scale(tokens)):
+        values = response(head, tokens[image : image + 1])[0]
+        found = [tuple(cell) for cell in peaks(values[None])[0].nonzero().tolist() if values[tuple(cell)] > 0]
+        q_d, q_c = torch.full((2, SIDE, SIDE), 0.1).unbind()
+        if found:
+            strong, weak = max(found, key=lambda at: values[at].item()), min(found, key=lambda at: values[at].item())
+            q_d = q_d + gaussian(strong, values[strong].item(), 0.1) * values[strong]
+            q_c = q_c + gaussian(weak, values[weak].item(), 0.2) / values[weak]
+        torch.testing.assert_close(maps[image], over_picture(torch.stack([q_d, q_c]), GRID))
+
+        features = [x.mean(0)]
+        for q, branch in ((q_d, head.discriminative), (q_c, head.complementary)):
+            grid = sampling_grid(q[None], GRID)
+            read = F.grid_sample(x.T.unflatten(1, GRID)[None], grid, align_corners=True).flatten(2)[0].T
+            features.append(F.gelu(branch.norm(branch.buffer(read))).mean(0))
+        expected = (
+            head.classify(torch.cat(features)),
+            head.classify_raw(features[0]),
+            head.discriminative.classify(features[1]),
+            head.complementary.classify(features[2]),
+        )
+        for stream, one in zip(said, expected, strict=True):
+            torch.testing.assert_close(stream[image], one, atol=1e-4, rtol=1e-4)
+    assert torch.equal(head(batch_of(tokens)).logits, said.joint)
+
+
+def test_an_image_without_a_peak_is_read_as_it_came_like_any_other() -> None:
+    """The public code fails on one: its batch loses an image, or holds values that are no numbers."""
+    head, tokens = made()
+    alike = torch.tensor([5])
+    assert len({tuple(maps.unique().tolist()) for maps in maps_of(head, batch_of(tokens))[alike]}) == 1
+    for batch in (batch_of(tokens), batch_of(tokens[alike]), batch_of(tokens[alike].expand(4, -1, -1))):
+        for mode in (True, False):
+            output = head.train(mode)(batch)
+            assert output.logits.shape == (len(batch.y), CLASSES)
+            loss = sum(output.losses.values(), F.cross_entropy(output.logits, batch.y))
+            head.zero_grad()
+            loss.backward()
+            assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
+    torch.nn.init.zeros_(head.classify_raw.weight)  # as a head begins
+    assert (maps_of(head, batch_of(tokens)) == torch.tensor(Settings().base_ratio)).all()
+
+
+def test_evaluation_draws_nothing_from_the_first_epoch_on() -> None:
+    for warm_up in (0, 10**6):
+        head, tokens = made(warm_up)
+        first, before = head(batch_of(tokens)).logits, torch.get_rng_state()
+        assert torch.equal(head(batch_of(tokens)).logits, first)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert head.left == warm_up
+        assert torch.equal(maps_of(head.train(), batch_of(tokens)), maps_of(head, batch_of(tokens)))
+
+
+def test_training_draws_by_the_seed_how_peaks_are_dealt() -> None:
+    head, tokens = made()
+    scores = response(head, tokens)
+    found = peaks(scores)
+    head.train()
+    dealt, shares = [], torch.zeros(2, *found.shape)
+    for seed in (0, 0, *range(1, 400)):
+        torch.manual_seed(seed)
+        dealt.append(head.deal(scores, found))
+        by_d, by_c = dealt[-1]
+        assert torch.equal(by_d | by_c, found)
+        assert not (by_d & by_c).any()
+        shares += torch.stack(dealt[-1]) / 401
+    assert all(map(torch.equal, dealt[0], dealt[1]))
+    assert any(not torch.equal(dealt[0][0], by_d) for by_d, _ in dealt[2:])
+    # A peak of score s is D's with probability s; a deviation is 1/40 at most.
+    torch.testing.assert_close(shares[0][found], scores[found], atol=0.1, rtol=0)
+    highest_peak = scores == 1
+    assert (shares[0][highest_peak] > 0.999).all()
+
+
+@pytest.mark.parametrize(("warm_up", "dealt"), [(12, [True, True, False, False]), (6, [True, False]), (0, [False])])
+def test_in_warm_up_every_peak_is_in_both(warm_up: int, dealt: list[bool]) -> None:
+    head, tokens = made(warm_up)
+    scores = response(head, tokens)
+    found = peaks(scores)
+    head.train()
+    said = [head.deal(scores, found) for _ in dealt]
+    assert [bool(torch.equal(by_d, found) and torch.equal(by_c, found)) for by_d, by_c in said] == dealt
+
+
+def test_the_lowest_and_the_highest_peak_are_the_first_of_equal_ones() -> None:
+    scores = torch.tensor([[[1.0, 0, 0.5], [0, 0, 0], [0.5, 0, 1.0]], [[0.0] * 3] * 3])
+    found = peaks(scores)
+    found[1] = False
+    assert highest(scores, found).nonzero().tolist() == [[0, 0, 0]]
+    assert highest(-scores, found).nonzero().tolist() == [[0, 0, 2]]
+
+
+def test_o_and_c_are_smoothed_and_d_is_not() -> None:
+    head, tokens = made(smooth_ratio=0.85)
+    batch = batch_of(tokens)
+    torch.manual_seed(0)
+    losses = head.train()(batch).losses
+    torch.manual_seed(0)
+    said = head.answers(batch)
+    for name, ratio in (("raw", 0.85), ("discriminative", 1.0), ("complementary", 0.85)):
+        by_image = []
+        for logits, y in zip(getattr(said, name), batch.y.tolist(), strict=True):
+            told = [ratio if c == y else (1 - ratio) / (CLASSES - 1) for c in range(CLASSES)]
+            by_image.append(-(torch.tensor(told) * logits.log_softmax(0)).sum())
+        torch.testing.assert_close(losses[name], torch.stack(by_image).mean())
+    assert head.eval()(batch).losses == {}
+
+
+def test_smoothing_takes_probabilities_and_a_class_alone() -> None:
+    logits, y = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    torch.testing.assert_close(smoothed(logits, F.one_hot(y, CLASSES).float(), 0.7), smoothed(logits, y, 0.7))
+    assert smoothed(logits[:, :1], torch.zeros(5, dtype=torch.long), 0.5) == 0
+    torch.testing.assert_close(smoothed(logits[:, :2], y % 2, 0.5), smoothed(logits[:, :2], 1 - y % 2, 0.5))
+
+
+def test_no_gradient_goes_through_the_response_map() -> None:
+    head, tokens = made()
+    for stream, of_raw in itertools.product(("joint", "raw", "discriminative", "complementary"), (True,)):
+        head.zero_grad()
+        getattr(head.train().answers(batch_of(tokens)), stream).square().sum().backward()
+        touched = head.classify_raw.weight.grad is not None and bool(head.classify_raw.weight.grad.any())
+        assert touched == (of_raw and stream == "raw")
+        radius = head.log_radius.grad
+        moved = [False, False] if radius is None else (radius != 0).tolist()
+        assert moved == {
+            "joint": [True, True],
+            "raw": [False, False],
+            "discriminative": [True, False],
+            "complementary": [False, True],
+        }[stream]
+
+
+def test_places_are_told_in_full_precision_under_autocast() -> None:
+    head, tokens = made()
+    seen = []
+    handle = head.discriminative.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        head(batch_of(tokens))
+    head(batch_of(tokens))
+    handle.remove()
+    assert torch.equal(*seen)
+
+
+def test_it_reads_more_of_the_cell_that_its_classifier_finds() -> None:
+    head, _ = made()
+    tokens = torch.zeros(2, math.prod(GRID), WIDTH)
+    direction = F.normalize(head.classify_raw.weight[0] - head.classify_raw.weight[1:].mean(0), dim=0)
+    tokens[0, 5], tokens[1, 5] = 30 * direction, 30 * direction
+    with torch.no_grad():
+        head.classify_raw.weight.mul_(0.01)
+        head.classify_raw.weight[0] = 5 * direction
+    head.scale = Standardise(torch.randn(1000, WIDTH))
+    seen = []
+    head.discriminative.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    head(batch_of(tokens))
+    share = seen[0].mean(1)  # of each token in what is read: (2, T)
+    assert share.argmax(1).tolist() == [5, 5]
+    assert (share[:, 5] > 1.5 / math.prod(GRID)).all()
