@@ -7,11 +7,11 @@
     R      = R_c of the likeliest class if H < 0.2, else the mean over the five; min-max to [0, 1]
     peaks  = cells that are the highest of their 3 x 3 and no lower than the map's mean
 
-The choice and the peaks are those of S3N's public code [code], which differs from its paper's text in two points: it
-takes the mean of five maps and not their sum, which min-max makes one, and it does not renormalise the five
-probabilities. So a flat P over very many classes has a low H, too, and the likeliest class alone is taken: 0.13 for 200
-classes that are all alike. Of fewer than ten classes at most half are taken, and not five [design]: softmax makes the
-weights of all classes sum to about zero, and with them the mean of their maps.
+The choice and the peaks are those of S3N's public code [code]. It takes the mean of five maps, where the paper sums
+them: min-max makes these one. It does not renormalise the five probabilities: a flat P over very many classes has a
+low H, too (0.13 for 200 classes that are all alike), and then the likeliest class alone is taken. Of fewer than ten
+classes at most half are taken, and not five [design]: softmax makes the weights of all classes sum to about zero, and
+with them the mean of their maps.
 """
 
 import torch
@@ -54,7 +54,8 @@ def salient_map(x: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor, 
     rows, columns = (interpolation(cells, side, x) for cells in grid)
     share = torch.outer(rows.mean(0), columns.mean(0)).flatten()  # of each token in the mean of a map of `side`
     bias = bias.expand(len(x), -1)
-    p = (torch.einsum("t,btd->bd", share, x) @ weight.T + bias).softmax(1)
+    mean = (share.expand(len(x), 1, -1) @ x).squeeze(1)  # in a product that copies no tokens
+    p = (mean @ weight.T + bias).softmax(1)
     p, likeliest = p.topk(min(TOP, max(len(weight) // 2, 1)))
     taken = torch.ones_like(p, dtype=torch.bool)
     taken[:, 1:] = (entropy(p) >= SURE)[:, None]

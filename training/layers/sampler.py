@@ -11,9 +11,10 @@ picture is then read at 2 f - 1, within [-1, 1]. No two points of a row change p
 variance of u_x under Q k over that of k, and positive.
 
 Padding, basis and Gaussian act on rows and on columns apart: f is a quotient of products of Q with two fixed matrices
-(side, side), of which no larger map is made. Tokens are read by a matrix of bilinear weights (T', T), which PyTorch's
-grid_sample would do without: T / 4 times as many multiplications, but matrix products, and a gradient that is the same
-each time on a GPU too, where that of grid_sample is not. This module needs nothing but PyTorch.
+(side, side), and no padded map is made. Tokens are read by a matrix of bilinear weights (T', T). It takes T products
+for each number that is read, where PyTorch's grid_sample takes four; but they are matrix products, small beside a
+linear layer over the tokens (T against its width), and their gradient is the same each time on a GPU too, as
+grid_sample's is not. Nothing here or in response.py needs more than PyTorch.
 """
 
 import math
