@@ -1,55 +1,56 @@
 """Where a saliency sampler looks: from a map of attention to points that lie close where the map is high.
 
-Learning to Zoom (Recasens et al., ECCV 2018) as S3N has it (Ding et al., ICCV 2019 [code]). A map Q (S, S) has its
-nodes at 0, 1/(S-1), ..., 1 of each side. The point of node v is the mean of all places u, weighed by Q and by a
-Gaussian k about v:
+    f_x(v) = sum_j Q_j k(j - v) u_x(j) / sum_j Q_j k(j - v)                          f_y alike, with u_y
+             (Learning to Zoom, Recasens et al., ECCV 2018 [mem]; as S3N has it, Ding et al., ICCV 2019 [code])
 
-    f(v) = sum_u Q(u) k(u - v) u / sum_u Q(u) k(u - v)
+k is a Gaussian of FWHM nodes at half its height, u_j = j / (side - 1) says where node j lies, from border to border,
+and Q goes on beyond its edge as it is there, for side - 1 nodes: where Q is constant, f(v) is v, at the border too. No
+two points of a row change places: the derivative of f_x is the variance of u_x under Q k over that of k, and positive.
+Below 1 it magnifies.
 
-u runs over Q continued by S - 1 nodes beyond each border with what stands at the border, and k is as wide. So a map
-that is the same everywhere gives f(v) = v, at the border too; and the derivative of f_x by v_x is the variance of u_x
-under Q k over that of k: f never folds, and magnifies where Q stands out.
-
-k is a product of one by rows and one by columns, and continuing is linear: each sum is two products of (S, S) matrices.
+Padding, basis and Gaussian act on rows and on columns apart: f is a quotient of products of Q with two fixed matrices
+(side, side), and no padded map is made. This module needs nothing but PyTorch: heads sample tokens by it
+(training/layers/sampler.py), and zoom.py pixels.
 """
 
-import functools
+import math
 
 import torch
 from torch import Tensor
 
-SIDE = 31  # S
-FWHM = 13.0  # of k, in nodes [code]: full width at half maximum
+FWHM = 13.0  # nodes
 
 
-@functools.cache
-def kernels(side: int) -> tuple[Tensor, Tensor]:
-    """(S, S) float64: what sums k over a continued row of Q, and what sums k u; u in sides of the map."""
-    sigma = FWHM / (8 * torch.tensor(2.0, dtype=torch.float64).log()).sqrt()
-    nodes, places = torch.arange(side), torch.arange(1 - side, 2 * side - 1, dtype=torch.float64)
-    away = places - nodes[:, None]  # (S, 3 S - 2)
-    k = torch.exp(-(away**2) / (2 * sigma**2)) * (away.abs() < side)
-    continued = (places.clamp(0, side - 1)[:, None] == nodes).double()  # (3 S - 2, S)
-    return k @ continued, (k * (places / (side - 1))) @ continued
+def smoothing(side: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over j of k(j - v) and of k(j - v) u_j, as matrices (side, side) from cells to v, the padding folded in."""
+    reach = torch.arange(1 - side, side, device=like.device)
+    kernel = (-4 * math.log(2) * (reach.double() / FWHM).square()).exp()
+    cells = torch.arange(side, device=like.device)
+    j = cells[:, None] + reach  # (v, j), of the padded map
+    cell = (j.clamp(0, side - 1)[..., None] == cells).double()
+    smooth = torch.einsum("j,vjc->vc", kernel, cell)
+    placed = torch.einsum("j,vj,vjc->vc", kernel, j / max(side - 1, 1), cell)
+    return smooth.to(like.dtype), placed.to(like.dtype)
 
 
 def sampled_points(maps: Tensor) -> Tensor:
-    """The points (..., S, S, 2), x and y in [0, 1], of maps Q (..., S, S), which are positive."""
-    k, ku = (each.to(maps) for each in kernels(maps.shape[-1]))
-    total = k @ maps @ k.T
-    return torch.stack([k @ maps @ ku.T / total, ku @ maps @ k.T / total], dim=-1).clamp(0, 1)
+    """f (..., side, side, 2), x and y in [0, 1], of maps Q (..., side, side) > 0, rows first."""
+    smooth, placed = smoothing(maps.shape[-1], maps)
+    mass = smooth @ maps @ smooth.T
+    x, y = smooth @ maps @ placed.T / mass, placed @ maps @ smooth.T / mass
+    return torch.stack([x, y], dim=-1).clamp(0, 1)
 
 
 def over_picture(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Maps (..., S, S) whose nodes reach from the centre of the first to that of the last of `grid` (h, w) cells, as
-    maps whose nodes reach from border to border. What stands at the outermost centres goes on to the border.
+    """Maps (..., side, side) over the centres of `grid` (h, w) cells, the first and the last at the ends, as maps over
+    the whole picture, from border to border. What stands at the outermost centres goes on to the border.
     """
     rows, columns = (reach(maps.shape[-1], cells).to(maps) for cells in grid)
     return rows @ maps @ columns.T
 
 
 def reach(side: int, cells: int) -> Tensor:
-    """(S, S) float64: linear weights of the nodes between centres for each node between borders, along one axis."""
+    """(side, side) float64: linear weights of the nodes between centres, for each node between borders; of one axis."""
     places = torch.linspace(0, 1, side, dtype=torch.float64) * cells - 0.5  # in cells
     places = places.clamp(0, cells - 1) * (side - 1) / max(cells - 1, 1)
     return (1 - (places[:, None] - torch.arange(side)).abs()).clamp(min=0)

@@ -27,7 +27,7 @@ MOST_PLACES = 4
 
 
 def zoomed_views(source: Source, encoder: Preprocessor, maps: Tensor) -> list[View]:
-    """View 0, 1, ... of an image as maps (V, K, S, S) ask for them: K pictures each, as `prepare` gives one.
+    """View 0, 1, ... of an image as maps (V, K, side, side) ask for them: K pictures each, as `prepare` gives one.
 
     A map covers what the encoder sees of its view, mirrored where the view is. Raises UserError as open_indexed does.
     """
@@ -61,7 +61,7 @@ def lattice(height: int, width: int) -> Tensor:
 
 
 def spread(points: Tensor, height: int, width: int) -> Tensor:
-    """The points (K, S, S, 2) of nodes as points (K, height, width, 2) of pixels, linear between nodes."""
+    """The points (K, side, side, 2) of nodes as points (K, height, width, 2) of pixels, linear between nodes."""
     where = lattice(height, width).expand(len(points), -1, -1, -1)
     return F.grid_sample(points.permute(0, 3, 1, 2), where, align_corners=True).permute(0, 2, 3, 1)
 
@@ -69,7 +69,7 @@ def spread(points: Tensor, height: int, width: int) -> Tensor:
 def step(points: Tensor, height: int, width: int) -> tuple[float, float]:
     """The shortest and the longest way between the places of two neighbouring pixels, in sides of what is shown.
 
-    `points` (..., S, S, 2) are those of nodes.
+    `points` (..., side, side, 2) are those of nodes.
     """
     places = spread(points.flatten(0, -4), height, width)
     ways = [places.diff(dim=axis).norm(dim=-1) for axis in (1, 2)]
@@ -77,7 +77,7 @@ def step(points: Tensor, height: int, width: int) -> tuple[float, float]:
 
 
 def render(picture: Image.Image, seen: Box, points: Tensor, encoder: Preprocessor) -> Tensor:
-    """Bytes (3, H, W), as encoder.preprocess gives them: a pixel shows the places of `points` (S, S, 2) about it.
+    """Bytes (3, H, W), as encoder.preprocess gives them: a pixel shows the places of `points` (side, side, 2) about it.
 
     `seen` is the box of the picture that the encoder sees. Beside the picture, where it may reach, is padding.
     """

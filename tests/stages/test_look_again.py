@@ -14,12 +14,11 @@ from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
 from fieldmark.encoders.pooled import pool_batch
 from fieldmark.params import Params
-from fieldmark.pictures.sampler import SIDE
 from fieldmark.pictures.views import Source, read_sources
 from fieldmark.pictures.zoom import zoomed_views
 from tests.project import draw, snapshot
 
-VIEWS = 2
+VIEWS, SIDE = 2, 9
 RunStage = Callable[..., None]
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fieldmark.pictures.sampler import FWHM, SIDE, over_picture, sampled_points
+from fieldmark.pictures.sampler import FWHM, over_picture, sampled_points
 
+SIDE = 31
 SIGMA = FWHM / math.sqrt(8 * math.log(2))
 
 

@@ -13,10 +13,10 @@ from fieldmark import store
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.params import Embed, Params
 from fieldmark.pictures import views
-from fieldmark.pictures.sampler import SIDE, sampled_points
+from fieldmark.pictures.sampler import sampled_points
 from fieldmark.pictures.views import Source, prepare, view_region
 from fieldmark.pictures.zoom import padding_of, zoomed_views
-from tests.fieldmark.pictures.test_sampler import peak
+from tests.fieldmark.pictures.test_sampler import SIDE, peak
 
 EVEN = torch.ones(SIDE, SIDE)
 
