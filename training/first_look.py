@@ -20,7 +20,6 @@ to test, say). --refit fits it again.
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from training.restore import load_model, read_config
 from training.runs import history_csv, write_json
 
 SCHEMA = "maps/1"
+REFIT = "fit it again (python -m training.first_look with --refit)"
 BATCH = 64  # images that the model is asked about at a time, always: a batch of another size changes the last bits
 
 
@@ -61,7 +61,7 @@ def is_kept(folder: Path, identity: dict[str, Any], cache: Cache) -> bool:
     """Whether the fit in a folder stands: it was made alike, and was told nothing that it may not know now."""
     if not all((folder / name).is_file() for name in ("config.json", "model.safetensors", "seen.csv")):
         return False
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("identity") != identity:
+    if read_config(folder / "config.json", REFIT).get("identity") != identity:
         return False
     rows = csv.reader(io.StringIO((folder / "seen.csv").read_text(encoding="utf-8")))
     now, there = seen_of(cache), set(cache.image_ids)
@@ -78,6 +78,7 @@ def identity_of(planned: PlannedLook, cache: Cache, fingerprints: dict[str, str]
 
 def fit(planned: PlannedLook, cache: Cache, seed: int, folder: Path) -> dict[str, Any]:
     """Fit the method and write model, seen.csv, history.csv and metrics.json; what config.json says of the fit."""
+    (folder / "config.json").unlink(missing_ok=True)  # it says that all the others are there and of one fit
     told = hide_test(cache).only(planned.reading.reads)
     fitted = load_method(planned.method).fit(told, planned.settings, seed)
     accuracy = {split: {"accuracy": assess_split(fitted.model, cache, split)[0]} for split in ("train", "val")}
@@ -135,11 +136,10 @@ def look(params: Params, path: str, name: str, data: Path, refit: bool = False) 
     cache = read_cache(data, reading.encoder, buckets, reading.needs)
     fingerprints = check_origins(data, reading.encoder, buckets, reading.needs)
     identity, cache = identity_of(planned, cache, fingerprints, seed), cache.on(device)
-    again = f"fit it again: python -m training.first_look --look {name} --refit"
     kept = not refit and is_kept(folder, identity, cache)
-    config = read_config(folder / "config.json", again) if kept else fit(planned, cache, seed, folder)
+    config = read_config(folder / "config.json", REFIT) if kept else fit(planned, cache, seed, folder)
     # Read back, whether it is new or not, so that both give the same maps.
-    model = load_model(folder, planned.method, planned.settings, config, again).to(device)
+    model = load_model(folder, planned.method, planned.settings, config, REFIT).to(device)
     maps = maps_of(planned.method, model, cache)
     if not kept:
         # By the maps of its first day it is known: an edit of the code that makes the same ones changes nothing.

@@ -34,11 +34,14 @@ def smoothing(side: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sampled_points(maps: Tensor) -> Tensor:
-    """f (..., side, side, 2), x and y in [0, 1], of maps Q (..., side, side) > 0, rows first."""
+    """f (..., side, side, 2) of maps Q (..., side, side) > 0, rows first: x and y, [0, 1] from border to border.
+
+    Where Q is high at a border, points lie beyond it: who reads there is to clamp them.
+    """
     smooth, placed = smoothing(maps.shape[-1], maps)
     mass = smooth @ maps @ smooth.T
     x, y = smooth @ maps @ placed.T / mass, placed @ maps @ smooth.T / mass
-    return torch.stack([x, y], dim=-1).clamp(0, 1)
+    return torch.stack([x, y], dim=-1)
 
 
 def over_picture(maps: Tensor, grid: tuple[int, int]) -> Tensor:

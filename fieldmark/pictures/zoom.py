@@ -87,7 +87,8 @@ def render(picture: Image.Image, seen: Box, points: Tensor, encoder: Preprocesso
     reduced = max(1, math.floor(shortest * pixels))
     places = min(MOST_PLACES, max(1, math.ceil(longest * pixels / reduced)))
     corner, extent = torch.tensor(seen[:2]), torch.tensor([seen[2] - seen[0], seen[3] - seen[1]])
-    where = corner + spread(points[None], places * height, places * width) * extent  # in [0, 1] of the picture
+    # In [0, 1] of the picture; what lies beyond what is seen is read at its border.
+    where = corner + spread(points[None], places * height, places * width).clamp(0, 1) * extent
     small = picture.reduce(reduced)
     # Its last row and column may stand for fewer pixels than the others.
     share = torch.tensor(picture.size) / (torch.tensor(small.size) * reduced)

@@ -59,7 +59,7 @@ def sampling_grid(q: Tensor, size: tuple[int, int]) -> Tensor:
     q (..., side, side) > 0, rows first. As grid_sample with align_corners=True takes it.
     """
     rows, columns = (interpolation(q.shape[-1], points, q) for points in size)
-    return torch.stack([rows @ (2 * f - 1) @ columns.T for f in sampled_points(q).unbind(-1)], dim=-1)
+    return torch.stack([rows @ (2 * f - 1).clamp(-1, 1) @ columns.T for f in sampled_points(q).unbind(-1)], dim=-1)
 
 
 def sampling_weights(grid: Tensor, cells: tuple[int, int]) -> Tensor:

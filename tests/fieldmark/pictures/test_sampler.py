@@ -26,7 +26,7 @@ def written_out(q: np.ndarray) -> np.ndarray:
                     weight = wide[y, x] * math.exp(-away / (2 * SIGMA**2))
                     total += weight * np.array([1, (x - side + 1) / (side - 1), (y - side + 1) / (side - 1)])
             found[row, column] = total[1:] / total[0]
-    return found.clip(0, 1)
+    return found
 
 
 def peak(row: int, column: int, width: float = 0.09) -> torch.Tensor:

@@ -123,3 +123,20 @@ def test_beside_the_picture_is_padding(encoder: LoadedEncoder, tmp_path: Path) -
     assert (view.pixels[0, :, :7] == 7).all()
     assert (view.pixels[0, :, 9:23] == 200).all()
     assert (view.pixels[0, :, 25:] == 7).all()
+
+
+@pytest.mark.parametrize("at", [(0, 0), (30, 15), (2, 28)])
+def test_a_peak_at_the_border_is_shown_like_any_other(
+    encoder: LoadedEncoder, tmp_path: Path, at: tuple[int, int]
+) -> None:
+    """Points that lie beyond it are read at the border: they say nothing of how large anything is shown."""
+    source = save(tmp_path / "a.png", smooth(320, 320))
+    q = peak(*at) - 0.08
+    assert not ((sampled_points(q) >= 0) & (sampled_points(q) <= 1)).all()
+    [view] = zoomed_views(source, encoder, q[None, None])
+    y, x = (round(place / (SIDE - 1) * 319) for place in at)
+    shown = sampled_points(q).clamp(0, 1)[at[0], at[1]] * 319
+    assert (shown - torch.tensor([x, y])).abs().max() < 48
+    row, column = (min(31, round(place / (SIDE - 1) * 31)) for place in at)
+    expected = torch.from_numpy(smooth(320, 320)[round(shown[1].item()), round(shown[0].item())].astype(float))
+    assert (view.pixels[0, :, row, column] - expected).abs().max() < 25
