@@ -28,7 +28,7 @@ ENCODER = "tiny"
 ALL = frozenset(
     {
         *{"nodes", "boxes", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
-        *{"descriptions", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout"},
+        *{"descriptions", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout"},
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -141,6 +141,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     write_tokens(folder, plan, images)
     write_moments(folder, ENCODER, "pooled", plan.dimension + 4, plan.seed)
     write_moments(folder, ENCODER, "isqrt", plan.dimension + 6, plan.seed)
+    write_again(folder, "zoom", plan.dimension + 4, plan.seed)
 
 
 def write_bank(

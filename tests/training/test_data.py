@@ -481,7 +481,7 @@ def test_the_projection_is_a_matrix_and_a_bias(copy: Path, bias: bool) -> None:
 def test_every_part_is_found_by_its_names() -> None:
     kinds = part_kinds()
     words = {name.partition("/")[0] for name in ALL}
-    assert kinds.keys() == {*words, "again", "globals", "projection"}
+    assert kinds.keys() == {*words, "globals", "projection"}
     fields = [field for kind in set(kinds.values()) for field in kind.shows]
     assert len(fields) == len(set(fields))
     for kind in set(kinds.values()):
