@@ -513,8 +513,8 @@ def test_second_looks_arrive_where_the_files_have_them(copy: Path) -> None:
 
 
 def test_second_looks_that_are_not_there_or_of_other_weights_are_refused(copy: Path) -> None:
-    with pytest.raises(UserError, match=r"again/zoom: is missing; run look_again \(dvc repro\)"):
-        read_cache(copy, ENCODER, 3, {"again/zoom"})
+    with pytest.raises(UserError, match=r"again/none: is missing; run look_again \(dvc repro\)"):
+        read_cache(copy, ENCODER, 3, {"again/none"})
     with pytest.raises(UserError, match=r"READS: `again` alone names none; say again/NAME"):
         read_cache(copy, ENCODER, 3, {"again"})
     write_again(copy, "zoom", 5, encoder="another")
