@@ -85,7 +85,7 @@ bench: setup
 # Outputs that can be made again for nothing, and arrays. Answers, their journal (.cache) and DVC's cache stay.
 clean:
 	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/inputs data/runs
-	rm -rf data/report data/reef
+	rm -rf data/again data/first_looks data/report data/reef
 	rm -f data/concepts/concepts.parquet data/descriptions/descriptions.parquet
 	rm -rf "$${FIELDMARK_CACHE:-.cache}/arrays"
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,7 @@ from training.controls import Control, read_control
 from training.data import CPU, files_of
 from training.hashes import hash_data
 from training.inputs import ROOT, Reading, code_of, reading_of
+from training.looks import check_looks
 from training.methods import (
     check_also,
     check_texts,
@@ -354,6 +355,8 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     mark_code = cache(code_mark)  # many rows run the same code
     for cell in plan.different_cells():
         entry, reading = entries[cell.method], plan.reading(cell)
+        key = f"{'variants' if cell.method in study.variants else 'methods'}.{cell.method}"
+        check_looks(file, key, params.train.first_looks, reading, cell.regime)
         paths |= reading.files.keys()
         parts, other_labels = reading.needs | reading.also_reads, bool(entry.variation.labels) or plan.anew(cell)
         code[cell.row] = mark_code(reading.methods, parts, cell.control, other_labels)

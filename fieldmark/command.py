@@ -68,10 +68,15 @@ def stage_parser(doc: str | None) -> argparse.ArgumentParser:
 
 def encoder_parser(doc: str | None) -> argparse.ArgumentParser:
     """A stage's parser for the stages that work on one encoder at a time."""
+    return key_parser(doc, "--encoder", "encoders")
+
+
+def key_parser(doc: str | None, option: str, block: str) -> argparse.ArgumentParser:
+    """A stage's parser for the stages that work on one key of a block of params.yaml at a time."""
     parser = stage_parser(doc)
     key = stage_key()
-    said = "a name under `encoders` in params.yaml (in a stage that DVC runs: its own)"
-    parser.add_argument("--encoder", default=key, required=key is None, help=said)
+    said = f"a name under `{block}` in params.yaml (in a stage that DVC runs: its own)"
+    parser.add_argument(option, default=key, required=key is None, help=said)
     return parser
 
 

@@ -27,6 +27,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 # An empty file that stands where no file is wanted: a dependency of a DVC stage cannot be left out.
 NONE = "data/none"
+# What lies in data/again beside the second looks, by their names: what each first look reads.
+PLANS, PLAN_STAGE = "inputs", "plan_first_looks"
 FORMATS = Path(__file__).parent / "formats"
 TOWERS = Path(__file__).parent / "encoders/towers"
 
@@ -265,6 +267,17 @@ class Run(Block):
     settings: dict[str, Any] = {}
 
 
+class FirstLook(Block):
+    """A method, over what was cached of an encoder or tower, that says where it wants to see more of a picture.
+
+    That the method gives such maps, and what its settings mean, is checked in training/.
+    """
+
+    method: str
+    encoder: str
+    settings: dict[str, Any] = {}
+
+
 class Train(Block):
     """`regime` and `control` are checked where they are used, in training/."""
 
@@ -274,6 +287,7 @@ class Train(Block):
     control: dict[str, Any] = {"name": "none"}
     budget: Count = 16
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    first_looks: dict[str, FirstLook] = {}
     runs: Annotated[dict[str, Run], Field(min_length=1)]
 
 
@@ -439,7 +453,8 @@ def check_contradictions(path: str, params: Params) -> None:
         what = f"there is no fieldmark/formats/{params.dataset.format}.py"
         refuse("dataset.format", what, f"choose one of: {', '.join(formats)}")
     blocks: list[tuple[str, Iterable[str]]] = [
-        ("encoders", params.encoders), ("towers", params.towers), ("train.runs", params.train.runs)
+        ("encoders", params.encoders), ("towers", params.towers), ("train.runs", params.train.runs),
+        ("train.first_looks", params.train.first_looks),
     ]  # fmt: skip
     for block, names in blocks:
         for name in names:
@@ -486,6 +501,14 @@ def check_contradictions(path: str, params: Params) -> None:
                 refuse(f"train.runs.{name}.{key}", what, f"choose one of: {known}")
         if len({run.encoder, *run.also}) <= len(run.also):
             refuse(f"train.runs.{name}.also", "names an encoder twice, or that of `encoder` again", "name each once")
+    for name, look in params.train.first_looks.items():
+        key = f"train.first_looks.{name}"
+        if look.encoder not in params.image_encoders:
+            known = ", ".join(params.image_encoders)
+            what = f"{look.encoder!r} is neither under `encoders` nor under `towers`"
+            refuse(f"{key}.encoder", what, f"choose one of: {known}")
+        if name == PLANS:
+            refuse(key, f"is the folder in data/again that {PLAN_STAGE} writes", "give it another name")
     reference = params.report.reference
     if reference not in params.train.runs:
         known = ", ".join(params.train.runs)

@@ -99,6 +99,13 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("image_id", TEXT), required("view", pa.int16()), pa.field("layer", pa.int16()), required("kind", TEXT),
         required("vector", HALF),
     ],
+    "maps/1": [
+        required("image_id", TEXT), required("view", pa.int16()), required("branch", TEXT),
+        required("side", pa.int16()), required("values", items(HALF)),
+    ],
+    "again/1": [
+        required("image_id", TEXT), required("view", pa.int16()), required("branch", TEXT), required("vector", HALF),
+    ],
     "embed.text/1": [
         required("text_id", TEXT), required("text", TEXT), required("kind", TEXT), required("n_tokens", INT),
         required("truncated", pa.bool_()), required("vector", HALF),
@@ -137,6 +144,8 @@ KEYS: dict[str, list[str]] = {
     "embed.nodes/1": ["image_id", "view", "node"],
     "embed.tokens/1": ["image_id", "view", "layer"],
     "embed.moments/1": ["image_id", "view"],
+    "maps/1": ["image_id", "view", "branch"],
+    "again/1": ["image_id", "view", "branch"],
     "embed.text/1": ["text_id"],
     "embed.controls/1": ["kind", "class_id", "rank"],
     "bank/1": ["concept_idx"],

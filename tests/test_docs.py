@@ -319,7 +319,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     def make_small(params: Any) -> None:
         params["demo"]["reef"].update(train_per_class=TRAIN, test_per_class=TEST, size=96)
         params["dataset"].update(buckets=2, val_fraction=0.34)
-        params["train"].update(seeds=1, runs={"zero_shot": params["train"]["runs"]["zero_shot"]})
+        zoom = {"method": "s3n", "encoder": "reef", "settings": {"epochs": 1, "hidden": 8}}
+        runs = {"zero_shot": params["train"]["runs"]["zero_shot"]}
+        params["train"].update(seeds=1, runs=runs, first_looks={"zoom": zoom})
         params["tokens"] = {"reef": {"layers": [-1]}}
         params["controls"] = {"reef": {"per_class": 2}}
         params["report"]["reference"] = "zero_shot"
@@ -329,6 +331,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for name in STAGES:
             run_module(f"stages.{name}", *(["--encoder", "reef"] if name in OF_ENCODER else []))
+        run_module("training.plan_first_looks")
+        run_module("training.first_look", "--look", "zoom")
+        run_module("stages.look_again", "--look", "zoom")
         run_module("training.plan_runs")
         run_module("training.train", "--run", "zero_shot")
     return folder

@@ -226,3 +226,54 @@ def test_a_probe_on_a_tower_alone_is_in_the_report(made: Path, tmp_path: Path) -
     plan = json.loads((folder / "data/inputs/on_a_tower.json").read_text())
     assert set(plan["files"]) == {"embed/cnn/images", "index/images.parquet", "index/classes.parquet"}
     assert refitted(folder) == set()
+
+
+def looked_again(said: str) -> int:
+    """How many images `dvc repro` looked at again."""
+    return int(re.findall(r"data/again/zoom: (\d+) images embedded", said)[0])
+
+
+@pytest.mark.slow
+def test_a_second_look_is_a_chain_of_its_own(made: Path, tmp_path: Path) -> None:
+    """It trains nothing else, runs once, and one image more is one image looked at again."""
+    folder = tmp_path / "again"
+    shutil.copytree(made, folder, symlinks=True)
+
+    def add_look(params: Any) -> None:
+        params["demo"] = {}
+        settings = {"epochs": 2, "hidden": 16, "weight_decay": [0.1]}
+        params["train"]["first_looks"] = {"zoom": {"method": "s3n", "encoder": "reef", "settings": settings}}
+        run = {"method": "ridge", "encoder": "reef", "settings": {"features": ["pooled", "again/zoom"]}}
+        params["train"]["runs"]["again"] = run
+
+    edit_params(folder, add_look)
+    before = {path: path.read_bytes() for path in [*image_files(folder), *folder.glob("data/runs/*/model.safetensors")]}
+    said = command("dvc", "repro", cwd=folder).stdout
+    assert set(re.findall(r"Running stage '(?:train|first_look|look_again)@([\w-]+)'", said)) == {"zoom", "again"}
+    images = len(list(folder.glob("data/reef/*/*/*.jpg")))
+    assert looked_again(said) == images
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert "again" in (folder / "data/report/summary.txt").read_text()
+    assert "Running stage" not in command("dvc", "repro", cwd=folder).stdout
+    # The run needs neither images nor the first look.
+    plan = json.loads((folder / "data/inputs/again.json").read_text())
+    assert "again/zoom" in plan["files"]
+    assert not any(file.startswith(("first_looks", "embed/reef/tokens")) for file in plan["files"])
+    # An image more, once to test and once to training: the fit stays.
+    fit = (folder / "data/first_looks/zoom/model.safetensors").read_bytes()
+    for split in ("test", "train"):
+        buckets = {path: path.read_bytes() for path in sorted((folder / "data/again/zoom").iterdir())}
+        source = sorted((folder / "data/reef" / split).glob("*/*.jpg"))[0]
+        source.with_name("extra.jpg").write_bytes(source.read_bytes() + b"\0")
+        said = command("dvc", "repro", "plan_runs", cwd=folder).stdout
+        assert looked_again(said) == 1
+        assert sum(path.read_bytes() != content for path, content in buckets.items()) == 1
+    assert (folder / "data/first_looks/zoom/model.safetensors").read_bytes() == fit
+    failed = command(sys.executable, "-m", "tools.predict", "--run", "again", str(source), cwd=folder, check=False)
+    assert failed.returncode == 1 or "extra" in failed.stdout  # a picture that the run knows needs no encoder
+    new = folder / "new.jpg"
+    new.write_bytes(source.read_bytes() + b"\0\0")
+    failed = command(sys.executable, "-m", "tools.predict", "--run", "again", str(new), cwd=folder, check=False)
+    assert failed.returncode == 1
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert "again/zoom: is read by this run, and cannot be made of a new picture" in failed.stderr

@@ -207,6 +207,27 @@ ABOUT = {
             "vector": "not of unit length",
         },
     ),
+    "maps/1": About(
+        "data/first_looks/NAME/maps.parquet",
+        "Where the first look NAME of `train.first_looks` wants more pixels of a view, for one of two pictures of it.",
+        {
+            "image_id": IMAGE,
+            "view": VIEW,
+            "branch": "complementary or discriminative: what the classifier had not needed yet, or what decided it",
+            "side": "nodes a side, the first and the last on the borders of what the encoder sees of the view",
+            "values": "side x side numbers, row by row: how dense pixels shall lie; the largest of a map is 1",
+        },
+    ),
+    "again/1": About(
+        "data/again/NAME/bNNN.parquet",
+        "A picture of one view, resampled as the first look NAME of `train.first_looks` asks for, in an encoder.",
+        {
+            "image_id": IMAGE,
+            "view": VIEW,
+            "branch": "complementary or discriminative, as in maps",
+            "vector": "pooled, before the projection, as `pooled` of embed.moments; not of unit length",
+        },
+    ),
     "embed.text/1": About(
         "data/embed/ENCODER/text.parquet",
         "A text in the space of the images.",

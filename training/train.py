@@ -23,7 +23,7 @@ one machine and device and with one thread count (OMP_NUM_THREADS), a second run
 apart.
 
     python -m training.train --run concept_graph
-    python -m training.train --check                 # only check every run's method, encoders and settings
+    python -m training.train --check                 # only check method, encoders and settings of runs and first looks
     python -m training.train --knobs concept_graph   # a method's settings, their defaults and what they mean
 """
 
@@ -46,6 +46,7 @@ from training.hashes import hash_file
 from training.inputs import Reading, reading_of
 from training.knobs import say_knobs
 from training.layers.states import state_of
+from training.looks import check_looks, plan_look
 from training.loop import choose_device, predict, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
 from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
@@ -92,6 +93,7 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
         raise UserError(f"{path}: train.regime: folds are of a study, not of one run; put them in studies/NAME.yaml")
     control = read_control(path, "train.control", params.train.control)
     reading = reading_of(given.method, settings, given.encoder, given.also, control, regime)
+    check_looks(path, key, params.train.first_looks, reading, regime)
     return PlannedRun(name, given.method, settings, regime, control, reading)
 
 
@@ -212,7 +214,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=key is None)
     said = "a name under train.runs (in a stage that DVC runs: its own)"
     what.add_argument("--run", default=key, metavar="NAME", help=said)
-    what.add_argument("--check", action="store_true", help="check every run and stop")
+    what.add_argument("--check", action="store_true", help="check every run and first look and stop")
     what.add_argument("--knobs", metavar="METHOD", help="print a method's settings as YAML and stop")
     arguments = parser.parse_args()
     if arguments.knobs is not None:
@@ -222,6 +224,8 @@ def main() -> None:
     if arguments.check:
         for name in params.train.runs:
             plan_run(arguments.params, params, name)
+        for name in params.train.first_looks:
+            plan_look(arguments.params, params, name)
     else:
         try:
             train(params, arguments.params, arguments.run, Path(arguments.data))

@@ -283,14 +283,16 @@ def forward_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, cl
             yield ready, passes
 
 
-def run_sources(sources: list[Source], asked: ForwardPass, clock: Clock) -> Iterator[Passed]:
-    """Decode images and run their views, in order."""
+def run_sources(
+    sources: list[Source], asked: ForwardPass, clock: Clock, cut: Callable[[Source], list[View]] | None = None
+) -> Iterator[Passed]:
+    """Decode images and run their views, in order; `cut` makes those of an image (default: `prepare`)."""
     workers = os.cpu_count() or 1
     slots = CpuSlots(asked.encoder.device, workers)
 
     def prepare_one(source: Source) -> list[View]:
         with slots.one():
-            return prepare(source, asked.encoder, asked.embed)
+            return prepare(source, asked.encoder, asked.embed) if cut is None else cut(source)
 
     ahead = max(workers, 2 * asked.encoder.batch_size // count_passes(asked.embed))
     prepared = map_ahead(prepare_one, sources, workers=workers, ahead=ahead)
@@ -490,7 +492,11 @@ def find_batch_size(product: Product) -> str:
 
 def passes_parser(doc: str | None) -> ArgumentParser:
     """A parser for the stages that show images to an encoder."""
-    parser = encoder_parser(doc)
+    return add_passes(encoder_parser(doc))
+
+
+def add_passes(parser: ArgumentParser) -> ArgumentParser:
+    """The options of those stages, in any parser."""
     devices = "auto, cpu, cuda, cuda:N, or several with commas, a process each (default: auto, every GPU or the CPU)"
     parser.add_argument("--device", default="auto", metavar="DEVICES", help=devices)
     share = "only the buckets with bucket %% WORLD == RANK; strays are left (what several devices are given)"

@@ -70,11 +70,14 @@ def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Re
     return (left, top, left + side, top + side), chance.random() < 0.5
 
 
-def needed_side(encoder: Preprocessor, settings: Embed) -> float:
-    """How many pixels the shorter side of a picture must keep, so that its smallest view and window have enough."""
+def needed_side(encoder: Preprocessor, settings: Embed, zoom: float = 1.0) -> float:
+    """How many pixels the shorter side of a picture must keep, so that its smallest view and window have enough.
+
+    `zoom` is how much larger than the encoder's own picture of a view anything of it is shown.
+    """
     share = (math.sqrt(VIEW_AREA[0]) if settings.views else 1) / max([1, *settings.crops])
     shown = encoder.preprocessing.get("crop_share", 1)
-    return float(OVERSAMPLING * np.max(encoder.preprocessing["size"]) / shown / share)
+    return float(OVERSAMPLING * zoom * np.max(encoder.preprocessing["size"]) / shown / share)
 
 
 def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, int]]:

@@ -34,7 +34,7 @@ from fieldmark.params import Block, check_params, load_params
 from fieldmark.store import read_header, read_table, write_table
 from tests.checkout import ROOT
 from tests.project import write_thumbs
-from tests.training.cache import ALL, unit, with_vectors, write_cache
+from tests.training.cache import ALL, unit, with_vectors, write_again, write_cache
 from tests.training.cache import Plan as Planted
 from tools.profiles import lay_over
 from training.controls import Control, Request, apply_control, control_names
@@ -906,6 +906,18 @@ def test_a_method_that_reads_texts_has_no_study_on_a_tower(project: Path) -> Non
         with pytest.raises(UserError, match=rf"^studies/small\.yaml: encoders: {what}") as caught:
             planned(project, TOWER, **changes)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("regime", ["folds", {"kind": "shots", "shots": 2}, {"kind": "unseen", "seen": 0.5}])
+def test_a_second_look_is_compared_under_the_regime_full_alone(project: Path, regime: Any) -> None:
+    """Its first look was told the labels of all training images, those that a regime holds out among them."""
+    train = PARAMS["train"] | {"first_looks": {"zoom": {"method": "s3n", "encoder": "tiny"}}}
+    again = {"controls": ["none"], "variants": {"again": {"method": "ridge", "settings": {"features": ["again/zoom"]}}}}
+    write_again(project / "data", "zoom", 6)
+    plan, grid = planned(project, {"train": train}, regimes=["full"], **again)
+    assert "again/zoom" in {path for cell in grid for path in plan.reading(cell).files}
+    with pytest.raises(UserError, match=r"^studies/small\.yaml: variants\.again\.settings: reads again/zoom, whose"):
+        planned(project, {"train": train}, regimes=["full", regime], **again)
 
 
 def test_a_study_reads_what_its_methods_declare_and_no_more(project: Path) -> None:

@@ -28,7 +28,7 @@ ENCODER = "tiny"
 ALL = frozenset(
     {
         *{"nodes", "boxes", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
-        *{"descriptions", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout", "parts"},
+        *{"descriptions", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout", "parts"},
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -148,6 +148,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     write_tokens(folder, plan, images)
     write_moments(folder, ENCODER, "pooled", plan.dimension + 4, plan.seed)
     write_moments(folder, ENCODER, "isqrt", plan.dimension + 6, plan.seed)
+    write_again(folder, "zoom", plan.dimension + 4, plan.seed)
 
 
 def write_bank(
@@ -281,6 +282,19 @@ def write_moments(
     ids, mark = sorted({row["image_id"] for row in rows}), fingerprint("moments", {"name": name, "seed": seed})
     target = folder / f"embed/{encoder}/moments/{name}"
     write_buckets(target, "embed.moments/1", rows, ids, len(bucket_files(folder)), made_by, mark)
+
+
+def write_again(folder: Path, name: str, dimension: int, seed: int = 0, encoder: str = ENCODER) -> None:
+    """A second look of a NAME for the images and views of `tiny`: vectors (dimension) that say nothing."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"image_id": image_id, "view": view, "branch": branch, "vector": 3 * rng.standard_normal(dimension)}
+        for image_id, view in keys_of(folder)
+        for branch in ("complementary", "discriminative")
+    ]
+    ids, made_by = sorted({row["image_id"] for row in rows}), {"encoder": fingerprint("embed", {"encoder": encoder})}
+    mark = fingerprint("again", {"name": name, "seed": seed})
+    write_buckets(folder / f"again/{name}", "again/1", rows, ids, len(bucket_files(folder)), made_by, mark)
 
 
 def write_tokens(folder: Path, plan: Plan, images: Sequence[dict[str, Any]]) -> None:

@@ -24,8 +24,8 @@ from fieldmark.store import (
     vectors_of,
     write_table,
 )
-from tests.training.cache import ALL, ENCODER, GRID, HEADS, Plan, write_cache, write_moments, write_other
-from training.data import Cache, arrays, part_kinds, read_cache
+from tests.training.cache import ALL, ENCODER, GRID, HEADS, Plan, write_again, write_cache, write_moments, write_other
+from training.data import Cache, arrays, feature_blocks, part_kinds, read_cache
 from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.moments import Moments
@@ -268,7 +268,7 @@ def test_only_what_is_declared_is_read(copy: Path) -> None:
         assert torch.equal(cache.globals(images, view), whole.globals(images, view))
     with pytest.raises(UserError, match=r"bank/tiny\.parquet: is missing"):
         read_cache(copy, ENCODER, PLAN.buckets, {"globals", "names"})
-    with pytest.raises(UserError, match=r"'vectors' is no part of the cache; choose from: boxes, cls/NAME, concepts"):
+    with pytest.raises(UserError, match=r"'vectors' is no part of the cache; choose from: again/NAME, boxes, cls"):
         read_cache(copy, ENCODER, PLAN.buckets, {"vectors"})
 
 
@@ -515,5 +515,42 @@ def test_every_part_is_found_by_its_names() -> None:
     fields = [field for kind in set(kinds.values()) for field in kind.shows]
     assert len(fields) == len(set(fields))
     for kind in set(kinds.values()):
-        words = kind.provides - {"moments"}  # which names nothing by itself
+        words = kind.provides - {"again", "moments"}  # which name nothing by themselves
         assert set(kind.files("one", words).values()) <= {*COLUMNS, "safetensors"}
+
+
+def test_second_looks_arrive_where_the_files_have_them(copy: Path) -> None:
+    write_again(copy, "zoom", 5, seed=1)
+    write_again(copy, "other", 7, seed=2)
+    cache = read_cache(copy, ENCODER, 3, {"globals", "again/zoom"})
+    images = torch.arange(len(cache.paths))
+    assert "again/zoom" in cache.fingerprints
+    assert "again/other" not in cache.fingerprints
+    table = read_buckets(copy / "again/zoom", "again/1", 3)
+    keys = zip(*(table[name].to_pylist() for name in ("image_id", "view", "branch")), strict=True)
+    vectors = dict(zip(keys, vectors_of(table), strict=True))
+    for view in (0, 1):
+        blocks = feature_blocks("again/zoom", cache.batch(images, torch.full_like(images, view)))
+        assert [block.shape for block in blocks] == [(len(images), 5)] * 2
+        for branch, block in zip(("discriminative", "complementary"), blocks, strict=True):
+            expected = np.stack([vectors[image_id, view, branch] for image_id in cache.image_ids])
+            np.testing.assert_array_equal(block, expected.astype(np.float32))
+    told = cache.take(torch.tensor([5, 2])).batch(torch.tensor([1, 0]), torch.tensor([1, 0]))
+    whole = cache.batch(torch.tensor([2, 5]), torch.tensor([1, 0]))
+    assert torch.equal(told.of("again/zoom"), whole.of("again/zoom"))
+    with pytest.raises(UserError, match=r"again/other: is of the part `again/other`, which the method"):
+        feature_blocks("again/other", cache.only({"again/zoom"}).batch(images))
+
+
+def test_second_looks_that_are_not_there_or_of_other_weights_are_refused(copy: Path) -> None:
+    with pytest.raises(UserError, match=r"again/none: is missing; run look_again \(dvc repro\)"):
+        read_cache(copy, ENCODER, 3, {"again/none"})
+    with pytest.raises(UserError, match=r"READS: `again` alone names none; say again/NAME"):
+        read_cache(copy, ENCODER, 3, {"again"})
+    write_again(copy, "zoom", 5, encoder="another")
+    with pytest.raises(UserError, match=r"was made by another encoder tiny than .*; run \w+ again"):
+        read_cache(copy, ENCODER, 3, {"globals", "again/zoom"})
+    write_again(copy, "zoom", 5)
+    drop_first(bucket_path(copy / "again/zoom", 1))
+    with pytest.raises(UserError, match=r"zoom/b001\.parquet: lacks image [0-9a-f]{64} \(view 0\); run look_again"):
+        read_cache(copy, ENCODER, 3, {"again/zoom"})

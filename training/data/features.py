@@ -1,6 +1,7 @@
 """The vectors of a whole image that probes put side by side, by the names in their `features`.
 
-A part may bring vectors of its own (`Part.features`: `global`, `nodes`). Every other name is a NAME of moments.
+A part may bring vectors of its own (`Part.features`: `global`, `nodes`). `again/NAME` are the two vectors of a second
+look. Every other name is a NAME of moments.
 """
 
 import functools
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from training.data.again import WORD as AGAIN
+from training.data.again import is_again
 from training.data.moments import WORD, read_as
 from training.data.part import NAME, Part, part_kinds
 
@@ -17,13 +20,13 @@ if TYPE_CHECKING:
 
 @functools.cache
 def feature_kinds() -> dict[str, type[Part]]:
-    """By the name of each vector that a part brings, the part; NAMEs of moments apart."""
+    """By the name of each vector that a part brings, the part; NAMEs of moments and of second looks apart."""
     return {name: kind for kind in part_kinds().values() for name in kind.features}
 
 
 def feature_words() -> frozenset[str]:
     """What READS names so that any feature may be read."""
-    return frozenset({WORD}).union(*(kind.provides for kind in feature_kinds().values()))
+    return frozenset({WORD, AGAIN}).union(*(kind.provides for kind in feature_kinds().values()))
 
 
 def word_behind(feature: str) -> str:
@@ -31,10 +34,12 @@ def word_behind(feature: str) -> str:
     if feature in feature_kinds():
         [word] = feature_kinds()[feature].provides
         return word
-    if not NAME.fullmatch(feature):
+    again, rest = is_again(feature), feature.removeprefix(f"{AGAIN}/")
+    if not NAME.fullmatch(rest if again else feature):
         known = ", ".join(sorted(feature_kinds()))
-        raise ValueError(f"input should be one of {known}, or a key under moments.ENCODER in params.yaml")
-    return read_as(feature)
+        keys = f"a key under moments.ENCODER in params.yaml, or {AGAIN}/NAME with a key under train.first_looks"
+        raise ValueError(f"input should be one of {known}, {keys}")
+    return feature if again else read_as(feature)
 
 
 def feature_blocks(feature: str, fields: "Fields") -> tuple[Tensor, ...]:
@@ -44,4 +49,6 @@ def feature_blocks(feature: str, fields: "Fields") -> tuple[Tensor, ...]:
     """
     if feature in feature_kinds():
         return feature_kinds()[feature].features[feature](fields)
+    if is_again(feature):
+        return fields.of(feature).unbind(1)
     return (fields.moments[feature],)

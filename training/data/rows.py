@@ -17,6 +17,7 @@ from training.data.arrays import Arrays, Make, Zeros, keep
 STAGES = {
     "embed.nodes/1": "embed_images", "embed.moments/1": "pool_tokens", "embed.tokens/1": "embed_tokens",
     "graphs/1": "build_graphs", "labels/1": "label_patches", "safetensors": "pool_tokens",
+    "again/1": "look_again",
 }  # fmt: skip
 
 

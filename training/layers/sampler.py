@@ -2,29 +2,19 @@
 
     Q(x, y) = base + sum over peaks i of a_i exp(-|xy - xy_i|^2 / (2 (radius sqrt(s_i) side)^2))     s_i in (0, 1]
               a_i = s_i discriminative; a_i = 1 / s_i complementary     (S3N, Ding et al., ICCV 2019 [code])
-    f_x(v)  = sum_j Q_j k(j - v) u_x(j) / sum_j Q_j k(j - v)                         f_y alike, with u_y
-              (Learning to Zoom, Recasens et al., ECCV 2018 [mem])
 
-k is a Gaussian of FWHM cells at half its height, u_j = j / (side - 1) says where cell j lies, and Q goes on beyond its
-edge as it is there, for side - 1 cells: where Q is constant the grid is the picture as it was, its border too. The
-picture is then read at 2 f - 1, within [-1, 1]. No two points of a row change places: the derivative of f_x is the
-variance of u_x under Q k over that of k, and positive.
+f(v), where a picture is read for the node v, is that of fieldmark/pictures/sampler.py, which reads pixels by it too.
 
-Padding, basis and Gaussian act on rows and on columns apart: f is a quotient of products of Q with two fixed matrices
-(side, side), and no padded map is made. Tokens are read by a matrix of bilinear weights (T', T). It takes T products
-for each number that is read, where PyTorch's grid_sample takes four; but they are matrix products, small beside a
-linear layer over the tokens (T against its width), and their gradient is the same each time on a GPU too, as
-grid_sample's is not. Nothing here or in response.py needs more than PyTorch.
+Tokens are read by a matrix of bilinear weights (T', T). It takes T products for each number that is read, where
+PyTorch's grid_sample takes four; but they are matrix products, small beside a linear layer over the tokens (T against
+its width), and their gradient is the same each time on a GPU too, as grid_sample's is not.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
+from fieldmark.pictures.sampler import sampled_points
 from training.layers.response import hat, interpolation
-
-FWHM = 13.0  # cells
 
 
 def sparse_attention(
@@ -68,24 +58,8 @@ def sampling_grid(q: Tensor, size: tuple[int, int]) -> Tensor:
 
     q (..., side, side) > 0, rows first. As grid_sample with align_corners=True takes it.
     """
-    side = q.shape[-1]
-    smooth, placed = smoothing(side, q)
-    mass = smooth @ q @ smooth.T
-    x, y = smooth @ q @ placed.T / mass, placed @ q @ smooth.T / mass
-    rows, columns = (interpolation(side, points, q) for points in size)
-    return torch.stack([rows @ (2 * f - 1).clamp(-1, 1) @ columns.T for f in (x, y)], dim=-1)
-
-
-def smoothing(side: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over j of k(j - v) and of k(j - v) u_j, as matrices (side, side) from cells to v, the padding folded in."""
-    reach = torch.arange(1 - side, side, device=like.device)
-    kernel = (-4 * math.log(2) * (reach.double() / FWHM).square()).exp()
-    cells = torch.arange(side, device=like.device)
-    j = cells[:, None] + reach  # (v, j), of the padded map
-    cell = (j.clamp(0, side - 1)[..., None] == cells).double()
-    smooth = torch.einsum("j,vjc->vc", kernel, cell)
-    placed = torch.einsum("j,vj,vjc->vc", kernel, j / max(side - 1, 1), cell)
-    return smooth.to(like.dtype), placed.to(like.dtype)
+    rows, columns = (interpolation(q.shape[-1], points, q) for points in size)
+    return torch.stack([rows @ (2 * f - 1).clamp(-1, 1) @ columns.T for f in sampled_points(q).unbind(-1)], dim=-1)
 
 
 def sampling_weights(grid: Tensor, cells: tuple[int, int]) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block, Count, Fraction
+from fieldmark.pictures.sampler import over_picture
 from training.data import Batch, Cache
 from training.layers.blocks import Dropout, Standardise, silent
 from training.layers.nodes import in_precision, training_sample
@@ -206,11 +207,12 @@ def smoothed(logits: Tensor, target: Tensor, ratio: float) -> Tensor:
 def maps_of(model: S3N, batch: Batch) -> Tensor:
     """The attention Q_D and Q_C that a fitted model has for a batch at evaluation: (B, 2, SIDE, SIDE), rows first.
 
-    `sampling_grid` makes of each where a picture of any size is read; base_ratio at least, and never drawn.
+    base_ratio at least, and never drawn. Their nodes reach from border to border of the picture, so that it can be
+    sampled itself (fieldmark/pictures/zoom.py), and not from the first to the last centre of a cell.
     """
     model.eval()
     z = model.beside(batch, model.classify.bias.new_zeros(model.classify.out_features))
-    return model.attention(model.scale(batch.of(model.word)), z)
+    return over_picture(model.attention(model.scale(batch.of(model.word)), z), model.grid)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fieldmark.pictures.sampler import FWHM
 from training.layers.sampler import (
-    FWHM,
     complementary,
     discriminative,
     sampling_grid,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fieldmark.pictures.sampler import over_picture
 from tests.training.cache import GRID
 from training.data import Batch
 from training.layers.blocks import Standardise
@@ -58,7 +59,7 @@ def test_it_is_a_loop_over_images_and_their_peaks() -> None:
             strong, weak = max(found, key=lambda at: values[at].item()), min(found, key=lambda at: values[at].item())
             q_d = q_d + gaussian(strong, values[strong].item(), 0.1) * values[strong]
             q_c = q_c + gaussian(weak, values[weak].item(), 0.2) / values[weak]
-        torch.testing.assert_close(maps[image], torch.stack([q_d, q_c]))
+        torch.testing.assert_close(maps[image], over_picture(torch.stack([q_d, q_c]), GRID))
 
         features = [x.mean(0)]
         for q, branch in ((q_d, head.discriminative), (q_c, head.complementary)):

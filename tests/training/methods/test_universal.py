@@ -21,6 +21,7 @@ from fieldmark.params import Block
 from tests.training.cache import Plan
 from training import loop, methods
 from training.data import Batch, Cache, Part, kind_of, part_kinds
+from training.data.again import Again
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
@@ -90,6 +91,12 @@ OF_ITS_OWN_CUE = ["ma_cnn"]
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
+# Every probe can read a second look, and so can every probe beside a method.
+AGAIN = {"features": ["again/zoom"]}
+for method in METHODS:
+    if "again" in load_method(method).READS:
+        one = AGAIN if method in PROBES else {"with_probe": {"method": "ridge", "settings": AGAIN}}
+        OTHERWISE[method] = [*OTHERWISE.get(method, []), one]
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
@@ -398,8 +405,8 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
     cache = cache.change(Bank, K=torch.where(changed[:, None], other, bank.K), owners=own)
     order = torch.randperm(len(cache.part(Labels).density), generator=generator)
     by_row: dict[str, type[Part]] = {
-        "labels": Labels, "boxes": Boxes, "descriptions": Descriptions, "moments": Moments, "tokens": Tokens,
-        "cls": Cls, "rollout": Rollout, "parts": ObjectParts,
+        "labels": Labels, "boxes": Boxes, "descriptions": Descriptions, "moments": Moments, "again": Again,
+        "tokens": Tokens, "cls": Cls, "rollout": Rollout, "parts": ObjectParts,
     }  # fmt: skip
     for name in by_row.keys() & parts:
         rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(1)
