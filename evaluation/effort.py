@@ -17,10 +17,12 @@ from training.methods import search_points
 
 
 def epochs_of(plan: Plan, cell: Cell, config: dict[str, Any]) -> tuple[int, int] | None:
-    """The epoch that was chosen, and the last one of the schedule; None for a method without epochs."""
-    last = getattr(plan.entries[cell.method].settings, "epochs", None)
+    """The epoch that was chosen, and the last one of the search; None for a method without epochs."""
+    settings: Any = plan.entries[cell.method].settings
     found = config.get("chosen", {}).get("epoch")
-    return None if last is None or found is None else (int(found), last)
+    if found is None or not hasattr(settings, "epochs"):
+        return None
+    return int(found), settings.epochs if settings.stop is None else min(settings.stop, settings.epochs)
 
 
 def still_rising(plan: Plan, runs: Sequence[Cell]) -> str:
@@ -44,16 +46,16 @@ def seconds_of_fits(plan: Plan, grid: Sequence[Cell]) -> str:
     rows = [["encoder", "regime", "method", "epochs", "s an epoch", "points", "s of updates a fit"]]
     plain = [cell for cell in grid if cell.control == Control()]
     for _, cells in groupby(sorted(plain, key=lambda cell: cell.run.rpartition(".")[0]), lambda cell: cell.row):
-        timed = []
+        timed, last = [], 0
         for cell in cells:
-            config = read_config(plan, cell.run)
-            if epochs_of(plan, cell, config):
+            if epochs := epochs_of(plan, cell, read_config(plan, cell.run)):
+                last = epochs[1]
                 path = plan.folder / cell.run / "timing.json"
                 timed.append(read_json(path, "make the run again")["epoch_seconds"])
         if timed:
             settings: Any = plan.entries[cell.method].settings
             points, each = search_points(settings), fmean(timed)
-            total = f"{each * settings.epochs * points:.1f}"
-            row = [cell.encoder, cell.regime.label, cell.method, str(settings.epochs), f"{each:.2f}", str(points)]
+            row = [cell.encoder, cell.regime.label, cell.method, str(last), f"{each:.2f}", str(points)]
+            total = f"{each * last * points:.1f}"
             rows.append([*row, total])
     return lay_out(rows) + "\n" if len(rows) > 1 else ""

@@ -14,6 +14,7 @@ from typing import Any
 from fieldmark.command import UserError
 from fieldmark.params import Block, FirstLook, Params
 from training.controls import Control
+from training.data import INDEX
 from training.data.again import is_again
 from training.inputs import Reading, reading_of
 from training.methods import check_texts, load_method, method_names, read_settings
@@ -52,6 +53,10 @@ def plan_look(path: str, params: Params, name: str) -> PlannedLook:
     reading = reading_of(given.method, settings, given.encoder, (), Control(), Full())
     if again := sorted(filter(is_again, reading.reads)):
         raise UserError(f"{path}: {key}.settings: reads {again[0]}, and no first look reads a second one; take it out")
+    # What DVC makes before it: plan_first_looks depends on no more.
+    if later := sorted(file for file in reading.files if file not in INDEX and not file.startswith("embed/")):
+        what = f"{given.method} reads {later[0]}, and first looks are made of data/index and data/embed alone"
+        raise UserError(f"{path}: {key}.method: {what}; take another method or other settings")
     return PlannedLook(name, given.method, settings, reading)
 
 

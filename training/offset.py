@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from fieldmark.params import Block
 from fieldmark.store import sha256
-from training.data import Batch, Cache, Part
+from training.data import Batch, Cache, Part, feature_words
+from training.data.again import is_again
 from training.data.nodes import Globals
 from training.folds import HELD_OUT, settle
 from training.layers.logistic import as_probabilities
@@ -63,7 +64,10 @@ class WithProbe(Block):
     @classmethod
     def _are_its_settings(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if "method" in info.data:
-            load_method(info.data["method"]).Settings.model_validate(settings)
+            block = load_method(info.data["method"]).Settings.model_validate(settings)
+            if again := sorted(filter(is_again, reads_of(info.data["method"], block))):
+                why = "and a probe beside a method has to tell training images that it was not fitted to"
+                raise ValueError(f"{again[0]} cannot be among them: its first look was fitted to all of these, {why}")
         return settings
 
     def __hash__(self) -> int:
@@ -85,6 +89,7 @@ def as_probe(value: Any) -> Any:
     return {True: {"method": "probes"}, False: None}[value] if isinstance(value, bool) else value
 
 
+PROBE_WORDS = feature_words() - {"again"}  # what READS and ALSO of a method name for the probe beside it
 # The knob of a method that can stand beside a probe.
 ProbeBeside = Annotated[WithProbe | None, BeforeValidator(as_probe)]
 

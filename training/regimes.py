@@ -421,7 +421,7 @@ def hide_test(cache: Cache) -> Cache:
     """What a method's fit is given: no label of an image that does not train or choose, be it as class, target or path.
 
     The half of val that chooses (`choose`) is `val` here. The other one, which is reported, has split `hidden`, as test
-    has. Hidden and unused images have y -1, a target of -1 (or of zeros), and a path and group without meaning.
+    has. Hidden and unused images have y -1, a target of -1 (or of zeros), a path and group without meaning, no marks.
     Evaluate on the cache as it was.
     """
     hidden = ~np.isin(cache.split, ("train", "choose"))
@@ -437,5 +437,6 @@ def hide_test(cache: Cache) -> Cache:
         ),
         y=y,
         target=target,
+        parts=cache.parts.hide(rows),
         others=None if cache.others is None else hide_test(cache.others),
     )

@@ -13,15 +13,13 @@ from typing import Annotated, Self
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.data import Batch, Cache, feature_words
+from training.data import Batch, Cache
 from training.layers.blocks import Standardise
 from training.layers.nodes import TOKEN_SAMPLE, training_sample
 from training.layers.states import State, within
 from training.loop import Schedule, fit_epochs
 from training.methods import Fitted
 from training.offset import Offset, ProbeBeside, fit_rival, probe_also_reads, reduce, with_reads
-
-FEATURES = feature_words()  # of READS and ALSO: what the probe beside a head may read
 
 
 class BesideSettings(Schedule):

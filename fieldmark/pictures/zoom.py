@@ -20,7 +20,7 @@ from fieldmark.pictures.sampler import sampled_points
 from fieldmark.pictures.views import Preprocessor, Source, View, needed_side, open_indexed, view_region
 
 # Raised when the pictures that the same map and file give change.
-RULES = 1
+RULES = 2
 # A pixel is the mean of at most so many places a side. Where the picture is compressed most, they lie more than a
 # pixel of it apart.
 MOST_PLACES = 4
@@ -83,15 +83,17 @@ def render(picture: Image.Image, seen: Box, points: Tensor, encoder: Preprocesso
     """
     height, width = input_size(encoder)
     shortest, longest = step(points[None], height, width)
-    pixels = (seen[2] - seen[0]) * picture.width  # across what is seen
-    reduced = max(1, math.floor(shortest * pixels))
-    places = min(MOST_PLACES, max(1, math.ceil(longest * pixels / reduced)))
+    # Across what is seen: a picture that is squashed has more of them along one side.
+    pixels = (seen[2] - seen[0]) * picture.width, (seen[3] - seen[1]) * picture.height
+    reduced = max(1, math.floor(shortest * pixels[0])), max(1, math.floor(shortest * pixels[1]))
+    apart = max(longest * side / by for side, by in zip(pixels, reduced, strict=True))
+    places = min(MOST_PLACES, max(1, math.ceil(apart)))
     corner, extent = torch.tensor(seen[:2]), torch.tensor([seen[2] - seen[0], seen[3] - seen[1]])
     # In [0, 1] of the picture; what lies beyond what is seen is read at its border.
     where = corner + spread(points[None], places * height, places * width).clamp(0, 1) * extent
     small = picture.reduce(reduced)
     # Its last row and column may stand for fewer pixels than the others.
-    share = torch.tensor(picture.size) / (torch.tensor(small.size) * reduced)
+    share = torch.tensor(picture.size) / (torch.tensor(small.size) * torch.tensor(reduced))
     shown = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float()
     found = F.grid_sample(shown, (2 * where * share - 1).float(), padding_mode="border", align_corners=False)
     outside = ((where < 0) | (where > 1)).any(-1)[:, None]

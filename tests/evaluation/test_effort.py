@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def test_a_method_still_rises_where_its_last_epoch_is_the_best(study: tuple[Plan
     assert "still rising" in table.splitlines()[3]
     assert re.search(r"^longer .*  0 of 2  ", table, re.MULTILINE)
     assert re.search(r"^linear_probe +none +[\d.]+ .*the probe$", table, re.MULTILINE)
+
+
+def test_a_schedule_that_is_stopped_ends_there(study: tuple[Plan, list[Cell]]) -> None:
+    plan, grid = study
+    cells = of(grid, "longer")
+    entry = plan.entries["longer"]
+    stopped = entry.settings.model_copy(update={"stop": 2})
+    plan = replace(plan, entries=plan.entries | {"longer": replace(entry, settings=stopped)})
+    config = json.loads((plan.folder / cells[0].run / "config.json").read_text())
+    for cell in cells:
+        set_file(plan, cell, "config.json", chosen=config["chosen"] | {"epoch": 2})
+        set_file(plan, cell, "timing.json", epoch_seconds=0.5)
+    assert still_rising(plan, cells) == "2 of 2"
+    assert seconds_of_fits(plan, cells).splitlines()[1].split()[3:] == ["2", "0.50", "1", "1.0"]
 
 
 def test_the_seconds_of_a_fit_are_its_epochs_at_each_point(study: tuple[Plan, list[Cell]]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from fieldmark.command import UserError
 from fieldmark.params import check_params
 from training.looks import plan_look
+from training.methods import load_method
 from training.train import plan_run
 
 LOOKS: dict[str, Any] = {"zoom": {"method": "s3n", "encoder": "one"}}
@@ -41,13 +42,21 @@ def test_a_run_reads_a_second_look_from_a_folder_of_its_own() -> None:
         (
             {"method": "s3n", "encoder": "one", "settings": {"with_probe": {"method": "ridge", "settings": {
                 "features": ["again/zoom"]}}}},
-            r"\.settings: reads again/zoom, and no first look reads a second one",
+            r"\.settings\.with_probe\.settings: .*again/zoom cannot be among them: its first look was fitted to all",
         ),
     ],
 )  # fmt: skip
 def test_a_first_look_that_cannot_stand(look: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=rf"^p\.yaml: train\.first_looks\.zoom{said}"):
         plan_look("p.yaml", params(looks={"zoom": look}), "zoom")
+
+
+def test_a_first_look_is_made_of_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC makes it before labels and banks."""
+    monkeypatch.setattr(load_method("concept_graph"), "maps_of", None, raising=False)
+    said = r"zoom\.method: concept_graph reads bank/one\.parquet, and first looks are made of data/index and data/embed"
+    with pytest.raises(UserError, match=rf"^p\.yaml: train\.first_looks\.{said} alone"):
+        plan_look("p.yaml", params(looks={"zoom": {"method": "concept_graph", "encoder": "one"}}), "zoom")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.training.cache import Plan, tensors
 from training.data import Cache
 from training.data.bank import Bank
 from training.data.nodes import Nodes
+from training.data.parts import ObjectParts
 from training.layers.logistic import fit_logistic
 from training.loop import predict
 from training.methods import description_zero_shot, zero_shot
@@ -348,6 +349,11 @@ def test_a_planted_leak_is_closed(cache: Cache, regime: Regime) -> None:
     assert len(hidden.images("hidden")) == len(made.images("test")) + len(made.images("val"))
     assert not set(hidden.groups) & {made.groups[image] for image in evaluated.nonzero().flatten().tolist()}
     assert hidden.part(Nodes).nodes.data_ptr() == made.part(Nodes).nodes.data_ptr()
+    # What people marked in pictures is hidden as labels are.
+    marks = hidden.part(ObjectParts).part_seen
+    assert not marks[evaluated].any()
+    assert torch.equal(marks[~evaluated], made.part(ObjectParts).part_seen[~evaluated])
+    assert made.part(ObjectParts).part_seen[evaluated].any()
     for split, told in (("train", "train"), ("choose", "val")):
         images = made.images(split)
         assert torch.equal(hidden.images(told), images)

@@ -110,6 +110,10 @@ class Part:
         """The same without the sides of it that `names` does not hold."""
         return self
 
+    def hide(self, images: Tensor) -> Self:
+        """What a fit may see of it, where these images (n,) bool neither train nor choose."""
+        return self
+
 
 P = TypeVar("P", bound=Part)
 
@@ -143,6 +147,9 @@ class Parts:
 
     def of_classes(self, classes: Tensor) -> "Parts":
         return Parts([part.of_classes(classes, self) for part in self.by_kind.values()])
+
+    def hide(self, images: Tensor) -> "Parts":
+        return Parts([part.hide(images) for part in self.by_kind.values()])
 
     def take(self, images: Tensor, rows: Tensor) -> "Parts":
         return Parts([part.take(images, rows) for part in self.by_kind.values()])

@@ -1,7 +1,7 @@
 """Where the parts of the object lie in each picture, where the data set marks them: what training may be told."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -35,6 +35,9 @@ class ObjectParts(Part):
     @classmethod
     def files(cls, encoder: str, words: Collection[str]) -> dict[str, str]:
         return {PARTS: "index.parts/1"}
+
+    def hide(self, images: Tensor) -> Self:
+        return replace(self, part_seen=self.part_seen & ~images[:, None])
 
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:

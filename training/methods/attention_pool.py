@@ -16,18 +16,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block, Count, Fraction
-from training.data import Batch, Cache, feature_words
+from training.data import Batch, Cache
 from training.layers.blocks import GatedAttention, silent
 from training.layers.nodes import NodeInput, NodeScales
 from training.layers.states import State, within
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
-from training.offset import ProbeBeside, probe_also_reads, reduce, with_reads
+from training.offset import PROBE_WORDS, ProbeBeside, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
 
 SEEDED = True
-READS = frozenset({"nodes", "tokens"}) | feature_words()
-ALSO = feature_words()  # what its probe reads of other encoders
+READS = frozenset({"nodes", "tokens"}) | PROBE_WORDS
+ALSO = PROBE_WORDS  # what its probe reads of other encoders
 
 
 class LossWeights(Block):

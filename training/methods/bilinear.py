@@ -29,8 +29,8 @@ from training.layers.nodes import in_precision
 from training.layers.states import State, within
 from training.loop import Positive
 from training.methods import Fitted, Output
+from training.offset import PROBE_WORDS
 from training.token_heads import (
-    FEATURES,
     Beside,
     HeadSettings,
     fit_head,
@@ -41,8 +41,8 @@ from training.token_heads import (
 )
 
 SEEDED = True
-READS = frozenset({"tokens"}) | FEATURES
-ALSO = FEATURES
+READS = frozenset({"tokens"}) | PROBE_WORDS
+ALSO = PROBE_WORDS
 also_reads = head_also_reads
 EPS = 1e-10  # within the root, whose slope at 0 is infinite
 

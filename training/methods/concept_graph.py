@@ -56,7 +56,7 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from fieldmark.params import Block, Count, Fraction
-from training.data import Batch, Cache, Part, feature_words
+from training.data import Batch, Cache, Part
 from training.data.bank import Bank
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
@@ -78,13 +78,13 @@ from training.layers.nodes import (
 from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, NotNegative, Positive, Schedule, fit_epochs, margin
 from training.methods import Fitted, Output
-from training.offset import ProbeBeside, probe_also_reads, reduce, with_reads
+from training.offset import PROBE_WORDS, ProbeBeside, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
 
 SEEDED = True
 OWN = frozenset({"nodes", "tokens", "concepts", "owners", "labels", "edges", "descriptions"})
-READS = OWN | feature_words()
-ALSO = frozenset({"nodes"}) | feature_words()  # what it reads of other encoders
+READS = OWN | PROBE_WORDS
+ALSO = frozenset({"nodes"}) | PROBE_WORDS  # what it reads of other encoders
 Whole = Annotated[int, Field(ge=0)]
 Stream = Literal["global", "local", "relation", "fused", "concept"]
 GRAPH_STREAMS = ("local", "relation", "fused")

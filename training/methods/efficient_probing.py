@@ -19,8 +19,8 @@ from training.layers.blocks import Standardise, silent
 from training.layers.nodes import in_precision
 from training.layers.states import State, within
 from training.methods import Fitted, Output
+from training.offset import PROBE_WORDS
 from training.token_heads import (
-    FEATURES,
     Beside,
     HeadSettings,
     fit_head,
@@ -31,8 +31,8 @@ from training.token_heads import (
 )
 
 SEEDED = True
-READS = frozenset({"tokens"}) | FEATURES
-ALSO = FEATURES
+READS = frozenset({"tokens"}) | PROBE_WORDS
+ALSO = PROBE_WORDS
 also_reads = head_also_reads
 
 

@@ -32,8 +32,8 @@ from training.layers.nodes import in_precision
 from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, NotNegative
 from training.methods import Fitted, Output
+from training.offset import PROBE_WORDS
 from training.token_heads import (
-    FEATURES,
     Beside,
     HeadSettings,
     fit_head,
@@ -44,8 +44,8 @@ from training.token_heads import (
 )
 
 SEEDED = True
-READS = frozenset({"tokens"}) | FEATURES
-ALSO = FEATURES
+READS = frozenset({"tokens"}) | PROBE_WORDS
+ALSO = PROBE_WORDS
 also_reads = head_also_reads
 MARGIN = 0.02
 SURE = 4.0  # what FC says at first of a channel that is of a part; minus that of one that is not

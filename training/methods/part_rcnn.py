@@ -38,11 +38,12 @@ from training.layers.nodes import in_precision, training_sample
 from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, NotNegative, Positive
 from training.methods import Fitted, NotPossible, Output
-from training.token_heads import FEATURES, Beside, BesideSettings, fit_head, head_also_reads, head_reads
+from training.offset import PROBE_WORDS
+from training.token_heads import Beside, BesideSettings, fit_head, head_also_reads, head_reads
 
 SEEDED = True
-READS = frozenset({"nodes", "boxes", "parts"}) | FEATURES
-ALSO = FEATURES
+READS = frozenset({"nodes", "boxes", "parts"}) | PROBE_WORDS
+ALSO = PROBE_WORDS
 also_reads = head_also_reads
 SLACK = 0.02  # of the picture's side: how far outside the root's box the centre of a part may lie
 OVERLAP = 0.7  # IoU from which on a node shows a part
@@ -225,7 +226,9 @@ class PartRCNN(nn.Module):
         root, part = scores[..., 0], scores[:, None, :, 1:]
         if self.settings.geometry:
             centre, _ = centre_and_sides(box)
-            part = part + self.settings.geometry * self.geometry(offsets(centre[:, None], box[:, :, None]))
+            with torch.autocast(box.device.type, enabled=False):  # squares cancel out: bfloat16 would leave noise
+                place = self.geometry(offsets(centre[:, None], box[:, :, None]))
+            part = part + self.settings.geometry * place
         part = torch.where(is_inside(box, mask)[..., None], part, -torch.inf)  # (B, root, node, P)
         return share_out(root, part, mask, self.temperature) if self.training else choose(root, part, mask)
 

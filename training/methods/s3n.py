@@ -38,8 +38,8 @@ from training.layers.sampler import complementary, discriminative, sampling_grid
 from training.layers.states import State, within
 from training.loop import NotNegative, Positive
 from training.methods import Fitted, Output
+from training.offset import PROBE_WORDS, fit_rival
 from training.token_heads import (
-    FEATURES,
     Beside,
     HeadSettings,
     fit_head,
@@ -50,8 +50,8 @@ from training.token_heads import (
 )
 
 SEEDED = True
-READS = frozenset({"tokens"}) | FEATURES
-ALSO = FEATURES
+READS = frozenset({"tokens"}) | PROBE_WORDS
+ALSO = PROBE_WORDS
 also_reads = head_also_reads
 
 SIDE = 31  # of response maps, attention and the sampler's grid
@@ -60,7 +60,7 @@ SIDE = 31  # of response maps, attention and the sampler's grid
 class LossWeights(Block):
     """Cross entropies of each branch alone, beside that of all together."""
 
-    raw: NotNegative = 1.0  # smoothed cross entropy of the tokens as they came (O)
+    raw: Positive = 1.0  # smoothed cross entropy of the tokens as they came (O), whose classifier finds the peaks
     discriminative: NotNegative = 1.0  # cross entropy of what is read around strong peaks (D)
     complementary: NotNegative = 1.0  # smoothed cross entropy of what is read around weak peaks (C)
 
@@ -218,7 +218,10 @@ def maps_of(model: S3N, batch: Batch) -> Tensor:
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     word, classes = tokens_word(settings), len(cache.classes)
     scale, grid = token_scale(cache, word), training_sample(cache, 1).grid_of(word)
-    warm_up = round(settings.warm_up * settings.epochs * len(cache.images("train")))
+    trains = len(cache.images("train"))
+    if settings.with_probe is not None:  # beside it an image may be left out: as fit_head does, which shares the fit
+        trains = int(fit_rival(cache, settings.with_probe).trains.sum())
+    warm_up = round(settings.warm_up * settings.epochs * trains)
     return fit_head(
         cache,
         settings,

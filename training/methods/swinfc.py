@@ -45,11 +45,12 @@ from training.layers.nodes import TOKEN_SAMPLE, Projection, training_sample
 from training.layers.states import State, within
 from training.loop import NotNegative
 from training.methods import Fitted, Output
-from training.token_heads import FEATURES, Beside, HeadSettings, fit_head, head_also_reads, head_reads, tokens_word
+from training.offset import PROBE_WORDS
+from training.token_heads import Beside, HeadSettings, fit_head, head_also_reads, head_reads, tokens_word
 
 SEEDED = True
-READS = frozenset({"tokens"}) | FEATURES
-ALSO = FEATURES
+READS = frozenset({"tokens"}) | PROBE_WORDS
+ALSO = PROBE_WORDS
 also_reads = head_also_reads
 
 STAGES = ("stage2", "stage3", "stage4")
@@ -79,6 +80,8 @@ class Settings(HeadSettings):
             raise ValueError("layer: `layers` say which are read; leave one of them out")
         if self.hidden % self.heads:
             raise ValueError(f"heads: {self.heads} do not divide hidden, {self.hidden}")
+        if self.final in STAGES and not self.beta[STAGES.index(self.final)]:
+            raise ValueError(f"final: {self.final} has a beta of 0 and learns nothing; give it one, or another final")
         return self
 
 

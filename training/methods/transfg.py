@@ -34,11 +34,12 @@ from training.layers.nodes import TOKEN_SAMPLE, in_precision, training_sample
 from training.layers.states import State, within
 from training.loop import NotNegative
 from training.methods import Fitted, Output
-from training.token_heads import FEATURES, Beside, HeadSettings, fit_head, head_also_reads, head_reads, tokens_word
+from training.offset import PROBE_WORDS
+from training.token_heads import Beside, HeadSettings, fit_head, head_also_reads, head_reads, tokens_word
 
 SEEDED = True
-READS = frozenset({"tokens", "cls", "rollout"}) | FEATURES
-ALSO = FEATURES
+READS = frozenset({"tokens", "cls", "rollout"}) | PROBE_WORDS
+ALSO = PROBE_WORDS
 also_reads = head_also_reads
 
 
@@ -165,7 +166,8 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     scales, classes = Scales.measure(cache, settings), len(cache.classes)
     width = len(scales.cell.mean)
     if settings.hidden is None and width % settings.heads:
-        raise UserError(f"heads: {settings.heads} do not divide {width}, the width of cells; change heads, or hidden")
+        what = f"{settings.heads} do not divide {width}, the width of the encoder's cells"
+        raise UserError(f"settings.heads of transfg: {what}; change heads, or give hidden")
     return fit_head(
         cache,
         settings,

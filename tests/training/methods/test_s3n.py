@@ -1,6 +1,8 @@
 """S3N's head: the equations against a loop over images and peaks, what draws and what does not, its four losses."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fieldmark.pictures.sampler import over_picture
-from tests.training.cache import GRID
-from training.data import Batch
+from tests.training.cache import GRID, Plan
+from training.data import Batch, Cache
 from training.layers.blocks import Standardise
 from training.layers.response import peaks, salient_map
 from training.layers.sampler import sampling_grid
+from training.methods import load_method
 from training.methods.s3n import S3N, SIDE, Settings, highest, maps_of, smoothed
 from training.token_heads import Beside
 
@@ -123,6 +126,20 @@ def test_training_draws_by_the_seed_how_peaks_are_dealt() -> None:
     torch.testing.assert_close(shares[0][found], scores[found], atol=0.1, rtol=0)
     highest_peak = scores == 1
     assert (shares[0][highest_peak] > 0.999).all()
+
+
+def test_warm_up_is_a_share_of_the_images_that_train_beside_a_probe(planted: Callable[[Plan], Cache]) -> None:
+    """Images that no fit without them tells are left out there: warm-up may not wait for them."""
+    cache = planted(Plan(classes=4, train=6, val=4, test=1))
+    alone = cache.y == 0  # a class of one group, which is in one fold
+    cache = replace(cache, groups=["one" if alone[image] else group for image, group in enumerate(cache.groups)])
+    ridge = {"method": "ridge", "settings": {"penalty": [1.0]}}
+    knobs = {"epochs": 3, "weight_decay": [0.1], "hidden": 8, "warm_up": 1 / 3, "batch_size": 6}
+    left = []
+    for with_probe in (None, ridge):
+        model = load_method("s3n").fit(cache, Settings(**knobs, with_probe=with_probe, stop=0), 0).model
+        left.append(int(model.left))
+    assert left == [24, 18]
 
 
 @pytest.mark.parametrize(("warm_up", "dealt"), [(12, [True, True, False, False]), (6, [True, False]), (0, [False])])

@@ -272,6 +272,7 @@ def test_settings_as_a_file_has_them() -> None:
         ({"heads": 3}, r"heads: 3 do not divide hidden, 256"),
         ({"layers": (1, 2)}, r"layers"),
         ({"beta": (1.0, -0.1, 0.0)}, r"beta\.1"),
+        ({"beta": (1.0, 1.0, 0.0), "final": "stage4"}, r"final: stage4 has a beta of 0 and learns nothing"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(knobs: dict[str, Any], words: str) -> None:

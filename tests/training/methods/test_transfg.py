@@ -175,7 +175,7 @@ def test_settings_that_do_not_fit_together_are_refused(planted: Planted) -> None
         Settings(layer=1)
     with pytest.raises(ValidationError, match=r"heads: 3 do not divide hidden, 256"):
         Settings(heads=3)
-    with pytest.raises(UserError, match=r"heads: 8 do not divide 34, the width of cells; change heads, or hidden"):
+    with pytest.raises(UserError, match=r"settings\.heads of transfg: 8 do not divide 34, the width of the enc"):
         quick("transfg", planted(Plan()), hidden=None)
 
 

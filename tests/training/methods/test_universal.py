@@ -91,12 +91,8 @@ OF_ITS_OWN_CUE = ["ma_cnn"]
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
-# Every probe can read a second look, and so can every probe beside a method.
-AGAIN = {"features": ["again/zoom"]}
-for method in METHODS:
-    if "again" in load_method(method).READS:
-        one = AGAIN if method in PROBES else {"with_probe": {"method": "ridge", "settings": AGAIN}}
-        OTHERWISE[method] = [*OTHERWISE.get(method, []), one]
+# Every probe can read a second look.
+OTHERWISE |= {method: [*OTHERWISE.get(method, []), {"features": ["again/zoom"]}] for method in PROBES}
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
