@@ -5,7 +5,8 @@ EfficientNet at 260 pixels) or of 14 x 14 x 768 (a ViT-B/16 at 224), in float16,
 boxes beside them. "Bare" is forward and backward of Linear(d, 200) on every token of the same batches, cut from the
 same cache, then the mean over tokens: what a class response map costs. Settings are the methods' defaults. An epoch is
 one pass over the training images with its updates; of several the fastest counts, since the machine may have other
-work. Memory is the most that the process has held, less what it held before the fit.
+work. Memory is the most that the process has held, less what it held before the fit; each row has a process of its own,
+since memory that one fit has left serves the next.
 
     GOMP_SPINCOUNT=3000 python -m bench.heads [--images N] [--epochs E] [--device cpu|cuda]
 """
@@ -14,7 +15,9 @@ import argparse
 import platform
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, sleep
 
@@ -104,6 +107,19 @@ def watched() -> Iterator[Peak]:
         thread.join()
 
 
+def measure(
+    name: str, images: int, grid: tuple[int, int], width: int, epochs: int, device: str
+) -> tuple[float, float]:
+    """Seconds of a head's fastest epoch, and the memory in MB that its fits took."""
+    set_up_torch()
+    module = load_method(name)
+    settings = module.Settings.model_validate({"epochs": 1, "weight_decay": [0.01]})
+    seen = synthetic_cache(images, grid, width).on(torch.device(device)).only(reads_of(name, settings))
+    with watched() as peak:
+        seconds = min(module.fit(seen, settings, 0).epoch_seconds for _ in range(epochs))
+    return seconds, peak.megabytes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=3000, help="training images (default: 3000)")
@@ -121,13 +137,12 @@ def main() -> None:
         print(f"{arguments.images} images x {title}, {CLASSES} classes")
         bare = min(bare_epoch(cache, width, device) for _ in range(arguments.epochs + 1))
         print(f"{'bare linear layer on tokens':28s} {bare:7.3f} s an epoch")
-        for name in heads:
-            module = load_method(name)
-            settings = module.Settings.model_validate({"epochs": 1, "weight_decay": [0.01]})
-            seen = cache.only(reads_of(name, settings))
-            with watched() as peak:
-                seconds = min(module.fit(seen, settings, 0).epoch_seconds for _ in range(arguments.epochs))
-            print(f"{name:28s} {seconds:7.3f} s an epoch, {seconds / bare:5.1f} x bare, {peak.megabytes:6,.0f} MB")
+        del cache
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+            for name in heads:
+                row = processes.submit(measure, name, arguments.images, grid, width, arguments.epochs, arguments.device)
+                seconds, megabytes = row.result()
+                print(f"{name:28s} {seconds:7.3f} s an epoch, {seconds / bare:5.1f} x bare, {megabytes:6,.0f} MB")
 
 
 if __name__ == "__main__":
