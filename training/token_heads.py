@@ -14,8 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.data import Batch, Cache
-from training.layers.blocks import Standardise
-from training.layers.nodes import TOKEN_SAMPLE, training_sample
 from training.layers.states import State, within
 from training.loop import Schedule, fit_epochs
 from training.methods import Fitted
@@ -44,14 +42,19 @@ def head_reads(settings: BesideSettings, own: frozenset[str]) -> frozenset[str]:
     return with_reads(own, settings.with_probe)
 
 
+def own_layer(settings: HeadSettings) -> frozenset[str]:
+    """What a head over one layer reads itself, and not by its probe."""
+    return frozenset({tokens_word(settings)})
+
+
+def layer_reads(settings: HeadSettings) -> frozenset[str]:
+    """`reads` of every head over one layer."""
+    return head_reads(settings, own_layer(settings))
+
+
 def head_also_reads(settings: BesideSettings) -> frozenset[str]:
     """`also_reads` of every head: what its probe reads of other encoders."""
     return probe_also_reads(settings.with_probe)
-
-
-def token_scale(cache: Cache, word: str) -> Standardise:
-    """What is standard among the tokens of training images."""
-    return Standardise(training_sample(cache, TOKEN_SAMPLE).of(word).flatten(0, 1).float())
 
 
 class Beside(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor
 from fieldmark.command import UserError
 from fieldmark.store import bucket_path, iterate_groups, read_buckets
 from training.data.arrays import Arrays, Zeros
-from training.data.part import Part
+from training.data.part import Part, word_of
 from training.data.rows import EncoderFiles, column, flat
 
 SCHEMA = "embed.tokens/1"
@@ -114,7 +114,7 @@ def layer_in(word: str) -> str:
 
 def words_in(words: Collection[str], word: str) -> list[str]:
     """Those of READS that name this part."""
-    return sorted(name for name in words if name.partition("/")[0] == word)
+    return sorted(name for name in words if word_of(name) == word)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ def training_sample(cache: Cache, images: int = SAMPLE) -> Batch:
     return cache.batch(train[:: math.ceil(len(train) / images)])
 
 
+def token_scale(cache: Cache, word: str) -> Standardise:
+    """What is standard among the tokens of training images; `word` is what READS calls these."""
+    return Standardise(training_sample(cache, TOKEN_SAMPLE).of(word).flatten(0, 1).float())
+
+
 class Projection(nn.Module):
     """LN(V v + b), v standardised by training images."""
 
@@ -48,8 +53,7 @@ class NodeScales(NamedTuple):
     @classmethod
     def measure(cls, cache: Cache, kind: NodeKind) -> Self:
         if kind == "tokens":
-            tokens = training_sample(cache, TOKEN_SAMPLE).tokens.flatten(0, 1).float()
-            return cls(Standardise(tokens), Standardise(cache.globals(cache.images("train"))))
+            return cls(token_scale(cache, "tokens"), Standardise(cache.globals(cache.images("train"))))
         sample = training_sample(cache)
         return cls(Standardise(sample.nodes[sample.mask]), None)
 

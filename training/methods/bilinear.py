@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import Dropout, Standardise, silent
-from training.layers.nodes import in_precision
+from training.layers.nodes import in_precision, token_scale
 from training.layers.states import State, within
 from training.loop import Positive
 from training.methods import Fitted, Output
@@ -35,15 +35,15 @@ from training.token_heads import (
     HeadSettings,
     fit_head,
     head_also_reads,
-    head_reads,
-    token_scale,
+    layer_reads,
+    own_layer,
     tokens_word,
 )
 
 SEEDED = True
 READS = frozenset({"tokens"}) | PROBE_WORDS
 ALSO = PROBE_WORDS
-also_reads = head_also_reads
+reads, also_reads = layer_reads, head_also_reads
 EPS = 1e-10  # within the root, whose slope at 0 is infinite
 
 
@@ -52,15 +52,6 @@ class Settings(HeadSettings):
     hidden: Count = 64  # width of each map: p
     symmetric: bool = False  # true: one map for both
     dropout: Fraction = 0.3  # share of products dropped in training
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return head_reads(settings, own_reads(settings))
-
-
-def own_reads(settings: Settings) -> frozenset[str]:
-    """What it reads itself, and not by its probe."""
-    return frozenset({tokens_word(settings)})
 
 
 def signed_sqrt(x: Tensor) -> Tensor:
@@ -111,7 +102,7 @@ class Bilinear(nn.Module):
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     scale, classes = token_scale(cache, tokens_word(settings)), len(cache.classes)
     return fit_head(
-        cache, settings, seed, own_reads(settings), lambda beside: Bilinear(scale, beside, classes, settings)
+        cache, settings, seed, own_layer(settings), lambda beside: Bilinear(scale, beside, classes, settings)
     )
 
 

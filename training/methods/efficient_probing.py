@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import Standardise, silent
-from training.layers.nodes import in_precision
+from training.layers.nodes import in_precision, token_scale
 from training.layers.states import State, within
 from training.methods import Fitted, Output
 from training.offset import PROBE_WORDS
@@ -25,30 +25,21 @@ from training.token_heads import (
     HeadSettings,
     fit_head,
     head_also_reads,
-    head_reads,
-    token_scale,
+    layer_reads,
+    own_layer,
     tokens_word,
 )
 
 SEEDED = True
 READS = frozenset({"tokens"}) | PROBE_WORDS
 ALSO = PROBE_WORDS
-also_reads = head_also_reads
+reads, also_reads = layer_reads, head_also_reads
 
 
 class Settings(HeadSettings):
     queries: Count = 32  # ways to look at the tokens: Q
     hidden: Count = 8  # width of the values of each query: d_v / Q
     dropout: Fraction = 0.1  # share of pooled values dropped in training
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return head_reads(settings, own_reads(settings))
-
-
-def own_reads(settings: Settings) -> frozenset[str]:
-    """What it reads itself, and not by its probe."""
-    return frozenset({tokens_word(settings)})
 
 
 class EfficientProbing(nn.Module):
@@ -82,7 +73,7 @@ class EfficientProbing(nn.Module):
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     scale, classes = token_scale(cache, tokens_word(settings)), len(cache.classes)
     return fit_head(
-        cache, settings, seed, own_reads(settings), lambda beside: EfficientProbing(scale, beside, classes, settings)
+        cache, settings, seed, own_layer(settings), lambda beside: EfficientProbing(scale, beside, classes, settings)
     )
 
 

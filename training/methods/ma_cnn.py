@@ -28,7 +28,7 @@ from fieldmark.labels.kmeans import find_centres, nearest_centres
 from fieldmark.params import Block, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import Dropout, Standardise, silent
-from training.layers.nodes import in_precision
+from training.layers.nodes import in_precision, token_scale
 from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, NotNegative
 from training.methods import Fitted, Output
@@ -38,15 +38,15 @@ from training.token_heads import (
     HeadSettings,
     fit_head,
     head_also_reads,
-    head_reads,
-    token_scale,
+    layer_reads,
+    own_layer,
     tokens_word,
 )
 
 SEEDED = True
 READS = frozenset({"tokens"}) | PROBE_WORDS
 ALSO = PROBE_WORDS
-also_reads = head_also_reads
+reads, also_reads = layer_reads, head_also_reads
 MARGIN = 0.02
 SURE = 4.0  # what FC says at first of a channel that is of a part; minus that of one that is not
 PEAKS = 4096  # training images whose peaks say which channels go together
@@ -64,15 +64,6 @@ class Settings(HeadSettings):
     parts: int = Field(default=4, ge=2)  # groups of channels: P
     dropout: Fraction = 0.3  # share of activations dropped in training
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return head_reads(settings, own_reads(settings))
-
-
-def own_reads(settings: Settings) -> frozenset[str]:
-    """What it reads itself, and not by its probe."""
-    return frozenset({tokens_word(settings)})
 
 
 def cell_places(grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -170,7 +161,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         cache,
         settings,
         seed,
-        own_reads(settings),
+        own_layer(settings),
         lambda beside: MultiAttention(scale, groups, places, beside, classes, settings),
         settings.loss_weights.model_dump(),
     )

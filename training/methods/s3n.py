@@ -32,7 +32,7 @@ from fieldmark.params import Block, Count, Fraction
 from fieldmark.pictures.sampler import over_picture
 from training.data import Batch, Cache
 from training.layers.blocks import Dropout, Standardise, silent
-from training.layers.nodes import in_precision, training_sample
+from training.layers.nodes import in_precision, token_scale, training_sample
 from training.layers.response import peaks, salient_map
 from training.layers.sampler import complementary, discriminative, sampling_grid, sampling_weights
 from training.layers.states import State, within
@@ -44,15 +44,15 @@ from training.token_heads import (
     HeadSettings,
     fit_head,
     head_also_reads,
-    head_reads,
-    token_scale,
+    layer_reads,
+    own_layer,
     tokens_word,
 )
 
 SEEDED = True
 READS = frozenset({"tokens"}) | PROBE_WORDS
 ALSO = PROBE_WORDS
-also_reads = head_also_reads
+reads, also_reads = layer_reads, head_also_reads
 
 SIDE = 31  # of response maps, attention and the sampler's grid
 
@@ -74,15 +74,6 @@ class Settings(HeadSettings):
     warm_up: Fraction = 1 / 3  # share of `epochs` in which every peak is in D and in C
     smooth_ratio: Annotated[float, Field(ge=0.5, le=1)] = 0.85  # what the class has in the smoothed cross entropies
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the answer, weight 1; 0 switches one off
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    return head_reads(settings, own_reads(settings))
-
-
-def own_reads(settings: Settings) -> frozenset[str]:
-    """What it reads itself, and not by its probe."""
-    return frozenset({tokens_word(settings)})
 
 
 class Answers(NamedTuple):
@@ -226,7 +217,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         cache,
         settings,
         seed,
-        own_reads(settings),
+        own_layer(settings),
         lambda beside: S3N(scale, grid, beside, classes, settings, warm_up),
         settings.loss_weights.model_dump(),
     )
