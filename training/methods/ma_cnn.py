@@ -110,14 +110,9 @@ def diversity(maps: Tensor) -> Tensor:
 
 
 class MultiAttention(nn.Module):
-    places: Tensor
-
-    def __init__(
-        self, scale: Standardise, groups: Tensor, places: Tensor, beside: Beside, classes: int, settings: Settings
-    ) -> None:
-        """`groups` (P, d) bool: the channels that each part starts with. `places` (T, 2): of the cells."""
+    def __init__(self, scale: Standardise, groups: Tensor, beside: Beside, classes: int, settings: Settings) -> None:
+        """`groups` (P, d) bool: the channels that each part starts with."""
         super().__init__()
-        self.register_buffer("places", places)  # a batch's grid lies on its device, and to read it there takes time
         parts, dimension = groups.shape
         self.word = tokens_word(settings)
         self.scale, self.beside = scale, beside
@@ -139,7 +134,7 @@ class MultiAttention(nn.Module):
             by_part = [F.cross_entropy(self.beside(batch, logits), batch.target) for logits in alone]
             losses = {
                 "parts": torch.stack(by_part).sum(),
-                "distance": distance(maps, self.places),
+                "distance": distance(maps, cell_places(batch.grid_of(self.word), maps.device)),
                 "diversity": diversity(maps),
             }
         return Output(self.beside(batch, self.classify(found.flatten(1))), losses, None)
@@ -156,13 +151,12 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     word = tokens_word(settings)
     scale, classes = token_scale(cache, word), len(cache.classes)
     groups = group_channels(channel_peaks(cache, word), settings.parts, seed)
-    places = cell_places(cache.batch(cache.images("train")[:1]).grid_of(word), cache.device)
     return fit_head(
         cache,
         settings,
         seed,
         own_layer(settings),
-        lambda beside: MultiAttention(scale, groups, places, beside, classes, settings),
+        lambda beside: MultiAttention(scale, groups, beside, classes, settings),
         settings.loss_weights.model_dump(),
     )
 
@@ -171,4 +165,4 @@ def build(state: State, settings: Settings, classes: int) -> MultiAttention:
     scale = Standardise.from_state(within(state, "scale"))
     beside = Beside.from_state(within(state, "beside"), settings, classes)
     groups = torch.zeros(settings.parts, len(scale.mean), dtype=torch.bool)
-    return MultiAttention(scale, groups, torch.zeros_like(state["places"]), beside, classes, settings)
+    return MultiAttention(scale, groups, beside, classes, settings)

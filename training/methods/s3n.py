@@ -32,7 +32,7 @@ from fieldmark.params import Block, Count, Fraction
 from fieldmark.pictures.sampler import over_picture
 from training.data import Batch, Cache
 from training.layers.blocks import Dropout, Standardise, silent
-from training.layers.nodes import in_precision, token_scale, training_sample
+from training.layers.nodes import in_precision, token_scale
 from training.layers.response import peaks, salient_map
 from training.layers.sampler import complementary, discriminative, sampling_grid, sampling_weights
 from training.layers.states import State, within
@@ -105,18 +105,16 @@ class S3N(nn.Module):
     def __init__(
         self,
         scale: Standardise,
-        grid: tuple[int, int],
         beside: Beside,
         classes: int,
         settings: Settings,
         warm_up: int = 0,
     ) -> None:
-        """`grid`: (h, w) of the tokens. `warm_up`: how many images training takes with every peak in both branches."""
+        """`warm_up`: how many images training takes with every peak in both branches."""
         super().__init__()
         width, hidden = len(scale.mean), settings.hidden
         self.word = tokens_word(settings)
-        self.scale, self.grid, self.beside = scale, grid, beside
-        self.register_buffer("shape", torch.tensor(grid))  # what is saved of the grid
+        self.scale, self.beside = scale, beside
         self.base_ratio, self.smooth_ratio = settings.base_ratio, settings.smooth_ratio
         self.log_radius = nn.Parameter(torch.tensor([settings.radius, settings.complementary_radius]).log())
         self.register_buffer("left", torch.tensor(warm_up))  # counted on the device, so that no step waits for it
@@ -137,11 +135,11 @@ class S3N(nn.Module):
 
     def answers(self, batch: Batch) -> Answers:
         """All that it says of a batch; `joint` is the answer."""
-        x = self.scale(batch.of(self.word))
+        x, grid = self.scale(batch.of(self.word)), batch.grid_of(self.word)
         z = self.beside(batch, x.new_zeros(self.classify.out_features))
         with torch.autocast(x.device.type, enabled=False):  # places are told in full precision
             raw = x.mean(1)
-            by_d, by_c = sampling_weights(sampling_grid(self.attention(x, z), self.grid), self.grid).unbind(1)
+            by_d, by_c = sampling_weights(sampling_grid(self.attention(x, grid, z), grid), grid).unbind(1)
         x = in_precision(x)
         o, d, c = map(self.dropout, (raw, self.discriminative(x, by_d), self.complementary(x, by_c)))
         logits = (
@@ -152,14 +150,14 @@ class S3N(nn.Module):
         )
         return Answers(*(z + each.float() for each in logits))
 
-    def attention(self, x: Tensor, z: Tensor) -> Tensor:
-        """Q_D and Q_C, (B, 2, SIDE, SIDE), of standardised tokens x (B, T, d).
+    def attention(self, x: Tensor, grid: tuple[int, int], z: Tensor) -> Tensor:
+        """Q_D and Q_C, (B, 2, SIDE, SIDE), of standardised tokens x (B, T, d) of a grid (h, w).
 
         z (B, C) is what a probe says of each image, which has a part in its likeliest classes; (C,) zeros without one.
         """
         with torch.no_grad():
             raw = self.classify_raw
-            scores = salient_map(x, self.grid, raw.weight, raw.bias + z, SIDE)
+            scores = salient_map(x, grid, raw.weight, raw.bias + z, SIDE)
             by_d, by_c = self.deal(scores, peaks(scores))
         radius, complementary_radius = self.log_radius.exp()
         most = x.shape[1]  # peaks, see there
@@ -203,12 +201,12 @@ def maps_of(model: S3N, batch: Batch) -> Tensor:
     """
     model.eval()
     z = model.beside(batch, model.classify.bias.new_zeros(model.classify.out_features))
-    return over_picture(model.attention(model.scale(batch.of(model.word)), z), model.grid)
+    grid = batch.grid_of(model.word)
+    return over_picture(model.attention(model.scale(batch.of(model.word)), grid, z), grid)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    word, classes = tokens_word(settings), len(cache.classes)
-    scale, grid = token_scale(cache, word), training_sample(cache, 1).grid_of(word)
+    scale, classes = token_scale(cache, tokens_word(settings)), len(cache.classes)
     trains = len(cache.images("train"))
     if settings.with_probe is not None:  # beside it an image may be left out: as fit_head does, which shares the fit
         trains = int(fit_rival(cache, settings.with_probe).trains.sum())
@@ -218,12 +216,11 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
         settings,
         seed,
         own_layer(settings),
-        lambda beside: S3N(scale, grid, beside, classes, settings, warm_up),
+        lambda beside: S3N(scale, beside, classes, settings, warm_up),
         settings.loss_weights.model_dump(),
     )
 
 
 def build(state: State, settings: Settings, classes: int) -> S3N:
     beside = Beside.from_state(within(state, "beside"), settings, classes)
-    height, width = state["shape"].tolist()
-    return S3N(Standardise.from_state(within(state, "scale")), (height, width), beside, classes, settings)
+    return S3N(Standardise.from_state(within(state, "scale")), beside, classes, settings)

@@ -110,7 +110,7 @@ def made(parts: int = 3) -> tuple[MultiAttention, Tensor, Tensor]:
     tokens = torch.randn(4, CELLS, 10)
     groups = torch.arange(parts)[:, None] == torch.arange(10) % parts
     scale = Standardise(tokens.flatten(0, 1))
-    head = MultiAttention(scale, groups, cell_places(GRID, CPU), Beside(None), 4, Settings(parts=parts))
+    head = MultiAttention(scale, groups, Beside(None), 4, Settings(parts=parts))
     return head.eval(), tokens, groups
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fieldmark.pictures.sampler import over_picture
 from tests.training.cache import GRID, Plan
 from training.data import Batch, Cache
+from training.data.tokens import as_shape
 from training.layers.blocks import Standardise
 from training.layers.response import peaks, salient_map
 from training.layers.sampler import sampling_grid
@@ -24,7 +25,7 @@ WIDTH, CLASSES = 10, 12
 
 def batch_of(tokens: Tensor) -> Batch:
     y = torch.arange(len(tokens)) % CLASSES
-    return Batch(y, y, {"tokens": tokens})
+    return Batch(y, y, {"tokens": tokens, "token_grid": as_shape(GRID)})
 
 
 def made(warm_up: int = 0, **knobs: object) -> tuple[S3N, Tensor]:
@@ -33,7 +34,7 @@ def made(warm_up: int = 0, **knobs: object) -> tuple[S3N, Tensor]:
     tokens = torch.randn(6, math.prod(GRID), WIDTH)
     tokens[5] = tokens[5, 0]
     settings = Settings(hidden=8, dropout=0.0, **knobs)
-    head = S3N(Standardise(tokens.flatten(0, 1)), GRID, Beside(None), CLASSES, settings, warm_up)
+    head = S3N(Standardise(tokens.flatten(0, 1)), Beside(None), CLASSES, settings, warm_up)
     for parameter in head.parameters():
         if parameter is not head.log_radius:
             torch.nn.init.normal_(parameter)
