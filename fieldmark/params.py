@@ -166,26 +166,23 @@ class Embed(Block):
     crops: list[Annotated[int, Field(ge=2)]] = []
 
 
-def check_layer(value: Any) -> Any:
-    """Raises PydanticCustomError for what is neither a layer's number nor `head`."""
-    if type(value) is not int and value != "head":
-        raise PydanticCustomError("layer", "Input should be a layer's number or head")
-    return value
+def layer_check(*names: str) -> PlainValidator:
+    """That a value is a layer's number or one of these names."""
+    *first, last = "a layer's number", *names
+    words = f"Input should be {', '.join(first)} or {last}"
+
+    def check(value: Any) -> Any:
+        if type(value) is not int and value not in names:
+            raise PydanticCustomError("layer", words)
+        return value
+
+    return PlainValidator(check)
 
 
 # A layer of an image tower, counted from 0 or from the end; `head` is behind the last (fieldmark/encoders/layers.py).
-Layer = Annotated[int | Literal["head"], PlainValidator(check_layer)]
-
-
-def check_moment_layer(value: Any) -> Any:
-    """Raises PydanticCustomError for what is neither a layer's number, `head` nor `projected`."""
-    if type(value) is not int and value not in ("head", "projected"):
-        raise PydanticCustomError("layer", "Input should be a layer's number, head or projected")
-    return value
-
-
+Layer = Annotated[int | Literal["head"], layer_check("head")]
 # What moments are made of: also `projected`, the cells of `head` after the projection into the space of texts.
-MomentLayer = Annotated[int | Literal["head", "projected"], PlainValidator(check_moment_layer)]
+MomentLayer = Annotated[int | Literal["head", "projected"], layer_check("head", "projected")]
 
 
 class Tokens(Block):
