@@ -32,12 +32,10 @@ from torch import Tensor, nn
 from fieldmark.command import key_parser, run
 from fieldmark.params import Params, load_params
 from fieldmark.store import HALF, fingerprint, items, sha256, write_bytes, write_table, write_text
-from training.controls import Control
-from training.data import INDEX, Cache, check_origins, read_cache
+from training.data import INDEX, Cache, read_cache
 from training.data.again import BRANCHES
 from training.data.cache import header_of
 from training.hashes import hash_file
-from training.inputs import ROOT, code_of
 from training.layers.states import state_of
 from training.looks import PlannedLook, plan_look
 from training.loop import assess_split, choose_device, set_up_torch
@@ -68,20 +66,22 @@ def is_kept(folder: Path, identity: dict[str, Any], cache: Cache) -> bool:
     return all(now.get(image_id) == class_id for image_id, class_id in rows if image_id in there)
 
 
-def identity_of(planned: PlannedLook, cache: Cache, fingerprints: dict[str, str], seed: int) -> dict[str, Any]:
+def identity_of(planned: PlannedLook, cache: Cache, seed: int) -> dict[str, Any]:
     """What a fit follows from, the images apart."""
-    reading = planned.reading
-    code = code_of(ROOT / "training/first_look.py", reading.methods, reading.needs, Control())
-    read = {path: mark for path, mark in fingerprints.items() if path not in INDEX}
-    return {**planned.describe(), "seed": seed, "classes": cache.classes, "read": read, "code": code}
+    read = {path: mark for path, mark in cache.fingerprints.items() if path not in INDEX}
+    return {**planned.describe(), "seed": seed, "classes": cache.classes, "read": read, "code": planned.code}
 
 
-def fit(planned: PlannedLook, cache: Cache, seed: int, folder: Path) -> dict[str, Any]:
-    """Fit the method and write model, seen.csv, history.csv and metrics.json; what config.json says of the fit."""
+def fit(planned: PlannedLook, cache: Cache, device: torch.device, seed: int, folder: Path) -> dict[str, Any]:
+    """Fit the method and write model, seen.csv, history.csv and metrics.json; what config.json says of the fit.
+
+    `cache` is on the CPU, where what a fit may not see is hidden.
+    """
     (folder / "config.json").unlink(missing_ok=True)  # it says that all the others are there and of one fit
-    told = hide_test(cache).only(planned.reading.reads)
+    told = hide_test(cache).only(planned.reading.reads).on(device)
     fitted = load_method(planned.method).fit(told, planned.settings, seed)
-    accuracy = {split: {"accuracy": assess_split(fitted.model, cache, split)[0]} for split in ("train", "val")}
+    whole = cache.on(device)
+    accuracy = {split: {"accuracy": assess_split(fitted.model, whole, split)[0]} for split in ("train", "val")}
     write_bytes(folder / "model.safetensors", save(state_of(fitted.model)))
     write_text(folder / "seen.csv", "".join(f"{name},{label}\n" for name, label in sorted(seen_of(cache).items())))
     write_text(folder / "history.csv", history_csv({seed: fitted}))
@@ -134,13 +134,12 @@ def look(params: Params, path: str, name: str, data: Path, refit: bool = False) 
     reading, device, seed = planned.reading, choose_device(path, params.train.device), params.train.seed
     set_up_torch()
     cache = read_cache(data, reading.encoder, buckets, reading.needs)
-    fingerprints = check_origins(data, reading.encoder, buckets, reading.needs)
-    identity, cache = identity_of(planned, cache, fingerprints, seed), cache.on(device)
+    identity = identity_of(planned, cache, seed)
     kept = not refit and is_kept(folder, identity, cache)
-    config = read_config(folder / "config.json", REFIT) if kept else fit(planned, cache, seed, folder)
+    config = read_config(folder / "config.json", REFIT) if kept else fit(planned, cache, device, seed, folder)
     # Read back, whether it is new or not, so that both give the same maps.
     model = load_model(folder, planned.method, planned.settings, config, REFIT).to(device)
-    maps = maps_of(planned.method, model, cache)
+    maps = maps_of(planned.method, model, cache.on(device))
     if not kept:
         # By the maps of its first day it is known: an edit of the code that makes the same ones changes nothing.
         config |= {"identity": identity, "maps": sha256(maps.numpy().tobytes())}

@@ -16,7 +16,7 @@ from fieldmark.params import Block, FirstLook, Params
 from training.controls import Control
 from training.data import INDEX
 from training.data.again import is_again
-from training.inputs import Reading, reading_of
+from training.inputs import ROOT, Reading, code_of, reading_of
 from training.methods import check_texts, load_method, method_names, read_settings
 from training.regimes import Full, RegimeBlock
 
@@ -33,6 +33,11 @@ class PlannedLook:
     def describe(self) -> dict[str, Any]:
         """What its maps follow from, the seed and what it reads apart."""
         return {"method": self.method, "encoder": self.reading.encoder, "settings": self.settings.model_dump()}
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The sha256 of every module that makes its maps."""
+        return code_of(ROOT / "training/first_look.py", self.reading.methods, self.reading.needs, Control())
 
 
 def plan_look(path: str, params: Params, name: str) -> PlannedLook:

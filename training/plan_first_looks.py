@@ -18,17 +18,13 @@ from fieldmark.params import PLANS, Params, load_params
 def plan(params: Params, path: str, data: Path) -> None:
     """Write data/again/inputs/; `path` is the parameters' file, for messages."""
     # PyTorch takes seconds to import, and most data sets have no first look.
-    from training.controls import Control
     from training.hashes import hash_data
-    from training.inputs import ROOT, code_of
     from training.looks import plan_look
     from training.runs import write_json
 
     for one in [plan_look(path, params, name) for name in params.train.first_looks]:
-        reading = one.reading
-        code = code_of(ROOT / "training/first_look.py", reading.methods, reading.needs, Control())
-        files = hash_data(data, reading.files, params.dataset.buckets)
-        write_json(data / "again" / PLANS / f"{one.name}.json", {"files": files, "code": code})
+        files = hash_data(data, one.reading.files, params.dataset.buckets)
+        write_json(data / "again" / PLANS / f"{one.name}.json", {"files": files, "code": one.code})
 
 
 def main() -> None:
