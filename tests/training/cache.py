@@ -27,7 +27,7 @@ ENCODER = "tiny"
 # What `write_cache` writes, but the global vectors alone, which the nodes hold too.
 ALL = frozenset(
     {
-        *{"nodes", "boxes", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
+        *{"nodes", "boxes", "kinds", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
         *{"descriptions", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout", "parts"},
     }
 )
@@ -55,6 +55,7 @@ class Plan:
     concepts: int = 3  # a class, plus two generic ones
     top: int = 4
     rings: int = 0  # gains an image; 0 leaves the column null
+    object: bool = True  # whether node 1 is the object, which says as little as any patch; else a cell of the grid
     shown: int = 4  # the concepts that stand for an image; every third image has two fewer where ragged
     sentences: int = 0
     ragged: bool = True
@@ -128,7 +129,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
             corner = rng.uniform(0, 0.6, (count + 1, 2))
             boxes = np.concatenate([corner, corner + 0.4], axis=1)
             boxes[0] = (0, 0, 1, 1)
-            nodes += node_rows(image["image_id"], view, vectors, boxes)
+            nodes += node_rows(image["image_id"], view, vectors, boxes, plan.object)
             if view == 0:
                 parts += part_rows(image["path"], boxes[shows], visible=position % 5 > 0)
             shown = max(plan.shown - 2 * (plan.ragged and position % 3 == 0), 0)
@@ -226,15 +227,23 @@ def with_vectors(schema: str, rows: Sequence[dict[str, Any]], dimension: int | N
     return table.append_column(columns.field("vector"), vector_column(vectors)).select(columns.names)
 
 
-def node_rows(image_id: str, view: int, vectors: np.ndarray, boxes: np.ndarray) -> list[dict[str, Any]]:
+def node_rows(
+    image_id: str, view: int, vectors: np.ndarray, boxes: np.ndarray, has_object: bool
+) -> list[dict[str, Any]]:
     return [
         {
             **dict(zip(("x0", "y0", "x1", "y1"), box.tolist(), strict=True)),
-            **{"image_id": image_id, "view": view, "node": node, "kind": "grid" if node else "global"},
+            **{"image_id": image_id, "view": view, "node": node, "kind": kind_of_node(node, has_object)},
             **{"flip": view % 2 == 1, "norm": 1.0, "vector": vector},
         }
         for node, (vector, box) in enumerate(zip(vectors, boxes, strict=True))
     ]
+
+
+def kind_of_node(node: int, has_object: bool) -> str:
+    if node == 0:
+        return "global"
+    return "object" if node == 1 and has_object else "grid"
 
 
 def part_rows(path: str, box: np.ndarray, visible: bool) -> list[dict[str, Any]]:

@@ -15,7 +15,9 @@ from tools.prediction.features import Features
 from tools.prediction.pictures import look, read_question
 from training.data import CPU, Cache, read_cache
 
-EVERYTHING = frozenset({"globals", "nodes", "boxes", "pooled", "moments/isqrt", "tokens", "cls", "labels", "edges"})
+EVERYTHING = frozenset(
+    {"globals", "nodes", "boxes", "kinds", "pooled", "moments/isqrt", "tokens", "cls", "labels", "edges"}
+)
 GLOBALS = frozenset({"globals"})
 
 
