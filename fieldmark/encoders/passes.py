@@ -291,6 +291,9 @@ def run_sources(
     slots = CpuSlots(asked.encoder.device, workers)
 
     def prepare_one(source: Source) -> list[View]:
+        # Of this thread alone. What it computes with PyTorch would else be divided among as many threads again, which
+        # wait for each other.
+        torch.set_num_threads(1)
         with slots.one():
             return prepare(source, asked.encoder, asked.embed) if cut is None else cut(source)
 

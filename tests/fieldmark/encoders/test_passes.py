@@ -22,16 +22,18 @@ from fieldmark.encoders.clip import load_encoder
 from fieldmark.encoders.nodes import nodes_of
 from fieldmark.encoders.passes import (
     BatchRunner,
+    Clock,
     CpuSlots,
     Product,
     find_batch_size,
     forward_sources,
     list_devices,
     out_of_memory,
+    run_sources,
     update,
 )
 from fieldmark.params import Params
-from fieldmark.pictures.views import Source
+from fieldmark.pictures.views import Source, View, prepare
 from tests.project import ROOT, draw, snapshot
 
 SetParams = Callable[..., Params]
@@ -222,6 +224,23 @@ def test_what_a_run_waited_for_is_told(
     assert sum(map(int, said.groups())) == pytest.approx(100, abs=2)
     assert update([product], sources(), 4) == 0
     assert "images in" not in capsys.readouterr().err
+
+
+def test_threads_that_decode_compute_alone(make_product: Callable[[int], Product]) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def cut(source: Source) -> list[View]:
+        seen.append(torch.get_num_threads())
+        return prepare(source, product.encoder, product.embed)
+
+    product = make_product(4)
+    torch.set_num_threads(2)
+    try:
+        assert len(list(run_sources(sources(), product, Clock(), cut))) > 0
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2  # of this thread, which runs the encoder
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_writer_is_ahead_of_by_a_few_batches_only(make_product: Callable[[int], Product]) -> None:
