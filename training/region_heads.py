@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.data import Batch, Cache
 from training.data.kinds import KINDS, Kinds
@@ -58,6 +59,7 @@ class Regions(nn.Module):
         self.register_buffer("at", torch.tensor(at))
         self.register_buffer("local", local)
         self.register_buffer("codes", torch.tensor([KINDS.index(kind) for kind in kinds]))
+        self.nodes = 1 + int(local.max())  # that a batch has at least
 
     @classmethod
     def measure(cls, cache: Cache, settings: RegionSettings) -> Self:
@@ -81,9 +83,11 @@ class Regions(nn.Module):
         return cls(int(state["at"]), state["local"], settings.local_kinds)
 
     def forward(self, batch: Batch) -> Views:
-        local = batch.nodes.index_select(1, self.local)
-        mask = torch.isin(batch.kinds.index_select(1, self.local), self.codes)
-        return Views(batch.nodes[:, 0], batch.nodes.index_select(1, self.at[None])[:, 0], local * mask[..., None], mask)
+        # A batch of new pictures may have fewer nodes than those of the fit had.
+        missing = max(0, self.nodes - batch.nodes.shape[1])
+        nodes, kinds = F.pad(batch.nodes, (0, 0, 0, missing)), F.pad(batch.kinds, (0, missing))
+        local, mask = nodes.index_select(1, self.local), torch.isin(kinds.index_select(1, self.local), self.codes)
+        return Views(nodes[:, 0], nodes.index_select(1, self.at[None])[:, 0], local * mask[..., None], mask)
 
     def boxes(self, batch: Batch) -> Tensor:
         """(B, N, 4): where the local views lie, of a batch that has `boxes`."""

@@ -80,11 +80,11 @@ def linear_from_state(state: State) -> nn.Linear:
     return linear_layer(state["weight"], state["bias"])
 
 
-def silent(inputs: int, outputs: int) -> nn.Linear:
+def silent(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     """A linear layer that says nothing at first."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
     return linear
 
 

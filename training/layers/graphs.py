@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from training.layers.blocks import Dropout, normalise_adjacency
 
 Kind = Literal["gcn", "gat", "sage", "mlp"]
+TIE = 1e-6  # differences of cosines below it are those of rounding
 
 
 def pairs(mask: Tensor) -> Tensor:
@@ -185,3 +186,52 @@ def nearest_edges(x: Tensor, mask: Tensor, k: int) -> Tensor:
     values, nearest = candidates.topk(min(k, x.shape[1]), dim=-1, sorted=False)
     weight = torch.zeros_like(cosine).scatter(-1, nearest, values.clamp(min=0))
     return torch.maximum(weight, weight.transpose(1, 2))[..., None]
+
+
+def threshold_edges(x: Tensor, mask: Tensor, kind: Literal["similar", "complementary"]) -> Tensor:
+    """Edges (B, n, n, 1), 1 or 0: pairs more alike than an end is like the others in the mean, or less alike.
+
+    x (B, n, D), mask (B, n). S = x x^T and t_i = sum of S_ij over j != i / (n - 1): similar links i and j where S_ij >
+    t_i or S_ij > t_j, complementary where one is below (TRD, NeurIPS 2023 [code]). A tie is no edge.
+    """
+    alike = likeness(x, mask)
+    return either_way(alike - mean_over_others(alike, mask)[..., None], mask, kind)
+
+
+def likeness(x: Tensor, mask: Tensor) -> Tensor:
+    """x x^T (B, n, n) in float32, 0 on the diagonal and where one of two is padding."""
+    with torch.autocast(x.device.type, enabled=False):
+        alike = x.float() @ x.float().transpose(1, 2)
+    loops = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    return alike.masked_fill(~pairs(mask) | loops, 0.0)
+
+
+def mean_over_others(alike: Tensor, mask: Tensor) -> Tensor:
+    """(B, n): of likeness (B, n, n)."""
+    return alike.sum(-1) / (mask.sum(1, keepdim=True) - 1).clamp(min=1)
+
+
+def either_way(over: Tensor, mask: Tensor, kind: Literal["similar", "complementary"]) -> Tensor:
+    """Edges (B, n, n, 1) where i, or j, finds the other one over its threshold by more than TIE, or under it."""
+    found = (over > TIE) if kind == "similar" else (over < -TIE)
+    loops = torch.eye(over.shape[1], dtype=torch.bool, device=over.device)
+    return ((found | found.transpose(1, 2)) & pairs(mask) & ~loops).float()[..., None]
+
+
+class GraphNorm(nn.Module):
+    """w (x - a mean) / std + b, mean and std over the nodes of each graph, a learned (Cai et al., ICML 2021 [mem]).
+
+    Equals PyG's on each graph alone: an image is normalised by itself, whatever else is in the batch.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.mean_scale = (nn.Parameter(torch.ones(width)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, n, width), mask (B, n) -> the same shape, in float32; what a padded node holds counts for nothing."""
+        x, share = x.float(), (mask / mask.sum(1, keepdim=True).clamp(min=1))[..., None]
+        centred = x - self.mean_scale * (x * share).sum(1, keepdim=True)
+        variance = (centred.square() * share).sum(1, keepdim=True)
+        return self.weight * centred * (variance + 1e-5).rsqrt() + self.bias

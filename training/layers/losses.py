@@ -11,6 +11,7 @@ from torch.nn import functional as F
 TEMPERATURE = 0.1
 HARDEST = 32
 MARGIN = 0.4  # TransFG's alpha
+DELETION = 0.5  # TRD's constant
 
 
 def likeliest_class(target: Tensor, logits: Tensor) -> Tensor:
@@ -75,18 +76,51 @@ def concept_contrast(query: Tensor, K: Tensor, own: Tensor, anchors: Tensor, sho
     return (loss * owned).sum() / owned.sum().clamp(min=1)
 
 
+def nearest(h: Tensor, mask: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances in float32: of each node to its nearest proxy (B, n), and of each proxy to its node (B, P).
+
+    h (B, n, r), mask (B, n) with a true in every row, proxies (B, P, r). A padded node is at distance 0, and no
+    proxy's nearest.
+    """
+    with torch.autocast(h.device.type, enabled=False):
+        h, proxies = h.float(), proxies.float()
+        distance = (
+            h.square().sum(-1)[:, :, None] + proxies.square().sum(-1)[:, None, :] - 2 * h @ proxies.transpose(1, 2)
+        ).clamp(min=0)
+    return distance.amin(2) * mask, distance.masked_fill(~mask[:, :, None], float("inf")).amin(1)
+
+
 def chamfer(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
     """(B,): half the mean squared distance of each node to its nearest proxy, plus half that of each proxy to its node.
 
     h (B, n, r), mask (B, n), proxies (B, P, r). A form of TRD's recovery (NeurIPS 2023) [design]: every node and
     proxy counts, where its code takes one minimum over all.
     """
-    distance = (
-        h.square().sum(-1)[:, :, None] + proxies.square().sum(-1)[:, None, :] - 2 * h @ proxies.transpose(1, 2)
-    ).clamp(min=0)
-    by_node = (distance.amin(2) * mask).sum(1) / mask.sum(1)
-    by_proxy = distance.masked_fill(~mask[:, :, None], float("inf")).amin(1).mean(1)
-    return (by_node + by_proxy) / 2
+    by_node, by_proxy = nearest(h, mask, proxies)
+    return (by_node.sum(1) / mask.sum(1) + by_proxy.mean(1)) / 2
+
+
+def hausdorff(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
+    """(B,): the largest squared distance of any node to its nearest proxy, or of any proxy to its nearest node.
+
+    Shapes as in `chamfer`.
+    """
+    by_node, by_proxy = nearest(h, mask, proxies)
+    return torch.maximum(by_node.amax(1), by_proxy.amax(1))
+
+
+def capped_chamfer(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
+    """(B,): chamfer, but that a node, or a proxy, x may be deleted for DELETION + |x| where that costs less.
+
+    As an edit distance of graphs has it: the form that TRD's code, which has 0.5 + |x| beside the distances, may have
+    been meant to have [design]. Shapes as in `chamfer`.
+    """
+    by_node, by_proxy = nearest(h, mask, proxies)
+    by_node, by_proxy = (
+        torch.minimum(distance, DELETION + torch.linalg.vector_norm(x.float(), dim=-1))
+        for distance, x in ((by_node, h), (by_proxy, proxies))
+    )
+    return ((by_node * mask).sum(1) / mask.sum(1) + by_proxy.mean(1)) / 2
 
 
 def assignment_logits(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 import itertools
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
 from training.layers.graphs import (
@@ -11,11 +13,13 @@ from training.layers.graphs import (
     GCN,
     SAGE,
     GraphNetwork,
+    GraphNorm,
     Kind,
     grid_edges,
     make_layer,
     nearest_edges,
     prepare_edges,
+    threshold_edges,
 )
 
 SIZES = [7, 1, 4, 9, 2]
@@ -154,10 +158,57 @@ def test_a_graph_that_images_share_comes_once(kind: Kind) -> None:
 
 
 def test_nearest_edges_of_three_vectors() -> None:
-    x = torch.nn.functional.normalize(torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]]), dim=-1)
+    x = F.normalize(torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]]), dim=-1)
     edges = nearest_edges(x, torch.tensor([[True, True, True, False]]), 1)[0, ..., 0]
     near, far = float(x[0, 0] @ x[0, 1]), float(x[0, 1] @ x[0, 2])
     expected = torch.tensor([[0, near, 0, 0], [near, 0, far, 0], [0, far, 0, 0], [0, 0, 0, 0]])
     torch.testing.assert_close(edges, expected)
     assert nearest_edges(x[:, :1], torch.ones(1, 1, dtype=torch.bool), 5).tolist() == [[[[0.0]]]]
     assert nearest_edges(x[:, :0], torch.ones(1, 0, dtype=torch.bool), 5).shape == (1, 0, 0, 1)
+
+
+def test_edges_over_a_threshold_make_two_cliques_of_two_clusters() -> None:
+    """Nodes 0 to 2 and 3 to 6; and of the complementary ones the graph between them."""
+    centres = torch.eye(8)[[0, 0, 0, 1, 1, 1, 1]]
+    x = F.normalize(centres + 0.05 * torch.randn(7, 8, generator=torch.Generator().manual_seed(0)))
+    one = torch.tensor([True] * 3 + [False] * 4)
+    apart, loops = one[:, None] != one, torch.eye(7, dtype=torch.bool)
+    x, mask = F.pad(x, (0, 0, 0, 1), value=9.0)[None], torch.tensor([[True] * 7 + [False]])
+    similar, complementary = (threshold_edges(x, mask, kind)[0, ..., 0].bool() for kind in ("similar", "complementary"))
+    assert torch.equal(similar[:7, :7], ~apart & ~loops)
+    assert torch.equal(complementary[:7, :7], apart)
+    assert not similar[7].any() | similar[:, 7].any() | complementary[7].any() | complementary[:, 7].any()
+
+
+@pytest.mark.parametrize("kind", ["similar", "complementary"])
+def test_threshold_edges_equal_a_loop_and_are_symmetric(kind: Literal["similar", "complementary"]) -> None:
+    x = F.normalize(torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)), dim=-1)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    edges = threshold_edges(x, mask, kind)[..., 0]
+    assert torch.equal(edges, edges.transpose(1, 2))
+    for image, size in enumerate((6, 4)):
+        alike = [[float(x[image, i] @ x[image, j]) for j in range(size)] for i in range(size)]
+        mean = [sum(alike[i][j] for j in range(size) if j != i) / (size - 1) for i in range(size)]
+        sign = 1 if kind == "similar" else -1
+        for i, j in itertools.product(range(6), repeat=2):
+            real = i != j and max(i, j) < size
+            expected = real and any(sign * (alike[i][j] - mean[end]) > 0 for end in (i, j))
+            assert bool(edges[image, i, j]) == expected
+
+
+def test_graphs_that_are_all_alike_have_no_edge_of_rounding() -> None:
+    x = F.normalize(torch.ones(1, 5, 7), dim=-1)
+    for kind in ("similar", "complementary"):
+        assert not threshold_edges(x, torch.ones(1, 5, dtype=torch.bool), kind).any()
+
+
+def test_graph_norm_equals_pyg_on_each_graph_alone() -> None:
+    torch.manual_seed(0)
+    ours, theirs = GraphNorm(4), pyg.GraphNorm(4)
+    for name, parameter in ours.named_parameters():
+        torch.nn.init.normal_(parameter)
+        getattr(theirs, name).data.copy_(parameter)
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    for image, size in enumerate((5, 3)):
+        torch.testing.assert_close(ours(x, mask)[image, :size], theirs(x[image, :size]))
+    assert torch.isfinite(ours(x, torch.zeros(2, 5, dtype=torch.bool))).all()

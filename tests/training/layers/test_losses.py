@@ -7,13 +7,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.layers.losses import (
+    DELETION,
     HARDEST,
     MARGIN,
     TEMPERATURE,
     assignment_logits,
+    capped_chamfer,
     chamfer,
     concept_contrast,
     densest_node,
+    hausdorff,
     kl_from_normal,
     likeliest_class,
     margin_contrast,
@@ -112,6 +115,34 @@ def test_chamfer_equals_scipy_and_is_zero_for_the_same_graph() -> None:
     order = torch.randperm(5, generator=GENERATOR)
     every = torch.ones(2, 5, dtype=torch.bool)
     torch.testing.assert_close(chamfer(h, every, h[:, order]), torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_hausdorff_and_the_capped_distance_equal_a_loop() -> None:
+    h, proxies = torch.randn(2, 5, 3, generator=GENERATOR), 2 * torch.randn(2, 4, 3, generator=GENERATOR)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    for image, size in enumerate((5, 3)):
+        distance = cdist(h[image, :size], proxies[image], "sqeuclidean")
+        by_node, by_proxy = distance.min(1), distance.min(0)
+        expected = max(by_node.max(), by_proxy.max())
+        torch.testing.assert_close(float(hausdorff(h, mask, proxies)[image]), float(expected), atol=1e-5, rtol=1e-5)
+        deleted = [DELETION + np.linalg.norm(x[image], axis=-1) for x in (h[:, :size], proxies)]
+        cheaper = [np.minimum(*costs) for costs in zip((by_node, by_proxy), deleted, strict=True)]
+        expected = np.mean([costs.mean() for costs in cheaper])
+        found = capped_chamfer(h, mask, proxies)[image]
+        torch.testing.assert_close(float(found), float(expected), atol=1e-5, rtol=1e-5)
+        assert found < chamfer(h, mask, proxies)[image]  # something was deleted
+
+
+def test_a_graph_is_at_no_distance_from_itself_whatever_the_order_of_its_nodes() -> None:
+    h, order = torch.randn(2, 5, 3, generator=GENERATOR), torch.randperm(5, generator=GENERATOR)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    proxies = torch.randn(2, 4, 3, generator=GENERATOR)
+    for distance in (chamfer, hausdorff, capped_chamfer):
+        for image, size in ((0, 5), (1, 3)):
+            itself = distance(h[:, :size], mask[:, :size], h[:, :size])[image]
+            torch.testing.assert_close(itself, torch.tensor(0.0), atol=1e-5, rtol=0)
+        moved = distance(h[:, order], mask[:, order], proxies.flip(1))
+        torch.testing.assert_close(moved, distance(h, mask, proxies))
 
 
 def test_assignment_is_the_highest_product_and_its_gradient_that_of_the_maximum() -> None:

@@ -26,6 +26,7 @@ from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
+from training.data.kinds import Kinds
 from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
@@ -85,8 +86,9 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "ma_cnn": {"lr": [3e-2], "parts": 8},
     "part_rcnn": {"lr": [3e-3], "parts": 8},
 }
-# Looks for channels that peak together, and this cue has none: tests/training/methods/test_ma_cnn.py plants its own.
-OF_ITS_OWN_CUE = ["ma_cnn"]
+# Looks for channels that peak together (ma_cnn), or takes the mean over a graph of crops (trd), where this cue shows in
+# one node of eight: tests/training/methods/test_NAME.py plants its own.
+OF_ITS_OWN_CUE = ["ma_cnn", "trd"]
 # Alone or beside a probe, as training/token_heads.py says.
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
@@ -191,7 +193,7 @@ def pad(batch: Batch, extra: int) -> Batch:
     shapes = {
         "nodes": (0, 0, 0, extra), "mask": (0, extra), "box": (0, 0, 0, extra), "concept_idx": (0, 0, 0, extra),
         "concept_weight": (0, 0, 0, extra), "selected": (0, extra), "density": (0, extra),
-        "adjacency": (0, 0, 0, extra, 0, extra),
+        "adjacency": (0, 0, 0, extra, 0, extra), "kinds": (0, extra),
     }  # fmt: skip
     padded = batch.changed(**{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()})
     gone = ~padded.mask
@@ -218,13 +220,9 @@ def test_3_padding_does_not_matter(models: dict[str, torch.nn.Module], cache: Ca
 @pytest.mark.parametrize("method", METHODS)
 def test_4_the_order_of_patches_does_not_matter(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
     batch = cache.batch(cache.images("test"))
-    order = torch.cat(
-        [
-            torch.zeros(1, dtype=torch.long),
-            1 + torch.randperm(batch.l.shape[1], generator=torch.Generator().manual_seed(0)),
-        ]
-    )
-    names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density", "adjacency")
+    first = torch.arange(2)  # the picture and its object
+    order = torch.cat([first, 2 + torch.randperm(batch.l.shape[1] - 1, generator=torch.Generator().manual_seed(0))])
+    names = ("nodes", "mask", "kinds", "concept_idx", "concept_weight", "selected", "density", "adjacency")
     permuted = batch.changed(
         box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names}
     )
@@ -288,7 +286,7 @@ def test_9_the_loss_is_finite_in_every_corner(
     batch = cache.batch(cache.images("train")[:6])
     if case in ("one patch", "no patch"):
         n = 2 if case == "one patch" else 1
-        names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density")
+        names = ("nodes", "mask", "kinds", "concept_idx", "concept_weight", "selected", "density")
         batch = batch.changed(box=batch.box[:, : n - 1], **{name: getattr(batch, name)[:, :n] for name in names})
         batch = batch.changed(adjacency=batch.adjacency[:, :1].new_zeros(6, n, n, 2))
     elif case == "no concepts":
@@ -411,6 +409,8 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         cache = cache.change(Globals, g=cache.part(Globals).g[order])
     if "nodes" in parts:
         cache = cache.change(Nodes, nodes=cache.part(Nodes).nodes[order])
+    if "kinds" in parts:  # the last node is of none
+        cache = cache.change(Kinds, kinds=F.pad(cache.part(Kinds).kinds[:, :-1], (0, 1)))
     return cache.change(Edges, count=torch.zeros_like(cache.part(Edges).count)) if "edges" in parts else cache
 
 
