@@ -26,6 +26,7 @@ from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
+from training.data.kinds import Kinds
 from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
@@ -70,6 +71,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     },
     "description_zero_shot": {"class_names": True},
     "part_rcnn": {"mode": "strong"},
+    "relational_proxies": {"boxes": True},
 }
 BESIDE = {"method": "ridge", "settings": {"features": ["global", "pooled"]}}
 # Settings under which it reads what it cannot read under those.
@@ -91,6 +93,7 @@ OF_ITS_OWN_CUE = ["ma_cnn"]
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
+OTHERWISE["pmrc"] += [{"regions": "maps"}]
 # Every probe can read a second look.
 OTHERWISE |= {method: [*OTHERWISE.get(method, []), {"features": ["again/zoom"]}] for method in PROBES}
 
@@ -191,7 +194,7 @@ def pad(batch: Batch, extra: int) -> Batch:
     shapes = {
         "nodes": (0, 0, 0, extra), "mask": (0, extra), "box": (0, 0, 0, extra), "concept_idx": (0, 0, 0, extra),
         "concept_weight": (0, 0, 0, extra), "selected": (0, extra), "density": (0, extra),
-        "adjacency": (0, 0, 0, extra, 0, extra),
+        "adjacency": (0, 0, 0, extra, 0, extra), "kinds": (0, extra),
     }  # fmt: skip
     padded = batch.changed(**{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()})
     gone = ~padded.mask
@@ -218,13 +221,11 @@ def test_3_padding_does_not_matter(models: dict[str, torch.nn.Module], cache: Ca
 @pytest.mark.parametrize("method", METHODS)
 def test_4_the_order_of_patches_does_not_matter(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
     batch = cache.batch(cache.images("test"))
-    order = torch.cat(
-        [
-            torch.zeros(1, dtype=torch.long),
-            1 + torch.randperm(batch.l.shape[1], generator=torch.Generator().manual_seed(0)),
-        ]
-    )
-    names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density", "adjacency")
+    # Who reads kinds knows the object by its place, behind the whole picture.
+    first = 2 if "kinds" in load_method(method).READS else 1
+    rest = torch.randperm(batch.nodes.shape[1] - first, generator=torch.Generator().manual_seed(0))
+    order = torch.cat([torch.arange(first), first + rest])
+    names = ("nodes", "mask", "kinds", "concept_idx", "concept_weight", "selected", "density", "adjacency")
     permuted = batch.changed(
         box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names}
     )
@@ -288,7 +289,7 @@ def test_9_the_loss_is_finite_in_every_corner(
     batch = cache.batch(cache.images("train")[:6])
     if case in ("one patch", "no patch"):
         n = 2 if case == "one patch" else 1
-        names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density")
+        names = ("nodes", "mask", "kinds", "concept_idx", "concept_weight", "selected", "density")
         batch = batch.changed(box=batch.box[:, : n - 1], **{name: getattr(batch, name)[:, :n] for name in names})
         batch = batch.changed(adjacency=batch.adjacency[:, :1].new_zeros(6, n, n, 2))
     elif case == "no concepts":
@@ -329,7 +330,11 @@ def assert_saved(model: torch.nn.Module, method: str, settings: Block, cache: Ca
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_12_it_is_no_worse_than_the_linear_probe_where_its_cue_is_the_only_one(planted: Planted, method: str) -> None:
-    cache = planted(Plan(cue="local" if method in LOCAL else "global", train=40, val=15, test=40))
+    # The cue may lie in the object, which is there for those alone that read it.
+    has_object = "object" in load_method(method).Settings.model_fields
+    cache = planted(
+        Plan(cue="local" if method in LOCAL else "global", train=40, val=15, test=40, object=has_object)
+    )
     probe = assess_split(quick("linear_probe", cache).model, cache, "test")[0]
     knobs = {"epochs": 40, "hidden": 64, **WITH_THE_CUE.get(method, {})}
     ours = assess_split(quick(method, cache, **knobs).model, cache, "test")[0]
@@ -411,6 +416,10 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         cache = cache.change(Globals, g=cache.part(Globals).g[order])
     if "nodes" in parts:
         cache = cache.change(Nodes, nodes=cache.part(Nodes).nodes[order])
+    if "kinds" in parts:
+        kinds = cache.part(Kinds).kinds.clone()
+        kinds[:, -1] = 0
+        cache = cache.change(Kinds, kinds=kinds)
     return cache.change(Edges, count=torch.zeros_like(cache.part(Edges).count)) if "edges" in parts else cache
 
 
