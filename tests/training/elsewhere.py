@@ -47,6 +47,11 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"graph": "sage", "texts": 0},
         {"nodes": "tokens", "texts": 0, **WITH_PROBE},
     ],
+    "pmrc": [{}, {"regions": "maps", "loss_weights": {"reverse": 0.1}}],
+    "relational_proxies": [
+        {"boxes": True},
+        {"faults": ("scrambled_crops", "untrained_proxies", "crop_positions", "batch_norm", "constant_rate")},
+    ],
     "transfg": [{}, {"select": "attention"}],
 }
 

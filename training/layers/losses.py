@@ -12,6 +12,8 @@ TEMPERATURE = 0.1
 HARDEST = 32
 MARGIN = 0.4  # TransFG's alpha
 DELETION = 0.5  # TRD's constant
+ALPHA, DELTA = 32.0, 0.1  # Proxy-Anchor's steepness and margin
+SHORTEST = 1e-3  # a proxy that is shorter has a smaller cosine, so that one of length 0 has a gradient
 
 
 def likeliest_class(target: Tensor, logits: Tensor) -> Tensor:
@@ -159,3 +161,49 @@ def margin_contrast(x: Tensor, target: Tensor) -> Tensor:
         same = (target[:, None] == target).float() if target.ndim == 1 else (target.float() @ target.float().T)
     same = same.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 1.0)
     return (same * (1 - cosine) + (1 - same) * (cosine - MARGIN).clamp(min=0)).mean()
+
+
+def proxy_anchor(x: Tensor, proxies: Tensor, target: Tensor) -> Tensor:
+    """Proxy-Anchor (Kim et al., CVPR 2020 [mem]): each class's proxy draws its images of the batch, pushes the others.
+
+        1/|P+| sum over P+ of log(1 + sum over images of p of e^(-ALPHA (cos(x, p) - DELTA)))
+      + 1/|P|  sum over P  of log(1 + sum over the others of  e^( ALPHA (cos(x, p) + DELTA)))
+
+    x (B, d), of any length; proxies (C, d), P; P+ are those of classes in the batch. Probabilities as `target` weigh
+    each e in the first sum by the share of the class, and by what is left of it in the second [design].
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        cosine = F.normalize(x.float(), dim=-1) @ F.normalize(proxies.float(), dim=-1, eps=SHORTEST).T
+        share = F.one_hot(target, len(proxies)).float() if target.ndim == 1 else target.float()
+        drawn = log_one_plus(-ALPHA * (cosine - DELTA) + share.log())
+        pushed = log_one_plus(ALPHA * (cosine + DELTA) + (1 - share).clamp(min=0).log())
+    here = (share > 0).any(0)
+    return (drawn * here).sum() / here.sum() + pushed.mean()
+
+
+def log_one_plus(exponents: Tensor) -> Tensor:
+    """log(1 + sum over rows of e^x) (C,) of x (B, C)."""
+    return F.pad(exponents, (0, 0, 1, 0)).logsumexp(0)
+
+
+def rank_hinge(scores: Tensor, worth: Tensor, mask: Tensor) -> Tensor:
+    """Sum over pairs with worth_i < worth_j of max(0, 1 - (s_j - s_i)), the mean over images.
+
+    scores, worth, mask (B, R). How NTS-Net (Yang et al., ECCV 2018 [mem]) teaches a navigator which regions tell most;
+    worth has no gradient here.
+    """
+    worth = worth.detach()
+    lower = (worth[:, :, None] < worth[:, None]) & mask[:, :, None] & mask[:, None]
+    hinge = (1 - (scores[:, None] - scores[:, :, None])).clamp(min=0)
+    return (hinge * lower).sum((1, 2)).mean()
+
+
+def reverse_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-sum_c r_c log softmax(-z)_c, r_c = (1 - q_c) / (C - 1) (Pang et al., NeurIPS 2018 [mem]), the mean over images.
+
+    logits z (B, C), q the target. The reversed logits should say every class but the true one, all alike: the
+    prediction stays that of z, and the loss is log(C - 1) at least.
+    """
+    classes = logits.shape[1]
+    share = F.one_hot(target, classes).float() if target.ndim == 1 else target.float()
+    return -((1 - share) / (classes - 1) * (-logits.float()).log_softmax(1)).sum(1).mean()

@@ -28,6 +28,7 @@ from fieldmark.labels.kmeans import find_centres, nearest_centres
 from fieldmark.params import Block, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import Dropout, Standardise, silent
+from training.layers.boxes import cell_places
 from training.layers.nodes import in_precision, token_scale
 from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, NotNegative
@@ -64,13 +65,6 @@ class Settings(HeadSettings):
     parts: int = Field(default=4, ge=2)  # groups of channels: P
     dropout: Fraction = 0.3  # share of activations dropped in training
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
-
-
-def cell_places(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """(T, 2): x, y of the centres of the cells of a grid (h, w), row by row, in [0,1] of the picture."""
-    height, width = grid
-    y, x = ((torch.arange(side, device=device) + 0.5) / side for side in grid)
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)
 
 
 def channel_peaks(cache: Cache, word: str) -> Tensor:

@@ -34,6 +34,7 @@ from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache
 from training.data.parts import ObjectParts
 from training.layers.blocks import Dropout, Standardise, silent
+from training.layers.boxes import centre_and_sides, overlap
 from training.layers.nodes import in_precision, training_sample
 from training.layers.states import State, within
 from training.loop import EVALUATION_BATCH, NotNegative, Positive
@@ -93,12 +94,6 @@ class Geometry(nn.Module):
         return products - (squares + (self.mean.square() * precision).sum(1)) / 2
 
 
-def centre_and_sides(box: Tensor) -> tuple[Tensor, Tensor]:
-    """x y and width height (..., 2) each of boxes (..., 4), x0 y0 x1 y1."""
-    low, high = box[..., :2], box[..., 2:]
-    return (low + high) / 2, high - low
-
-
 def node_boxes(batch: Batch) -> Tensor:
     """(B, n, 4): of every node; that of the whole picture is all of it, in whatever view."""
     low = batch.box.new_zeros(len(batch.box), 1, 2)
@@ -144,14 +139,6 @@ def choose(root: Tensor, part: Tensor, mask: Tensor) -> Tensor:
     by_part = best.indices[torch.arange(len(root), device=root.device), by_root]
     chosen = torch.cat([by_root[:, None], by_part], dim=1)
     return (torch.arange(root.shape[1], device=root.device)[:, None] == chosen[:, None]).float()
-
-
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union (B, n, m) of boxes a (B, n, 4) and b (B, m, 4)."""
-    a, b = a[:, :, None], b[:, None]
-    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    areas = [centre_and_sides(box)[1].prod(-1) for box in (a, b)]
-    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
 
 
 def marked_boxes(part_box: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fieldmark.command import UserError
 from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
-from training.layers.attention import Attention, pick
+from training.layers.attention import TransformerBlock, pick
 from training.layers.blocks import Standardise, silent
 from training.layers.losses import margin_contrast
 from training.layers.nodes import TOKEN_SAMPLE, in_precision, training_sample
@@ -94,25 +94,6 @@ class Scales(NamedTuple):
         return cls(*(Standardise.from_state(within(state, f"scale_{name}")) for name in cls._fields))
 
 
-class LastBlock(nn.Module):
-    """A pre-norm transformer block, of whose output the first row alone is read."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm, self.attention, self.dropout = nn.LayerNorm(width), Attention(width, heads), nn.Dropout(dropout)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(4 * width, width), nn.Dropout(dropout),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, n, width) -> (B, width)."""
-        normed = self.norm(x)
-        first = x[:, 0] + self.dropout(self.attention(normed[:, :1], normed)[0].squeeze(1))
-        out: Tensor = first + self.mlp(first)
-        return out
-
-
 class LearnedAttention(nn.Module):
     """How each head looks at cells, by what stands for the picture."""
 
@@ -139,12 +120,12 @@ class TransFG(nn.Module):
         self.attention = LearnedAttention(inputs, width, settings.heads) if learned else None
         narrow = settings.hidden is not None
         self.narrow = nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width)) if narrow else nn.Identity()
-        self.block = LastBlock(width, settings.heads, settings.dropout)
+        self.block = TransformerBlock(width, settings.heads, 4 * width, settings.dropout)
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(settings.dropout)
         self.classify = silent(width, classes)
 
     def forward(self, batch: Batch) -> Output:
-        z = self.norm(self.block(self.narrow(in_precision(self.picked(batch)))))
+        z = self.norm(self.block(self.narrow(in_precision(self.picked(batch))), rows=1).squeeze(1))
         losses = {"contrast": margin_contrast(z, batch.target)} if self.training else {}
         return Output(self.beside(batch, self.classify(self.dropout(z))), losses, None)
 

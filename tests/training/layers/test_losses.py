@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.layers.losses import (
+    ALPHA,
     DELETION,
+    DELTA,
     HARDEST,
     MARGIN,
     TEMPERATURE,
@@ -20,7 +22,10 @@ from training.layers.losses import (
     kl_from_normal,
     likeliest_class,
     margin_contrast,
+    proxy_anchor,
+    rank_hinge,
     recovery,
+    reverse_cross_entropy,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -210,3 +215,89 @@ def test_margin_contrast_is_of_full_precision_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = margin_contrast(x, y)
     assert torch.equal(inside, margin_contrast(x, y))
+
+
+def proxy_anchor_by_loop(x: Tensor, proxies: Tensor, y: Tensor) -> float:
+    cosine = [[float(F.cosine_similarity(one, proxy, dim=0)) for proxy in proxies] for one in x]
+    drawn, pushed = [], []
+    for c in range(len(proxies)):
+        mine = [cosine[i][c] for i in range(len(x)) if y[i] == c]
+        others = [cosine[i][c] for i in range(len(x)) if y[i] != c]
+        if mine:
+            drawn.append(math.log(1 + sum(math.exp(-ALPHA * (each - DELTA)) for each in mine)))
+        pushed.append(math.log(1 + sum(math.exp(ALPHA * (each + DELTA)) for each in others)))
+    return sum(drawn) / len(drawn) + sum(pushed) / len(pushed)
+
+
+def test_proxy_anchor_is_its_double_sum_over_images_and_classes() -> None:
+    """The last two of five classes have no image here."""
+    x, proxies = (torch.randn(rows, 4, generator=GENERATOR) for rows in (6, 5))
+    y = torch.tensor([0, 1, 1, 2, 0, 0])
+    expected = torch.tensor(proxy_anchor_by_loop(x, proxies, y))
+    torch.testing.assert_close(proxy_anchor(x, proxies, y), expected)
+    torch.testing.assert_close(proxy_anchor(3 * x, 0.5 * proxies, y), expected)
+    torch.testing.assert_close(proxy_anchor(x, proxies, F.one_hot(y, 5).float()), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(proxy_anchor(x, proxies, y), expected)
+    assert (ALPHA, DELTA) == (32, 0.1)
+
+
+def test_proxy_anchor_shares_an_image_out_among_its_candidates() -> None:
+    x, proxies = (torch.randn(rows, 4, generator=GENERATOR) for rows in (2, 3))
+    share = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    cosine = F.normalize(x, dim=1) @ F.normalize(proxies, dim=1).T
+    drawn, pushed = (-ALPHA * (cosine - DELTA)).exp() * share, (ALPHA * (cosine + DELTA)).exp() * (1 - share)
+    expected = (1 + drawn.sum(0)).log().mean() + (1 + pushed.sum(0)).log().mean()
+    torch.testing.assert_close(proxy_anchor(x, proxies, share), expected)
+
+
+def test_a_proxy_of_length_zero_is_drawn_to_its_images() -> None:
+    x, y = torch.randn(5, 4, generator=GENERATOR), torch.tensor([0, 0, 1, 1, 1])
+    proxies = torch.zeros(2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(proxy_anchor(x, proxies, y), proxies)
+    assert torch.isfinite(gradient).all()
+    assert ((-gradient @ x.T).argmax(0) == y).float().mean() >= 0.8
+
+
+def test_ranks_are_hinges_over_pairs_of_unequal_worth() -> None:
+    scores, worth = (torch.randn(3, 5, generator=GENERATOR) for _ in range(2))
+    worth[0, 3] = worth[0, 1]  # neither is told to be higher
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = mask[2] = False
+    expected = 0.0
+    for image in range(3):
+        nodes = [node for node in range(5) if mask[image, node]]
+        expected += sum(
+            max(0.0, 1 - float(scores[image, j] - scores[image, i]))
+            for i in nodes
+            for j in nodes
+            if worth[image, i] < worth[image, j]
+        )
+    torch.testing.assert_close(rank_hinge(scores, worth, mask), torch.tensor(expected / 3))
+    in_order = torch.arange(5.0)[None]
+    assert rank_hinge(2 * in_order, in_order, mask[:1]) == 0
+    scores.requires_grad_()
+    worth.requires_grad_()
+    rank_hinge(scores, worth, mask).backward()
+    assert worth.grad is None
+    assert scores.grad is not None
+    assert scores.grad[0].any()
+
+
+def test_the_reverse_cross_entropy_draws_the_true_logit_up_and_ends_at_log_of_the_others() -> None:
+    classes = 5
+    z, y = torch.randn(6, classes, generator=GENERATOR, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0])
+    turned = (-z.detach()).softmax(1)
+    by_image = [
+        -sum(float(turned[i, c].log()) / (classes - 1) for c in range(classes) if c != y[i]) for i in range(len(y))
+    ]
+    loss = reverse_cross_entropy(z, y)
+    torch.testing.assert_close(loss, torch.tensor(float(np.mean(by_image))))
+    torch.testing.assert_close(reverse_cross_entropy(z, F.one_hot(y, classes).float()), loss)
+    (gradient,) = torch.autograd.grad(len(y) * loss, z)
+    mine = F.one_hot(y, classes).bool()
+    torch.testing.assert_close(gradient[mine], -turned[mine])
+    sure = 60.0 * F.one_hot(y, classes).float()
+    torch.testing.assert_close(reverse_cross_entropy(sure, y), torch.tensor(math.log(classes - 1)))
+    assert loss > math.log(classes - 1)
+    assert torch.equal(sure.argmax(1), y)

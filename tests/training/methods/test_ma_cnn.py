@@ -12,11 +12,11 @@ from tests.training.methods.test_universal import quick
 from training.data import Batch, Cache
 from training.data.tokens import Cells, Tokens, as_shape
 from training.layers.blocks import Standardise
+from training.layers.boxes import cell_places
 from training.loop import assess_split
 from training.methods.ma_cnn import (
     MultiAttention,
     Settings,
-    cell_places,
     channel_peaks,
     distance,
     diversity,
@@ -33,13 +33,6 @@ PARTS = (1, 6, 11)  # cells that groups of channels peak at
 def one_hot(*cells: int) -> Tensor:
     """(1, P, T): all of a map in one cell."""
     return torch.nn.functional.one_hot(torch.tensor([cells]), CELLS).float()
-
-
-def test_cells_lie_row_by_row_at_their_centres() -> None:
-    places = cell_places(GRID, CPU)
-    for cell in range(CELLS):
-        row, column = divmod(cell, WIDTH)
-        torch.testing.assert_close(places[cell], torch.tensor([(column + 0.5) / WIDTH, (row + 0.5) / HEIGHT]))
 
 
 def test_a_map_of_one_cell_has_no_distance_and_others_that_of_the_sum() -> None:

@@ -13,6 +13,7 @@ from tests.training.methods.test_universal import quick, shake
 from training.data import Batch, Cache
 from training.data.parts import ObjectParts
 from training.layers.blocks import Standardise
+from training.layers.boxes import overlap
 from training.loop import predict
 from training.methods import NotPossible
 from training.methods.part_rcnn import (
@@ -27,7 +28,6 @@ from training.methods.part_rcnn import (
     marked_geometry,
     node_boxes,
     offsets,
-    overlap,
 )
 from training.token_heads import Beside
 
@@ -148,16 +148,6 @@ def test_the_picture_and_the_nodes_of_the_choice_make_the_logits() -> None:
         torch.testing.assert_close(output.logits[image], expected)
         counted = [best.count(node) / (1 + PARTS) for node in range(NODES)]
         torch.testing.assert_close(output.node_scores[image], torch.tensor(counted))
-
-
-def test_overlaps_are_intersection_over_union() -> None:
-    a, b = boxes(0), boxes(1)[:, :3]
-    found = overlap(a, b)
-    for image, i, k in itertools.product(range(IMAGES), range(NODES), range(3)):
-        (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a[image, i].tolist(), b[image, k].tolist()
-        shared = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
-        union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - shared
-        assert found[image, i, k].item() == pytest.approx(shared / union, abs=1e-5)
 
 
 def test_a_point_counts_as_a_square_and_the_root_holds_what_is_seen() -> None:

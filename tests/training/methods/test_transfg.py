@@ -1,4 +1,4 @@
-"""CLS and one cell a head through the last block, against PyTorch's own block over cells picked in a loop."""
+"""CLS and one cell a head through the last block, against cells picked in a loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from training.layers.blocks import Standardise
 from training.layers.losses import margin_contrast
 from training.loop import assess_split, total_loss
 from training.methods import reads_of
-from training.methods.transfg import LastBlock, Scales, Settings, TransFG, fit
+from training.methods.transfg import Scales, Settings, TransFG, fit
 from training.token_heads import Beside
 
 WIDTH, CLASSES, CELLS = 10, 3, GRID[0] * GRID[1]
@@ -47,21 +47,6 @@ def made(**knobs: Any) -> tuple[TransFG, Batch]:
     return head.eval(), batch_of(tokens, cls, rollout)
 
 
-def test_the_block_is_pytorch_s_own_of_which_the_first_row_is_read() -> None:
-    torch.manual_seed(0)
-    theirs = nn.TransformerEncoderLayer(8, 2, 32, 0.0, F.gelu, batch_first=True, norm_first=True)
-    ours = LastBlock(8, 2, 0.0)
-    names = {
-        "norm": "norm1", "attention.out": "self_attn.out_proj", "mlp.0": "norm2", "mlp.1": "linear1", "mlp.4": "linear2"
-    }  # fmt: skip
-    state = theirs.state_dict()
-    weights = {f"{own}.{kind}": state[f"{other}.{kind}"] for own, other in names.items() for kind in ("weight", "bias")}
-    into = {f"attention.into.{kind}": state[f"self_attn.in_proj_{kind}"] for kind in ("weight", "bias")}
-    ours.load_state_dict(weights | into)
-    x = torch.randn(3, 5, 8)
-    torch.testing.assert_close(ours(x), theirs(x)[:, 0])
-
-
 @pytest.mark.parametrize("hidden", [8, None])
 def test_it_sees_cls_and_the_cell_of_the_highest_rollout_of_each_head(hidden: int | None) -> None:
     head, batch = made(hidden=hidden)
@@ -71,7 +56,7 @@ def test_it_sees_cls_and_the_cell_of_the_highest_rollout_of_each_head(hidden: in
             best = max(range(CELLS), key=lambda t, row=row: float(row[t]))  # type: ignore[misc]
             parts.append(head.scale_cell(batch.of("tokens/rollout")[image, best]))
         rows = torch.stack([head.scale_cls(batch.of("cls/rollout")[image]), *parts])
-        z = head.norm(head.block(head.narrow(rows)[None]))
+        z = head.norm(head.block(head.narrow(rows)[None])[:, 0])
         torch.testing.assert_close(head(batch).logits[image], head.classify(z)[0])
 
 
@@ -99,7 +84,7 @@ def test_the_order_of_cells_does_not_matter(knobs: dict[str, Any]) -> None:
 
 def test_the_contrast_is_that_of_what_becomes_of_cls_by_what_training_is_told() -> None:
     head, batch = made()
-    z = head.norm(head.block(head.narrow(head.picked(batch))))
+    z = head.norm(head.block(head.narrow(head.picked(batch)))[:, 0])
     told = batch.changed(target=torch.tensor([0, 0, 1, 1]))
     output = head.train()(told)
     torch.testing.assert_close(output.losses["contrast"], margin_contrast(z, told.target))
