@@ -5,6 +5,7 @@ and l_n of N local views. They are the nodes of embed_images: `embed.regions` ma
 with a forward pass of its own; cells of the dense map (`grid`, `token`) cost none.
 """
 
+from bisect import bisect_left
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -57,6 +58,7 @@ class Regions(nn.Module):
         super().__init__()
         self.register_buffer("at", torch.tensor(at))
         self.register_buffer("local", local)
+        self.order = local.tolist()  # on the CPU, for a GPU is not to be waited for
         self.register_buffer("codes", torch.tensor([KINDS.index(kind) for kind in kinds]))
 
     @classmethod
@@ -81,11 +83,18 @@ class Regions(nn.Module):
         return cls(int(state["at"]), state["local"], settings.local_kinds)
 
     def forward(self, batch: Batch) -> Views:
-        local = batch.nodes.index_select(1, self.local)
-        mask = torch.isin(batch.kinds.index_select(1, self.local), self.codes)
-        return Views(batch.nodes[:, 0], batch.nodes.index_select(1, self.at[None])[:, 0], local * mask[..., None], mask)
+        """A batch whose images have fewer nodes than those that were measured has fewer local views."""
+        count = batch.nodes.shape[1]
+        at, places = self.at.clamp(max=count - 1), self.places(count)
+        local = batch.nodes.index_select(1, places)
+        mask = torch.isin(batch.kinds.index_select(1, places), self.codes)
+        return Views(batch.nodes[:, 0], batch.nodes.index_select(1, at[None])[:, 0], local * mask[..., None], mask)
+
+    def places(self, count: int) -> Tensor:
+        """Which of `count` nodes may be local views; the nodes are in order."""
+        return self.local[: bisect_left(self.order, count)]
 
     def boxes(self, batch: Batch) -> Tensor:
         """(B, N, 4): where the local views lie, of a batch that has `boxes`."""
-        found: Tensor = batch.box.index_select(1, self.local - 1)
+        found: Tensor = batch.box.index_select(1, self.places(batch.nodes.shape[1]) - 1)
         return found

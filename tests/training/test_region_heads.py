@@ -44,6 +44,20 @@ def test_views_are_the_nodes_of_their_kinds(cache: Cache) -> None:
     assert torch.equal(Regions.measure(cache, RegionSettings(object="global"))(batch).object, batch.nodes[:, 0])
 
 
+def test_a_batch_of_images_with_fewer_nodes_has_fewer_local_views(cache: Cache) -> None:
+    """As those of new pictures may be."""
+    regions, batch = Regions.measure(cache, RegionSettings(regions="crop")), cache.batch(torch.arange(6))
+    whole = regions(batch)
+    for count, local in ((6, 2), (2, 0), (1, 0)):
+        cut = {name: getattr(batch, name)[:, :count] for name in ("nodes", "mask", "kinds")}
+        fewer = batch.changed(box=batch.box[:, : count - 1], **cut)
+        views = regions(fewer)
+        assert torch.equal(views.local, whole.local[:, :local])
+        assert torch.equal(views.mask, whole.mask[:, :local])
+        assert torch.equal(views.object, batch.nodes[:, min(count - 1, 1)])
+        assert torch.equal(regions.boxes(fewer), regions.boxes(batch)[:, :local])
+
+
 def test_what_is_not_there_is_said(tmp_path: Path, cache: Cache) -> None:
     with pytest.raises(NotPossible, match=r"no nodes of kind token: set embed\.regions"):
         Regions.measure(cache, RegionSettings(regions="token"))

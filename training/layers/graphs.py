@@ -8,6 +8,7 @@ padded node is never read by another, and what it holds itself is to be masked b
 convolutions on each graph alone.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -166,6 +167,60 @@ class GraphNetwork(nn.Module):
         return x
 
 
+class GraphNorm(nn.Module):
+    """w (x - a mean) / sqrt(mean of (x - a mean)^2 + 1e-5) + b over the nodes of each image (Cai et al., ICML 2021)."""
+
+    def __init__(self, width: int, share: float = 1.0) -> None:
+        """`share`: a at the start, of the mean over nodes that is taken away."""
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.mean_scale = nn.Parameter(torch.full((width,), share))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, n, width), mask (B, n) -> the same shape."""
+        centred = x.float() - self.mean_scale * masked_mean(x.float(), mask)[:, None]
+        spread = masked_mean(centred.square(), mask)[:, None]
+        return (self.weight * centred * (spread + 1e-5).rsqrt() + self.bias).to(x.dtype)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, width): the mean of x (B, n, width) over the nodes that exist, mask (B, n); 0 where there is none."""
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class NormedNetwork(nn.Module):
+    """A layer, then dropout(ReLU(GraphNorm(x))) and another layer, and so on: the stack of TRD and of the notes [code].
+
+    Where GraphNorm begins with a share of 1, what all nodes of an image show does not get past the first one.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        layers: int,
+        inputs: int,
+        width: int,
+        heads: int,
+        weights: int,
+        dropout: float,
+        share: float = 1.0,
+    ) -> None:
+        """`share`: of GraphNorm."""
+        super().__init__()
+        sizes = [inputs, *[width] * layers]
+        self.layers = nn.ModuleList(make_layer(kind, *size, heads, weights) for size in pairwise(sizes))
+        self.norms = nn.ModuleList(GraphNorm(width, share) for _ in range(layers - 1))
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, prepared: Tensor, mask: Tensor) -> Tensor:
+        """x (B, n, inputs), its edges as prepare_edges makes them, and mask (B, n) -> (B, n, width)."""
+        first, *others = self.layers
+        x = first(x, prepared)
+        for norm, layer in zip(self.norms, others, strict=True):
+            x = layer(self.dropout(F.relu(norm(x, mask))), prepared)
+        return x
+
+
 def grid_edges(rows: int, columns: int) -> Tensor:
     """Edges (1, n, n, 1) of n = rows columns cells, row by row: 1 between a cell and the up to 8 that touch it."""
     cell = torch.arange(rows * columns)
@@ -185,3 +240,25 @@ def nearest_edges(x: Tensor, mask: Tensor, k: int) -> Tensor:
     values, nearest = candidates.topk(min(k, x.shape[1]), dim=-1, sorted=False)
     weight = torch.zeros_like(cosine).scatter(-1, nearest, values.clamp(min=0))
     return torch.maximum(weight, weight.transpose(1, 2))[..., None]
+
+
+TIE = 1e-5  # of the largest product: what differs from a mean by less is equal to it, whatever rounding says
+
+
+def similar_edges(x: Tensor, mask: Tensor, precedence_fault: bool = False) -> Tensor:
+    """Edges (B, n, n, 1), 0 or 1, between nodes whose product is above the mean of one of the two: TRD's rule [code].
+
+    S = x x^T without its diagonal; i and j are linked where S_ij > T_i or S_ij > T_j, T_i = sum_j S_ij / (n - 1).
+    x (B, n, D) of any length, mask (B, n). `precedence_fault`: T_i = sum_j S_ij / n - 1, as the code reads without its
+    brackets; for unit vectors this is below every product but those of opposites, and links everything.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        product = x.float() @ x.float().transpose(1, 2)
+    loops = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    real = pairs(mask) & ~loops
+    product = product * real
+    count, total = mask.sum(1)[:, None, None], product.sum(-1, keepdim=True)
+    threshold = total / count.clamp(min=1) - 1 if precedence_fault else total / (count - 1).clamp(min=1)
+    tie = TIE * product.abs().amax((1, 2), keepdim=True)
+    directed = (product > threshold + tie) & real
+    return (directed | directed.transpose(1, 2)).float()[..., None]

@@ -5,17 +5,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
+from torch_geometric.nn import GraphNorm as PyGGraphNorm
 
 from training.layers.graphs import (
     GAT,
     GCN,
     SAGE,
     GraphNetwork,
+    GraphNorm,
     Kind,
+    NormedNetwork,
     grid_edges,
     make_layer,
     nearest_edges,
     prepare_edges,
+    similar_edges,
 )
 
 SIZES = [7, 1, 4, 9, 2]
@@ -161,3 +165,66 @@ def test_nearest_edges_of_three_vectors() -> None:
     torch.testing.assert_close(edges, expected)
     assert nearest_edges(x[:, :1], torch.ones(1, 1, dtype=torch.bool), 5).tolist() == [[[[0.0]]]]
     assert nearest_edges(x[:, :0], torch.ones(1, 0, dtype=torch.bool), 5).shape == (1, 0, 0, 1)
+
+
+def test_graph_norm_equals_pyg_on_each_graph_alone() -> None:
+    x, _, mask = ragged_graphs(5)
+    ours, theirs = GraphNorm(6), PyGGraphNorm(6)
+    for mine, other in ((ours.weight, theirs.weight), (ours.bias, theirs.bias), (ours.mean_scale, theirs.mean_scale)):
+        torch.nn.init.normal_(mine)
+        with torch.no_grad():
+            other.copy_(mine)
+    padded = ours(x.masked_fill(~mask[..., None], 9.0), mask)
+    for place, size in enumerate(SIZES):
+        torch.testing.assert_close(padded[place, :size], theirs(x[place, :size]), atol=1e-5, rtol=1e-5)
+
+
+def two_clusters() -> tuple[Tensor, list[int], Tensor]:
+    """Unit vectors (1, 9, 4) of two directions, the cluster of each, and a mask without the last, which is of none."""
+    clusters = [0, 1, 1, 0, 1, 0, 0, 1]
+    centres, generator = torch.eye(4)[:2], torch.Generator().manual_seed(0)
+    x = torch.cat([centres[clusters], torch.ones(1, 4)]) + 0.05 * torch.randn(9, 4, generator=generator)
+    return torch.nn.functional.normalize(x, dim=-1)[None], clusters, torch.arange(9)[None] < 8
+
+
+def test_similar_edges_of_two_clusters_are_two_cliques() -> None:
+    x, clusters, mask = two_clusters()
+    edges = similar_edges(x, mask)[0, :, :, 0]
+    for i, j in itertools.product(range(9), range(9)):
+        assert edges[i, j] == (i != j and max(i, j) < 8 and clusters[i] == clusters[j]), (i, j)
+
+
+def test_similar_edges_are_those_above_the_mean_of_one_end() -> None:
+    x, _, mask = ragged_graphs(6)
+    for fault in (False, True):
+        edges = similar_edges(x, mask, fault)[..., 0]
+        assert torch.equal(edges, edges.transpose(1, 2))
+        for place, size in enumerate(SIZES):
+            product = x[place, :size] @ x[place, :size].T
+            product.fill_diagonal_(0)
+            mean = [row.sum() / size - 1 if fault else row.sum() / max(size - 1, 1) for row in product]
+            for i, j in itertools.product(range(max(SIZES)), range(max(SIZES))):
+                linked = i != j and max(i, j) < size and (product[i, j] > mean[i] or product[i, j] > mean[j])
+                assert edges[place, i, j] == linked, (place, i, j)
+
+
+def test_the_precedence_fault_links_unit_vectors_with_all_others() -> None:
+    x, _, mask = two_clusters()
+    assert similar_edges(x, mask, precedence_fault=True)[0, :8, :8, 0].sum() == 8 * 7
+
+
+def test_of_equals_none_is_linked_whatever_rounding_says() -> None:
+    x = torch.nn.functional.normalize(torch.randn(20, 1, 7, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert not similar_edges(x.expand(-1, 6, -1), torch.ones(20, 6, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_normed_network_does_not_see_padding(kind: Kind) -> None:
+    x, edges, mask = ragged_graphs(7)
+    network = NormedNetwork(kind, 3, 6, 8, heads=2, weights=2, dropout=0.5).eval()
+    padded = network(x.masked_fill(~mask[..., None], 9.0), prepare_edges(kind, edges, mask), mask)
+    for place, size in enumerate(SIZES):
+        alone = mask[place : place + 1, :size]
+        prepared = prepare_edges(kind, edges[place : place + 1, :size, :size], alone)
+        expected = network(x[place : place + 1, :size], prepared, alone)[0]
+        torch.testing.assert_close(padded[place, :size], expected, atol=1e-4, rtol=1e-4)

@@ -26,6 +26,7 @@ from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
+from training.data.kinds import Kinds
 from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
@@ -70,6 +71,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     },
     "description_zero_shot": {"class_names": True},
     "part_rcnn": {"mode": "strong"},
+    "notes_graph": {"text": "description"},
 }
 BESIDE = {"method": "ridge", "settings": {"features": ["global", "pooled"]}}
 # Settings under which it reads what it cannot read under those.
@@ -85,8 +87,8 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "ma_cnn": {"lr": [3e-2], "parts": 8},
     "part_rcnn": {"lr": [3e-3], "parts": 8},
 }
-# Looks for channels that peak together, and this cue has none: tests/training/methods/test_ma_cnn.py plants its own.
-OF_ITS_OWN_CUE = ["ma_cnn"]
+# ma_cnn looks for channels that peak together, notes_graph first for the object: tests of each plant its own cue.
+OF_ITS_OWN_CUE = ["ma_cnn", "notes_graph"]
 # Alone or beside a probe, as training/token_heads.py says.
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
@@ -191,7 +193,7 @@ def pad(batch: Batch, extra: int) -> Batch:
     shapes = {
         "nodes": (0, 0, 0, extra), "mask": (0, extra), "box": (0, 0, 0, extra), "concept_idx": (0, 0, 0, extra),
         "concept_weight": (0, 0, 0, extra), "selected": (0, extra), "density": (0, extra),
-        "adjacency": (0, 0, 0, extra, 0, extra),
+        "adjacency": (0, 0, 0, extra, 0, extra), "kinds": (0, extra),
     }  # fmt: skip
     padded = batch.changed(**{name: F.pad(getattr(batch, name), shape) for name, shape in shapes.items()})
     gone = ~padded.mask
@@ -218,13 +220,11 @@ def test_3_padding_does_not_matter(models: dict[str, torch.nn.Module], cache: Ca
 @pytest.mark.parametrize("method", METHODS)
 def test_4_the_order_of_patches_does_not_matter(models: dict[str, torch.nn.Module], cache: Cache, method: str) -> None:
     batch = cache.batch(cache.images("test"))
-    order = torch.cat(
-        [
-            torch.zeros(1, dtype=torch.long),
-            1 + torch.randperm(batch.l.shape[1], generator=torch.Generator().manual_seed(0)),
-        ]
-    )
-    names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density", "adjacency")
+    # Who reads kinds knows the object by its place, behind the whole picture.
+    first = 2 if "kinds" in load_method(method).READS else 1
+    rest = torch.randperm(batch.nodes.shape[1] - first, generator=torch.Generator().manual_seed(0))
+    order = torch.cat([torch.arange(first), first + rest])
+    names = ("nodes", "mask", "kinds", "concept_idx", "concept_weight", "selected", "density", "adjacency")
     permuted = batch.changed(
         box=batch.box[:, order[1:] - 1], **{name: getattr(batch, name)[:, order] for name in names}
     )
@@ -288,7 +288,7 @@ def test_9_the_loss_is_finite_in_every_corner(
     batch = cache.batch(cache.images("train")[:6])
     if case in ("one patch", "no patch"):
         n = 2 if case == "one patch" else 1
-        names = ("nodes", "mask", "concept_idx", "concept_weight", "selected", "density")
+        names = ("nodes", "mask", "kinds", "concept_idx", "concept_weight", "selected", "density")
         batch = batch.changed(box=batch.box[:, : n - 1], **{name: getattr(batch, name)[:, :n] for name in names})
         batch = batch.changed(adjacency=batch.adjacency[:, :1].new_zeros(6, n, n, 2))
     elif case == "no concepts":
@@ -313,7 +313,7 @@ def test_10_a_saved_model_says_the_same(
 
 @pytest.mark.parametrize("method", WHOLE)
 def test_10_a_saved_model_with_every_part_says_the_same(planted: Planted, method: str, tmp_path: Path) -> None:
-    cache, knobs = planted(Plan(rings=2, sentences=2)), {**WHOLE[method], "epochs": 1}
+    cache, knobs = planted(Plan(rings=2, sentences=2, described="all")), {**WHOLE[method], "epochs": 1}
     fitted = quick(method, cache, **knobs)
     shake(fitted.model)
     assert_saved(fitted.model, method, settle(quick_settings(method, **knobs), fitted.chosen), cache, tmp_path)
@@ -411,13 +411,17 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         cache = cache.change(Globals, g=cache.part(Globals).g[order])
     if "nodes" in parts:
         cache = cache.change(Nodes, nodes=cache.part(Nodes).nodes[order])
+    if "kinds" in parts:
+        kinds = cache.part(Kinds).kinds.clone()
+        kinds[:, -1] = 0
+        cache = cache.change(Kinds, kinds=kinds)
     return cache.change(Edges, count=torch.zeros_like(cache.part(Edges).count)) if "edges" in parts else cache
 
 
 @pytest.fixture(scope="module")
 def whole(planted: Planted) -> Cache:
     """Every part that a method reads, the global vectors by themselves too."""
-    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, ragged=False))
+    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, described="all", ragged=False))
     return cache.with_part(Globals(cache.part(Nodes).nodes[:, 0].clone()))
 
 
