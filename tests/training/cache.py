@@ -1,5 +1,6 @@
 """A tiny synthetic cache with a planted cue, written through fieldmark.store as the stages would write it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class Plan:
     rings: int = 0  # gains an image; 0 leaves the column null
     object: bool = True  # whether node 1 is the object, which says as little as any patch; else a cell of the grid
     shown: int = 4  # the concepts that stand for an image; every third image has two fewer where ragged
-    sentences: int = 0
+    sentences: int = 0  # that describe the first image, or all
+    described: Literal["first", "all"] = "first"
     ragged: bool = True
     buckets: int = 3
     seed: int = 0
@@ -113,7 +115,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
         make_table("index.classes/1", named), folder / "index/classes.parquet", "index.classes/1", {}, marks["index"]
     )
 
-    bank = write_bank(folder, plan, classes, prototypes, marks, rng)
+    bank = write_bank(folder, plan, classes, [image["image_id"] for image in images], prototypes, marks, rng)
     nodes, labels, graphs, parts = [], [], [], []
     for position, image in enumerate(images):
         count = plan.nodes - 2 * (plan.ragged and position % 3 == 0)
@@ -156,6 +158,7 @@ def write_bank(
     folder: Path,
     plan: Plan,
     classes: Sequence[str],
+    image_ids: Sequence[str],
     prototypes: np.ndarray,
     marks: dict[str, str],
     rng: np.random.Generator,
@@ -194,9 +197,10 @@ def write_bank(
     path = folder / "concepts/concepts.parquet"
     write_table(make_table("concepts/1", said), path, "concepts/1", {}, marks["rest"])
     sentences, texts = [], [{**row, "text_id": row["concept_id"]} for row in rows]
-    for number in range(plan.sentences):
-        text = f"sentence {number}"
-        sentences.append({"image_id": sha256(f"train/{classes[0]}/0000.png"), "rank": number, "text": text})
+    described = image_ids if plan.described == "all" else image_ids[:1]
+    for place, number in itertools.product(range(len(described)), range(plan.sentences)):
+        text = f"sentence {number} of image {place}"
+        sentences.append({"image_id": described[place], "rank": number, "text": text})
         texts.append(
             {
                 "text_id": sha256(text),

@@ -128,7 +128,7 @@ def test_descriptions_come_in_the_order_of_their_rank(folder: Path) -> None:
     texts = read_table(folder / f"embed/{ENCODER}/text.parquet", "embed.text/1")
     vectors = dict(zip(texts["text"].to_pylist(), vectors_of(texts).astype(np.float32), strict=True))
     for rank in range(3):
-        np.testing.assert_array_equal(batch.d[described, rank], vectors[f"sentence {rank}"])
+        np.testing.assert_array_equal(batch.d[described, rank], vectors[f"sentence {rank} of image 0"])
 
 
 def test_bank_knows_owners_and_names(folder: Path) -> None:

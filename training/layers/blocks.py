@@ -119,6 +119,12 @@ class Dropout(nn.Module):
         return x * (kept / (1 - self.p)).to(x.dtype)
 
 
+def draw_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """A draw of N(mean, variance), with gradients to both."""
+    noise = torch.randn_like(mean, dtype=torch.float32).to(mean.dtype)  # narrow noise is drawn more slowly
+    return torch.addcmul(mean, noise, (0.5 * log_variance).exp())
+
+
 class GatedAttention(nn.Module):
     """Weights over the nodes of a sample: softmax of w . (tanh(V x) * sigmoid(U x)) (Ilse et al., ICML 2018 [mem])."""
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.layers.graphs import either_way, likeness
+from training.layers.graphs import likeness, linked_over
 from training.layers.losses import DELETION, nearest
 
 
@@ -24,7 +24,7 @@ def misplaced_edges(x: Tensor, mask: Tensor, kind: Literal["similar", "complemen
     Of unit vectors it is never over 0: whatever is not most unlike is linked.
     """
     alike = likeness(x, mask)
-    return either_way(alike - (alike.sum(-1) / mask.sum(1, keepdim=True) - 1)[..., None], mask, kind)
+    return linked_over(alike, alike.sum(-1) / mask.sum(1, keepdim=True).clamp(min=1) - 1, mask, kind)
 
 
 def single_minimum(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ padded node is never read by another, and what it holds itself is to be masked b
 convolutions on each graph alone.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from training.layers.blocks import Dropout, normalise_adjacency
 
 Kind = Literal["gcn", "gat", "sage", "mlp"]
-TIE = 1e-6  # differences of cosines below it are those of rounding
+TIE = 1e-5  # of the largest product: what differs from a threshold by less is equal to it, whatever rounding says
 
 
 def pairs(mask: Tensor) -> Tensor:
@@ -167,6 +168,60 @@ class GraphNetwork(nn.Module):
         return x
 
 
+class GraphNorm(nn.Module):
+    """w (x - a mean) / sqrt(mean of (x - a mean)^2 + 1e-5) + b over the nodes of each image (Cai et al., ICML 2021)."""
+
+    def __init__(self, width: int, share: float = 1.0) -> None:
+        """`share`: a at the start, of the mean over nodes that is taken away."""
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.mean_scale = nn.Parameter(torch.full((width,), share))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, n, width), mask (B, n) -> the same shape."""
+        centred = x.float() - self.mean_scale * masked_mean(x.float(), mask)[:, None]
+        spread = masked_mean(centred.square(), mask)[:, None]
+        return (self.weight * centred * (spread + 1e-5).rsqrt() + self.bias).to(x.dtype)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, width): the mean of x (B, n, width) over the nodes that exist, mask (B, n); 0 where there is none."""
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class NormedNetwork(nn.Module):
+    """A layer, then dropout(ReLU(GraphNorm(x))) and another layer, and so on: the stack of TRD and of the notes [code].
+
+    Where GraphNorm begins with a share of 1, what all nodes of an image show does not get past the first one.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        layers: int,
+        inputs: int,
+        width: int,
+        heads: int,
+        weights: int,
+        dropout: float,
+        share: float = 1.0,
+    ) -> None:
+        """`share`: of GraphNorm."""
+        super().__init__()
+        sizes = [inputs, *[width] * layers]
+        self.layers = nn.ModuleList(make_layer(kind, *size, heads, weights) for size in pairwise(sizes))
+        self.norms = nn.ModuleList(GraphNorm(width, share) for _ in range(layers - 1))
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, prepared: Tensor, mask: Tensor) -> Tensor:
+        """x (B, n, inputs), its edges as prepare_edges makes them, and mask (B, n) -> (B, n, width)."""
+        first, *others = self.layers
+        x = first(x, prepared)
+        for norm, layer in zip(self.norms, others, strict=True):
+            x = layer(self.dropout(F.relu(norm(x, mask))), prepared)
+        return x
+
+
 def grid_edges(rows: int, columns: int) -> Tensor:
     """Edges (1, n, n, 1) of n = rows columns cells, row by row: 1 between a cell and the up to 8 that touch it."""
     cell = torch.arange(rows * columns)
@@ -191,11 +246,11 @@ def nearest_edges(x: Tensor, mask: Tensor, k: int) -> Tensor:
 def threshold_edges(x: Tensor, mask: Tensor, kind: Literal["similar", "complementary"]) -> Tensor:
     """Edges (B, n, n, 1), 1 or 0: pairs more alike than an end is like the others in the mean, or less alike.
 
-    x (B, n, D), mask (B, n). S = x x^T and t_i = sum of S_ij over j != i / (n - 1): similar links i and j where S_ij >
-    t_i or S_ij > t_j, complementary where one is below (TRD, NeurIPS 2023 [code]). A tie is no edge.
+    x (B, n, D) of any length, mask (B, n). S = x x^T and t_i = sum of S_ij over j != i / (n - 1): similar links i and j
+    where S_ij > t_i or S_ij > t_j, complementary where one is below (TRD, NeurIPS 2023 [code]). A tie is no edge.
     """
     alike = likeness(x, mask)
-    return either_way(alike - mean_over_others(alike, mask)[..., None], mask, kind)
+    return linked_over(alike, mean_over_others(alike, mask), mask, kind)
 
 
 def likeness(x: Tensor, mask: Tensor) -> Tensor:
@@ -211,27 +266,12 @@ def mean_over_others(alike: Tensor, mask: Tensor) -> Tensor:
     return alike.sum(-1) / (mask.sum(1, keepdim=True) - 1).clamp(min=1)
 
 
-def either_way(over: Tensor, mask: Tensor, kind: Literal["similar", "complementary"]) -> Tensor:
-    """Edges (B, n, n, 1) where i, or j, finds the other one over its threshold by more than TIE, or under it."""
-    found = (over > TIE) if kind == "similar" else (over < -TIE)
+def linked_over(
+    alike: Tensor, threshold: Tensor, mask: Tensor, kind: Literal["similar", "complementary"]
+) -> Tensor:
+    """Edges (B, n, n, 1) where i, or j, finds the other one over its threshold (B, n), or under it."""
+    tie = TIE * alike.abs().amax((1, 2), keepdim=True)
+    over = alike - threshold[..., None]
+    found = (over > tie) if kind == "similar" else (over < -tie)
     loops = torch.eye(over.shape[1], dtype=torch.bool, device=over.device)
     return ((found | found.transpose(1, 2)) & pairs(mask) & ~loops).float()[..., None]
-
-
-class GraphNorm(nn.Module):
-    """w (x - a mean) / std + b, mean and std over the nodes of each graph, a learned (Cai et al., ICML 2021 [mem]).
-
-    Equals PyG's on each graph alone: an image is normalised by itself, whatever else is in the batch.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.mean_scale = (nn.Parameter(torch.ones(width)) for _ in range(2))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, n, width), mask (B, n) -> the same shape, in float32; what a padded node holds counts for nothing."""
-        x, share = x.float(), (mask / mask.sum(1, keepdim=True).clamp(min=1))[..., None]
-        centred = x - self.mean_scale * (x * share).sum(1, keepdim=True)
-        variance = (centred.square() * share).sum(1, keepdim=True)
-        return self.weight * centred * (variance + 1e-5).rsqrt() + self.bias

@@ -30,7 +30,15 @@ def kl_from_normal(mean: Tensor, log_variance: Tensor, mask: Tensor) -> Tensor:
     """
     mean, log_variance = mean.float(), log_variance.float()
     by_node = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(-1)
-    return (by_node * mask).sum() / mask.sum()
+    return (by_node * mask).sum() / mask.sum().clamp(min=1)
+
+
+def info_nce(positive: Tensor, negatives: Tensor) -> Tensor:
+    """-log(e^p / (e^p + sum of e^n)) of each image (B,): p (B,) and n (B, K) are products over the temperature.
+
+    A negative that does not count is -inf.
+    """
+    return torch.cat([positive[:, None], negatives], dim=1).logsumexp(1) - positive
 
 
 def densest_node(density: Tensor, mask: Tensor) -> Tensor:
@@ -74,8 +82,7 @@ def concept_contrast(query: Tensor, K: Tensor, own: Tensor, anchors: Tensor, sho
     negatives, counted = torch.cat([hardest, place], dim=1), torch.cat([hard, beside], dim=1)
     first = (query * positive).sum(-1) / TEMPERATURE
     rest = (similarity.gather(1, negatives).float() / TEMPERATURE).masked_fill(~counted, float("-inf"))
-    loss = torch.cat([first[:, None], rest], dim=1).logsumexp(1) - first
-    return (loss * owned).sum() / owned.sum().clamp(min=1)
+    return (info_nce(first, rest) * owned).sum() / owned.sum().clamp(min=1)
 
 
 def nearest(h: Tensor, mask: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.nodes import Nodes
-from training.layers.blocks import Dropout, GatedAttention, Standardise, silent
+from training.layers.blocks import Dropout, GatedAttention, Standardise, draw_normal, silent
 from training.layers.gather import sum_rows
 from training.layers.graphs import GraphNetwork, Kind, grid_edges, nearest_edges, prepare_edges
 from training.layers.losses import concept_contrast, densest_node, kl_from_normal, recovery
@@ -220,10 +220,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, n, width) -> the same shape; mu and log s^2 (B, n, dimensions)."""
         mean, log_variance = self.distribution(F.gelu(x)).chunk(2, dim=-1)
-        sample = mean
-        if self.training:
-            noise = torch.randn_like(mean, dtype=torch.float32).to(mean.dtype)  # narrow noise is drawn more slowly
-            sample = torch.addcmul(mean, noise, (0.5 * log_variance).exp())
+        sample = draw_normal(mean, log_variance) if self.training else mean
         return self.widen(sample), mean, log_variance
 
 

@@ -47,8 +47,8 @@ from torch.nn import functional as F
 from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
 from training.layers import faults
-from training.layers.blocks import Dropout, Standardise, silent
-from training.layers.graphs import GCN, GraphNorm, threshold_edges
+from training.layers.blocks import Standardise, silent
+from training.layers.graphs import GCN, NormedNetwork, threshold_edges
 from training.layers.losses import (
     assignment_logits,
     capped_chamfer,
@@ -109,22 +109,6 @@ class Mapper(nn.Module):
         return out
 
 
-class CropGraph(nn.Module):
-    """GCN - GraphNorm - ReLU - dropout - GCN, all of one width."""
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = GCN(width, width), GraphNorm(width), GCN(width, width)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
-        """x (B, n, width), edges (B, n, n, 1), mask (B, n) -> (B, n, width) float32, 0 where padded."""
-        graph = GCN.prepare(edges, mask)
-        x = self.dropout(F.relu(self.norm(self.first(x, graph), mask)))
-        h: Tensor = self.second(x, graph).float()
-        return h * mask[..., None]
-
-
 class TRD(nn.Module):
     def __init__(self, scale: Standardise, regions: Regions, beside: Beside, classes: int, settings: Settings) -> None:
         super().__init__()
@@ -133,7 +117,7 @@ class TRD(nn.Module):
         self.regions, self.beside = regions, beside
         norm = faults.BatchNorm if "shared_batch_norm" in has else nn.LayerNorm
         self.project = Projection(scale, hidden, norm(hidden))
-        self.graph = CropGraph(hidden, settings.dropout)
+        self.graph = NormedNetwork("gcn", 2, hidden, hidden, heads=1, weights=1, dropout=settings.dropout)
 
         def mapper(inputs: int) -> Mapper:
             return Mapper(inputs, hidden, classes, norm(2 * inputs))
@@ -166,7 +150,8 @@ class TRD(nn.Module):
         if "scrambled_crops" in self.settings.faults:
             local, mask = faults.scramble(local, mask)
         mask = one_at_least(mask)
-        h = self.graph(self.project(local), self.link(local, mask), mask)
+        graph = GCN.prepare(self.link(local, mask), mask)
+        h = self.graph(self.project(local), graph, mask).float() * mask[..., None]
         a = h.sum(1) / mask.sum(1, keepdim=True)
         o, by_whole = self.project(of_object), self.whole(self.project(whole))
         weight = self.settings.local_weight if not self.training or self.recovers else 0.0

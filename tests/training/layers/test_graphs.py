@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch_geometric import nn as pyg
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
+from torch_geometric.nn import GraphNorm as PyGGraphNorm
 
+from training.layers.faults import misplaced_edges
 from training.layers.graphs import (
     GAT,
     GCN,
@@ -15,6 +16,7 @@ from training.layers.graphs import (
     GraphNetwork,
     GraphNorm,
     Kind,
+    NormedNetwork,
     grid_edges,
     make_layer,
     nearest_edges,
@@ -203,12 +205,48 @@ def test_graphs_that_are_all_alike_have_no_edge_of_rounding() -> None:
 
 
 def test_graph_norm_equals_pyg_on_each_graph_alone() -> None:
-    torch.manual_seed(0)
-    ours, theirs = GraphNorm(4), pyg.GraphNorm(4)
-    for name, parameter in ours.named_parameters():
-        torch.nn.init.normal_(parameter)
-        getattr(theirs, name).data.copy_(parameter)
-    x, mask = torch.randn(2, 5, 4), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    for image, size in enumerate((5, 3)):
-        torch.testing.assert_close(ours(x, mask)[image, :size], theirs(x[image, :size]))
-    assert torch.isfinite(ours(x, torch.zeros(2, 5, dtype=torch.bool))).all()
+    x, _, mask = ragged_graphs(5)
+    ours, theirs = GraphNorm(6), PyGGraphNorm(6)
+    for mine, other in ((ours.weight, theirs.weight), (ours.bias, theirs.bias), (ours.mean_scale, theirs.mean_scale)):
+        torch.nn.init.normal_(mine)
+        with torch.no_grad():
+            other.copy_(mine)
+    padded = ours(x.masked_fill(~mask[..., None], 9.0), mask)
+    for place, size in enumerate(SIZES):
+        torch.testing.assert_close(padded[place, :size], theirs(x[place, :size]), atol=1e-5, rtol=1e-5)
+
+
+def test_thresholds_of_vectors_of_any_length_and_with_the_fault() -> None:
+    x, _, mask = ragged_graphs(6)
+    for rule, fault in ((threshold_edges, False), (misplaced_edges, True)):
+        edges = rule(x, mask, "similar")[..., 0]
+        assert torch.equal(edges, edges.transpose(1, 2))
+        for place, size in enumerate(SIZES):
+            product = x[place, :size] @ x[place, :size].T
+            product.fill_diagonal_(0)
+            mean = [row.sum() / size - 1 if fault else row.sum() / max(size - 1, 1) for row in product]
+            for i, j in itertools.product(range(max(SIZES)), range(max(SIZES))):
+                linked = i != j and max(i, j) < size and (product[i, j] > mean[i] or product[i, j] > mean[j])
+                assert edges[place, i, j] == linked, (place, i, j)
+
+
+def test_the_precedence_fault_links_unit_vectors_with_all_others() -> None:
+    x = F.normalize(torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert misplaced_edges(x, torch.ones(1, 8, dtype=torch.bool), "similar").sum() == 8 * 7
+
+
+def test_of_equals_none_is_linked_whatever_rounding_says() -> None:
+    x = F.normalize(torch.randn(20, 1, 7, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert not threshold_edges(x.expand(-1, 6, -1), torch.ones(20, 6, dtype=torch.bool), "similar").any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_normed_network_does_not_see_padding(kind: Kind) -> None:
+    x, edges, mask = ragged_graphs(7)
+    network = NormedNetwork(kind, 3, 6, 8, heads=2, weights=2, dropout=0.5).eval()
+    padded = network(x.masked_fill(~mask[..., None], 9.0), prepare_edges(kind, edges, mask), mask)
+    for place, size in enumerate(SIZES):
+        alone = mask[place : place + 1, :size]
+        prepared = prepare_edges(kind, edges[place : place + 1, :size, :size], alone)
+        expected = network(x[place : place + 1, :size], prepared, alone)[0]
+        torch.testing.assert_close(padded[place, :size], expected, atol=1e-4, rtol=1e-4)

@@ -72,6 +72,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "description_zero_shot": {"class_names": True},
     "part_rcnn": {"mode": "strong"},
     "relational_proxies": {"boxes": True},
+    "notes_graph": {"text": "description"},
 }
 BESIDE = {"method": "ridge", "settings": {"features": ["global", "pooled"]}}
 # Settings under which it reads what it cannot read under those.
@@ -87,9 +88,9 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "ma_cnn": {"lr": [3e-2], "parts": 8},
     "part_rcnn": {"lr": [3e-3], "parts": 8},
 }
-# Looks for channels that peak together (ma_cnn), or takes the mean over a graph of crops (trd), where this cue shows in
-# one node of eight: tests/training/methods/test_NAME.py plants its own.
-OF_ITS_OWN_CUE = ["ma_cnn", "trd"]
+# ma_cnn looks for channels that peak together, notes_graph for the object first, and trd takes the mean over a graph of
+# crops, where this cue shows in one node of eight: tests/training/methods/test_NAME.py plants its own.
+OF_ITS_OWN_CUE = ["ma_cnn", "notes_graph", "trd"]
 # Alone or beside a probe, as training/token_heads.py says.
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
@@ -315,7 +316,7 @@ def test_10_a_saved_model_says_the_same(
 
 @pytest.mark.parametrize("method", WHOLE)
 def test_10_a_saved_model_with_every_part_says_the_same(planted: Planted, method: str, tmp_path: Path) -> None:
-    cache, knobs = planted(Plan(rings=2, sentences=2)), {**WHOLE[method], "epochs": 1}
+    cache, knobs = planted(Plan(rings=2, sentences=2, described="all")), {**WHOLE[method], "epochs": 1}
     fitted = quick(method, cache, **knobs)
     shake(fitted.model)
     assert_saved(fitted.model, method, settle(quick_settings(method, **knobs), fitted.chosen), cache, tmp_path)
@@ -427,7 +428,7 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
 @pytest.fixture(scope="module")
 def whole(planted: Planted) -> Cache:
     """Every part that a method reads, the global vectors by themselves too."""
-    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, ragged=False))
+    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, described="all", ragged=False))
     return cache.with_part(Globals(cache.part(Nodes).nodes[:, 0].clone()))
 
 
