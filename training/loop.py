@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from time import perf_counter
 from typing import Annotated, Literal
 
@@ -33,6 +34,9 @@ from training.methods import BUDGET, Fitted, Output, search_points
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 EVALUATION_BATCH = 512
+# From what training is told of a step's images, probabilities (B, C), their logits (B, C) float32, and the share of the
+# schedule that is past, 0 in its first epoch and 1 in its last: what it is told of them from then on, (B, C).
+Retell = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class Schedule(Block):
@@ -141,12 +145,14 @@ def fit_epochs(
     schedule: Schedule,
     seed: int,
     weights: Mapping[str, float] | None = None,
+    retell: Retell | None = None,
 ) -> Fitted:
     """Train one model for every learning rate and weight decay of the grid; return the one that val prefers.
 
     `build` makes a fresh model; it is called after the seed is set, and draws on the CPU. `weights` are those of the
-    method's losses. Every list of numbers in `schedule` is a grid, whoever goes through it: the more points, the fewer
-    looks has each. Raises UserError for a grid of several points and no val.
+    method's losses. `retell` moves targets that are probabilities behind each step, in a copy for each model; targets
+    that are classes leave nothing to move. Every list of numbers in `schedule` is a grid, whoever goes through it: the
+    more points, the fewer looks has each. Raises UserError for a grid of several points and no val.
     """
     looks = max(1, BUDGET // search_points(schedule))
     require_val(len(cache.images("val")), len(schedule.lr) * len(schedule.weight_decay), "lr, weight_decay")
@@ -155,7 +161,7 @@ def fit_epochs(
     for lr, weight_decay in itertools.product(schedule.lr, schedule.weight_decay):
         torch.manual_seed(seed)
         model = build().to(cache.device)
-        score, fitted = fit_once(model, cache, schedule, seed, lr, weight_decay, weights or {}, looks)
+        score, fitted = fit_once(model, cache, schedule, seed, lr, weight_decay, weights or {}, looks, retell)
         if best is None or score > best[0]:
             best = score, fitted
     assert best is not None
@@ -171,11 +177,14 @@ def fit_once(
     weight_decay: float,
     weights: Mapping[str, float],
     looks: int,
+    retell: Retell | None = None,
 ) -> tuple[tuple[float, float], Fitted]:
     """One run of the loop: the (val accuracy, -val loss) of the best epoch of `epochs_to_look`, and the model of then.
 
     History has a row for each of these epochs. Without val images the last one is kept, and the two numbers are nan.
     """
+    retell = retell if cache.target.ndim == 2 else None
+    cache = cache if retell is None else replace(cache, target=cache.target.clone())
     generator = torch.Generator().manual_seed(seed)
     train, has_val = cache.images("train"), len(cache.images("val")) > 0
     optimiser = torch.optim.AdamW(decayed_groups(model, weight_decay), lr=lr, fused=True)
@@ -196,7 +205,10 @@ def fit_once(
             started = perf_counter()
             order = train[torch.randperm(len(train), generator=generator)]
             views = torch.randint(cache.views, (len(train),), generator=generator)
-            loss = train_epoch(model, cache, schedule, order, views, optimiser, scheduler, weights, precision)
+            past = (epoch - 1) / max(schedule.epochs - 1, 1)
+            loss = train_epoch(
+                model, cache, schedule, order, views, optimiser, scheduler, weights, precision, retell, past
+            )
             seconds.append(perf_counter() - started)
         if epoch in looked:
             # Epoch 0 counts too: a model that starts from a fitted one may be best as it starts.
@@ -227,8 +239,13 @@ def train_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     weights: Mapping[str, float],
     precision: str,
+    retell: Retell | None,
+    past: float,
 ) -> float:
-    """One pass over the training images in this order (n,), each in its view (n,); returns the mean loss."""
+    """One pass over the training images in this order (n,), each in its view (n,); returns the mean loss.
+
+    `retell`, at `past`, writes into cache.target.
+    """
     model.train()
     # Read once, at the end: a GPU that has to tell each step's loss waits for the next step to be asked of it.
     loss_sum = torch.zeros((), dtype=torch.float64, device=cache.device)
@@ -242,5 +259,8 @@ def train_epoch(
         nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
         optimiser.step()
         scheduler.step()
+        if retell is not None:
+            with torch.no_grad():
+                cache.target[images] = retell(batch.target, output.logits.float(), past)
         loss_sum += loss.detach().double() * len(images)
     return loss_sum.item() / len(order)

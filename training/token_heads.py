@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training.data import Batch, Cache
 from training.layers.states import State, within
-from training.loop import Schedule, fit_epochs
+from training.loop import Retell, Schedule, fit_epochs
 from training.methods import Fitted
 from training.offset import Offset, ProbeBeside, fit_rival, probe_also_reads, reduce, with_reads
 
@@ -84,14 +84,16 @@ def fit_head(
     own_reads: frozenset[str],
     build: Callable[[Beside], nn.Module],
     weights: Mapping[str, float] | None = None,
+    retell: Retell | None = None,
 ) -> Fitted:
     """Train a head, beside its rival where settings name one; `build` makes a fresh one and draws on the CPU.
 
-    `own_reads` are the parts that it reads itself, `weights` those of its losses.
+    `own_reads` are the parts that it reads itself, `weights` those of its losses; `retell` as in fit_epochs.
     """
     if settings.with_probe is None:
-        return fit_epochs(lambda: build(Beside(None)), reduce(cache, own_reads, frozenset()), settings, seed, weights)
+        told = reduce(cache, own_reads, frozenset())
+        return fit_epochs(lambda: build(Beside(None)), told, settings, seed, weights, retell)
     rival = fit_rival(cache, settings.with_probe)
     told = reduce(rival.told(cache), own_reads, frozenset())
-    fitted = fit_epochs(lambda: build(Beside(rival.offset())), told, settings, seed, weights)
+    fitted = fit_epochs(lambda: build(Beside(rival.offset())), told, settings, seed, weights, retell)
     return replace(fitted, chosen={**fitted.chosen, **rival.chosen})

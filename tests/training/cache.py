@@ -30,6 +30,7 @@ ALL = frozenset(
     {
         *{"nodes", "boxes", "kinds", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
         *{"descriptions", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout", "parts"},
+        "attributes",
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -140,6 +141,8 @@ def write_cache(folder: Path, plan: Plan) -> None:
             graphs.append(graph_row(image["image_id"], view, vectors, boxes))
     path = folder / "index/parts.parquet"
     write_table(make_table("index.parts/1", parts), path, "index.parts/1", {}, marks["index"])
+    path, had = folder / "index/attributes.parquet", attribute_rows(classes)
+    write_table(make_table("index.attributes/1", had), path, "index.attributes/1", {}, marks["index"])
     ids = [image["image_id"] for image in images]
     embed, made_by = folder / f"embed/{ENCODER}/images", {"encoder": marks["embed"]}
     write_buckets(embed, "embed.nodes/1", nodes, ids, plan.buckets, made_by, marks["embed"])
@@ -257,6 +260,20 @@ def part_rows(path: str, box: np.ndarray, visible: bool) -> list[dict[str, Any]]
     return [
         {"path": path, "part": "head", "x": x, "y": y, "visible": True, "box": box.tolist()},
         {"path": path, "part": "tail", "visible": visible, **tail},
+    ]
+
+
+def attribute_rows(classes: Sequence[str]) -> list[dict[str, Any]]:
+    """A colour of each class's own, and a bill that the first half of them has, as words and as a share of people."""
+    first = len(classes) // 2
+    return [
+        {"class_id": class_id, "attribute": attribute, "value": value}
+        for number, class_id in enumerate(classes)
+        for attribute, value in (
+            ("bill", "hooked" if number < first else "straight"),
+            ("colour", f"colour {number:02d}"),
+            ("hooked", "87.5" if number < first else "3.25"),
+        )
     ]
 
 

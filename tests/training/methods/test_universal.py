@@ -22,6 +22,7 @@ from tests.training.cache import Plan
 from training import loop, methods
 from training.data import Batch, Cache, Part, kind_of, part_kinds
 from training.data.again import Again
+from training.data.attributes import Attributes
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
@@ -47,9 +48,13 @@ METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"
 UNTRAINED = ["zero_shot", "description_zero_shot"]
 TRAINED = [method for method in METHODS if method not in UNTRAINED]
 LOOPED = [method for method in TRAINED if issubclass(load_method(method).Settings, Schedule)]  # trained by the loop
-# Those that see patches or tokens.
-LOCAL = [method for method in LOOPED if load_method(method).READS & {"nodes", "tokens"} and method != "tip_adapter"]
 PROBES = [method for method in METHODS if "features" in load_method(method).Settings.model_fields]
+# Those that see patches or tokens; probes see what `features` say.
+LOCAL = [
+    method
+    for method in LOOPED
+    if load_method(method).READS & {"nodes", "tokens"} and method not in ("tip_adapter", *PROBES)
+]
 # 4 means hold no 32 images, nor do 4 that share the spread of other classes.
 BY_HEART = [method for method in TRAINED if method not in ("prototypes", "transfer_lda")]
 LEAVING_OUT = ["ridge", "rbf_ridge"]  # these choose by training images and need no val
@@ -85,6 +90,8 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "efficient_probing": {"lr": [1e-2]},
     "s3n": {"lr": [3e-2], "weight_decay": [1.0], "hidden": 256},
     "swinfc": {"lr": [1e-2], "weight_decay": [3.0]},
+    "pll_fg": {"lr": [3e-3], "weight_decay": [3.0]},
+    "proden": {"lr": [1e-2], "weight_decay": [1.0], "epochs": 20},
     "ma_cnn": {"lr": [3e-2], "parts": 8},
     "part_rcnn": {"lr": [3e-3], "parts": 8},
 }
@@ -96,6 +103,7 @@ HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings,
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
 OTHERWISE["pmrc"] += [{"regions": "maps"}]
+OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
 # Every probe can read a second look.
 OTHERWISE |= {method: [*OTHERWISE.get(method, []), {"features": ["again/zoom"]}] for method in PROBES}
 
@@ -348,7 +356,8 @@ def test_12_it_is_no_worse_than_the_linear_probe_where_its_cue_is_the_only_one(p
 def test_12_a_probe_of_nodes_sees_a_cue_that_the_global_vector_lacks(planted: Planted, method: str) -> None:
     cache = planted(Plan(cue="local", train=40, val=15, test=40))
     blind, ours = (
-        assess_split(quick(method, cache, features=[name]).model, cache, "test")[0] for name in ("global", "nodes")
+        assess_split(quick(method, cache, features=[name], **WITH_THE_CUE.get(method, {})).model, cache, "test")[0]
+        for name in ("global", "nodes")
     )
     # Mean and maximum over nine nodes dilute the one that carries the cue; chance is 0.25.
     assert blind < 0.4
@@ -422,6 +431,8 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         kinds = cache.part(Kinds).kinds.clone()
         kinds[:, -1] = 0
         cache = cache.change(Kinds, kinds=kinds)
+    if "attributes" in parts:
+        cache = cache.change(Attributes, table=cache.part(Attributes).table.roll(1, dims=0))
     return cache.change(Edges, count=torch.zeros_like(cache.part(Edges).count)) if "edges" in parts else cache
 
 
