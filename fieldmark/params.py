@@ -159,11 +159,58 @@ class Tower(Block):
     image_size: Annotated[int, Field(ge=16)] | None = None
 
 
+# Sides of the windows that are crops, in shares of the object's, and how many of each (fieldmark/pictures/regions.py):
+# those of MMAL-Net for CUB, 128, 192 and 256 pixels of 448, and those of TRD, a third of the object.
+WINDOWS: dict[str, list[tuple[float, int]]] = {
+    "map": [(2 / 7, 2), (3 / 7, 3), (4 / 7, 2)], "grid": [(1 / 3, 9)], "random": [(1 / 3, 8)],
+}  # fmt: skip
+Side = Annotated[float, Field(gt=0, le=1)]
+
+
+class Regions(Block):
+    """Views of the object and of its parts, each embedded by a forward pass of its own."""
+
+    object: Literal["map", "box", "whole"] = "map"
+    crops: Literal["map", "grid", "random"] = "map"
+    map: Literal["norm", "similarity", "attention"] = "norm"
+    sides: list[Side] | None = None
+    count: list[Count] | None = None
+
+    @property
+    def windows(self) -> list[tuple[float, int]]:
+        """The side of the crops of each size, in shares of the object's, and how many there are."""
+        own = WINDOWS[self.crops]
+        sides = [side for side, _ in own] if self.sides is None else self.sides
+        if self.crops == "grid":
+            return [(side, round(1 / side) ** 2) for side in sides]
+        return list(zip(sides, [count for _, count in own] if self.count is None else self.count, strict=True))
+
+    @property
+    def reads_map(self) -> bool:
+        return "map" in (self.object, self.crops)
+
+    @property
+    def reads_rollout(self) -> bool:
+        return self.reads_map and self.map == "attention"
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """All of it that changes what is made."""
+        of_map = {"map": self.map} if self.reads_map else {}
+        return {"object": self.object, "crops": self.crops, "windows": [list(each) for each in self.windows], **of_map}
+
+
 class Embed(Block):
     views: Annotated[int, Field(ge=0, le=16)] = 0
     tokens: bool = False
     grids: list[Count] = [2, 4]
     crops: list[Annotated[int, Field(ge=2)]] = []
+    regions: Regions | None = None
+
+    @property
+    def uncut(self) -> "Embed":
+        """The same views, without anything that is cut from them."""
+        return self.model_copy(update={"crops": [], "regions": None})
 
 
 def layer_check(*names: str) -> PlainValidator:
@@ -515,6 +562,14 @@ def check_contradictions(path: str, params: Params) -> None:
         refuse("report.run", f"{params.report.run!r} is not under `train.runs`", f"choose one of: {known}, or null")
     if params.dataset.images is not None and params.dataset.format != "manifest":
         refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
+    regions = params.embed.regions
+    if regions is not None:
+        key, sides = "embed.regions", regions.sides if regions.sides is not None else WINDOWS[regions.crops]
+        if regions.crops == "grid" and regions.count is not None:
+            refuse(f"{key}.count", "a grid has as many crops as fit into the object", "take it out")
+        if regions.crops != "grid" and len(sides) != len(regions.count or WINDOWS[regions.crops]):
+            what = f"{len(sides)} sides need as many counts"
+            refuse(f"{key}.count", what, "write a number of crops for each of `sides`")
     if "global" not in params.graphs.nodes:
         refuse("graphs.nodes", "`global` is not among them, and every graph needs it", "add it")
     for template in params.clean.name_templates:

@@ -112,7 +112,7 @@ def tokens_of(encoder: ImageEncoder, choice: LayerChoice, embed: Embed) -> Produ
             "encoder": encoder.fingerprint, "views": embed.views, "layers": choice.layers,
             "rollout": choice.rollout is not None, "rules": RULES,
         },
-        embed=embed.model_copy(update={"crops": []}),
+        embed=embed.uncut,
         encoder=encoder,
         forward=partial(forward, encoder, choice),
         rows=partial(make_rows, encoder.name, choice),

@@ -367,7 +367,7 @@ def main() -> None:
     sources = read_sources(params.dataset.folder)
     devices = list_devices(arguments.device)
     encoder = load_image_encoder(name, settings, choose_device(devices[0]))
-    asked, embed = find_asked(encoder, params.moments[name]), params.embed.model_copy(update={"crops": []})
+    asked, embed = find_asked(encoder, params.moments[name]), params.embed.uncut
     widths, stored = measure(encoder, asked), find_stored(encoder, embed.views, buckets)
 
     bases: dict[str, Basis] = {}

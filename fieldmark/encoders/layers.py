@@ -34,6 +34,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fieldmark.command import UserError
+from fieldmark.encoders.base import ImageEncoder
 from fieldmark.encoders.maps import find_visual, pool_cells
 from fieldmark.params import Layer, MomentLayer
 
@@ -186,6 +187,31 @@ def hidden_states(model: Any, pixels: Tensor, choice: LayerChoice, key: str) -> 
         cells.append(last)
         cls.append(first if has_cls(tower) else pixels.new_empty(len(pixels), 0))
     return HiddenStates(cells, cls, rollout)
+
+
+def check_rollout(encoder: ImageEncoder, key: str) -> None:
+    """Raises UserError, under `key`, for an encoder that embed_with_rollout cannot run."""
+    tower = find_tower(encoder.model)
+    if not has_cls(tower) or (count_layers(tower) or 0) < 2:
+        kind = type(tower).__name__
+        remedy = "use norm or similarity, or a ViT with a CLS token"
+        raise UserError(f"{key}: a {kind} has no CLS token that looks at cells, in two blocks or more; {remedy}")
+
+
+@torch.inference_mode()
+def embed_with_rollout(encoder: ImageEncoder, key: str, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `embed_images` gives of pixels (n, 3, H, W), and rollout (n, heads, h w) to the last block but one, float32.
+
+    Raises UserError, under `key`, for a tower whose blocks do not attend from all tokens to all.
+    """
+    tower = find_tower(encoder.model)
+    with record_attention(tower) as recorded:
+        pooled, tokens = encoder.embed_images(pixels)
+    prefix, cells = count_prefix(tower), tokens.shape[1] * tokens.shape[2]
+    if [each.key.shape[2] for each in recorded] != [prefix + cells] * (count_layers(tower) or 0):
+        problem = f"the blocks of a {type(tower).__name__} do not each attend once, from all tokens to all"
+        raise UserError(f"{key}: {problem}; use norm or similarity")
+    return pooled, tokens, attention_rollout(recorded[:-1])[: len(pixels), :, prefix:]
 
 
 def run_tower(tower: Any, pixels: Tensor, layers: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:

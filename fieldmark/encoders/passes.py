@@ -18,6 +18,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from threading import Semaphore
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import pyarrow as pa
 import torch
@@ -38,7 +39,7 @@ from fieldmark.command import UserError, encoder_parser
 from fieldmark.encoders.base import ImageEncoder
 from fieldmark.params import Embed
 from fieldmark.pictures.decode import map_ahead
-from fieldmark.pictures.views import Source, View, count_passes, prepare
+from fieldmark.pictures.views import Outputs, Source, View, count_passes, prepare
 
 # How many batches --dry-run embeds to measure the rate.
 SAMPLE_BATCHES = 4
@@ -48,8 +49,6 @@ QUEUED_BATCHES = 2
 # many seconds.
 MIN_SPEEDUP, TIMED_SECONDS = 1.02, 2.0
 Item = TypeVar("Item")
-# What the forward pass of a picture, or of a batch of them, gave: one tensor an output.
-Outputs = tuple[Tensor, ...]
 # Views, and of each the outputs of its passes.
 Passed = tuple[list[View], list[list[Outputs]]]
 # Rank and world: this process takes the buckets with bucket % world == rank.
@@ -252,35 +251,100 @@ def stack_pictures(pixels: list[Tensor]) -> Tensor:
     return torch.stack([each.permute(1, 2, 0) for each in pixels]).permute(0, 3, 1, 2)
 
 
+class Course:
+    """A view on its way through the encoder."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.found: list[Outputs] = []  # of its passes so far
+        self.wanted = len(view.pixels)  # passes until it is done, or says what it shows next
+
+    @property
+    def waits(self) -> bool:
+        """Whether passes are missing of what it shows now."""
+        return len(self.found) < self.wanted
+
+    @property
+    def done(self) -> bool:
+        return not self.waits and self.view.further is None
+
+    def go_on(self) -> Self:
+        """The same, with what it shows next."""
+        assert self.view.further is not None
+        self.view = self.view.further(self.found)
+        self.wanted += len(self.view.pixels)
+        return self
+
+
 def forward_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, clock: Clock) -> Iterator[Passed]:
-    """Run views in order, each one's passes batched with those of the views around it."""
-    waiting: deque[View] = deque()
-    done: deque[Outputs] = deque()
+    """Run views in order, each one's passes batched with those of the views around it.
 
-    def batches() -> Iterator[Tensor]:
-        pixels: list[Tensor] = []
-        for view in clock.timed(views, "decode"):
-            waiting.append(view)
-            pixels.extend(view.pixels)
-            while len(pixels) >= (size := asked.encoder.batch_size):
-                yield stack_pictures(pixels[:size])
-                del pixels[:size]
-        if pixels:
-            yield stack_pictures(pixels)
+    What a view shows further, once the encoder has looked at it, goes before views that have not begun, so that few are
+    on their way at a time.
+    """
+    return clock.timed(run_views(views, asked, slots, clock), "forward")
 
-    # On a CPU in the thread that calls this: in a thread of its own a pass takes a sixth longer.
+
+def run_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, clock: Clock) -> Iterator[Passed]:
+    """forward_views, not timed."""
     start = BatchRunner(asked, slots).start
-    on_cpu = slots.count > 0
-    begun = map(start, batches()) if on_cpu else map_ahead(start, batches(), workers=1, ahead=QUEUED_BATCHES)
-    for outputs in clock.timed((wait() for wait in begun), "forward"):
-        done.extend(zip(*outputs, strict=True))
-        ready: list[View] = []
-        passes: list[list[Outputs]] = []
-        while waiting and len(done) >= len(waiting[0].pixels):
-            ready.append(waiting.popleft())
-            passes.append([done.popleft() for _ in ready[-1].pixels])
-        if ready:
-            yield ready, passes
+    # On a CPU in the thread that calls this: in a thread of its own a pass takes a sixth longer.
+    ahead = 0 if slots.count else QUEUED_BATCHES
+    fresh = iter(views)
+    courses: deque[Course] = deque()  # those that are not done, in the order of the views
+    cutting: deque[Future[Course]] = deque()  # those of which more is cut
+    waiting: deque[tuple[Course, Tensor]] = deque()  # pictures for the next batches, and whose they are
+    running: deque[tuple[list[Course], Callable[[], Outputs]]] = deque()  # batches, and what waits for their outputs
+
+    def come() -> Course | None:
+        """The next view that is shown, or shown further."""
+        if cutting:
+            return cutting.popleft().result()
+        view = next(fresh, None)
+        if view is None:
+            return None
+        courses.append(Course(view))
+        return courses[-1]
+
+    def cut(course: Course) -> Course:
+        with slots.one():
+            return course.go_on()
+
+    def begin(batch: Tensor) -> Callable[[], Outputs]:
+        if not ahead:
+            return start(batch)
+        begun = runner.submit(start, batch)
+        return lambda: begun.result()()
+
+    coming = clock.timed(iter(come, ...), "decode")
+    cutters, runner = ThreadPoolExecutor(os.cpu_count() or 1), ThreadPoolExecutor(1)
+    try:
+        while True:
+            while len(running) <= ahead:
+                size = asked.encoder.batch_size
+                while len(waiting) < size and (course := next(coming)) is not None:
+                    waiting.extend((course, pixels) for pixels in course.view.pixels)
+                # Of what runs more may come, to fill a batch.
+                if not waiting or (running and len(waiting) < size):
+                    break
+                shown = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+                batch = stack_pictures([pixels for _, pixels in shown])
+                running.append(([course for course, _ in shown], begin(batch)))
+            if not running:
+                return
+            owners, wait = running.popleft()
+            for course, outputs in zip(owners, zip(*wait(), strict=True), strict=True):
+                course.found.append(outputs)
+                if not course.waits and course.view.further is not None:
+                    cutting.append(cutters.submit(cut, course))
+            ready = []
+            while courses and courses[0].done:
+                ready.append(courses.popleft())
+            if ready:
+                yield [course.view for course in ready], [course.found for course in ready]
+    finally:
+        for pool in (cutters, runner):
+            pool.shutdown(cancel_futures=True)
 
 
 def run_sources(

@@ -4,12 +4,21 @@ A Box counts in shares of a picture, (x0, y0, x1, y1), where [0, 1] is the whole
 to bottom. A Region counts in whole pixels, (left, top, right, bottom), as Pillow crops.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 Box = tuple[float, float, float, float]
 Region = tuple[int, int, int, int]
+
+
+def box_of(numbers: Sequence[float] | None) -> Box | None:
+    """The box that four numbers of a table are."""
+    if numbers is None:
+        return None
+    x0, y0, x1, y1 = numbers
+    return x0, y0, x1, y1
 
 
 def visible_box(width: int, height: int, preprocessing: dict[str, Any]) -> Box:

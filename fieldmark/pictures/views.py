@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fieldmark import store
 from fieldmark.command import UserError
-from fieldmark.params import Embed
-from fieldmark.pictures.boxes import Box, Region, cut_windows, in_image, middle, scale_region, visible_box
+from fieldmark.params import Embed, Regions
+from fieldmark.pictures import regions
+from fieldmark.pictures.boxes import Box, Region, box_of, cut_windows, in_image, middle, scale_region, visible_box
 from fieldmark.pictures.decode import MAX_PIXELS, BadImage, hash_file, open_file, open_reduced
 
 # The area of a view's random crop, as a share of the largest square that fits into the picture.
@@ -27,6 +28,11 @@ VIEW_AREA = (0.5, 1.0)
 # pixels as the encoder reads. On sharp mosaics of photographs, the global vector then has a mean cosine of 0.9994 with
 # that of a full decode; with 1.4 times as many pixels it is 0.997.
 OVERSAMPLING = 2
+# A decoded picture of more pixels is not held until the encoder has said where its object lies.
+HELD_PIXELS = 2**21
+# What the forward pass of a picture gave: one tensor an output.
+Outputs = tuple[Tensor, ...]
+
 
 class Preprocessor(Protocol):
     """The part of an encoder that decides how a picture is prepared for it (fieldmark/encoders/base.py)."""
@@ -42,6 +48,7 @@ class Source(NamedTuple):
 
     image_id: str
     path: Path
+    box: Box | None = None  # of its object, where the data have one
 
 
 class View(NamedTuple):
@@ -49,15 +56,21 @@ class View(NamedTuple):
 
     image_id: str
     number: int
-    pixels: Tensor  # bytes (1 + windows, 3, H, W): the whole view, then its windows
-    boxes: list[Box]  # where in the image each of them lies
+    pixels: Tensor  # bytes (n, 3, H, W), to be shown next: at first the whole view, then its windows
+    boxes: list[Box]  # where in the image lies what is and what was shown: the whole view, windows, object, crops
     flip: bool
+    # Where more is to be shown then: the view with that, from the outputs of all passes so far.
+    further: "Callable[[list[Outputs]], View] | None" = None
 
 
 def read_sources(folder: Path) -> list[Source]:
     """The usable images of the index."""
-    table = store.read_table("data/index/images.parquet", "index.images/1", ["image_id", "path", "status"])
-    return [Source(row["image_id"], folder / row["path"]) for row in table.to_pylist() if row["status"] == "ok"]
+    table = store.read_table("data/index/images.parquet", "index.images/1", ["image_id", "path", "status", "box"])
+    return [
+        Source(row["image_id"], folder / row["path"], box_of(row["box"]))
+        for row in table.to_pylist()
+        if row["status"] == "ok"
+    ]
 
 
 def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Region, bool]:
@@ -99,29 +112,148 @@ def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, i
 
 def prepare(source: Source, encoder: Preprocessor, settings: Embed) -> list[View]:
     """Decode one image and cut its views and their windows. Raises UserError as open_indexed does."""
-    image, size = open_indexed(source, needed_side(encoder, settings))
-    return cut_views(source.image_id, image, size, encoder, settings)
+
+    def open_at(side: float) -> tuple[Image.Image, tuple[int, int]]:
+        return open_indexed(source, side)
+
+    return cut_views(source.image_id, open_at, encoder, settings, source.box)
 
 
 def cut_views(
-    image_id: str, image: Image.Image, size: tuple[int, int], encoder: Preprocessor, settings: Embed
+    image_id: str,
+    open_at: Callable[[float], tuple[Image.Image, tuple[int, int]]],
+    encoder: Preprocessor,
+    settings: Embed,
+    box: Box | None = None,
 ) -> list[View]:
-    """The views and windows of an image that was decoded for them (needed_side), its true size beside it."""
+    """The views of an image, their windows, and what of the regions is known beforehand.
+
+    `open_at` decodes the image so that its shorter side keeps so many pixels, and gives its true size beside it; `box`
+    is that of its object, where the data have one.
+    """
+    image, size = open_at(needed_side(encoder, settings))
     views = []
     for number in range(settings.views + 1):
         region, flip = view_region(image_id, number, *size)
         picture = image.crop(scale_region(region, size, image.size))
         seen = visible_box(region[2] - region[0], region[3] - region[1], encoder.preprocessing)
-        inside = max(seen[0], 0.0), max(seen[1], 0.0), min(seen[2], 1.0), min(seen[3], 1.0)
-        windows = [window for count in settings.crops for window in cut_windows(inside, count)]
-        pictures = [picture, *(crop_fraction(picture, window) for window in windows)]
-        if flip:
-            pictures = [each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in pictures]
+        windows = [window for count in settings.crops for window in cut_windows(within(seen), count)]
         share = encoder.preprocessing.get("crop_share", 1.0)
-        boxes = [in_image(box, region, size) for box in (seen, *(middle(window, share) for window in windows))]
-        pixels = torch.stack([encoder.preprocess(trim(each, encoder.preprocessing)) for each in pictures])
-        views.append(View(image_id, number, pixels, boxes, flip))
+        boxes = [in_image(each, region, size) for each in (seen, *(middle(window, share) for window in windows))]
+        pixels = cut(picture, [regions.WHOLE, *windows], encoder, flip=flip)
+        view = View(image_id, number, pixels, boxes, flip)
+        if settings.regions is not None:
+            held = image if image.width * image.height <= HELD_PIXELS else None
+            scene = Scene(held, open_at, size, region, encoder)
+            view = show_object(view, scene, settings.regions, box)
+        views.append(view)
     return views
+
+
+def cut(picture: Image.Image, windows: list[Box], encoder: Preprocessor, *, flip: bool) -> Tensor:
+    """Windows of a view's picture as bytes (n, 3, H, W) for the encoder, each mirrored where the view is."""
+    pictures = [picture if window == regions.WHOLE else crop_fraction(picture, window) for window in windows]
+    if flip:
+        pictures = [each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in pictures]
+    return torch.stack([encoder.preprocess(trim(each, encoder.preprocessing)) for each in pictures])
+
+
+def within(box: Box) -> Box:
+    """The part of a box that lies in the picture."""
+    return max(box[0], 0.0), max(box[1], 0.0), min(box[2], 1.0), min(box[3], 1.0)
+
+
+class Scene(NamedTuple):
+    """What the regions of a view are cut from. Their boxes count in shares of the view, which is not mirrored here."""
+
+    image: Image.Image | None  # as the view was cut from it; None: it is too large to be held
+    open_at: Callable[[float], tuple[Image.Image, tuple[int, int]]]
+    size: tuple[int, int]  # the true one of the image
+    region: Region  # of the view
+    encoder: Preprocessor
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Width and height of the view, in pixels of the image."""
+        return self.region[2] - self.region[0], self.region[3] - self.region[1]
+
+    def shown(self, window: Box) -> Box:
+        """What the encoder sees of a window; more than the window where it pads."""
+        width, height = (share * side for share, side in zip(sides(window), self.extent, strict=True))
+        seen = visible_box(max(1, round(width)), max(1, round(height)), self.encoder.preprocessing)
+        (x, y), (across, down) = window[:2], sides(window)
+        return x + seen[0] * across, y + seen[1] * down, x + seen[2] * across, y + seen[3] * down
+
+    def cut(self, windows: list[Box], *, flip: bool) -> Tensor:
+        """Windows as bytes for the encoder, with pixels to spare where the file has them (OVERSAMPLING)."""
+        smallest = min(min(across * self.extent[0], down * self.extent[1]) for across, down in map(sides, windows))
+        needed = needed_side(self.encoder, Embed()) * min(self.size) / max(1.0, smallest)
+        image = self.image
+        if image is None or (image.size != self.size and min(image.size) < needed):
+            image, _ = self.open_at(needed)
+        picture = image.crop(scale_region(self.region, self.size, image.size))
+        return cut(picture, windows, self.encoder, flip=flip)
+
+    def add(self, view: View, windows: list[Box]) -> View:
+        """A view that shows these windows next, behind what it was to show."""
+        boxes = [in_image(within(self.shown(window)), self.region, self.size) for window in windows]
+        pixels = torch.cat([view.pixels, self.cut(windows, flip=view.flip)]) if windows else view.pixels
+        return view._replace(pixels=pixels, boxes=[*view.boxes, *boxes], further=None)
+
+
+def sides(box: Box) -> tuple[float, float]:
+    return box[2] - box[0], box[3] - box[1]
+
+
+def show_object(view: View, scene: Scene, asked: Regions, box: Box | None) -> View:
+    """A view that shows its object and crops of it as well, at once as far as no map has to say where they are."""
+    if asked.object != "map":
+        return show_crops(view, scene, asked, in_view(box, scene) if asked.object == "box" else regions.WHOLE)
+
+    def further(found: list[Outputs]) -> View:
+        values = upright(regions.activation(asked.map, found[0]), view)
+        return show_crops(done(view), scene, asked, regions.find_object(values, scene.shown(regions.WHOLE)))
+
+    return view._replace(further=further)
+
+
+def show_crops(view: View, scene: Scene, asked: Regions, place: Box) -> View:
+    """A view that shows its object, whose box is `place`, and crops of that."""
+    # Of anything but a square an encoder that resizes the shorter side sees the middle alone.
+    if scene.encoder.preprocessing["resize_mode"] == "shortest":
+        place = regions.grow_square(place, *scene.extent)
+    seen = scene.shown(place)
+    base = max(seen[0], place[0]), max(seen[1], place[1]), min(seen[2], place[2]), min(seen[3], place[3])
+    if asked.crops != "map":
+        return scene.add(view, [place, *regions.blind_windows(base, asked, f"{view.image_id}:{view.number}:crops")])
+    shown = scene.add(view, [place])
+
+    def further(found: list[Outputs]) -> View:
+        values = upright(regions.activation(asked.map, found[-1]), view)
+        return scene.add(done(shown), regions.best_windows(values, seen, base, asked))
+
+    return shown._replace(further=further)
+
+
+def in_view(box: Box | None, scene: Scene) -> Box:
+    """The part of an image's box that a view shows; the whole view where the image has none, or it shows none of it."""
+    if box is None:
+        return regions.WHOLE
+    (left, top, _, _), (across, down), (width, height) = scene.region, scene.extent, scene.size
+    x0, x1 = ((share * width - left) / across for share in (box[0], box[2]))
+    y0, y1 = ((share * height - top) / down for share in (box[1], box[3]))
+    part = within((x0, y0, x1, y1))
+    return part if part[0] < part[2] and part[1] < part[3] else regions.WHOLE
+
+
+def upright(values: np.ndarray, view: View) -> np.ndarray:
+    """A map of a view as the view lies in the picture."""
+    return values[:, ::-1] if view.flip else values
+
+
+def done(view: View) -> View:
+    """A view all of whose pictures were shown."""
+    return view._replace(pixels=view.pixels[:0])
 
 
 def trim(picture: Image.Image, preprocessing: dict[str, Any]) -> Image.Image:
@@ -153,4 +285,6 @@ def crop_fraction(picture: Image.Image, box: Box) -> Image.Image:
 
 def count_passes(settings: Embed) -> int:
     """How many forward passes an image needs."""
-    return (settings.views + 1) * (1 + sum(count**2 for count in settings.crops))
+    asked = settings.regions
+    of_regions = 0 if asked is None else 1 + sum(count for _, count in asked.windows)
+    return (settings.views + 1) * (1 + sum(count**2 for count in settings.crops) + of_regions)

@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fieldmark import store
@@ -29,14 +29,14 @@ from fieldmark.encoders.base import ImageEncoder
 from fieldmark.encoders.layers import choose_layers, find_tower
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import nodes_of
-from fieldmark.encoders.passes import Clock, CpuSlots, ForwardPass, Outputs, Product, forward_views
+from fieldmark.encoders.passes import Clock, CpuSlots, ForwardPass, Product, forward_views
 from fieldmark.graphs.patches import SCHEMA as GRAPHS
 from fieldmark.graphs.patches import graph_rows
 from fieldmark.moments import Basis
 from fieldmark.params import Embed, Graphs, Params
-from fieldmark.pictures.decode import bad_image, open_reduced
+from fieldmark.pictures.decode import BadImage, bad_image, hash_file, open_file, open_reduced
 from fieldmark.pictures.transforms import UNCHANGED, Transform, transformed
-from fieldmark.pictures.views import View, cut_views, needed_side
+from fieldmark.pictures.views import Outputs, Source, View, cut_views
 from stages import embed_tokens, label_patches, pool_tokens
 from stages.label_patches import Labelling
 from tools.prediction.pictures import Looked, Question, Views, thumbnail
@@ -116,17 +116,17 @@ def families_of(encoder: ImageEncoder, params: Params, embed: Embed, reads: froz
     schemas = set(tables_of(encoder.name, reads).values())
     found = []
     if schemas & {NODES, LABELS, GRAPHS}:
-        found.append(Family([nodes_of(encoder, embed)], 2))
-    uncut = embed.model_copy(update={"crops": []})
+        rollout = embed.regions is not None and embed.regions.reads_rollout
+        found.append(Family([nodes_of(encoder, embed)], 3 if rollout else 2))
     if pool_tokens.SCHEMA in schemas:
-        products = moments_of(encoder, params, uncut, names_in(reads))
+        products = moments_of(encoder, params, embed.uncut, names_in(reads))
         found.append(Family(products, len(products)))
     if embed_tokens.SCHEMA in schemas:
         key, asked = embed_tokens.key_of(encoder), params.tokens.get(encoder.name)
         if asked is None:
             raise UserError(f"{key}: is not there, and this run reads tokens of {encoder.name}; add it")
         choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key)
-        found.append(Family([embed_tokens.tokens_of(encoder, choice, uncut)], 2 * len(choice.layers) + 1))
+        found.append(Family([embed_tokens.tokens_of(encoder, choice, embed.uncut)], 2 * len(choice.layers) + 1))
     return found
 
 
@@ -184,7 +184,7 @@ def recipe_of(
             )
     embed = params.embed.model_copy(update={"views": 0})
     if reads_whole(name, reads):
-        embed = embed.model_copy(update={"tokens": False, "grids": [], "crops": []})
+        embed = embed.uncut.model_copy(update={"tokens": False, "grids": []})
     graphs = params.graphs if GRAPHS in schemas else None
     passes = join(families_of(encoder, params, embed, reads))
     return Recipe(encoder, reads, passes, labelling, graphs, common_parts(params, name, reads, classes))
@@ -199,11 +199,12 @@ def common_parts(params: Params, name: str, reads: frozenset[str], classes: list
 
 def join(families: Iterable[Family]) -> list[Shown]:
     """What is made of an encoder, those together for which a picture is cut alike: it is decoded once for them."""
-    by_windows: dict[tuple[int, ...], list[Family]] = {}
+    by_cuts: dict[str, list[Family]] = {}
     for family in families:
-        by_windows.setdefault(tuple(family.products[0].embed.crops), []).append(family)
+        embed = family.products[0].embed
+        by_cuts.setdefault(repr((embed.crops, embed.regions)), []).append(family)
     shown = []
-    for group in by_windows.values():
+    for group in by_cuts.values():
         products, start = [], 0
         for family in group:
             own = slice(start, start := start + family.outputs)
@@ -249,24 +250,31 @@ class Features:
     def passes(self) -> list[Shown]:
         return [shown for recipe in self.recipes for shown in recipe.passes]
 
-    def prepare(self, file: IO[bytes], image_id: str, transform: Transform = UNCHANGED) -> Views:
+    def prepare(self, file: IO[bytes], source: Source, transform: Transform = UNCHANGED) -> Views:
         """View 0 of a picture, or of what a transform makes of it, for each pass of each encoder.
 
-        Raises BadImage with the reason.
+        `file` is that of the source, opened. Raises BadImage with the reason.
         """
+
+        def open_at(side: float) -> tuple[Image.Image, tuple[int, int]]:
+            # What a view shows further is cut when the file was closed again.
+            image, size = reopen(source, side * transform.zoom) if file.closed else decode(side * transform.zoom)
+            if transform == UNCHANGED:
+                return image, size
+            image = transformed(image, transform, source.image_id)
+            return image, image.size
+
+        def decode(side: float) -> tuple[Image.Image, tuple[int, int]]:
+            file.seek(0)
+            return open_reduced(file, side)
+
         # Some files of /proc state no size, and a read from them waits.
         if os.fstat(file.fileno()).st_size == 0:
             raise bad_image(UnidentifiedImageError())
-        found = []
         with self.slots.one():
-            for shown in self.passes:
-                file.seek(0)
-                image, size = open_reduced(file, needed_side(shown.encoder, shown.embed) * transform.zoom)
-                if transform != UNCHANGED:
-                    image = transformed(image, transform, image_id)
-                    size = image.size
-                found.append(cut_views(image_id, image, size, shown.encoder, shown.embed))
-        return tuple(found)
+            return tuple(
+                cut_views(source.image_id, open_at, shown.encoder, shown.embed, source.box) for shown in self.passes
+            )
 
     def make(self, looked: Sequence[Looked], question: Question) -> Cache:
         """What the run sees of new pictures, in order, as a cache whose labels mean nothing."""
@@ -321,6 +329,18 @@ class Features:
             if kind.shows and not kind.supervises
         ]
         return Parts([*made, *recipe.common])
+
+
+def reopen(source: Source, side: float) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture that was open before, decoded anew. Raises UserError where it is another one by now."""
+    try:
+        with open_file(source.path) as file:
+            if hash_file(file) == source.image_id:
+                file.seek(0)
+                return open_reduced(file, side)
+    except BadImage:
+        pass
+    raise UserError(f"{source.path}: has changed while it was asked about; ask again")
 
 
 def write(rows: pa.Table, folder: Path, schema: str) -> None:

@@ -9,8 +9,9 @@ from fieldmark.command import UserError, counted
 from fieldmark.formats import manifest
 from fieldmark.formats.imagefolder import visible
 from fieldmark.listing import Spelling
+from fieldmark.pictures.boxes import box_of
 from fieldmark.pictures.decode import IMAGE_SUFFIXES, BadImage, hash_file, map_ahead, open_file
-from fieldmark.pictures.views import View
+from fieldmark.pictures.views import Source, View
 from stages.index_images import look_at
 
 TABLES = (".csv", ".parquet")
@@ -100,16 +101,18 @@ class Looked(NamedTuple):
 
 
 def look(
-    question: Question, stored: Container[str], prepare: Callable[[IO[bytes], str], Views], ahead: int
+    question: Question, stored: Container[str], prepare: Callable[[IO[bytes], Source], Views], ahead: int
 ) -> Iterator[Looked]:
     """Every picture, in order; those whose image_id is not `stored` are prepared, some of them `ahead` of time."""
 
     def look_at_one(picture: Picture) -> Looked:
         image_id = ""
         try:
-            with open_file(question.file(picture)) as file:
+            with open_file(path := question.file(picture)) as file:
                 image_id = hash_file(file)
-                return Looked(picture, image_id, () if image_id in stored else prepare(file, image_id))
+                source = Source(image_id, path, box_of(picture.box))
+                views = () if image_id in stored else prepare(file, source)
+                return Looked(picture, image_id, views)
         except BadImage as error:
             return Looked(picture, image_id, error=str(error))
 
