@@ -74,11 +74,11 @@ def by_loop(head: TRD, l: Tensor, g: Tensor, o: Tensor) -> tuple[Tensor, Tensor,
     degree = linked.sum(1)
     graph = linked / (degree[:, None] * degree[None]).sqrt()
     x = head.project(l)
-    x = graph @ (x @ head.graph.first.linear.weight.T) + head.graph.first.bias
-    norm = head.graph.norm
+    x = graph @ (x @ head.graph.layers[0].linear.weight.T) + head.graph.layers[0].bias
+    norm = head.graph.norms[0]
     x = x - norm.mean_scale * x.mean(0)
     x = F.relu(norm.weight * x / (x.square().mean(0) + 1e-5).sqrt() + norm.bias)
-    h = graph @ (x @ head.graph.second.linear.weight.T) + head.graph.second.bias
+    h = graph @ (x @ head.graph.layers[1].linear.weight.T) + head.graph.layers[1].bias
     a, full, seen = h.mean(0), head.project(g), head.project(o)
     whole = head.whole(full)
     local, semantic = head.local(a) + whole, head.semantic(torch.cat([seen, a])) + whole
