@@ -46,6 +46,11 @@ class Schedule(Block):
     clip_norm: Positive = 1.0  # longest gradient
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where processor or GPU has it; fp32, bf16
 
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rate falls; a known defect of some reference code is that it never does."""
+        return True
+
 
 def choose_device(path: str, name: str) -> torch.device:
     """What `train.device` of the parameters' file at `path` names; auto is the GPU where there is one.
@@ -175,7 +180,7 @@ def fit_once(
     train, has_val = cache.images("train"), len(cache.images("val")) > 0
     optimiser = torch.optim.AdamW(decayed_groups(model, weight_decay), lr=lr, fused=True)
     steps = schedule.epochs * math.ceil(len(train) / schedule.batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1), 0.0 if schedule.decays else lr)
     precision = schedule.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(cache.device) else "fp32"

@@ -30,10 +30,12 @@ def token_scale(cache: Cache, word: str) -> Standardise:
 class Projection(nn.Module):
     """LN(V v + b), v standardised by training images."""
 
-    def __init__(self, standardise: Standardise, width: int) -> None:
+    def __init__(self, standardise: Standardise, width: int, norm: nn.Module | None = None) -> None:
+        """`norm` is LN where none is given."""
         super().__init__()
         self.standardise = standardise
-        self.linear, self.norm = nn.Linear(len(standardise.mean), width), nn.LayerNorm(width)
+        self.linear = nn.Linear(len(standardise.mean), width)
+        self.norm = nn.LayerNorm(width) if norm is None else norm
 
     def forward(self, v: Tensor) -> Tensor:
         """v (..., D) -> (..., width)."""
