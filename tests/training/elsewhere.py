@@ -50,7 +50,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     "pmrc": [{}, {"regions": "maps", "loss_weights": {"reverse": 0.1}}],
     "relational_proxies": [
         {"boxes": True},
-        {"faults": ("scrambled_crops", "untrained_proxies", "crop_positions", "batch_norm", "constant_rate")},
+        {"faults": ("scrambled_crops", "untrained_proxies", "crop_positions", "shared_batch_norm", "constant_rate")},
     ],
     "transfg": [{}, {"select": "attention"}],
 }

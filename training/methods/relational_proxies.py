@@ -17,26 +17,24 @@ Proxies begin at zero, so that the head says nothing at first, where the code dr
     untrained_proxies  proxies stay as they are drawn, N(0, 2 / C): the optimiser was made before they were. With them
                        the head speaks from the start, beside a probe too
     crop_positions     a vector is learned for each place in the list of crops, which has no order that means anything
-    batch_norm         the relation net normalises over the batch in training and by running means in evaluation
-    constant_rate      the learning rate hardly falls: its schedule moves once in five epochs there. The schedule of
-                       such a run is so long that it looks at val at its start and its end alone
+    shared_batch_norm  BatchNorm in V, which object and local views share, and in the relation net
+    constant_rate      the learning rate never falls: its schedule moves once in five epochs there
 
 Others have no place on frozen features (crops drawn anew at evaluation, test read while training).
 """
 
-from typing import Literal, Self
+from typing import Annotated, Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fieldmark.command import UserError
 from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache
 from training.layers.attention import TransformerBlock
 from training.layers.blocks import Dropout, Standardise
-from training.layers.faults import scramble
+from training.layers.faults import BatchNorm, scramble
 from training.layers.losses import proxy_anchor
 from training.layers.nodes import Projection, training_sample
 from training.layers.states import State, within
@@ -50,9 +48,8 @@ SEEDED = True
 READS = OWN | {"boxes"} | PROBE_WORDS
 ALSO = PROBE_WORDS
 also_reads = head_also_reads
-Fault = Literal["scrambled_crops", "untrained_proxies", "crop_positions", "batch_norm", "constant_rate"]
+Fault = Literal["scrambled_crops", "untrained_proxies", "crop_positions", "shared_batch_norm", "constant_rate"]
 SHARES = (1, 1, 3)  # what the logits of object, summary and relation are divided by
-LONG = 1000  # times as many epochs has a schedule that hardly decays
 
 
 class LossWeights(Block):
@@ -68,7 +65,11 @@ class Settings(RegionSettings):
     boxes: bool = False  # whether each local view also says where it lies
     dropout: Fraction = 0.1  # share of activations dropped in training
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy, weight 1; 0 switches one off
-    faults: tuple[Fault, ...] = Field(default=())  # known defects of the reference code to switch on; () for none
+    faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()  # known defects of the reference code to switch on
+
+    @property
+    def decays(self) -> bool:
+        return "constant_rate" not in self.faults
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -117,10 +118,10 @@ class RelationalProxies(nn.Module):
         width, faults = settings.hidden, settings.faults
         self.settings = settings
         self.regions, self.beside = regions, beside
-        self.project = Projection(scale, width)
+        norm = BatchNorm if "shared_batch_norm" in faults else nn.LayerNorm
+        self.project = Projection(scale, width, norm(width))
         self.place = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Linear(width, width)) if settings.boxes else None
         self.summary = Summary(settings, len(regions.local) if "crop_positions" in faults else 0)
-        norm = nn.BatchNorm1d if "batch_norm" in faults else nn.LayerNorm
         self.relation = nn.Sequential(
             nn.Linear(2 * width, 2 * width), norm(2 * width), nn.LeakyReLU(), nn.Linear(2 * width, width)
         )
@@ -151,22 +152,13 @@ class RelationalProxies(nn.Module):
         return g, s, self.relation(torch.cat([g, s], dim=1))
 
 
-def undecayed(settings: Settings) -> Settings:
-    """The same epochs in a schedule that is stopped before it falls."""
-    stop = settings.epochs if settings.stop is None else min(settings.stop, settings.epochs)
-    return settings.model_copy(update={"epochs": LONG * settings.epochs, "stop": stop})
-
-
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    regions, classes, faults = Regions.measure(cache, settings), len(cache.classes), settings.faults
+    regions, classes = Regions.measure(cache, settings), len(cache.classes)
     sample = training_sample(cache)
     scale = Standardise(sample.nodes[sample.mask])
-    if "batch_norm" in faults and len(cache.images("train")) % settings.batch_size == 1:
-        what = f"batch_norm has no spread over a batch of one image, and the last of {settings.batch_size} is one"
-        raise UserError(f"settings.faults of relational_proxies: {what}; take another settings.batch_size")
     return fit_head(
         cache,
-        undecayed(settings) if "constant_rate" in faults else settings,
+        settings,
         seed,
         own_reads(settings),
         lambda beside: RelationalProxies(scale, regions, beside, classes, settings),
