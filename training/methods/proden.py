@@ -12,7 +12,6 @@ trained by cross entropy.
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 

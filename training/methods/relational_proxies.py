@@ -23,7 +23,7 @@ Proxies begin at zero, so that the head says nothing at first, where the code dr
 Others have no place on frozen features (crops drawn anew at evaluation, test read while training).
 """
 
-from typing import Annotated, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
