@@ -86,7 +86,7 @@ def cases_of(method: str, given: Mapping[str, Any]) -> tuple[list[Case], list[st
     known = {key: value for key, value in given.items() if key in module.Settings.model_fields}
 
     def settings(*faults: str) -> Block:
-        return module.Settings.model_validate(known | {"faults": list(faults)})
+        return module.Settings.model_validate(known | {"faults": faults})
 
     try:
         plain = settings()
