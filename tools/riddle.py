@@ -11,7 +11,7 @@ evaluation/riddle_tables.py, how images are asked in evaluation/riddle.py. --set
 that has it.
 
     python -m tools.riddle
-    python -m tools.riddle --methods trd --folds 2 --seeds 1 --epochs 10 --set object=global --set regions=grid
+    python -m tools.riddle --methods trd --folds 2 --seeds 1 --epochs 30 --set object=global --set regions=grid
 """
 
 import json
