@@ -22,7 +22,7 @@ from fieldmark.params import Block
 from training.controls import Control, Request
 from training.data import Cache
 from training.folds import HELD_OUT, refit, settle, split_fold
-from training.methods import load_method, reads_of
+from training.methods import Fitted, load_method, reads_of
 from training.regimes import hide_test
 
 BATCH = 128
@@ -76,19 +76,20 @@ def cross_fit(cache: Cache, method: str, settings: Block, fold: Fold, seed: int,
     if fold.peeking:
         split = np.select([dealt.split == "choose", dealt.split == HELD_OUT], ["train", "choose"], dealt.split)
         whole = prepare(replace(dealt, split=split), None, method, settings, source)
+        fitted = fit_seen(whole, method, settings, seed, source)
+        chosen = fitted.chosen
     else:
         inner = prepare(dealt, None, method, settings, source)
-        chosen = load_method(method).fit(hide_test(inner), settings, seed).chosen
-        settings = settle(settings, chosen)
+        chosen = fit_seen(inner, method, settings, seed, source).chosen
         whole = prepare(refit(dealt), dealt, method, settings, source)
-    fitted = load_method(method).fit(hide_test(whole), settings, seed)
+        fitted = fit_seen(whole, method, settle(settings, chosen), seed, source)
+    whole = whole.on(source.device)
     generator = torch.Generator().manual_seed(seed)
     train, held = whole.images("train"), held_out(cache, fold)
     mixed = train[torch.randperm(len(train), generator=generator)]
     order = torch.randperm(len(held), generator=generator)
     right = torch.tensor(ask(fitted.model, whole, mixed)) == whole.y[mixed].cpu()
     shuffled = torch.tensor(ask(fitted.model, whole, held[order]))[order.argsort()]
-    chosen = fitted.chosen if fold.peeking else chosen
     return Answers(right.double().mean().item(), ask(fitted.model, whole, held), shuffled.tolist(), chosen)
 
 
@@ -102,7 +103,12 @@ def prepare(cache: Cache, inner: Cache | None, method: str, settings: Block, sou
         generator = torch.Generator().manual_seed(0)
         request = Request(Control(), source.data, source.encoder, source.buckets, generator)
         cache = other_labels.apply(cache, request, anew=True, inner=inner)
-    return cache.only(reads).on(source.device)
+    return cache.only(reads)
+
+
+def fit_seen(cache: Cache, method: str, settings: Block, seed: int, source: Source) -> Fitted:
+    """A fit that sees no label of an image that neither trains nor chooses."""
+    return load_method(method).fit(hide_test(cache).on(source.device), settings, seed)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ evaluation/riddle_tables.py, how images are asked in evaluation/riddle.py. --set
 that has it.
 
     python -m tools.riddle
-    python -m tools.riddle --methods trd --folds 2 --seeds 1 --epochs 10 --set object=global --set regions=grid
+    python -m tools.riddle --methods trd --folds 2 --seeds 1 --epochs 30 --set object=global --set regions=grid
 """
 
 import json
@@ -86,7 +86,7 @@ def cases_of(method: str, given: Mapping[str, Any]) -> tuple[list[Case], list[st
     known = {key: value for key, value in given.items() if key in module.Settings.model_fields}
 
     def settings(*faults: str) -> Block:
-        return module.Settings.model_validate(known | {"faults": list(faults)})
+        return module.Settings.model_validate(known | {"faults": faults})
 
     try:
         plain = settings()

@@ -94,6 +94,10 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "proden": {"lr": [1e-2], "weight_decay": [1.0], "epochs": 20},
     "ma_cnn": {"lr": [3e-2], "parts": 8},
     "part_rcnn": {"lr": [3e-3], "parts": 8},
+    "trd": {
+        **{"lr": [1e-2], "weight_decay": [3.0], "dropout": 0.1},
+        **{"edges": "similar", "proxies": 16, "local_weight": 3.0},
+    },
 }
 # ma_cnn looks for channels that peak together, notes_graph for the object first, and trd takes the mean over a graph of
 # crops, where this cue shows in one node of eight: tests/training/methods/test_NAME.py plants its own.
