@@ -75,6 +75,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     },
     "description_zero_shot": {"class_names": True},
     "part_rcnn": {"mode": "strong"},
+    "pll_fg": {"vote": True},
 }
 BESIDE = {"method": "ridge", "settings": {"features": ["global", "pooled"]}}
 # Settings under which it reads what it cannot read under those.
