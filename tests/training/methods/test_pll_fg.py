@@ -155,7 +155,7 @@ def test_it_tells_three_candidates_apart(planted: Planted, attributes: str, vote
     cache = planted(SEPARABLE)
     told = hide_test(three_candidates(cache))
     told = replace(told, split=np.where(told.split == "val", "unused", told.split))  # so that the last epoch is kept
-    settings = Settings(**QUICK | {"lr": [0.02], "weight_decay": [1.0]}, epochs=20, attributes=attributes, vote=vote)
+    settings = Settings(**QUICK | {"lr": [0.02], "weight_decay": [3.0]}, epochs=20, attributes=attributes, vote=vote)
     model = pll_fg.fit(told, settings, 0).model
     assert truth_of_train(cache, told, predict(model, cache, torch.arange(len(cache.paths)))) >= 0.99
 
