@@ -61,7 +61,7 @@ from fieldmark.store import read_table, write_text
 from training.data import SPLITS
 from training.inputs import ROOT
 from training.metrics import mean_and_deviation
-from training.regimes import Folds, LongTail, Shots, Unseen
+from training.regimes import Folds, LongTail, Partial, Shots, Unseen
 from training.runs import write_json
 
 MARKER = "studies/test_was_read.json"  # under data/: what is read of test binds all studies
@@ -75,7 +75,7 @@ def shown_figures(table: Table) -> list[str]:
     """The figures that the text and LaTeX tables have; tables.csv has all."""
     if table.measure == "unseen":
         return ["unseen"]
-    more = {LongTail: ["few", "medium", "many"], Unseen: ["seen", "harmonic"]}
+    more = {LongTail: ["few", "medium", "many"], Unseen: ["seen", "harmonic"], Partial: ["disambiguated"]}
     return ["accuracy", "macro", "top-5", "ECE", "ECE, scaled", *more.get(type(table.regime), [])]
 
 
@@ -376,10 +376,12 @@ def describe_commit(root: Path = ROOT) -> str:
 def footnotes(plan: Plan, split: str, groups: bool) -> list[str]:
     """The notes under the tables."""
     over = "images, classes and groups" if groups else "images and classes"
+    partial = any(isinstance(regime, Partial) for regime in plan.study.regimes)
     return [
         "accuracies and ECE in %, mean +- standard deviation over runs; scaled: after a temperature fitted on val",
         f"- probe: difference to {REFERENCE} in points, 95 % bootstrap intervals over {over}, with the runs' spread",
         "still rising: of methods with epochs, the runs whose last epoch was best: more might have gained more",
+        *(["disambiguated: training images whose true class is the likeliest of their candidates, in %"] * partial),
         *verdict_notes(),
         *split_notes(plan, split),
     ]

@@ -22,6 +22,7 @@ from training.controls import Control, Request, apply_control
 from training.data import SPLITS, Cache, read_cache
 from training.folds import HELD_OUT, refit, settle
 from training.layers.logistic import L2_WITHOUT_VAL, assess
+from training.layers.partial_labels import among_candidates
 from training.loop import predict
 from training.methods import Fitted, NotPossible, borrows_others, load_method, reads_of, single_points
 from training.metrics import (
@@ -209,7 +210,8 @@ def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]
 
     Val is the half that chose nothing. The temperature is fitted on it, where there is one, so that what is left of the
     calibration error compares methods whose logits have different scales. Few, medium and many are thirds of the
-    classes by their training images.
+    classes by their training images. Where these have candidates, `disambiguated` is the share of them whose true class
+    is the candidate that the logits favour.
     """
     y = cache.y.cpu().numpy()
     tier = tiers(np.bincount(y[cache.split == "train"], minlength=len(cache.classes)), limits=None)
@@ -233,6 +235,10 @@ def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]
             "tiers": tier_accuracy(z, truth, tier),
             "classes": {name: rate for name, rate in zip(cache.classes, within.tolist(), strict=True) if rate == rate},
         }
+    if cache.target.ndim == 2:
+        train = cache.images("train")
+        favoured = among_candidates(cache.target[train].cpu(), torch.from_numpy(logits)[train]).argmax(1)
+        metrics["train"]["disambiguated"] = float((favoured.numpy() == y[train]).mean())
     return {**metrics, "temperature": temperature}
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from evaluation.effort import still_rising
 from evaluation.plan import REFERENCE, RIVAL, Cell, Plan, Question, again
 from evaluation.predictions import read_predictions
+from evaluation.runs import read_json
 from evaluation.statistics import LEVEL, MARGIN, UNITS, Paired, holm, paired_differences
 from evaluation.words import on_these_classes, points, points_range, written_p
 from fieldmark.command import UserError
@@ -34,7 +35,7 @@ from training.metrics import (
     tiers,
     top_k_accuracy,
 )
-from training.regimes import Folds, Regime, Shots, Unseen, harmonic_mean
+from training.regimes import Folds, Partial, Regime, Shots, Unseen, harmonic_mean
 
 STAND_IN = "no verdict: its tower stands in for that of the system"
 WITHIN = f"{100 * MARGIN:g} point"
@@ -155,6 +156,9 @@ def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> Read:
         if isinstance(cell.regime, Unseen):
             logits, part, unseen, own = read_unseen(logits, labels, splits, split)
             among_unseen.append(unseen)
+        if isinstance(cell.regime, Partial):
+            metrics = read_json(plan.folder / cell.run / "metrics.json", again(plan))
+            own["disambiguated"] = metrics["train"]["disambiguated"]
         figures.append(own | figures_of(logits, labels, splits, split))
         paths, y = table["path"].to_pylist(), labels
         parts.append(part)

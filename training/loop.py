@@ -260,7 +260,6 @@ def train_epoch(
         optimiser.step()
         scheduler.step()
         if retell is not None:
-            with torch.no_grad():
-                cache.target[images] = retell(batch.target, output.logits.float(), past)
+            cache.target[images] = retell(batch.target, output.logits.detach().float(), past)
         loss_sum += loss.detach().double() * len(images)
     return loss_sum.item() / len(order)

@@ -17,11 +17,12 @@ import pytest
 from evaluation import compare as module
 from evaluation import opened
 from evaluation.compare import MARKER, compare, describe_commit, read_test_images
+from evaluation.fitting import prepare
 from evaluation.plan import Cell, Plan
 from evaluation.report import HEALTH
 from evaluation.study import run_study
 from fieldmark.command import UserError
-from fieldmark.store import make_table, read_header, read_table, write_table
+from fieldmark.store import make_table, read_header, read_table, vectors_of, write_table
 from tests.evaluation.test_study import planned, with_run
 from tests.training.cache import Plan as Planted
 from tests.training.cache import write_cache
@@ -411,3 +412,24 @@ def test_test_pictures_that_were_opened_are_told_with_the_figures_of_test(projec
     said = "warning: test pictures were looked at in the report (data/studies/test_was_opened.json)"
     assert said in compare(plan, grid)
     path.unlink()
+
+
+def test_a_study_of_candidates_says_how_many_were_told_apart(project: Path) -> None:
+    partial = {"kind": "partial", "wrong": "random", "q": 0.5}
+    plan, grid = planned(project, methods=["linear_probe"], regimes=[partial], controls=["none"], seeds=1)
+    run_study(plan, grid, 1)
+    text = compare(plan, grid)
+    assert "disambiguated: training images whose true class is the likeliest of their candidates, in %" in text
+    [cell] = grid
+    share = json.loads((plan.folder / cell.run / "metrics.json").read_text())["train"]["disambiguated"]
+    prepared = prepare(plan, cell.encoder, cell.control, cell.regime, cell.draw, plan.entries[cell.method].variation)
+    target = prepared.whole.target.numpy()
+    table = read_table(plan.folder / cell.run / "predictions.parquet", "run.predictions/1")
+    rows = dict(zip(table["path"].to_pylist(), vectors_of(table, "logits"), strict=True))
+    right = []
+    for image in prepared.whole.images("train").tolist():
+        candidates = np.flatnonzero(target[image])
+        favoured = candidates[rows[prepared.whole.paths[image]][candidates].argmax()]
+        right.append(favoured == prepared.whole.y[image].item())
+    assert share == np.mean(right)
+    assert f"{100 * share:.1f}" in text.split("verdict\n")[1].splitlines()[0]

@@ -26,6 +26,7 @@ from fieldmark.store import (
 )
 from tests.training.cache import ALL, ENCODER, GRID, HEADS, Plan, write_again, write_cache, write_moments, write_other
 from training.data import Cache, arrays, feature_blocks, part_kinds, read_cache
+from training.data.attributes import Attributes
 from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.moments import Moments
@@ -33,6 +34,7 @@ from training.data.nodes import Nodes
 from training.data.parts import ObjectParts
 from training.data.projection import Projection
 from training.data.tokens import Tokens
+from training.regimes import restrict_classes
 
 PLAN = Plan(classes=3, train=5, val=2, test=2, nodes=6, dimension=8, views=2, sentences=3, rings=3)
 
@@ -506,6 +508,37 @@ def test_a_data_set_without_marks_has_no_parts(copy: Path) -> None:
     cache = read_cache(copy, ENCODER, 3, {"globals", "parts"})
     assert cache.part(ObjectParts).part_box.shape == (len(cache.paths), 0, 4)
     assert cache.batch(torch.arange(2)).part_seen.shape == (2, 0)
+
+
+def test_attributes_are_words_or_shares_of_people(copy: Path) -> None:
+    path = copy / "index/attributes.parquet"
+    rows = read_table(path, "index.attributes/1").to_pylist()
+    classes = sorted({row["class_id"] for row in rows})
+    rows += [{"class_id": classes[0], "attribute": "size", "value": "12"}]
+    rows += [{"class_id": classes[1], "attribute": "size", "value": "large"}]  # words, for one of them is a word
+    rows += [{"class_id": classes[0], "attribute": "bill", "value": "long"}]  # a class has two values
+    rows += [{"class_id": classes[2], "attribute": "crest", "value": value} for value in ("50", "nan")]
+    write_table(make_table("index.attributes/1", rows), path, "index.attributes/1", {}, "other")
+    cache = read_cache(copy, ENCODER, 3, {"globals", "attributes"})
+    assert path.relative_to(copy).as_posix() in cache.fingerprints
+    part = cache.part(Attributes)
+    assert part.names == tuple(sorted(part.names))
+    assert {"bill: hooked", "bill: long", "crest", "hooked", "size: 12", "size: large"} <= set(part.names)
+    for label, class_id in enumerate(cache.classes):
+        for column, name in enumerate(part.names):
+            attribute, _, word = name.partition(": ")
+            said = [row["value"] for row in rows if (row["class_id"], row["attribute"]) == (class_id, attribute)]
+            assert part.table[label, column] == (word in said if word else any(float(value) >= 50 for value in said))
+    assert torch.equal(cache.batch(torch.arange(2)).g, cache.globals(torch.arange(2)))
+    few = restrict_classes(cache, cache.classes[1:])
+    assert few.part(Attributes).table.equal(part.table[1:])
+
+
+def test_a_data_set_without_attributes_has_none(copy: Path) -> None:
+    path = copy / "index/attributes.parquet"
+    write_table(make_table("index.attributes/1", []), path, "index.attributes/1", {}, "other")
+    cache = read_cache(copy, ENCODER, 3, {"globals", "attributes"})
+    assert cache.part(Attributes).table.shape == (len(cache.classes), 0)
 
 
 def test_every_part_is_found_by_its_names() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,3 +133,27 @@ def test_in_pure_noise_the_best_epoch_gains_nothing_where_it_is_reported(
     assert chosen_on.mean() > 4 * chosen_on.std(ddof=1) / caches**0.5
     assert abs(reported.mean()) < 2 * error
     assert sum(beats(gain) for gain in found["val"]) <= 0.05 * caches
+
+
+def test_what_training_is_told_moves_in_a_copy_for_each_model() -> None:
+    cache = noise(0)
+    train = cache.images("train")
+    target = torch.full((len(cache.paths), CLASSES), 1 / CLASSES)
+    told = replace(cache, target=target.clone())
+    seen: list[tuple[Tensor, float]] = []
+
+    def retell(q: Tensor, logits: Tensor, past: float) -> Tensor:
+        assert not logits.requires_grad
+        seen.append((q, past))
+        return q / 2
+
+    dimension = told.globals(train[:1]).shape[1]
+    schedule = Schedule(epochs=3, lr=[0.1, 0.01], weight_decay=[0.0], batch_size=len(train), precision="fp32")
+    fit_epochs(lambda: Probe(nn.Linear(dimension, CLASSES)), told, schedule, 0, retell=retell)
+    assert [past for _, past in seen] == [0.0, 0.5, 1.0] * 2
+    for step, (q, _) in enumerate(seen):
+        torch.testing.assert_close(q, target[train] / 2 ** (step % 3))
+    assert torch.equal(told.target, target)
+    seen.clear()
+    fit_epochs(lambda: Probe(nn.Linear(dimension, CLASSES)), cache, schedule, 0, retell=retell)
+    assert seen == []  # classes are what they are

@@ -25,11 +25,6 @@ def moved(q: Tensor, logits: Tensor, kept: float) -> Tensor:
     return kept * q + (1 - kept) * among_candidates(q, logits)
 
 
-def disambiguated(q: Tensor, logits: Tensor) -> Tensor:
-    """(B,): the candidate that logits (B, C) favour."""
-    return among_candidates(q, logits).argmax(1)
-
-
 def plausible(p: Tensor, sure: float) -> Tensor:
     """(B, C) bool: of p (B, C) > 0, what is at least (1 - sure) / sure times as likely as the likeliest class.
 

@@ -10,6 +10,7 @@ attribute's prototype. x_t are the tokens standardised by training images, g' th
     E      = softmax_t(sum_k w_k F_tk),  w_k = d_k conf_k / sum over k of that,  conf_k = sum over c in Y' of q_c A_ck
              (uniform where all of Y' have the same attributes)
     f      = g' + sum_t E_t (U x_t);   logits = W f + b
+             under `vote`, + v sum_k a_ck cos(g', P_k) / tau, a_c at unit length what c has more than the mean class
     L      = -sum_c q_c log softmax(logits)_c + alpha L_att + beta L_easy
     L_att  = binary cross entropy of mean_t F_tk with s_k, over the attributes that all of Y' share or lack
     L_easy = cross entropy with the likeliest candidate, over the images where that has more than theta
@@ -24,13 +25,13 @@ images that are not sure at evaluation.
 
 What differs from the reconstruction that was at hand: w sums to 1, so that tau alone says how sharp E is, however many
 attributes there are; candidates are dropped one by one as q leaves them, and not all at once where one has theta; the
-second look at evaluation.
+second look at evaluation; `vote`, by which prototypes learn from every class that has the attribute.
 """
 
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,17 +54,27 @@ OWN = frozenset({"nodes", "tokens", "globals", "concepts", "owners", "attributes
 READS = OWN | PROBE_WORDS
 ALSO = PROBE_WORDS
 also_reads = head_also_reads
+Shares = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists alone
 
 
 class Settings(BesideSettings):
-    lr: list[Positive] = Field(default=[1e-3, 1e-2], min_length=1)  # learning rates that val chooses from
+    lr: list[Positive] = Field(default=[1e-2], min_length=1)  # learning rates that val chooses from
+    weight_decay: list[NotNegative] = Field(default=[0.3, 3.0], min_length=1)  # weight decays that val chooses from
     nodes: Literal["all", "tokens"] = "all"  # all, or tokens: raw ones, before the projection
     attributes: Literal["concepts", "table"] = "concepts"  # concepts of the bank by owners; table: the data set's own
     temperature: Positive = 0.1  # tau, of the cosines of tokens and prototypes
     theta: Annotated[float, Field(ge=0.5, le=1)] = 0.9  # from here on a class is sure, and its image easy
     alpha: NotNegative = 0.5  # weight of the attributes' loss
     beta: NotNegative = 1.0  # weight of the easy images' loss
-    rho: tuple[Fraction, Fraction] = (0.9, 0.5)  # share of q that an epoch keeps, in the first and in the last one
+    vote: bool = False  # whether attributes of the whole picture vote for the classes that have them
+    rho: Shares = (0.9, 0.5)  # share of q that an epoch keeps, in the first and in the last one
+
+    @field_validator("vote")
+    @classmethod
+    def _tokens_are_of_another_space(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("nodes") == "tokens":
+            raise ValueError("nodes: tokens do not lie in the space of the picture's vector; it should be false")
+        return value
 
 
 def own_reads(settings: Settings) -> frozenset[str]:
@@ -89,7 +100,7 @@ class Scales(NamedTuple):
             return cls(token_scale(cache, "tokens"), whole)
         sample = training_sample(cache)
         if not sample.lm.any():
-            raise NotPossible("the pictures have no nodes beside themselves: set embed.grids, or settings.nodes: tokens")
+            raise NotPossible("the pictures have no local nodes: set embed.grids, or settings.nodes: tokens")
         return cls(Standardise(sample.l[sample.lm]), whole)
 
     @classmethod
@@ -114,7 +125,7 @@ class Known(NamedTuple):
         telling = table.any(0) & ~table.all(0)
         if not telling.any():
             what = "index/attributes.parquet names" if settings.attributes == "table" else "the bank has"
-            raise NotPossible(f"{what} no attribute that some classes have and others have not; see settings.attributes")
+            raise NotPossible(f"{what} no attribute that some classes have and others lack; see settings.attributes")
         return cls(table[:, telling], None if vectors is None else vectors[telling])
 
 
@@ -158,6 +169,7 @@ class AttributeAttention(nn.Module):
         self.register_buffer("table", table)
         self.prototypes = nn.Parameter(prototypes.clone())
         self.value, self.classify = silent(len(scales.local.mean), width), silent(width, classes)
+        self.strength = nn.Parameter(torch.zeros(())) if settings.vote else None
         self.by_nodes, self.temperature, self.theta = settings.nodes == "all", settings.temperature, settings.theta
 
     def forward(self, batch: Batch) -> Output:
@@ -169,10 +181,11 @@ class AttributeAttention(nn.Module):
         even = mask / mask.sum(1, keepdim=True).clamp(min=1)
         unit, prototypes = F.normalize(x.float(), dim=-1), F.normalize(self.prototypes, dim=-1)
         g, values = self.whole(batch.g.float()), self.value(in_precision(x))
+        votes = 0.0 if self.strength is None else self.strength * self.votes(F.normalize(g, dim=-1) @ prototypes.T)
 
         def judge(attention: Tensor) -> Tensor:
             seen = torch.einsum("bt,btd->bd", attention.to(values.dtype), values)
-            return self.beside(batch, self.classify(g + seen))
+            return self.beside(batch, self.classify(g + seen).float() + votes)
 
         belief = judge(even).detach().softmax(1)
         if self.training:
@@ -188,6 +201,11 @@ class AttributeAttention(nn.Module):
             shown = torch.einsum("bt,btd->bd", even, unit) @ prototypes.T / self.temperature  # mean_t F_tk
             losses = {"attributes": attribute_loss(shown, told), "easy": easy_loss(logits, q, self.theta)}
         return Output(logits, losses, F.pad(attention, (1, 0)) if self.by_nodes else None)
+
+    def votes(self, cosines: Tensor) -> Tensor:
+        """(B, C) by what attributes (B, Ka) the whole picture shows."""
+        owned = self.table.float()
+        return cosines.float() @ F.normalize(owned - owned.mean(0), dim=1).T / self.temperature
 
     def attention(self, unit: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
         """E (B, T) of unit tokens (B, T, d), mask (B, T), wanted = sum_k w_k P_k (B, d): F is linear in P."""

@@ -5,9 +5,8 @@
     q        becomes softmax(logits | Y) behind each step that saw the image, by the logits of that step
     logits   = W x + b, or W GELU(V x) + b with `hidden`; x the vector of every probe (layers/features.py)
 
-The mean over classes of what the paper calls the weighted loss is left to cross entropy, and the network is one layer or
-two over frozen vectors: features do not change with what is found. With one class for each image it is that layer,
-trained by cross entropy.
+The network is one layer or two over frozen vectors: features do not change with what is found. With one class for each
+image it is that layer, trained by cross entropy.
 """
 
 from typing import Annotated
@@ -20,7 +19,7 @@ from training.layers.blocks import silent
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.partial_labels import among_candidates
 from training.layers.states import State, within
-from training.loop import Positive, Schedule, fit_epochs
+from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted
 from training.methods.linear_probe import Probe
 
@@ -31,12 +30,13 @@ reads, also_reads = feature_reads, feature_also_reads
 
 
 class Settings(FeatureSettings, Schedule):
-    lr: list[Positive] = Field(default=[1e-3, 1e-2], min_length=1)  # learning rates that val chooses from
+    lr: list[Positive] = Field(default=[1e-2], min_length=1)  # learning rates that val chooses from
+    weight_decay: list[NotNegative] = Field(default=[0.3, 3.0], min_length=1)  # weight decays that val chooses from
     hidden: Annotated[int, Field(ge=0)] = 0  # width of a layer before the last; 0: none
 
 
 def layer_of(inputs: int, classes: int, hidden: int) -> nn.Module:
-    """From x (B, inputs) to logits (B, classes), which are 0 at first: no candidate is likelier for a start by chance."""
+    """From x (B, inputs) to logits (B, classes), which are 0 at first: chance favours no candidate."""
     if not hidden:
         return silent(inputs, classes)
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), silent(hidden, classes))

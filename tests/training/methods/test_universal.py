@@ -78,6 +78,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "part_rcnn": {"mode": "strong"},
     "relational_proxies": {"boxes": True},
     "notes_graph": {"text": "description"},
+    "pll_fg": {"vote": True},
 }
 BESIDE = {"method": "ridge", "settings": {"features": ["global", "pooled"]}}
 # Settings under which it reads what it cannot read under those.
