@@ -93,8 +93,9 @@ OF_ITS_OWN_CUE = ["ma_cnn", "notes_graph"]
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
-# Every probe can read a second look.
-OTHERWISE |= {method: [*OTHERWISE.get(method, []), {"features": ["again/zoom"]}] for method in PROBES}
+# Every probe can read a second look, and what was said of an image.
+SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}]
+OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
