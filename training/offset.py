@@ -68,6 +68,8 @@ class WithProbe(Block):
             if again := sorted(filter(is_again, reads_of(info.data["method"], block))):
                 why = "and a probe beside a method has to tell training images that it was not fitted to"
                 raise ValueError(f"{again[0]} cannot be among them: its first look was fitted to all of these, {why}")
+            if "descriptions" in reads_of(info.data["method"], block):
+                raise ValueError("descriptions cannot be among them: a probe beside a method reads what an image shows")
         return settings
 
     def __hash__(self) -> int:
@@ -89,7 +91,8 @@ def as_probe(value: Any) -> Any:
     return {True: {"method": "probes"}, False: None}[value] if isinstance(value, bool) else value
 
 
-PROBE_WORDS = feature_words() - {"again"}  # what READS and ALSO of a method name for the probe beside it
+# What READS and ALSO of a method name for the probe beside it: what is seen of an image, and not what was said of it.
+PROBE_WORDS = feature_words() - {"again", "descriptions"}
 # The knob of a method that can stand beside a probe.
 ProbeBeside = Annotated[WithProbe | None, BeforeValidator(as_probe)]
 

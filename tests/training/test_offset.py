@@ -301,6 +301,8 @@ def test_what_cannot_be_is_one_line_with_its_key(method: str) -> None:
     assert unknown == f"{key}.settings.penalti: unknown key; remove it"
     wrong = refused(with_probe={"method": "ridge", "settings": {"penalty": 3}})
     assert wrong.startswith(f"{key}.settings.penalty: input should be a valid list")
+    said = refused(with_probe={"method": "ridge", "settings": {"features": ["global", "descriptions"]}})
+    assert said.startswith(f"{key}.settings: value error, descriptions cannot be among them")
 
 
 def test_tokens_have_no_texts_and_no_labels() -> None:

@@ -1,20 +1,41 @@
 """What a vision model said of each image, sentence by sentence."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from fieldmark.store import read_table, sha256, vectors_of
 from training.data.part import Part
 from training.data.rows import EncoderFiles, column, slots
+
+
+def require_described(dm: Tensor) -> None:
+    """Raise UserError where an image has no sentence; dm (n, S)."""
+    if missing := int((~dm.any(1)).sum()):
+        raise UserError(
+            f"{missing} of {len(dm)} images have no description, which this run reads; set describe.enabled: true and"
+            " run describe_images (dvc repro), or leave descriptions out of the run's settings"
+        )
+
+
+def mean_sentence(d: Tensor, dm: Tensor) -> Tensor:
+    """(B, D), unit length: the mean of the sentences d (B, S, D) that each image has, dm (B, S)."""
+    return F.normalize((d.float() * dm[..., None]).sum(1), dim=-1)
+
+
+def described(batch: Any) -> tuple[Tensor]:
+    """The mean sentence (B, D) of a batch. Raises UserError where an image has none."""
+    require_described(batch.dm)
+    return (mean_sentence(batch.d, batch.dm),)
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,7 @@ class Descriptions(Part):
     shows: ClassVar[tuple[str, ...]] = ("d", "dm")
     of_text: ClassVar[bool] = True
     by_image: ClassVar[bool] = True
+    features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {"descriptions": described}
 
     d: Tensor  # (n, S, D) float16, in the order of their rank; S is 0 where no image has one
     dm: Tensor  # (n, S) bool: the sentences that an image has

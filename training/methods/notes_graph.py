@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
 from training.data.bank import Bank
-from training.data.descriptions import Descriptions
+from training.data.descriptions import Descriptions, mean_sentence, require_described
 from training.layers.blocks import Dropout, Standardise, draw_normal
 from training.layers.faults import misplaced_edges, scramble
 from training.layers.graphs import Kind, NormedNetwork, masked_mean, prepare_edges, threshold_edges
@@ -134,7 +134,8 @@ class Given(NamedTuple):
 
     @classmethod
     def measure(cls, cache: Cache, settings: Settings) -> Self:
-        """Raises NotPossible where images lack crops, an object or a description, or the bank two phrases."""
+        """Raises NotPossible where images lack crops or an object, or the bank two phrases; UserError where an image
+        lacks a description that is asked for."""
         regions = Regions.measure(cache, settings)
         if "random_crops_at_evaluation" not in settings.faults:
             local = evenly(regions.local, settings.num_local)
@@ -142,7 +143,7 @@ class Given(NamedTuple):
         sample = training_sample(cache)
         views, text, phrases = regions(sample), None, None
         if settings.text == "description":
-            require_description(cache.part(Descriptions).dm)
+            require_described(cache.part(Descriptions).dm)
             text = Standardise(mean_sentence(sample.d, sample.dm))
         if settings.reads_concepts:
             phrases = standard_phrases(cache.part(Bank))
@@ -167,20 +168,6 @@ def evenly(nodes: Tensor, count: int) -> Tensor:
     if len(nodes) <= count:
         return nodes
     return nodes[torch.linspace(0, len(nodes) - 1, count).round().long()]
-
-
-def require_description(dm: Tensor) -> None:
-    """Raise NotPossible where an image has no sentence; dm (n, S)."""
-    if missing := int((~dm.any(1)).sum()):
-        raise NotPossible(
-            f"{missing} of {len(dm)} images have no description: set describe.enabled: true and run describe_images"
-            " (dvc repro), or settings.text: none"
-        )
-
-
-def mean_sentence(d: Tensor, dm: Tensor) -> Tensor:
-    """t (B, D), unit length: the mean of the sentences d (B, S, D) that an image has, dm (B, S)."""
-    return F.normalize(masked_mean(d.float(), dm), dim=-1)
 
 
 def standard_phrases(bank: Bank) -> Tensor:
@@ -290,7 +277,7 @@ class NotesGraph(nn.Module):
         said = {"global": self.scale_whole(views.object), "local": self.read(x, kept.crops, kept.mask)}
         if self.scale_text is not None:
             if not self.training:  # fit has looked at all of its images
-                require_description(batch.dm)
+                require_described(batch.dm)
             said["text"] = self.scale_text(mean_sentence(batch.d, batch.dm))
         if self.settings.concepts and kept.phrase is not None:
             said["concept"] = self.read(kept.phrase, kept.phrase, kept.mask)

@@ -85,7 +85,7 @@ def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
 
 
 def test_what_a_probe_reads_follows_from_its_features() -> None:
-    assert feature_words() == {"globals", "nodes", "moments", "again"}
+    assert feature_words() == {"globals", "nodes", "moments", "again", "descriptions"}
     assert parts_of(["global"]) == {"globals"}
     # Node 0 is the global vector: it is not read twice.
     assert parts_of(["nodes"]) == parts_of(["global", "nodes"]) == {"nodes"}
@@ -109,7 +109,8 @@ def test_moments_stand_beside_the_global_vector(planted: Planted) -> None:
 
 @pytest.mark.parametrize("given", [["../images"], ["global", ""]])
 def test_what_cannot_be_the_name_of_a_vector_is_said(given: list[str]) -> None:
-    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*one of global, nodes, a key under moments\.ENCODER"
+    known = r"one of descriptions, global, nodes, a key under moments\.ENCODER"
+    what = rf"^p\.yaml: runs\.a\.settings\.features\.\d: .*{known}"
     with pytest.raises(UserError, match=what):
         read_settings("p.yaml", "runs.a", "linear_probe", {"features": given})
 

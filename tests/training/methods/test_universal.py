@@ -109,8 +109,9 @@ OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
 OTHERWISE["pmrc"] += [{"regions": "maps"}]
 OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
-# Every probe can read a second look.
-OTHERWISE |= {method: [*OTHERWISE.get(method, []), {"features": ["again/zoom"]}] for method in PROBES}
+# Every probe can read a second look, and what was said of an image.
+SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}]
+OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
