@@ -168,7 +168,7 @@ Side = Annotated[float, Field(gt=0, le=1)]
 
 
 class Regions(Block):
-    """Views of the object and of its parts, each embedded by a forward pass of its own."""
+    """Views of the object and of its parts, each embedded by a forward pass of its own (docs/own-data.md)."""
 
     object: Literal["map", "box", "whole"] = "map"
     crops: Literal["map", "grid", "random"] = "map"
@@ -564,12 +564,12 @@ def check_contradictions(path: str, params: Params) -> None:
         refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
     regions = params.embed.regions
     if regions is not None:
-        key, sides = "embed.regions", regions.sides if regions.sides is not None else WINDOWS[regions.crops]
+        key, own = "embed.regions.count", WINDOWS[regions.crops]
+        sides, counts = (len(own if each is None else each) for each in (regions.sides, regions.count))
         if regions.crops == "grid" and regions.count is not None:
-            refuse(f"{key}.count", "a grid has as many crops as fit into the object", "take it out")
-        if regions.crops != "grid" and len(sides) != len(regions.count or WINDOWS[regions.crops]):
-            what = f"{len(sides)} sides need as many counts"
-            refuse(f"{key}.count", what, "write a number of crops for each of `sides`")
+            refuse(key, "a grid has as many crops as fit into the object", "take it out")
+        if regions.crops != "grid" and sides != counts:
+            refuse(key, f"{sides} sides need as many counts, and there are {counts}", "write one for each of `sides`")
     if "global" not in params.graphs.nodes:
         refuse("graphs.nodes", "`global` is not among them, and every graph needs it", "add it")
     for template in params.clean.name_templates:

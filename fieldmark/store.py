@@ -19,7 +19,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -465,6 +465,11 @@ class Kept(NamedTuple):
     def changes(self) -> bool:
         """Whether the bucket must be written anew."""
         return self.stale or bool(self.missing)
+
+    def without(self, image_ids: Collection[str]) -> "Kept":
+        """The same, but for some of those present, which have to be made anew."""
+        present = [image_id for image_id in self.present if image_id not in image_ids]
+        return Kept(present, sorted({*self.missing, *self.present}.difference(present)), self.stale or bool(image_ids))
 
 
 def find_kept(path: str | Path, schema: str, mark: str, wanted: Sequence[str]) -> Kept:

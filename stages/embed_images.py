@@ -1,12 +1,13 @@
-"""Embed every image once: the whole picture, the cells of its dense map, coarser grids of them, and crops.
+"""Embed every image once: the whole picture, its object, the cells of its dense map, coarser grids of them, and crops.
 
 Reads   data/index/images.parquet and the images it names; `encoders.NAME` and `embed` of params.yaml.
 Writes  data/embed/NAME/images/bNNN.parquet (embed.nodes/1). Rows that are there already, made by the same encoder and
         parameters, are kept: an image more embeds one image and rewrites one bucket. What a run that was killed had
         finished, bucket by bucket, is kept too.
-Costs   one forward pass an image and view (`crops: [3]` adds 9 a view); 2 bytes a dimension and node on disk; memory
-        does not grow with the images. --dry-run embeds a few batches, writes nothing, and says what is to come.
-        --find-batch-size times the forward pass at growing batches. Large JPEGs are decoded at reduced size (views.py).
+Costs   one forward pass an image and view (`crops: [3]` adds 9 a view, `regions` one for the object and one for each
+        crop of it); 2 bytes a dimension and node on disk; memory does not grow with the images. --dry-run embeds a few
+        batches, writes nothing, and says what is to come. --find-batch-size times the forward pass at growing batches.
+        Large JPEGs are decoded at reduced size (views.py).
 
 Which nodes a view has, and in which order, stands in fieldmark/encoders/nodes.py.
 
@@ -30,7 +31,7 @@ from fieldmark.encoders.passes import (
 )
 from fieldmark.memory import keep_memory
 from fieldmark.params import load_params
-from fieldmark.pictures.views import read_sources
+from fieldmark.pictures.views import count_passes, read_sources
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
         print(find_batch_size(product))
     elif arguments.dry_run:
         print(f"{product.folder}: {preview([product], sources, buckets, len(devices))}")
+        print(f"forward passes: {count_passes(params.embed)} an image")
     else:
         update([product], sources, buckets, arguments.shard)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +26,7 @@ from fieldmark.encoders.passes import Product
 from fieldmark.params import Embed
 from fieldmark.pictures import regions
 from fieldmark.pictures.boxes import Box, grid_cells
-from fieldmark.pictures.views import Outputs, View
+from fieldmark.pictures.views import Outputs, Source, View, marked_object
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.nodes/1"
@@ -87,6 +88,17 @@ def make_rows(settings: Embed, views: list[View], passes: list[list[Outputs]]) -
     })
 
 
+def moved_objects(encoder: ImageEncoder, path: Path, sources: list[Source]) -> set[str]:
+    """The image_ids of sources whose box, of the data, is another one than that of which a bucket holds the crops."""
+    sides = ["x0", "y0", "x1", "y1"]
+    table = store.read_table(path, SCHEMA, ["image_id", "view", "node", *sides])
+    table = table.filter((pc.field("view") == 0) & (pc.field("node") == 1))
+    boxes = np.stack([table[side].to_numpy() for side in sides], axis=1)
+    held = dict(zip(table["image_id"].to_pylist(), boxes, strict=True))
+    now = {source.image_id: marked_object(source, encoder) for source in sources}
+    return {each for each, box in now.items() if box is not None and not np.allclose(held[each], box, atol=1e-6)}
+
+
 def nodes_of(encoder: ImageEncoder, settings: Embed) -> Product:
     """What the stage embed_images makes with an encoder. Raises UserError where it has no such map as regions need."""
     forward: Callable[[Tensor], Outputs] = encoder.embed_images
@@ -108,4 +120,5 @@ def nodes_of(encoder: ImageEncoder, settings: Embed) -> Product:
         encoder=encoder,
         forward=forward,
         rows=partial(make_rows, settings),
+        outdated=partial(moved_objects, encoder) if asked is not None and asked.object == "box" else None,
     )  # fmt: skip

@@ -75,6 +75,8 @@ class Product(ForwardPass):
     made_by: dict[str, Any]  # all that changes what the rows hold
     # The rows of views, equally many of each, from the outputs of their passes: first the whole view, then its windows.
     rows: Callable[[list[View], list[list[Outputs]]], pa.Table]
+    # Which of some images a bucket holds rows of that are not those of the image now, where that can be.
+    outdated: Callable[[Path, list[Source]], set[str]] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -241,6 +243,8 @@ def find_work(product: Product, sources: list[Source], buckets: int, shard: Shar
         if bucket % world == rank:
             path = store.bucket_path(product.folder, bucket)
             kept = store.find_kept(path, product.schema, product.fingerprint, wanted)
+            if product.outdated is not None and kept.present:
+                kept = kept.without(product.outdated(path, [by_id[image_id] for image_id in kept.present]))
             if kept.changes:
                 todo.append((path, kept))
     return Work(todo, [by_id[image_id] for _, kept in todo for image_id in kept.missing])

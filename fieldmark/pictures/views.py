@@ -7,6 +7,7 @@ the same image always has the same views. A view may be cut further into windows
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +50,7 @@ class Source(NamedTuple):
     image_id: str
     path: Path
     box: Box | None = None  # of its object, where the data have one
+    size: tuple[int, int] | None = None  # width and height, where the index has them
 
 
 class View(NamedTuple):
@@ -65,9 +67,10 @@ class View(NamedTuple):
 
 def read_sources(folder: Path) -> list[Source]:
     """The usable images of the index."""
-    table = store.read_table("data/index/images.parquet", "index.images/1", ["image_id", "path", "status", "box"])
+    columns = ["image_id", "path", "status", "box", "width", "height"]
+    table = store.read_table("data/index/images.parquet", "index.images/1", columns)
     return [
-        Source(row["image_id"], folder / row["path"], box_of(row["box"]))
+        Source(row["image_id"], folder / row["path"], box_of(row["box"]), (row["width"], row["height"]))
         for row in table.to_pylist()
         if row["status"] == "ok"
     ]
@@ -113,10 +116,7 @@ def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, i
 def prepare(source: Source, encoder: Preprocessor, settings: Embed) -> list[View]:
     """Decode one image and cut its views and their windows. Raises UserError as open_indexed does."""
 
-    def open_at(side: float) -> tuple[Image.Image, tuple[int, int]]:
-        return open_indexed(source, side)
-
-    return cut_views(source.image_id, open_at, encoder, settings, source.box)
+    return cut_views(source.image_id, partial(open_indexed, source), encoder, settings, source.box)
 
 
 def cut_views(
@@ -194,9 +194,13 @@ class Scene(NamedTuple):
         picture = image.crop(scale_region(self.region, self.size, image.size))
         return cut(picture, windows, self.encoder, flip=flip)
 
+    def place(self, window: Box) -> Box:
+        """Where in the image lies what the encoder sees of a window."""
+        return in_image(within(self.shown(window)), self.region, self.size)
+
     def add(self, view: View, windows: list[Box]) -> View:
         """A view that shows these windows next, behind what it was to show."""
-        boxes = [in_image(within(self.shown(window)), self.region, self.size) for window in windows]
+        boxes = [self.place(window) for window in windows]
         pixels = torch.cat([view.pixels, self.cut(windows, flip=view.flip)]) if windows else view.pixels
         return view._replace(pixels=pixels, boxes=[*view.boxes, *boxes], further=None)
 
@@ -219,9 +223,7 @@ def show_object(view: View, scene: Scene, asked: Regions, box: Box | None) -> Vi
 
 def show_crops(view: View, scene: Scene, asked: Regions, place: Box) -> View:
     """A view that shows its object, whose box is `place`, and crops of that."""
-    # Of anything but a square an encoder that resizes the shorter side sees the middle alone.
-    if scene.encoder.preprocessing["resize_mode"] == "shortest":
-        place = regions.grow_square(place, *scene.extent)
+    place = seen_whole(place, scene)
     seen = scene.shown(place)
     base = max(seen[0], place[0]), max(seen[1], place[1]), min(seen[2], place[2]), min(seen[3], place[3])
     if asked.crops != "map":
@@ -233,6 +235,20 @@ def show_crops(view: View, scene: Scene, asked: Regions, place: Box) -> View:
         return scene.add(done(shown), regions.best_windows(values, seen, base, asked))
 
     return shown._replace(further=further)
+
+
+def seen_whole(place: Box, scene: Scene) -> Box:
+    """A box as the encoder can see it: of anything but a square, one that resizes the shorter side sees the middle."""
+    squares = scene.encoder.preprocessing["resize_mode"] == "shortest"
+    return regions.grow_square(place, *scene.extent) if squares else place
+
+
+def marked_object(source: Source, encoder: Preprocessor) -> Box | None:
+    """Where in view 0 the object's node of a source lies with `object: box`; None where its size is not known."""
+    if source.size is None:
+        return None
+    scene = Scene(None, partial(open_indexed, source), source.size, (0, 0, *source.size), encoder)
+    return scene.place(seen_whole(in_view(source.box, scene), scene))
 
 
 def in_view(box: Box | None, scene: Scene) -> Box:

@@ -86,6 +86,22 @@ def test_windows_have_passes_of_their_own(
     same(seen(features), read_cache("data", "vit", params.dataset.buckets, reads))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("regions", [{}, {"crops": "random", "map": "attention"}, {"object": "box"}], ids=str)
+def test_regions_are_found_again(
+    regions: dict[str, str], trained: Path, write_other: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object and its crops, labels and graphs of them; moments and tokens beside are made of a pass without."""
+    shutil.copytree(trained, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    kinds = {"nodes": ["global", "object", "grid", "crop"]}
+    params = write_other(embed={"views": 1, "tokens": False, "grids": [2], "regions": regions}, graphs=kinds)
+    for stage in ("embed_images", "build_graphs", "select_concepts", "label_patches"):
+        run_module(f"stages.{stage}", "--encoder", "vit", "--params", "other.yaml")
+    found = seen(features_of(params, {"vit": EVERYTHING}))
+    same(found, read_cache("data", "vit", params.dataset.buckets, EVERYTHING))
+
+
 def test_only_what_is_read_is_made(asked: Path) -> None:
     [shown] = features_of(load_params(), {"vit": frozenset({"globals", "names", "owners"})}).passes
     assert (shown.embed.tokens, shown.embed.grids, shown.embed.crops) == (False, [], [])
