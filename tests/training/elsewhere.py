@@ -180,7 +180,7 @@ def main() -> None:
     torch.set_num_threads(1)
     said: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(views=2, rings=3, sentences=4, train=8, val=4, test=2)
+        plan = Plan(views=2, rings=3, sentences=4, described="all", train=8, val=4, test=2)
         write_cache(Path(folder), plan)
         write_other(Path(folder), "other", 24)
         for name in ("pooled", "isqrt"):

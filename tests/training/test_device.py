@@ -28,7 +28,7 @@ from training.train import train
 Planted = Callable[[Plan], Cache]
 GPU = torch.device("cuda", 0)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
-PLAN = Plan(views=2, rings=3, sentences=4, train=12)
+PLAN = Plan(views=2, rings=3, sentences=4, described="all", train=12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and the other tests run on it")

@@ -140,7 +140,7 @@ class Given(NamedTuple):
         if "random_crops_at_evaluation" not in settings.faults:
             local = evenly(regions.local, settings.num_local)
             regions = Regions(int(regions.at), local, settings.local_kinds)
-        sample = training_sample(cache)
+        regions, sample = regions.to(cache.device), training_sample(cache)
         views, text, phrases = regions(sample), None, None
         if settings.text == "description":
             require_described(cache.part(Descriptions).dm)
