@@ -5,10 +5,11 @@ Images are decoded ahead of the encoder, a batch may hold views of several image
 other, in all folders side by side. Rows that are there already, made by the same encoder and parameters, are kept, and
 so are the buckets that a killed run had finished. Memory does not grow with the images.
 
-Several threads decode; the main thread makes rows of the encoder's outputs and writes them. On a GPU one more thread
-runs the encoder, so that it waits for nothing but pictures, and copies to and from the GPU run beside the passes. On a
-CPU the main thread runs the encoder, and it shares the processors with the threads that decode (`CpuSlots`). With
-several devices there is one process for each, which takes the buckets with `bucket % world == rank`.
+Several threads decode, and cut what a view shows further; the main thread makes rows of the outputs of the encoder
+and writes them. On a GPU one more thread runs the encoder, so that it waits for nothing but pictures, and copies to and
+from the GPU run beside the passes. On a CPU the main thread runs the encoder, and it shares the processors with the
+threads that decode (`CpuSlots`). With several devices there is one process for each, which takes the buckets with
+`bucket % world == rank`.
 """
 
 import io
