@@ -20,7 +20,7 @@ from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -364,8 +364,9 @@ def run_sources(
             return prepare(source, asked.encoder, asked.embed) if cut is None else cut(source)
 
     ahead = max(workers, 2 * asked.encoder.batch_size // count_passes(asked.embed))
-    prepared = map_ahead(prepare_one, sources, workers=workers, ahead=ahead)
-    return forward_views((view for views in prepared for view in views), asked, slots, clock)
+    # Closed at once where a pass fails: its threads cannot be ended from one of their own.
+    with closing(map_ahead(prepare_one, sources, workers=workers, ahead=ahead)) as prepared:
+        yield from forward_views((view for views in prepared for view in views), asked, slots, clock)
 
 
 def rows_of_images(passed: Iterable[Passed], products: Sequence[Product], count: int) -> Iterator[tuple[pa.Table, ...]]:
