@@ -5,10 +5,11 @@ Images are decoded ahead of the encoder, a batch may hold views of several image
 other, in all folders side by side. Rows that are there already, made by the same encoder and parameters, are kept, and
 so are the buckets that a killed run had finished. Memory does not grow with the images.
 
-Several threads decode; the main thread makes rows of the encoder's outputs and writes them. On a GPU one more thread
-runs the encoder, so that it waits for nothing but pictures, and copies to and from the GPU run beside the passes. On a
-CPU the main thread runs the encoder, and it shares the processors with the threads that decode (`CpuSlots`). With
-several devices there is one process for each, which takes the buckets with `bucket % world == rank`.
+Several threads decode, and cut what a view shows further; the main thread makes rows of the outputs of the encoder
+and writes them. On a GPU one more thread runs the encoder, so that it waits for nothing but pictures, and copies to and
+from the GPU run beside the passes. On a CPU the main thread runs the encoder, and it shares the processors with the
+threads that decode (`CpuSlots`). With several devices there is one process for each, which takes the buckets with
+`bucket % world == rank`.
 """
 
 import io
@@ -19,7 +20,7 @@ from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -366,8 +367,9 @@ def run_sources(
             return prepare(source, asked.encoder, asked.embed) if cut is None else cut(source)
 
     ahead = max(workers, 2 * asked.encoder.batch_size // count_passes(asked.embed))
-    prepared = map_ahead(prepare_one, sources, workers=workers, ahead=ahead)
-    return forward_views((view for views in prepared for view in views), asked, slots, clock)
+    # Closed at once where a pass fails: its threads cannot be ended from one of their own.
+    with closing(map_ahead(prepare_one, sources, workers=workers, ahead=ahead)) as prepared:
+        yield from forward_views((view for views in prepared for view in views), asked, slots, clock)
 
 
 def rows_of_images(passed: Iterable[Passed], products: Sequence[Product], count: int) -> Iterator[tuple[pa.Table, ...]]:

@@ -14,7 +14,7 @@ import os
 import stat
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -263,7 +263,7 @@ def dhash(image: Image.Image) -> int:
 
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map` in threads, in order. At most `ahead` results wait, so that memory does not grow with the items."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:

@@ -392,7 +392,9 @@ def run_until(project: Path) -> Iterator[Callable[[float], tuple[int, float]]]:
     forker.wait()
 
 
+@pytest.mark.parametrize("shown", [{"views": 3}, pytest.param({"regions": {}}, marks=pytest.mark.slow)], ids=str)
 def test_killed_at_any_moment_it_goes_on_where_it_was(
+    shown: dict[str, Any],
     set_params: SetParams,
     draw_images: Callable[[dict[str, int]], None],
     run_stage: RunStage,
@@ -400,7 +402,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
 ) -> None:
     """Twenty kills: of runs that begin with nothing, and of runs that change what is there."""
     folder = Path("data/embed/vit/images")
-    set_params(dataset={"buckets": 16}, embed={"views": 3})
+    set_params(dataset={"buckets": 16}, embed=shown)
 
     def run_through() -> tuple[dict[str, bytes], float]:
         run_stage("index_images")
