@@ -1,4 +1,4 @@
-"""The classifier of three layers that Relational Proxies, TRD and the notes put behind a vector."""
+"""The classifier of three layers that TRD and the notes put behind a vector."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,20 +8,23 @@ from training.layers.faults import BatchNorm
 
 
 class Mapper(nn.Module):
-    """Linear(LeakyReLU(Linear(LeakyReLU(norm(Linear(x)))))), 2 width, width and `classes` wide [code].
+    """Linear(d, 2d) - norm - LeakyReLU - Linear(2d, h) - LeakyReLU, and then Linear(h, C), which begins at zero [code].
 
     The norm is LayerNorm, where their code has BatchNorm: with that an image is judged by its batch in training, and
     by running means, which no batch had, at evaluation.
     """
 
     def __init__(self, inputs: int, width: int, classes: int, batch_norm: bool = False) -> None:
-        """The last layer says nothing at first."""
         super().__init__()
-        self.widen, self.narrow = nn.Linear(inputs, 2 * width), nn.Linear(2 * width, width)
-        self.norm = BatchNorm(2 * width) if batch_norm else nn.LayerNorm(2 * width)
+        self.widen, self.narrow = nn.Linear(inputs, 2 * inputs), nn.Linear(2 * inputs, width)
+        self.norm = BatchNorm(2 * inputs) if batch_norm else nn.LayerNorm(2 * inputs)
         self.classify = silent(width, classes)
 
+    def features(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., h)."""
+        return F.leaky_relu(self.narrow(F.leaky_relu(self.norm(self.widen(x)))))
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, inputs) -> (B, classes)."""
-        out: Tensor = self.classify(F.leaky_relu(self.narrow(F.leaky_relu(self.norm(self.widen(x))))))
+        """x (..., d) -> (..., C)."""
+        out: Tensor = self.classify(self.features(x))
         return out

@@ -37,7 +37,7 @@ test, and descriptions of test images came from a model that knew the class (doc
 
 Ours [design]: features are frozen and have unit length, so crops are ordered by direction alone; g, l and t are
 standardised before any layer, K' is; the contrasted encoder feeds the graph; all kept crops pay the KL, theirs one;
-`relation` has the Mapper's three layers, theirs four, four times as wide; the last layers begin at zero; GAT's heads
+`relation` has the Mapper's three layers, theirs four; the last layers begin at zero; GAT's heads
 stand side by side; crops that are fixed, where theirs were drawn anew at each step; AdamW, a cosine schedule, val.
 """
 

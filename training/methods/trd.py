@@ -56,6 +56,7 @@ from training.layers.losses import (
     hausdorff,
     likeliest_class,
 )
+from training.layers.mapper import Mapper
 from training.layers.nodes import Projection, training_sample
 from training.layers.states import State, within
 from training.loop import NotNegative
@@ -91,36 +92,18 @@ class Settings(RegionSettings):
         return "constant_rate" not in self.faults
 
 
-class Mapper(nn.Module):
-    """Linear(d, 2d) - norm - LeakyReLU - Linear(2d, h) - LeakyReLU, and then Linear(h, C), which begins at zero."""
-
-    def __init__(self, inputs: int, width: int, classes: int, norm: nn.Module) -> None:
-        super().__init__()
-        self.widen, self.norm, self.narrow = nn.Linear(inputs, 2 * inputs), norm, nn.Linear(2 * inputs, width)
-        self.classify = silent(width, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., h)."""
-        return F.leaky_relu(self.narrow(F.leaky_relu(self.norm(self.widen(x)))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., C)."""
-        out: Tensor = self.classify(self.features(x))
-        return out
-
-
 class TRD(nn.Module):
     def __init__(self, scale: Standardise, regions: Regions, beside: Beside, classes: int, settings: Settings) -> None:
         super().__init__()
         hidden, has = settings.hidden, settings.faults
         self.settings, self.epoch = settings, 0  # of training; see train()
         self.regions, self.beside = regions, beside
-        norm = faults.BatchNorm if "shared_batch_norm" in has else nn.LayerNorm
-        self.project = Projection(scale, hidden, norm(hidden))
+        shared = "shared_batch_norm" in has
+        self.project = Projection(scale, hidden, faults.BatchNorm(hidden) if shared else nn.LayerNorm(hidden))
         self.graph = NormedNetwork("gcn", 2, hidden, hidden, heads=1, weights=1, dropout=settings.dropout)
 
         def mapper(inputs: int) -> Mapper:
-            return Mapper(inputs, hidden, classes, norm(2 * inputs))
+            return Mapper(inputs, hidden, classes, shared)
 
         self.whole, self.semantic, self.local = mapper(hidden), mapper(2 * hidden), mapper(hidden)
         heads = [mapper(hidden) for _ in range(settings.proxies)]
