@@ -50,7 +50,8 @@ def runs() -> dict[str, dict[str, Any]]:
     found = {}
     for method in method_names():
         fields = load_method(method).Settings.model_fields
-        known = {name: value for name, value in (SMALL | FEW).items() if name in fields}
+        grids = {name: few for name, few in FEW.items() if name in fields and isinstance(fields[name].default, list)}
+        known = {name: value for name, value in SMALL.items() if name in fields} | grids
         found[method] = {"method": method, "settings": known}
     return {name: {"encoder": ENCODER, **given} for name, given in (found | OTHERS).items()}
 
