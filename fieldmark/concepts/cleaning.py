@@ -18,11 +18,10 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
 from typing import Any
 
 from fieldmark import store
-from fieldmark.concepts.names import ClassName, domain_words, words
+from fieldmark.concepts.names import ClassNames, domain_words, words
 from fieldmark.concepts.visibility import Eye
 from fieldmark.params import Clean, Domain
 
@@ -72,7 +71,7 @@ def normalise(text: str) -> str:
     return text[:1].lower() + text[1:] if first in {"A", "An", "The"} or first[1:].islower() else text
 
 
-def cut_remark(text: str, name: ClassName) -> str:
+def cut_remark(text: str, name: ClassNames) -> str:
     """The clauses before the first comma after which the class is named; the text itself where nothing is left."""
     before = ""
     for clause in text.split(","):
@@ -96,7 +95,7 @@ def singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
-def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: Clean) -> str | None:
+def reason_to_drop(candidate: Row, names: ClassNames, eye: Eye, clean: Clean) -> str | None:
     """Why a text cannot be a concept, whatever the others are; or None. `names` are those it must not give away."""
     if candidate["surplus"]:
         return "surplus"
@@ -108,7 +107,7 @@ def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: 
         return "fragment"
     if sum(math.ceil(len(word) / LONGEST_WORD) for word in text.split()) > clean.max_words:
         return "too_long"
-    if any(name.is_in(text) for name in names):
+    if names.is_in(text):
         return "class_name"
     if candidate["kind"] == "habitat":
         return "habitat"
@@ -118,7 +117,7 @@ def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: 
 def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean, asked: int | None = None) -> list[Row]:
     """Rows of concepts/1 for one class: its names, then every candidate of its answers (in order of sample), each of
     which was to hold `asked` texts (None: not known)."""
-    name = class_name(row, domain)
+    name = class_names([row], domain)
     texts = [template.format(name=row["name"], noun=domain.noun) for template in clean.name_templates]
     concepts = [concept_row(row["class_id"], text, "name", rank) for rank, text in enumerate(texts)]
     candidates = [
@@ -126,7 +125,7 @@ def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean, aske
         for answer in answers
         for found in candidates_of(answer, asked)
     ]
-    return concepts + judge(candidates, row["class_id"], [name], domain, clean)
+    return concepts + judge(candidates, row["class_id"], name, domain, clean)
 
 
 def clean_generic(
@@ -138,16 +137,15 @@ def clean_generic(
         for answer in answers
         for found in candidates_of(answer, asked)
     ]
-    return judge(candidates, None, [class_name(row, domain) for row in classes], domain, clean)
+    return judge(candidates, None, class_names(classes, domain), domain, clean)
 
 
-def class_name(row: Row, domain: Domain) -> ClassName:
-    card = domain_words(domain.noun, domain.group, *domain.attributes)
-    return ClassName(row["name"], row["scientific_name"], card)
+def class_names(rows: list[Row], domain: Domain) -> ClassNames:
+    return ClassNames(rows, domain_words(domain.noun, domain.group, *domain.attributes))
 
 
 def judge(
-    candidates: list[Row], class_id: str | None, names: list[ClassName], domain: Domain, clean: Clean
+    candidates: list[Row], class_id: str | None, names: ClassNames, domain: Domain, clean: Clean
 ) -> list[Row]:
     """Rows of concepts/1, one a candidate: kept, or dropped with the reason."""
     eye = Eye(domain.noun, domain.group, domain.attributes)
