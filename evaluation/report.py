@@ -200,7 +200,7 @@ def report(
     """
     buckets = params.dataset.buckets
     index = store.read_table(data / "index/images.parquet", "index.images/1")
-    classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
+    classes = store.read_table(data / "index/classes.parquet", "index.classes/2")
     names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
     found = [read_run(data, name, planned.encoder) for name, planned in params.train.runs.items()]
     runs, not_made = [one for one in found if isinstance(one, Run)], [one for one in found if isinstance(one, NotMade)]

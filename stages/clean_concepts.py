@@ -101,10 +101,10 @@ def main() -> None:
     file = args.params
     params = load_params(file)
     header = store.read_header(ANSWERS, "llm.answers/1")
-    upstream = [header.fingerprint, store.read_header(CLASSES, "index.classes/1").fingerprint]
+    upstream = [header.fingerprint, store.read_header(CLASSES, "index.classes/2").fingerprint]
     # What the answers were to hold is written with them, where anybody was asked.
     asked, generic = header.params.get("per_class"), header.params.get("generic")
-    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
     try:
         answers = read_answers()
         concepts = [

@@ -130,8 +130,8 @@ def main() -> None:
         refuse_old_index(table, params.dataset, args.params)
     upstream = store.read_header(IMAGES, "index.images/1").fingerprint
     images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status"]).to_pylist()
-    classes_mark = store.read_header(CLASSES, "index.classes/1").fingerprint
-    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    classes_mark = store.read_header(CLASSES, "index.classes/2").fingerprint
+    classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
 
     paths = {row["image_id"]: params.dataset.folder / row["path"] for row in images if row["status"] == "ok"}
     items = items_of(sorted(paths), prompt, params) if params.describe.enabled else []
