@@ -8,7 +8,7 @@ visible.)
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -360,9 +360,14 @@ class NameMask:
         """Whether a mention is a name without another one beside it: "Cirrus" is, "Air" of "Air Canada" is not."""
         if mention.key in self.sure:
             return True
-        following = NEXT_WORD.match(text, mention.end)
-        in_another = following is not None and following[1][0].isupper() and following.start(1) not in starts
-        return mention.key in self.capital and text[mention.start].isupper() and not in_another
+        return mention.key in self.capital and written_as_name(mention, text, starts)
+
+
+def written_as_name(mention: Mention, text: str, starts: Collection[int]) -> bool:
+    """Whether a word has a capital and is not the first of another name; at `starts`, known ones start."""
+    following = NEXT_WORD.match(text, mention.end)
+    in_another = following is not None and following[1][0].isupper() and following.start(1) not in starts
+    return text[mention.start].isupper() and not in_another
 
 
 def several(noun: str) -> str:
