@@ -44,6 +44,12 @@ def report(concepts: list[Row], classes: list[Row]) -> None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
     kept = len(texts) - reasons.total()
     print(f"clean_concepts: {len(texts)} texts, {kept} kept; dropped: {dropped}", file=sys.stderr)
+    looping = {row["class_id"] for row in texts if row["drop_reason"] == "loop"}
+    if looping:
+        names = [row["name"] for row in classes if row["class_id"] in looping]
+        names += ["the one about no class"] if None in looping else []
+        cut = counted(len(names), "answer repeats itself and is", "answers repeat themselves and are")
+        print(f"warning: {cut} cut where it says nothing new (drop_reason loop): {name_some(names)}", file=sys.stderr)
     served = {row["class_id"] for row in texts if row["kept"] and row["kind"] == "visual"}
     bare = [row["name"] for row in classes if row["class_id"] not in served]
     if bare:

@@ -49,11 +49,12 @@ SHAPES = frozenset(
 )
 PATTERNS = frozenset(
     words("""
-    band banded bar bare barred blotch blotched braided checker checkered chevron crescent crescented dappled dot dotted
-    edge edged eyespot fleck flecked freckle freckled fringe fringed frosted grizzled hatched lacy line lined marbled
-    margin mark marking mask masked mosaic mottle mottled ocellus outlined patch patched pattern patterned ring ringed
-    rosette saddle scallop scalloped speckle speckled spectacled spot spotless spotted streak streaked stripe striped
-    swirl tip tipped tuft tufted unmarked unspotted unstreaked vein veined vermiculated wash washed
+    band banded bar bare barred blotch blotched braided checker checkerboard checkered chevron crescent crescented
+    dappled dot dotted edge edged eyespot fleck flecked freckle freckled fringe fringed frosted grizzled hatched
+    lacy line lined marbled margin mark marking mask masked mosaic mottle mottled ocellus outlined patch patched
+    pattern patterned ring ringed rosette saddle scallop scalloped speckle speckled spectacled spot spotless spotted
+    streak streaked stripe striped swirl tip tipped tuft tufted unmarked unspotted unstreaked vein veined
+    vermiculated wash washed
     """)
 )
 ANIMAL_PARTS = frozenset(
@@ -77,10 +78,11 @@ PLANT_PARTS = frozenset(
 )
 VEHICLE_PARTS = frozenset(
     words("""
-    badge bonnet bumper cab cabin canopy cockpit convertible coupe cowling door emblem engine exhaust fender fuselage
-    grille hatchback headlight hull lamp lettering livery logo minivan mirror nacelle pickup propeller rim roof
-    rotor sedan spoiler spoke stabiliser stabilizer strut suv tailgate taillight tailpipe tire tyre undercarriage van
-    wagon wheel window windscreen windshield winglet
+    aileron badge bogie bonnet bumper cab cabin canopy cockpit convertible coupe cowling door duct emblem engine exhaust
+    exit fender flap fuselage gear grille hardpoint hatch hatchback headlight hull intake lamp lettering livery logo
+    minivan mirror nacelle nozzle pickup pod propeller pylon radome ramp rim roof rotor sedan slat spoiler spoke
+    stabiliser stabilizer strut suv tailgate taillight tailpipe tailplane tailwheel tire tyre undercarriage van wagon
+    wheel window windscreen windshield winglet
     """)
 )
 # What describes without saying what is seen: how big, how many, how bright, where and when; and words of grammar.

@@ -64,9 +64,9 @@ def test_what_gives_a_class_away(name: str, scientific_name: str | None, text: s
 
 
 def test_the_domain_card_is_never_a_leak() -> None:
-    card = domain_words("aircraft", "airliners", "winglets and pylons")
-    assert not names_of("Twin Pylon Aircraft", None, card).is_in("an aircraft with four pylons")
-    assert names_of("Twin Pylon Aircraft", None, domain_words("aircraft")).is_in("an aircraft with four pylons")
+    card = domain_words("aircraft", "airliners", "winglets and canards")
+    assert not names_of("Twin Canard Aircraft", None, card).is_in("an aircraft with four canards")
+    assert names_of("Twin Canard Aircraft", None, domain_words("aircraft")).is_in("an aircraft with four canards")
 
 
 @given(st.text(max_size=30), st.text(max_size=60))
