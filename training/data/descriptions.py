@@ -1,9 +1,9 @@
 """What a vision model said of each image, sentence by sentence."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +17,17 @@ from training.data.part import Part
 from training.data.rows import EncoderFiles, column, slots
 
 
+def mean_sentence(batch: Any) -> tuple[Tensor]:
+    """The mean of each image's sentences (B, D), of unit length each; 0 where it has none."""
+    d = batch.d.float().masked_fill(~batch.dm[..., None], 0.0)
+    return (d.sum(1) / batch.dm.sum(1, keepdim=True).clamp(min=1),)
+
+
 @dataclass(frozen=True)
 class Descriptions(Part):
     provides: ClassVar[frozenset[str]] = frozenset({"descriptions"})
     shows: ClassVar[tuple[str, ...]] = ("d", "dm")
+    features: ClassVar[Mapping[str, Callable[[Any], tuple[Tensor, ...]]]] = {"descriptions": mean_sentence}
     of_text: ClassVar[bool] = True
     by_image: ClassVar[bool] = True
 

@@ -1,7 +1,7 @@
 """The vectors of a whole image that probes put side by side, by the names in their `features`.
 
-A part may bring vectors of its own (`Part.features`: `global`, `nodes`). `again/NAME` are the two vectors of a second
-look. Every other name is a NAME of moments.
+A part may bring vectors of its own (`Part.features`: `global`, `nodes`, `descriptions`). `again/NAME` are the two
+vectors of a second look. Every other name is a NAME of moments.
 """
 
 import functools

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from tests.training.cache import Plan, write_cache, write_moments, write_other
 from training.data import Batch, Cache, Part, feature_words, read_cache
-from training.data.features import feature_kinds
+from training.data.features import feature_blocks, feature_kinds
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes, mean_and_max
 from training.data.rows import EncoderFiles
@@ -85,7 +85,7 @@ def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
 
 
 def test_what_a_probe_reads_follows_from_its_features() -> None:
-    assert feature_words() == {"globals", "nodes", "moments", "again"}
+    assert feature_words() == {"globals", "nodes", "moments", "again", "descriptions"}
     assert parts_of(["global"]) == {"globals"}
     # Node 0 is the global vector: it is not read twice.
     assert parts_of(["nodes"]) == parts_of(["global", "nodes"]) == {"nodes"}
@@ -109,7 +109,7 @@ def test_moments_stand_beside_the_global_vector(planted: Planted) -> None:
 
 @pytest.mark.parametrize("given", [["../images"], ["global", ""]])
 def test_what_cannot_be_the_name_of_a_vector_is_said(given: list[str]) -> None:
-    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*one of global, nodes, a key under moments\.ENCODER"
+    what = r"^p\.yaml: runs\.a\.settings\.features\.\d: .*one of descriptions, global, nodes, a key under moments"
     with pytest.raises(UserError, match=what):
         read_settings("p.yaml", "runs.a", "linear_probe", {"features": given})
 
@@ -183,3 +183,21 @@ def test_mean_and_scale_do_not_depend_on_the_chunks(planted: Planted, monkeypatc
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.scale, other.scale)
     assert torch.equal(some.of_training(cache), whole.of_training(cache))
+
+
+def test_descriptions_are_the_mean_of_their_sentences(planted: Planted) -> None:
+    cache = planted(Plan(sentences=3))
+    batch = cache.batch(cache.images("train"))
+    assert batch.dm.any()
+    [found] = feature_blocks("descriptions", batch)
+    for row, sentences, there in zip(found, batch.d, batch.dm, strict=True):
+        own = sentences[there]
+        torch.testing.assert_close(row, own.mean(0) if len(own) else torch.zeros_like(row))
+
+
+def test_without_any_description_a_probe_says_the_same_of_every_image(planted: Planted) -> None:
+    cache = planted(Plan(sentences=0))
+    model = ridge.fit(cache, ridge.Settings(features=["descriptions"]), 0).model
+    logits = model(cache.batch(cache.images("val"))).logits
+    assert logits.isfinite().all()
+    assert torch.equal(logits, logits[:1].expand_as(logits))

@@ -71,10 +71,11 @@ WHOLE: dict[str, dict[str, Any]] = {
     "description_zero_shot": {"class_names": True},
     "part_rcnn": {"mode": "strong"},
 }
+OF_TEXTS = {"method": "ridge", "settings": {"features": ["descriptions"]}}
 BESIDE = {"method": "ridge", "settings": {"features": ["global", "pooled"]}}
 # Settings under which it reads what it cannot read under those.
 OTHERWISE: dict[str, list[dict[str, Any]]] = {
-    method: [{"with_probe": BESIDE}, {"nodes": "tokens", **knobs}]
+    method: [{"with_probe": BESIDE}, {"with_probe": OF_TEXTS}, {"nodes": "tokens", **knobs}]
     for method, knobs in {"attention_pool": {}, "concept_graph": {"texts": 0}}.items()
 }
 # Settings under which 160 images are enough to find the cue in one of 12 cells (test 12).
@@ -90,9 +91,12 @@ OF_ITS_OWN_CUE = ["ma_cnn"]
 # Alone or beside a probe, as training/token_heads.py says.
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
-OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
-# Every probe can read a second look.
-OTHERWISE |= {method: [*OTHERWISE.get(method, []), {"features": ["again/zoom"]}] for method in PROBES}
+OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}, {"with_probe": OF_TEXTS}] for method in HEADS}
+# Every probe can read a second look, and descriptions.
+OTHERWISE |= {
+    method: [*OTHERWISE.get(method, []), {"features": ["again/zoom"]}, {"features": ["descriptions"]}]
+    for method in PROBES
+}
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
@@ -405,7 +409,8 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         "tokens": Tokens, "cls": Cls, "rollout": Rollout, "parts": ObjectParts,
     }  # fmt: skip
     for name in by_row.keys() & parts:
-        rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(1)
+        # One image has sentences; they go to one of another class.
+        rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(8)
         cache = cache.with_part(cache.part(by_row[name]).take(rows, rows))
     if "globals" in parts and cache.has(Globals):
         cache = cache.change(Globals, g=cache.part(Globals).g[order])
