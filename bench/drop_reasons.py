@@ -1,6 +1,6 @@
-"""Why clean_concepts drops texts: counts and examples of each reason, on texts that GPT-4 and GPT-3 wrote of 100 birds.
+"""Why clean_concepts drops texts: counts and examples of each reason, on texts that three models wrote of 100 birds.
 
-Reads ../shared/data/cub100/concepts_gpt4.json and concepts_gpt3.json; the domain card and `clean` of params.yaml with
+Reads ../shared/data/cub100/concepts_{gpt4,gpt3,deepseek}.json; the domain card and `clean` of params.yaml with
 profiles/cub100.yaml laid over it. Each class's texts go through the stage's own function as one imported answer.
 Examples are drawn by seed from all texts of a reason.
 
@@ -55,7 +55,7 @@ def main() -> None:
     if not CUB.is_dir():
         sys.exit(f"drop_reasons: {CUB} is not there; it needs the shared test material beside the checkout")
     print(f"{platform.machine()}, Python {platform.python_version()}, seed {args.seed}")
-    for path in (CUB / "concepts_gpt4.json", CUB / "concepts_gpt3.json"):
+    for path in (CUB / f"concepts_{source}.json" for source in ("gpt4", "gpt3", "deepseek")):
         cleaned, seconds = clean_file(path)
         by_reason: dict[str, list[str]] = defaultdict(list)
         for rows in cleaned.values():

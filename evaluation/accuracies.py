@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evaluation.leaks import words_alone
 from evaluation.opened import MARKER
 from evaluation.runs import SPLITS, NotMade, Row, Run, group_numbers
 from evaluation.statistics import UNITS, Paired, paired_difference
@@ -58,12 +59,14 @@ def summarise(
     not_made: Sequence[NotMade],
     reference: str,
     warning: Row | None,
+    leaks: Row | None,
     was_opened: bool,
     page: Path,
 ) -> str:
     """summary.txt: the table in % and points, and the notes that it must not be read without.
 
-    `warning` is about contamination; `was_opened`: test pictures were looked at.
+    `warning` is about contamination, `leaks` what descriptions of images give away (read_leaks); `was_opened`: test
+    pictures were looked at.
     """
     lines = [["run", *(head for split in COMPARED for head in (split, f"{split} - {reference} [95 %]")), "train"]]
     for row in rows:
@@ -92,4 +95,6 @@ def summarise(
         reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
         counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
         lasts.insert(-1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
+    if leaks is not None and leaks["runs"]:
+        lasts.insert(-1, f"warning: {', '.join(leaks['runs'])}: read descriptions; {words_alone(leaks)}")
     return printable("\n".join([lay_out(lines), "", *lasts])) + "\n"

@@ -56,7 +56,7 @@ def read_half(data: Path, name: str) -> Half:
     table = table.filter((pc.field("split") == "val") & (pc.field("seed") == config["model_seed"]))
     paths = table["path"].to_pylist()
     images = store.read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
-    index = store.read_table(data / "index/classes.parquet", "index.classes/1")
+    index = store.read_table(data / "index/classes.parquet", "index.classes/2")
     usable = images.filter(pc.field("status") == "ok")["path"].to_pylist()
     if set(paths) - set(usable) or set(classes) - set(index["class_id"].to_pylist()):
         raise UserError(f"{folder}: was made from other images or classes than {data}/index holds; {again}")

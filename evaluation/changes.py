@@ -92,7 +92,7 @@ def take_state(data: Path, runs: Sequence[Run], encoders: Sequence[str]) -> Stat
 
     Raises UserError where a table is missing or broken.
     """
-    names = store.read_table(data / "index/classes.parquet", "index.classes/1", ["class_id", "name"]).to_pylist()
+    names = store.read_table(data / "index/classes.parquet", "index.classes/2", ["class_id", "name"]).to_pylist()
     shown = runs[0].split == "val"
     return State(
         names={row["class_id"]: row["name"] for row in names},

@@ -418,7 +418,7 @@ def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ..
     Both are what their file names; without a file none is left out, and of the others a share is drawn for settings,
     one in DEVELOPMENT_SHARE where the study names none.
     """
-    ids = read_table(data / "index/classes.parquet", "index.classes/1")["class_id"].to_pylist()
+    ids = read_table(data / "index/classes.parquet", "index.classes/2")["class_id"].to_pylist()
     left_out = set(read_classes(study.left_out, ids)) if study.left_out is not None else set()
     others = [class_id for class_id in ids if class_id not in left_out]
     if not isinstance(study.development, str):

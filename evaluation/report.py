@@ -1,7 +1,8 @@
 """Put accuracy, confusion, pictures, concepts and the health of the data set on one page, to look around in.
 
 Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet,history.csv} of every run in train.runs;
-        data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/,
+        data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/;
+        data/descriptions/descriptions.parquet (what it gives away of the classes: evaluation/leaks.py);
         data/concepts/concepts.parquet, data/{concepts,descriptions}/answers.parquet (what they cost); for each encoder
         that a run stands on data/bank/E.parquet (a tower has no texts, and so no bank and no labels), and for that of
         the run that is shown also data/bank/E.json, data/labels/E/ and the boxes in data/embed/E/images/.
@@ -17,7 +18,7 @@ images name them, else images. They stand on val first; on test they are a singl
 of runs, and no verdict (evaluation.compare gives those). The run shown in detail is report.run, or the one that is best
 on the half of val that chooses; its seed is the best one there. A run whose method cannot work on this data is a row
 that says why. Where test images have a near duplicate, or other images of their group, in train or val, the page and
-its summary warn.
+its summary warn; and where a run reads what a model said of the very pictures, with how far those words get alone.
 
 Confusion is of the half of val that chose nothing. The pictures are those of val: of that half, and of the half that
 chose, which is marked and on which a run does a little too well. Whoever edits concepts while looking at test pictures
@@ -55,6 +56,7 @@ from evaluation.curves import read_curves
 from evaluation.decisions import explain_runs, to_explain
 from evaluation.gallery import picture_rows, read_patches, read_thumbs
 from evaluation.health import HEALTH, contamination, near_pairs, odd_sizes, read_health
+from evaluation.leaks import read_leaks
 from evaluation.out_of_fold import FOLD, half_of, read_out_of_fold
 from evaluation.page import FILES, Page, render
 from evaluation.runs import (
@@ -200,7 +202,7 @@ def report(
     """
     buckets = params.dataset.buckets
     index = store.read_table(data / "index/images.parquet", "index.images/1")
-    classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
+    classes = store.read_table(data / "index/classes.parquet", "index.classes/2")
     names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
     found = [read_run(data, name, planned.encoder) for name, planned in params.train.runs.items()]
     runs, not_made = [one for one in found if isinstance(one, Run)], [one for one in found if isinstance(one, NotMade)]
@@ -209,6 +211,7 @@ def report(
     dataset = count_dataset(index, classes)
     health = read_health(data / "index/metrics.json", dataset["images"])
     warning = contamination(health, dataset["images"]["test"])
+    leaks = read_leaks(data, index, classes, params.domain, runs)
 
     shown = find_shown(data, found, params.report.run)
     has_texts = shown.encoder in params.encoders
@@ -254,6 +257,7 @@ def report(
         "health_table": HEALTH,
         "health": health,
         "warning": warning,
+        "leaks": leaks,
         "near": near,
         "odd": odd,
         "rows": rows,
@@ -306,7 +310,7 @@ def report(
     }
     page = data / "report/index.html"
     made = render(content, numbers, thumbs)
-    summary = summarise(rows, not_made, reference.name, warning, bool(content["opened"]), page)
+    summary = summarise(rows, not_made, reference.name, warning, leaks, bool(content["opened"]), page)
     write_report(page, made, summary)
     used = {encoder for planned in params.train.runs.values() for encoder in (planned.encoder, *planned.also)}
     state = take_state(data, runs, [encoder for encoder in params.encoders if encoder in used])

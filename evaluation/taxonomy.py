@@ -1,4 +1,4 @@
-"""The taxa that classes lie in, and how far mistakes go in them. Pure functions over index.classes/1.
+"""The taxa that classes lie in, and how far mistakes go in them. Pure functions over index.classes/2.
 
 A class is at rank 0, the taxon that it lies in at rank 1, the one around that at rank 2, and so on. Names of ranks
 (genus, family) are not known, and classes may have different numbers of them.
@@ -22,7 +22,7 @@ Lineages = Sequence[Sequence[str]]  # of each class, the taxa that it lies in, f
 def lineages_of(classes: pa.Table, class_ids: Sequence[str]) -> Lineages | None:
     """The taxa of each of these classes, from the highest down: its lineage, or its superclass where it has none.
 
-    `classes` is the table index.classes/1. A lineage that ends with the class itself counts without that end. None
+    `classes` is the table index.classes/2. A lineage that ends with the class itself counts without that end. None
     where no taxon parts classes from others.
     """
     row = {row["class_id"]: row for row in classes.to_pylist()}

@@ -18,7 +18,7 @@ from fieldmark.command import UserError
 from fieldmark.store import class_id_of, nfc
 
 SPLITS = ("train", "val", "test")
-CLASS_COLUMNS = ("name", "superclass", "scientific_name", "lineage", "note")
+CLASS_COLUMNS = ("name", "superclass", "scientific_name", "lineage", "aliases", "note")
 # The words that stand for yes and no in a table, in any case.
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 # Of more names than this, only so many are looked at for one that was meant: it takes seconds.
@@ -123,7 +123,8 @@ def read_class_table(folder: Path) -> list[Row]:
     """classes.csv of a folder, one row a class; none where there is no such file.
 
     Columns: class_id (the class as its folder or the data name it), and any of name, superclass, scientific_name,
-    lineage (ranks from the highest down, `Animalia > Chordata > Aves`), note. A row may stand for a group of classes:
+    lineage (ranks from the highest down, `Animalia > Chordata > Aves`), aliases (other names, `Erne; sea eagle`: what
+    gives the class away beside its own), note. A row may stand for a group of classes:
     `superclass` may name its class_id or its name (see fold_groups). Raises UserError as read_csv does.
     """
     path = folder / "classes.csv"
@@ -139,6 +140,7 @@ def read_class_table(folder: Path) -> list[Row]:
         seen.add(name)
         ranks = [rank.strip() for rank in (row.get("lineage") or "").split(">")]
         row["lineage"] = [rank for rank in ranks if rank] or None
+        row["aliases"] = [alias.strip() for alias in (row.get("aliases") or "").split(";") if alias.strip()] or None
     return rows
 
 
@@ -298,6 +300,7 @@ def list_classes(listing: Listing) -> list[Row]:
             "name": nfc(row.get("name") or readable(folder)),
             **{column: nfc(text) if text else None for column, text in texts.items()},
             "lineage": [nfc(rank) for rank in row.get("lineage") or []] or None,
+            "aliases": [nfc(alias) for alias in row.get("aliases") or []] or None,
             "from_images": folder in folders,
         })
     return classes

@@ -60,9 +60,10 @@ COLUMNS: dict[str, list[pa.Field]] = {
         pa.field("group", TEXT), pa.field("captured_at", TEXT), pa.field("latitude", pa.float64()),
         pa.field("longitude", pa.float64()), pa.field("depth_m", pa.float64()), pa.field("licence", TEXT),
     ],
-    "index.classes/1": [
+    "index.classes/2": [
         required("class_id", TEXT), required("name", TEXT), pa.field("superclass", TEXT),
-        pa.field("scientific_name", TEXT), pa.field("lineage", items(TEXT)), pa.field("note", TEXT),
+        pa.field("scientific_name", TEXT), pa.field("lineage", items(TEXT)), pa.field("aliases", items(TEXT)),
+        pa.field("note", TEXT),
         required("from_images", pa.bool_()),
     ],
     "index.parts/1": [
@@ -133,7 +134,7 @@ COLUMNS: dict[str, list[pa.Field]] = {
 # The columns that order a schema's rows.
 KEYS: dict[str, list[str]] = {
     "index.images/1": ["path"],
-    "index.classes/1": ["class_id"],
+    "index.classes/2": ["class_id"],
     "index.parts/1": ["path", "part"],
     "index.attributes/1": ["class_id", "attribute", "value"],
     "index.near_duplicates/1": ["path", "other"],

@@ -44,6 +44,12 @@ def report(concepts: list[Row], classes: list[Row]) -> None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
     kept = len(texts) - reasons.total()
     print(f"clean_concepts: {len(texts)} texts, {kept} kept; dropped: {dropped}", file=sys.stderr)
+    looping = {row["class_id"] for row in texts if row["drop_reason"] == "loop"}
+    if looping:
+        names = [row["name"] for row in classes if row["class_id"] in looping]
+        names += ["the one about no class"] if None in looping else []
+        cut = counted(len(names), "answer repeats itself and is", "answers repeat themselves and are")
+        print(f"warning: {cut} cut where it says nothing new (drop_reason loop): {name_some(names)}", file=sys.stderr)
     served = {row["class_id"] for row in texts if row["kept"] and row["kind"] == "visual"}
     bare = [row["name"] for row in classes if row["class_id"] not in served]
     if bare:
@@ -101,10 +107,10 @@ def main() -> None:
     file = args.params
     params = load_params(file)
     header = store.read_header(ANSWERS, "llm.answers/1")
-    upstream = [header.fingerprint, store.read_header(CLASSES, "index.classes/1").fingerprint]
+    upstream = [header.fingerprint, store.read_header(CLASSES, "index.classes/2").fingerprint]
     # What the answers were to hold is written with them, where anybody was asked.
     asked, generic = header.params.get("per_class"), header.params.get("generic")
-    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
     try:
         answers = read_answers()
         concepts = [

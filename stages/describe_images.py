@@ -1,9 +1,10 @@
 """Ask a vision model what each image shows, without telling it what the image is of.
 
 Reads   data/index/images.parquet and its images with status ok as `dataset` says, data/index/classes.parquet (to find
-        class names in answers), the prompt `describe.prompt`, params: domain, dataset, llm, describe.
+        names in answers), the prompt `describe.prompt`, params: domain, dataset, llm, describe.
 Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image, failed ones too;
-        data/descriptions/descriptions.parquet (descriptions/1): the sentences, class names masked;
+        data/descriptions/descriptions.parquet (descriptions/1): the sentences; names of classes, superclasses and
+        lineages, and `aliases`, are masked (fieldmark/concepts/names.py; the report says what is left of them);
         data/descriptions/metrics.json: rows, tokens and cost in sum.
 Costs   llm.mode live or batch: one call for each image whose answer is held neither there nor in the journal, which
         lies in .cache/ of the original checkout of an experiment or worktree (or in $FIELDMARK_CACHE); see --dry-run.
@@ -27,7 +28,7 @@ from PIL import Image
 
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
-from fieldmark.concepts.names import NameMask
+from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
 from fieldmark.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_answers
 from fieldmark.llm.prompts import Message, Prompt, load_prompt
 from fieldmark.llm.questions import Question, ask, foresee, write_metrics
@@ -129,8 +130,8 @@ def main() -> None:
         refuse_old_index(table, params.dataset, args.params)
     upstream = store.read_header(IMAGES, "index.images/1").fingerprint
     images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status"]).to_pylist()
-    classes_mark = store.read_header(CLASSES, "index.classes/1").fingerprint
-    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    classes_mark = store.read_header(CLASSES, "index.classes/2").fingerprint
+    classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
 
     paths = {row["image_id"]: params.dataset.folder / row["path"] for row in images if row["status"] == "ok"}
     items = items_of(sorted(paths), prompt, params) if params.describe.enabled else []
@@ -160,14 +161,16 @@ def main() -> None:
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
     write_metrics(rows, METRICS)
 
-    names = [name for row in classes for name in (row["name"], row["scientific_name"]) if name]
-    described, masked = descriptions_of(rows, NameMask(names, params.domain.noun), params.describe.sentences)
+    card = domain_words(params.domain.noun, params.domain.group, *params.domain.attributes)
+    mask = NameMask(Keys.of(classes, card), params.domain.noun)
+    described, masked = descriptions_of(rows, mask, params.describe.sentences)
     schema = "descriptions/1"
-    content = {"noun": params.domain.noun}
+    content = {"domain": params.domain.model_dump(), "rules": MASK_RULES}
     table_mark = store.fingerprint(schema, content, [mark, classes_mark])
     store.write_table(store.make_table(schema, described), DESCRIPTIONS, schema, content, table_mark)
     if masked:
-        print(f"{STAGE}: {masked} class names in the answers are masked in {DESCRIPTIONS}", file=sys.stderr)
+        what = f"{masked} names of classes or their groups in the answers"
+        print(f"{STAGE}: {what} are masked in {DESCRIPTIONS}", file=sys.stderr)
     check_coverage(rows, {item.subject_id: str(paths[item.subject_id]) for item in items}, params.llm, ANSWERS)
 
 

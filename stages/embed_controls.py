@@ -107,7 +107,7 @@ def main() -> None:
             f" `controls: {{{arguments.encoder}: {{per_class: 32}}}}`"
         )
     controls = params.controls[arguments.encoder]
-    classes = store.read_table(CLASSES, "index.classes/1", ["class_id", "name"])
+    classes = store.read_table(CLASSES, "index.classes/2", ["class_id", "name"])
     names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
     unrelated = read_unrelated(UNRELATED)
     rows = control_rows(names, unrelated, controls.seed, controls.per_class)
@@ -126,7 +126,7 @@ def main() -> None:
         "encoder": encoder.fingerprint,
         "unrelated": store.sha256(store.canonical_json(unrelated)),
     }
-    upstream = [store.read_header(CLASSES, "index.classes/1").fingerprint]
+    upstream = [store.read_header(CLASSES, "index.classes/2").fingerprint]
     embedded = embed_texts(missing, encoder).select(["text", "vector"])
     table = join_vectors(rows, pa.concat_tables([kept.cast(embedded.schema), embedded]))
     store.write_table(table, path, SCHEMA, made_by, store.fingerprint(SCHEMA, made_by, upstream))

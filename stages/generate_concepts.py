@@ -211,8 +211,8 @@ def main() -> None:
     params = load_params(args.params)
     llm = params.llm
     refuse_old_index(CLASSES, params.dataset, args.params)
-    upstream = store.read_header(CLASSES, "index.classes/1").fingerprint
-    classes = store.read_table(CLASSES, "index.classes/1").to_pylist()
+    upstream = store.read_header(CLASSES, "index.classes/2").fingerprint
+    classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
     if args.edit:
         print(edit(args.edit, classes, params))
         return

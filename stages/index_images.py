@@ -315,18 +315,17 @@ def index(params: Params) -> dict[str, Any]:
     found, near_duplicates = health.examine(rows, classes, listing)
 
     tables = {
-        "images": rows, "classes": classes, "parts": listing.parts, "attributes": listing.attributes,
-        "near_duplicates": near_duplicates,
+        "index.images/1": rows, "index.classes/2": classes, "index.parts/1": listing.parts,
+        "index.attributes/1": listing.attributes, "index.near_duplicates/1": near_duplicates,
     }
     made_by = {
         "format": dataset.format, "test_fraction": dataset.test_fraction, "val_fraction": dataset.val_fraction,
         "seed": dataset.seed, **({"without_images": True} if dataset.without_images else {}),
         **({"group_by": dataset.group_by} if dataset.group_by != "none" else {}),
     }
-    for name, content in tables.items():
-        schema = f"index.{name}/1"
-        mark = store.fingerprint(schema, made_by)
-        store.write_table(store.make_table(schema, content), INDEX / f"{name}.parquet", schema, made_by, mark)
+    for schema, content in tables.items():
+        path = INDEX / f"{schema.removeprefix('index.').partition('/')[0]}.parquet"
+        store.write_table(store.make_table(schema, content), path, schema, made_by, store.fingerprint(schema, made_by))
     counts = {**count_rows(rows, classes), "health": found}
     for warning in [*health.warnings(found, rows, classes, listing), *listing.warnings]:
         print(f"warning: {warning}", file=sys.stderr)

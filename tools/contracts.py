@@ -78,7 +78,7 @@ ABOUT = {
             "licence": "as the manifest says",
         },
     ),
-    "index.classes/1": About(
+    "index.classes/2": About(
         "data/index/classes.parquet",
         "A class.",
         {
@@ -87,6 +87,7 @@ ABOUT = {
             "superclass": "the group in which it has siblings",
             "scientific_name": "of the species, where the data set gives it",
             "lineage": "ranks from the highest down",
+            "aliases": "other names, which give it away as its own does",
             "note": "a remark that prompts may use",
             "from_images": "whether the data set has images of it",
         },

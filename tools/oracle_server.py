@@ -40,7 +40,7 @@ from fieldmark.reef.species import VOCABULARY, phrases
 from fieldmark.store import read_table, sha256
 from stages.describe_images import JPEG_QUALITY, data_url
 
-INDEX, CLASSES = Path("data/index"), "index.classes/1"
+INDEX, CLASSES = Path("data/index"), "index.classes/2"
 RECORDINGS = Path("data/demo/answers/concepts.jsonl")
 MODEL = re.compile(r"oracle-(\d{1,2}|100)(?:-(named|vernacular))?")
 MODELS = "oracle-PERCENT, oracle-PERCENT-named, oracle-PERCENT-vernacular"

@@ -11,6 +11,7 @@ is cut off. A text is dropped, for the first of these reasons that holds:
     nothing_visible    claims what one photo cannot show, or nothing that it can: see visibility.py. Where
                        clean.visibility is off, none of these, nor habitat by its words
     surplus            is one of more than were asked for, or than ten of one text; of those only the first are rows
+    loop               stands in an answer that repeats itself without end, behind the texts that still said new things
     duplicate          says in the same words what another text of the class says
 """
 
@@ -18,11 +19,12 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from fieldmark import store
-from fieldmark.concepts.names import ClassName, domain_words, words
+from fieldmark.concepts.names import ClassNames, domain_words, words
 from fieldmark.concepts.visibility import Eye
 from fieldmark.params import Clean, Domain
 
@@ -34,6 +36,10 @@ LONGEST_WORD = 40
 # Texts that one text of an answer may hold, and how many times what is wanted is still shown as dropped.
 MOST_PIECES = 10
 SURPLUS = 10
+# An answer loops where some text of it stands there so many times, and so many texts are repeats: a tenth at least.
+TIMES, REPEATS = 4, 10
+# It is cut before the first so many texts that bring fewer new words than they are.
+WINDOW = 10
 # A list's bullet or number, and what ends one of several sentences in a text.
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u2013]|\(?\d{1,2}[.)])\s+")
 SENTENCE_END = re.compile(r"[\n;]+|(?<=[a-z)\"'])[.!]\s+(?=[A-Z])")
@@ -43,8 +49,8 @@ DANGLING = frozenset(words("a an the of with and or in on at to by for from its 
 
 
 def candidates_of(answer: Row, asked: int | None = None) -> list[Row]:
-    """The texts of one ok answer, split and normalised; each with the answer's kind and part, and whether it is one of
-    more than the `asked` (None: any number) that the model was asked for."""
+    """The texts of one ok answer, split and normalised; each with the answer's kind and part, and in `out` why it is
+    none that was asked for: `surplus` to the `asked` (None: any number), or behind the place where a `loop` begins."""
     found = []
     concepts = json.loads(answer["response_json"])["concepts"]
     # One's own texts are as many as they are.
@@ -54,9 +60,29 @@ def candidates_of(answer: Row, asked: int | None = None) -> list[Row]:
         pieces = split_text(concept["text"])
         for piece, text in enumerate(pieces if asked is None else pieces[: SURPLUS * MOST_PIECES]):
             surplus = asked is not None and (place >= asked or piece >= MOST_PIECES)
-            row = {"text": text[:LONGEST_TEXT], "kind": concept["kind"], "part": part, "surplus": surplus}
-            found.append({**row, "item_key": answer["item_key"]})
-    return found
+            row = {"text": text[:LONGEST_TEXT], "kind": concept["kind"], "part": part, "item_key": answer["item_key"]}
+            found.append({**row, "out": "surplus" if surplus else None})
+    loop = where_it_loops([row["text"] for row in found])
+    return found[:loop] + [{**row, "out": row["out"] or "loop"} for row in found[loop:]]
+
+
+def where_it_loops(texts: Sequence[str]) -> int:
+    """From which text on an answer that repeats itself says nothing new; the number of its texts for any other.
+
+    Before a model repeats itself word for word it goes through its words in every combination: "white primary edges,
+    white secondary edges". An answer of few new words that repeats nothing is left alone.
+    """
+    times = Counter(text.casefold() for text in texts if text)
+    repeats = times.total() - len(times)
+    if max(times.values(), default=0) < TIMES or repeats < max(REPEATS, len(texts) / 10):
+        return len(texts)
+    seen: set[str] = set()
+    for start in range(0, len(texts), WINDOW):
+        new = {singular(word) for text in texts[start : start + WINDOW] for word in words(text)} - seen
+        if len(new) < WINDOW:
+            return start
+        seen |= new
+    return len(texts)
 
 
 def split_text(text: str) -> list[str]:
@@ -72,7 +98,7 @@ def normalise(text: str) -> str:
     return text[:1].lower() + text[1:] if first in {"A", "An", "The"} or first[1:].islower() else text
 
 
-def cut_remark(text: str, name: ClassName) -> str:
+def cut_remark(text: str, name: ClassNames) -> str:
     """The clauses before the first comma after which the class is named; the text itself where nothing is left."""
     before = ""
     for clause in text.split(","):
@@ -96,10 +122,10 @@ def singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
-def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: Clean) -> str | None:
+def reason_to_drop(candidate: Row, names: ClassNames, eye: Eye, clean: Clean) -> str | None:
     """Why a text cannot be a concept, whatever the others are; or None. `names` are those it must not give away."""
-    if candidate["surplus"]:
-        return "surplus"
+    if candidate["out"]:
+        return str(candidate["out"])
     text = candidate["text"]
     tokens = words(text)
     if not tokens:
@@ -108,7 +134,7 @@ def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: 
         return "fragment"
     if sum(math.ceil(len(word) / LONGEST_WORD) for word in text.split()) > clean.max_words:
         return "too_long"
-    if any(name.is_in(text) for name in names):
+    if names.is_in(text):
         return "class_name"
     if candidate["kind"] == "habitat":
         return "habitat"
@@ -118,7 +144,7 @@ def reason_to_drop(candidate: Row, names: Iterable[ClassName], eye: Eye, clean: 
 def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean, asked: int | None = None) -> list[Row]:
     """Rows of concepts/1 for one class: its names, then every candidate of its answers (in order of sample), each of
     which was to hold `asked` texts (None: not known)."""
-    name = class_name(row, domain)
+    name = class_names([row], domain)
     texts = [template.format(name=row["name"], noun=domain.noun) for template in clean.name_templates]
     concepts = [concept_row(row["class_id"], text, "name", rank) for rank, text in enumerate(texts)]
     candidates = [
@@ -126,7 +152,7 @@ def clean_class(row: Row, answers: list[Row], domain: Domain, clean: Clean, aske
         for answer in answers
         for found in candidates_of(answer, asked)
     ]
-    return concepts + judge(candidates, row["class_id"], [name], domain, clean)
+    return concepts + judge(candidates, row["class_id"], name, domain, clean)
 
 
 def clean_generic(
@@ -138,16 +164,15 @@ def clean_generic(
         for answer in answers
         for found in candidates_of(answer, asked)
     ]
-    return judge(candidates, None, [class_name(row, domain) for row in classes], domain, clean)
+    return judge(candidates, None, class_names(classes, domain), domain, clean)
 
 
-def class_name(row: Row, domain: Domain) -> ClassName:
-    card = domain_words(domain.noun, domain.group, *domain.attributes)
-    return ClassName(row["name"], row["scientific_name"], card)
+def class_names(rows: list[Row], domain: Domain) -> ClassNames:
+    return ClassNames(rows, domain_words(domain.noun, domain.group, *domain.attributes))
 
 
 def judge(
-    candidates: list[Row], class_id: str | None, names: list[ClassName], domain: Domain, clean: Clean
+    candidates: list[Row], class_id: str | None, names: ClassNames, domain: Domain, clean: Clean
 ) -> list[Row]:
     """Rows of concepts/1, one a candidate: kept, or dropped with the reason."""
     eye = Eye(domain.noun, domain.group, domain.attributes)

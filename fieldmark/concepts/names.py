@@ -1,15 +1,19 @@
 """Class names in texts: found word by word, so that what gives a class away can be dropped or masked.
 
-A class name is made of words that give it away ("Kingfisher", "Brandt's") and of plain words that merely describe
-("white", "breasted"). The plain words below are general English for colours, shapes, patterns, the parts of animals,
-plants and vehicles, and little else; the words of the domain card are plain as well. No word is there for one data
-set's sake. (visibility.py takes most of them for signs of something visible.)
+A class name is made of words that give it away ("Kingfisher", "Brandt's"), of codes, however they are written (SR-20,
+SR20, SR 20), and of plain words that merely describe ("white", "breasted"). The plain words below are general English
+for colours, shapes, patterns, the parts of animals, plants and vehicles, and little else; the words of the domain card
+are plain as well. No word is there for one data set's sake. (visibility.py takes most of them for signs of something
+visible.)
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any, NamedTuple
 
+# How texts are masked; counts up when the same sentence comes out otherwise.
+MASK_RULES = 2
 WORD = re.compile(r"[^\W_]+")
 # Shorter words ("A", "MD", "11") are too common to give a class away on their own, but for codes ("S4", "3d").
 SHORTEST = 3
@@ -45,11 +49,12 @@ SHAPES = frozenset(
 )
 PATTERNS = frozenset(
     words("""
-    band banded bar bare barred blotch blotched braided checker checkered chevron crescent crescented dappled dot dotted
-    edge edged eyespot fleck flecked freckle freckled fringe fringed frosted grizzled hatched lacy line lined marbled
-    margin mark marking mask masked mosaic mottle mottled ocellus outlined patch patched pattern patterned ring ringed
-    rosette saddle scallop scalloped speckle speckled spectacled spot spotless spotted streak streaked stripe striped
-    swirl tip tipped tuft tufted unmarked unspotted unstreaked vein veined vermiculated wash washed
+    band banded bar bare barred blotch blotched braided checker checkerboard checkered chevron crescent crescented
+    dappled dot dotted edge edged eyespot fleck flecked freckle freckled fringe fringed frosted grizzled hatched
+    lacy line lined marbled margin mark marking mask masked mosaic mottle mottled ocellus outlined patch patched
+    pattern patterned ring ringed rosette saddle scallop scalloped speckle speckled spectacled spot spotless spotted
+    streak streaked stripe striped swirl tip tipped tuft tufted unmarked unspotted unstreaked vein veined
+    vermiculated wash washed
     """)
 )
 ANIMAL_PARTS = frozenset(
@@ -73,10 +78,11 @@ PLANT_PARTS = frozenset(
 )
 VEHICLE_PARTS = frozenset(
     words("""
-    badge bonnet bumper cab cabin canopy cockpit convertible coupe cowling door emblem engine exhaust fender fuselage
-    grille hatchback headlight hull lamp lettering livery logo minivan mirror nacelle pickup propeller rim roof
-    rotor sedan spoiler spoke stabiliser stabilizer strut suv tailgate taillight tailpipe tire tyre undercarriage van
-    wagon wheel window windscreen windshield winglet
+    aileron badge bogie bonnet bumper cab cabin canopy cockpit convertible coupe cowling door duct emblem engine exhaust
+    exit fender flap fuselage gear grille hardpoint hatch hatchback headlight hull intake lamp lettering livery logo
+    minivan mirror nacelle nozzle pickup pod propeller pylon radome ramp rim roof rotor sedan slat spoiler spoke
+    stabiliser stabilizer strut suv tailgate taillight tailpipe tailplane tailwheel tire tyre undercarriage van wagon
+    wheel window windscreen windshield winglet
     """)
 )
 # What describes without saying what is seen: how big, how many, how bright, where and when; and words of grammar.
@@ -87,6 +93,8 @@ OTHERS = frozenset(
 
     ash bay bright dull light plain rust sandy two tone toned three four five common northern southern eastern western
     summer winter
+
+    class company corporation family general group model new old series type variant version world
 
     and the with for from of may will
     """)
@@ -124,48 +132,251 @@ def domain_words(*texts: str) -> frozenset[str]:
     return frozenset(stem for text in texts for word in words(text) for stem in stems(word))
 
 
-class ClassName:
-    """One class's name, ready to be looked for. `domain` are words that never give it away."""
+# What lies between the pieces of a name, and inside one: letters or digits.
+ATOM = re.compile(r"[^\W\d_]+|\d+")
+GAP = re.compile(r"[^\w,;:!?()\n]{0,2}|_{1,2}")
+# Between two names that are one mention ("Boeing 737-800"); and what a writer adds to a code ("737-8F", "A320-214").
+ADJOINING = re.compile(r"[ \-/\u2010-\u2013]{1,2}")
+CODE_BEFORE = re.compile(r"\b[^\W\d_]{1,3}[-/]$")
+CODE_BEHIND = re.compile(r"(?:[-/\u2010-\u2013][^\W_]*\d[^\W_]*| [A-Z][A-Za-z]{0,3}-?\d[^\W_]*| \d{3,4}\b)+")
+# The next word, where it is no code.
+NEXT_WORD = re.compile(r"[ -]([^\W\d_]{2,})(?![-\w]*\d)")
+SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)[\"'\u201c\u2018(]*$")
+# Before a number these are words of grammar: "an 80-seat jet" is no An-80.
+ARTICLES = frozenset(words("a an"))
+# What has no ending of its own for several.
+ALIKE = frozenset(words("aircraft deer fish moose salmon series sheep shellfish species trout"))
 
-    def __init__(self, name: str, scientific_name: str | None, domain: frozenset[str]) -> None:
-        self.phrases = [phrase for phrase in (words(name), words(scientific_name or "")) if phrase]
-        # Of the scientific name the genus alone gives the class away; epithets are often plain Latin ("minor").
-        single = words(name) + words(scientific_name or "")[:1]
-        telling = [word for word in single if tells(word) and not is_plain(word, domain)]
-        self.telling = frozenset(
-            stem for word in telling for stem in stems(word) if stem == word or not is_plain(stem, domain)
-        )
+
+class Keys(NamedTuple):
+    """What names are looked for by, spelled as `spell` does."""
+
+    whole: frozenset[str]  # names and scientific names
+    telling: frozenset[str]  # words, codes and numbers of them, each of which gives a class away on its own
+    suffixes: frozenset[str]  # numbers that stand behind another one (200 of 737-200): beside a name they are of it
+    groups: frozenset[str]  # superclasses and lineages as a whole
+    capital: frozenset[str]  # words of those: they are names where they are written with a capital
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]], domain: frozenset[str]) -> "Keys":
+        """Those of classes, rows of index.classes; `domain` are words that never give one away."""
+        found: list[set[str]] = [set() for _ in cls._fields]
+        whole, telling, suffixes, groups, capital = found
+        for row in rows:
+            scientific = row.get("scientific_name") or ""
+            for name in (row["name"], scientific, *(row.get("aliases") or ())):
+                whole.add(spell(atoms(name)))
+                codes, behind = codes_of(name)
+                telling |= codes
+                suffixes |= behind
+            for name in (row["name"], *(row.get("aliases") or ())):
+                telling |= telling_words(words(name), domain)
+            # Of the scientific name the genus alone gives the class away; epithets are often plain Latin ("minor").
+            telling |= telling_words(words(scientific)[:1], domain)
+            for group in filter(None, (row.get("superclass"), *(row.get("lineage") or ()))):
+                own = telling_words(words(group), domain)
+                # "Perching Birds" and "Flat" describe; they are looked for where a word of them is more than that.
+                if own:
+                    groups.add(spell(atoms(group)))
+                capital |= own
+        for keys in found:
+            keys.discard("")
+        return cls(*map(frozenset, found))
+
+
+def atoms(text: str) -> list[str]:
+    return ATOM.findall(text.casefold())
+
+
+def spell(pieces: Sequence[str]) -> str:
+    """One key for every way to write a name: where there are digits, pieces stand together (F/A-18, FA 18: fa18)."""
+    return ("" if any(piece[0].isdigit() for piece in pieces) else " ").join(pieces)
+
+
+def telling_words(tokens: Iterable[str], domain: frozenset[str]) -> set[str]:
+    """Those that give a class away, and what they may be forms of. Words of digits alone are left to codes_of."""
+    telling = (word for word in tokens if tells(word) and not word.isdigit() and not is_plain(word, domain))
+    return {
+        spell(atoms(stem)) for word in telling for stem in stems(word) if stem == word or not is_plain(stem, domain)
+    }
+
+
+def codes_of(name: str) -> tuple[set[str], set[str]]:
+    """The codes in a name that tell on their own, and the numbers that do so behind another number.
+
+    Of DHC-8-300 these are dhc8, dhc8300 and, behind, 300; of A320, a320 and 320; of 737-200, 737, 737200 and 200.
+    """
+    codes: set[str] = set()
+    suffixes: set[str] = set()
+    for chunk in name.split():
+        pieces = atoms(chunk)
+        for end, piece in enumerate(pieces, start=1):
+            if not piece[0].isdigit():
+                continue
+            numbers = sum(each[0].isdigit() for each in pieces[:end])
+            if end > 1:
+                codes.add(spell(pieces[:end]))
+            if tells(piece):
+                (codes if numbers == 1 else suffixes).add(piece)
+    return codes, suffixes
+
+
+class Mention(NamedTuple):
+    """A name in a text, from `start` to `end`; `key` is what was found there, `many` whether in the plural."""
+
+    start: int
+    end: int
+    key: str
+    many: bool
+
+
+class Finder:
+    """Finds names in texts, each at its longest, however their codes are written: F/A-18, F-18A, FA 18."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.keys = frozenset(keys) - {""}
+        # A text may part letters that a name has together.
+        self.longest = max((len(ATOM.findall(key)) for key in self.keys), default=0) + 1
+
+    def mentions(self, text: str) -> Iterator[Mention]:
+        """From left to right; none overlaps another."""
+        found = list(ATOM.finditer(text))
+        pieces = [match[0].casefold() for match in found]
+        start = 0
+        while start < len(found):
+            best = self.longest_at(text, found, pieces, start)
+            if best is None:
+                start += 1
+                continue
+            end, key, many = best
+            yield Mention(found[start].start(), found[end - 1].end(), key, many)
+            start = end
+
+    def longest_at(
+        self, text: str, found: list[re.Match[str]], pieces: list[str], start: int
+    ) -> tuple[int, str, bool] | None:
+        """The longest name from a piece on: where it ends, its key, and whether it is in the plural."""
+        # What stands behind an apostrophe ends a word ("the engine's 4 blades").
+        if start and text[found[start].start() - 1] in "'\u2019" and len(pieces[start]) == 1:
+            return None
+        is_article = pieces[start] in ARTICLES and not (start and pieces[start - 1] in {*ARTICLES, "the"})
+        best = None
+        for end in range(start + 1, min(start + self.longest, len(found)) + 1):
+            gap = text[found[end - 2].end() : found[end - 1].start()] if end > start + 1 else ""
+            if not GAP.fullmatch(gap) or (end == start + 2 and is_article and gap.isspace()):
+                break
+            spelled = spell(pieces[start:end])
+            singular = plural_of(spelled) & self.keys
+            forms = singular if end > start + 1 else stems(spelled) & self.keys
+            if spelled in self.keys or forms:
+                best = end, spelled if spelled in self.keys else min(forms), bool(singular)
+        return best
 
     def is_in(self, text: str) -> bool:
-        """Whether a text holds the whole name, the scientific name, or a word that gives the class away."""
-        tokens = words(text)
-        if any(stems(token) & self.telling for token in tokens):
-            return True
-        return any(
-            tokens[start : start + len(phrase)] == phrase
-            for phrase in self.phrases
-            for start in range(len(tokens) - len(phrase) + 1)
-        )
+        return next(self.mentions(text), None) is not None
+
+
+def plural_of(word: str) -> set[str]:
+    """What a word may be the plural of."""
+    found = {word.removesuffix(ending) for ending in ("s", "es") if word.endswith(ending)}
+    return found | {word[:-3] + "y"} if word.endswith("ies") else found
+
+
+class ClassNames:
+    """The names of one class or of several, ready to be looked for. `domain` are words that never give one away."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], domain: frozenset[str]) -> None:
+        keys = Keys.of(rows, domain)
+        self.finder = Finder(keys.whole | keys.telling | keys.suffixes)
+
+    def is_in(self, text: str) -> bool:
+        """Whether a text holds a whole name, scientific or other (`aliases`), or a word or code that gives it away."""
+        return self.finder.is_in(text)
 
 
 class NameMask:
-    """Replaces every class's whole name or scientific name by the domain's noun."""
+    """Replaces what names a class or a group of classes by the domain's noun, and keeps the sentence one."""
 
-    def __init__(self, names: Iterable[str], noun: str) -> None:
-        article = "an" if noun[:1].lower() in tuple("aeiou") else "a"
-        phrases = sorted({tuple(words(name)) for name in names} - {()}, key=lambda phrase: (-len(phrase), phrase))
-        joined = "|".join(r"[\W_]+".join(map(re.escape, phrase)) for phrase in phrases)
-        # (?!x)x matches nothing: a data set may have no names.
-        self.pattern = re.compile(rf"\b(?:(an?)\s+)?(?:{joined or '(?!x)x'})(?:e?s)?\b", re.IGNORECASE)
-        self.noun, self.article = noun, article
+    def __init__(self, keys: Keys, noun: str) -> None:
+        self.sure = keys.whole | keys.telling | keys.groups
+        self.capital, self.suffixes = keys.capital, keys.suffixes
+        self.finder = Finder(self.sure | self.capital | self.suffixes)
+        self.noun, self.nouns = noun, several(noun)
+        self.article = "an" if noun[:1].lower() in tuple("aeiou") else "a"
+        either = f"(?:{re.escape(self.nouns)}|{re.escape(noun)})"
+        self.before = re.compile(rf"\b{either}\s+$", re.IGNORECASE)
+        self.behind = re.compile(rf"[\s-]+({either})\b", re.IGNORECASE)
+        self.article_before = re.compile(r"\b(an?)\s+$", re.IGNORECASE)
 
     def apply(self, text: str) -> tuple[str, int]:
-        """The text without class names, and how many were masked."""
+        """The text without names, and how many were masked: those that adjoin are one ("Boeing 737-800")."""
+        masked, done, count = [], 0, 0
+        for start, end, many in self.spans(text):
+            left = text[done:start]
+            behind = self.behind.match(text, end)
+            if behind:
+                end, many = behind.end(), behind[1].casefold() != self.noun.casefold()
+            left = self.before.sub("", left)
+            article = self.article_before.search(left)  # what stands behind one is no plural: "a Cirrus"
+            capital = bool(SENTENCE_START.search(text[:done] + left)) and text[start].isupper()
+            if article:
+                left = left[: article.start()]
+                word = f"{self.article.capitalize() if article[1][0].isupper() else self.article} {self.noun}"
+            else:
+                word = self.nouns if many else self.noun
+                word = word[:1].upper() + word[1:] if capital else word
+            masked += [left, word]
+            done, count = end, count + 1
+        return "".join([*masked, text[done:]]), count
 
-        def noun(match: re.Match[str]) -> str:
-            if not match[1]:
-                return self.noun
-            article = self.article.capitalize() if match[1][0].isupper() else self.article
-            return f"{article} {self.noun}"
+    def spans(self, text: str) -> list[tuple[int, int, bool]]:
+        """Where what is masked starts and ends, and whether it is a plural."""
+        spans: list[tuple[int, int, bool]] = []
+        mentions = list(self.finder.mentions(text))
+        starts = {mention.start for mention in mentions}
+        for mention in mentions:
+            start, end = self.edges(mention, text)
+            adjoins = bool(spans) and (
+                start <= spans[-1][1] or ADJOINING.fullmatch(text[spans[-1][1] : start]) is not None
+            )
+            if not adjoins and not self.counts(mention, text, starts):
+                continue
+            behind = CODE_BEHIND.match(text, end)
+            end = behind.end() if behind else end
+            if adjoins:
+                start, end = spans[-1][0], max(end, spans.pop()[1])
+            spans.append((start, end, mention.many))
+        return spans
 
-        return self.pattern.subn(noun, text)
+    def edges(self, mention: Mention, text: str) -> tuple[int, int]:
+        """Where the word, or the code, starts and ends that a name is part of ("737MAX", "B-737")."""
+        start, end = mention.start, mention.end
+        while end < len(text) and text[end].isalnum():
+            end += 1
+        while start and text[start - 1].isalnum():
+            start -= 1
+        code = CODE_BEFORE.search(text, 0, start) if text[start].isdigit() else None
+        return code.start() if code else start, end
+
+    def counts(self, mention: Mention, text: str, starts: set[int]) -> bool:
+        """Whether a mention is a name without another one beside it: "Cirrus" is, "Air" of "Air Canada" is not."""
+        if mention.key in self.sure:
+            return True
+        return mention.key in self.capital and written_as_name(mention, text, starts)
+
+
+def written_as_name(mention: Mention, text: str, starts: Collection[int]) -> bool:
+    """Whether a word has a capital and is not the first of another name; at `starts`, known ones start."""
+    following = NEXT_WORD.match(text, mention.end)
+    in_another = following is not None and following[1][0].isupper() and following.start(1) not in starts
+    return text[mention.start].isupper() and not in_another
+
+
+def several(noun: str) -> str:
+    """A noun's plural by the rules of English; the noun itself where it is one of ALIKE."""
+    last = words(noun)[-1:]
+    if not last or last[0] in ALIKE or last[0].endswith(("fish", "craft")):
+        return noun
+    if noun.endswith("y") and noun[-2:-1] not in tuple("aeiou"):
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")

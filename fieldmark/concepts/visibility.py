@@ -2,9 +2,10 @@
 
 A text is invisible for the first of RULES of which it holds a word or a phrase; else for `size` (of the whole: "a small
 bird"), `comparison` (one that takes more than the photo) or `nothing_visible` (no word of a colour, a pattern, a shape
-or a part). Hedges and negations around a mark are visible ("often has a crest", "no wing bars"); a posture is, a habit
-is not. What the attributes of the domain card name is visible as well, and parts of plants are where the card is one of
-plants. tests/fieldmark/concepts/visibility_guide.md is the guide that the rules follow.
+or a part; or only that there is a look, a covering such as plumage, or a distinctive shape of a part). Hedges and
+negations around a mark are visible ("often has a crest", "no wing bars"); a posture is, a habit is not. What the
+attributes of the domain card name is visible as well, and parts of plants are where the card is one of plants.
+tests/fieldmark/concepts/visibility_guide.md is the guide that the rules follow.
 """
 
 import re
@@ -70,6 +71,29 @@ QUANTITIES = frozenset(words("amount amounts area areas number numbers pair pair
 SIZES = frozenset(
     words("big giant huge large largish little massive medium mid miniature sized small smallish tiny larger smaller")
 )
+# What covers all of what is pictured, and the sides of a look: everything has them, so that a text says how they are,
+# or nothing. "Sleek" is said of any.
+COVERINGS = frozenset(
+    words("""
+    appearance color coloration colored colour colouration coloured hue livery mark marking outline patch pattern
+    patterned plumage shape shade shaded silhouette sleek tone
+    """)
+)
+# How they are, beside colours, patterns and shapes.
+LOOKS = re.compile(
+    r"(?:bright|contrast|vibrant|vivid|dull|muted|camouflag|multi|light|uniform|plain|lack)\w*|no|without|two|three"
+)
+# What is said of anything: "distinctive engine nacelles" are engine nacelles.
+PRAISE = frozenset(
+    words("""
+    characteristic classic distinct distinctive modern notable recognizable special specific standard standardized
+    traditional typical typically unique unusual
+    """)
+)
+ASPECTS = frozenset(
+    words("arrangement configuration design layout pattern placement position section shape spacing style")
+)
+MARKS = PATTERNS - COVERINGS | frozenset(words("mark marking"))
 ARTICLES = frozenset(words("a an the its their with has have and"))
 # Where a phrase about one thing ends.
 CLAUSE = frozenset(words("with that which who has have having is are was on in of at than for from"))
@@ -216,9 +240,14 @@ RULES = {
     "mechanics": Rule(
         r"""
         torque mileage accelerat\w+ transmission gearbox drivetrain (?:front|rear|all|four)-wheel-drive suspension
-        hybrid electric diesel petrol gasoline turbo(?:charge\w*|diesel)? v\d+ speeds? passengers? capacity
+        hybrid electric diesel petrol gasoline turbo(?:charge\w*|diesel)? v\d+ speeds? passengers capacity
         """,
-        [r"(?:front|rear|all|four)[- ]wheel drive", "fuel(?! (?:cap|door|filler|lid|tank))"],
+        [
+            r"(?:front|rear|all|four)[- ]wheel drive",
+            "fuel(?! (?:cap|door|filler|lid|tank))",
+            # "passenger windows" are windows.
+            r"passenger(?! (?:[\w-]+ )?(?:cabins?|doors?|entrances?|entry|exits?|windows?)\b)",
+        ],
     ),
     "lore": Rule(
         r"""
@@ -248,7 +277,7 @@ RULES = {
         hop(?:s|ping)? walk(?:s|ing)? wad(?:e|es|ing) waddl\w+ wags? wagging bob(?:s|bing) flicks? flicking pumping
         jump\w* leap\w* climb\w* creep\w* roost\w* perch(?:es)? preen\w* peck\w* drill\w* prob(?:e|es|ing)
         hid(?:e|es|ing) cach(?:e|es|ing) steal\w* chas(?:e|es|ing) attack\w* defend\w* compet\w+ gather\w* travel\w*
-        dwell\w* nimbl\w+ movements? moving motions? sleep\w* bath(?:e|es|ing) adapt\w* surviv\w* camouflag\w*
+        dwell\w* nimbl\w+ movements? moving motions? sleep\w* bath(?:e|es|ing) adapt\w* surviv\w* camouflages
         attract(?:s|ing)? chang(?:es?|ing) keep(?:s|ing)? warm waterproof insulat\w+ mou?lt\w* eyesight vision senses?
         schools
         """,
@@ -272,6 +301,9 @@ RULES = {
             r"when (?:alarmed|excited|threatened|agitated|disturbed|displaying|startled|in danger)",
             r"(?:moves?|turns?|opens?|raises?|shakes?|flaps?|spreads|lifts?|lowers?|twitche?s?|pumps?) (?:its|their)",
             r"blend(?:s|ing)? in",
+            # "camouflage paint" and "a camouflage of greens" are seen.
+            r"(?:for|as|offers?|provides?|providing|effective|excellent|good|perfect) (?:\w+ )?camouflage",
+            r"camouflag(?:e|ed|ing) (?:against|among|from|in|itself|themselves|with)",
         ],
     ),
 }
@@ -299,7 +331,8 @@ REFERENCE = re.compile(
 )
 # What is true only beside others: "more prominent in juveniles", "one of the palest".
 RELATIVE = re.compile(
-    rf"\b(?:(?:more|less|most|least) \w+|\w+er) (?:in|on|for|among) (?:the |most |some )?{KINDS}\b"
+    r"\b(?:extended|lengthened|reduced|shortened|stretched) .*\bcompared\b"
+    rf"|\b(?:(?:more|less|most|least) \w+|\w+er) (?:in|on|for|among) (?:the |most |some )?{KINDS}\b"
     r"|\b(?:most|least) \w+ (?:of|species|thing)\b|\bdimorphi\w+\b"
     r"|\bone of the (?:most|least|few|only|\w+est)\b|\bonly (?:\w+ ){0,2}species\b"
 )
@@ -360,7 +393,21 @@ class Eye:
         content = [word for word in words(text) if word not in ARTICLES]
         if len(content) == 1 and self.is_part(content[0]):
             return False
+        if not self.says_how(content):
+            return False
         return any(not self.seen.isdisjoint(forms(word)) for word in content)
+
+    def says_how(self, content: list[str]) -> bool:
+        """Whether words say more than that there is a look, a covering, or a part that is praised."""
+        seen = [forms(word) & self.seen for word in content]
+        if any(LOOKS.fullmatch(word) for word in content):
+            return True
+        if any(seen) and all(found <= COVERINGS for found in seen):
+            return False
+        # "distinctive cockpit window shape": without what praises, and the noun for a side, names of parts are left.
+        rest = [word for word in content if word not in PRAISE and not stems(word) & ASPECTS]
+        is_empty = 0 < len(rest) < len(content) - 1 and not PRAISE.isdisjoint(content)
+        return not is_empty or any(stems(word) & MARKS for word in rest) or not all(map(self.is_part, rest))
 
     def is_part(self, word: str) -> bool:
         return not word.endswith("ed") and not self.parts.isdisjoint(forms(word))
@@ -406,8 +453,10 @@ class Eye:
         """Whether the noun that these words begin with is the whole: any but a part, as `subject` of the text."""
         phrase = list(takewhile(lambda token: token not in CLAUSE, tokens))
         for token in phrase:
+            # "a large white body" is white.
             if stems(token) & WHOLE:
-                return True
+                before = phrase[: phrase.index(token)]
+                return token != "body" or not any(forms(word) & (COLOURS | PATTERNS) for word in before)
             if self.is_part(token) or token in QUANTITIES:
                 return False
         return subject and bool(phrase) and self.seen.isdisjoint(forms(phrase[-1]))

@@ -49,7 +49,7 @@ def read_own(concepts: Concepts, classes: list[Row]) -> list[Own]:
 
 
 def read_texts(path: str, key: str, classes: list[Row]) -> Texts:
-    """The texts of each class_id that `path`, the value of `key`, covers; `classes` are rows of index.classes/1.
+    """The texts of each class_id that `path`, the value of `key`, covers; `classes` are rows of index.classes/2.
 
     Raises UserError: unreadable, a key that is no class or the name of several, two keys for one class, or a class
     without texts.

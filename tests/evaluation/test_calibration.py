@@ -40,7 +40,7 @@ def test_only_the_half_that_chose_nothing_is_read(data: Path) -> None:
 
 
 def test_taxa_and_groups_come_from_the_index(data: Path) -> None:
-    rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"superclass": "x"}, 1: {"lineage": ["y", "z"]}})
+    rewrite(data / "index/classes.parquet", "index.classes/2", {0: {"superclass": "x"}, 1: {"lineage": ["y", "z"]}})
     rewrite(data / "index/images.parquet", "index.images/1", {0: {"group": "track"}})
     half = read_half(data, "linear_probe")
     assert half.lineages == (("x",), ("y", "z"), ())
@@ -53,7 +53,7 @@ def test_taxa_and_groups_come_from_the_index(data: Path) -> None:
 def test_runs_that_cannot_calibrate_are_named(data: Path) -> None:
     config = data / "runs/linear_probe/config.json"
     said = json.loads(config.read_text())
-    rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"class_id": "another"}})
+    rewrite(data / "index/classes.parquet", "index.classes/2", {0: {"class_id": "another"}})
     with pytest.raises(UserError, match=r"linear_probe: was made from other images or classes .*train@linear_probe"):
         read_half(data, "linear_probe")
     config.write_text(json.dumps({**said, "not_possible": "no text"}))

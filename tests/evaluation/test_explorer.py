@@ -56,7 +56,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def made(data: Path) -> Path:
     """A report on which linear_probe takes one val image of class 0, which has a hostile name, for class 2."""
-    rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"name": HOSTILE}})
+    rewrite(data / "index/classes.parquet", "index.classes/2", {0: {"name": HOSTILE}})
     texts = {position: {"text": f"{HOSTILE} {position}"} for position in range(18)}
     rewrite(data / f"bank/{ENCODER}.parquet", "bank/1", texts)
     write_run(data, "linear_probe", [{"val/class-00/0000.png": "class-02"}] * 2)

@@ -130,7 +130,7 @@ def test_pairs_drawn_are_those_of_test_and_fewest_bits(data: Path) -> None:
 
 
 def test_paths_and_names_of_pairs_are_escaped(data: Path) -> None:
-    rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"name": NASTY}})
+    rewrite(data / "index/classes.parquet", "index.classes/2", {0: {"name": NASTY}})
     hostile = f"test/class-00/{NASTY}.png"
     rewrite(data / "index/images.parquet", "index.images/1", {0: {"path": hostile}})
     for name in RUNS:

@@ -178,7 +178,7 @@ def test_concepts_are_counted_with_their_reasons(data: Path) -> None:
 
 
 def test_text_is_escaped(data: Path) -> None:
-    rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"name": NASTY}})
+    rewrite(data / "index/classes.parquet", "index.classes/2", {0: {"name": NASTY}})
     rewrite(data / "index/images.parquet", "index.images/1", {12: {"error": NASTY}})
     everything = {position: {"text": f"{NASTY} {position}"} for position in range(18)}
     rewrite(data / f"bank/{ENCODER}.parquet", "bank/1", everything)
@@ -193,7 +193,7 @@ def test_text_is_escaped(data: Path) -> None:
 
 def test_control_characters_of_data_stay_off_the_page_and_the_terminal(data: Path) -> None:
     hostile, shown = "\x1b[2J \u202etxt.\x07\u2028", r"\x1b[2J \u202etxt.\x07\u2028"
-    rewrite(data / "index/classes.parquet", "index.classes/1", {0: {"name": hostile}})
+    rewrite(data / "index/classes.parquet", "index.classes/2", {0: {"name": hostile}})
     rewrite(data / "index/images.parquet", "index.images/1", {12: {"error": hostile}})
     rewrite(data / f"bank/{ENCODER}.parquet", "bank/1", {position: {"text": hostile} for position in range(18)})
     summary = report(make_params(), data)

@@ -62,7 +62,7 @@ def test_two_taxa_of_one_name_are_two() -> None:
 
 def lineages(*rows: dict[str, Any]) -> Any:
     ids = [row["class_id"] for row in rows]
-    table = make_table("index.classes/1", [{"name": row["class_id"], "from_images": True, **row} for row in rows])
+    table = make_table("index.classes/2", [{"name": row["class_id"], "from_images": True, **row} for row in rows])
     return lineages_of(table, ids[::-1])[::-1] if lineages_of(table, ids) else None
 
 

@@ -73,7 +73,7 @@ def test_class_names_in_answers_are_masked_and_counted(
     server.script.append(content(json.dumps({"sentences": sentences})))
     workspace.run(main)
     assert [row["text"] for row in descriptions()] == ["A fish (fish) beside a fish.", "Its tray is grey."]
-    assert "3 class names" in capsys.readouterr().err
+    assert "3 names of classes" in capsys.readouterr().err
     assert json.loads(answers(str(ANSWERS))[0]["response_json"])["sentences"] == sentences
 
 

@@ -19,9 +19,9 @@ UNRELATED = ["a kettle with a curved spout", "a tram with brass railings", "a lo
 
 def write_classes(names: dict[str, str]) -> None:
     rows = [{"class_id": class_id, "name": name, "from_images": True} for class_id, name in names.items()]
-    mark = store.fingerprint("index.classes/1", {"classes": sorted(names)})
+    mark = store.fingerprint("index.classes/2", {"classes": sorted(names)})
     path = "data/index/classes.parquet"
-    store.write_table(store.make_table("index.classes/1", rows), path, "index.classes/1", {}, mark)
+    store.write_table(store.make_table("index.classes/2", rows), path, "index.classes/2", {}, mark)
 
 
 def write_unrelated(lines: list[str]) -> None:

@@ -721,7 +721,7 @@ def test_import_asks_nobody(server: OpenAIServer, workspace: Workspace, capsys: 
 
 def test_classes_of_one_name_are_told_apart_by_their_id(workspace: Workspace) -> None:
     rows = [{"class_id": class_id, "name": "Twin", "from_images": False} for class_id in ("a", "b")]
-    store.write_table(store.make_table("index.classes/1", rows), CLASSES, "index.classes/1", {}, "twins")
+    store.write_table(store.make_table("index.classes/2", rows), CLASSES, "index.classes/2", {}, "twins")
     with pytest.raises(UserError, match="--show: 'Twin' is the name of a, b; give one of these"):
         workspace.run(main, "--show", "Twin")
     workspace.run(main, "--show", "b")

@@ -24,7 +24,7 @@ DrawImages = Callable[[dict[str, int]], None]
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    return store.read_table(f"data/index/{name}.parquet", f"index.{name}/1").to_pylist()
+    return store.read_table(f"data/index/{name}.parquet", f"index.{name}/{2 if name == 'classes' else 1}").to_pylist()
 
 
 def by_path() -> dict[str, dict[str, Any]]:

@@ -113,7 +113,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     )
     named = [{"class_id": class_id, "name": class_id.title(), "from_images": True} for class_id in classes]
     write_table(
-        make_table("index.classes/1", named), folder / "index/classes.parquet", "index.classes/1", {}, marks["index"]
+        make_table("index.classes/2", named), folder / "index/classes.parquet", "index.classes/2", {}, marks["index"]
     )
 
     bank = write_bank(folder, plan, classes, [image["image_id"] for image in images], prototypes, marks, rng)

@@ -188,7 +188,7 @@ def make_card(data: Path, params: Params, index: Index, run: Run, config: Row) -
     logits, names = read_logits(data, run), [row["name"] for row in index.classes]
     table = store.read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     groups = groups_of(table)
-    classes = store.read_table(data / "index/classes.parquet", "index.classes/1")
+    classes = store.read_table(data / "index/classes.parquet", "index.classes/2")
     figures = {}
     for split in JUDGED:
         chosen = np.flatnonzero(run.split == split)

@@ -12,7 +12,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 
 IMAGES = "index.images/1"
-CLASSES = "index.classes/1"
+CLASSES = "index.classes/2"
 Row = dict[str, Any]
 
 

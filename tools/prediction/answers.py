@@ -317,7 +317,7 @@ def read_judge(
 
     `candidates` names a file. Raises UserError where there is no such picture.
     """
-    index = store.read_table(data / "index/classes.parquet", "index.classes/1")
+    index = store.read_table(data / "index/classes.parquet", "index.classes/2")
     given = dict(zip(index["class_id"].to_pylist(), index["name"].to_pylist(), strict=True))
     names = {class_id: given.get(class_id, class_id) for class_id in run.classes}
     among = np.ones(len(run.classes), dtype=bool)

@@ -32,7 +32,7 @@ from training.hashes import hash_file
 
 SPLITS = ("train", "val", "test")
 CPU = torch.device("cpu")
-INDEX = {"index/images.parquet": "index.images/1", "index/classes.parquet": "index.classes/1"}
+INDEX = {"index/images.parquet": "index.images/1", "index/classes.parquet": "index.classes/2"}
 
 
 class Fields:
@@ -241,7 +241,7 @@ def read_cache(
     """
     folder, reads, also_reads = Path(folder), frozenset(reads), frozenset(also_reads)
     fingerprints = check_origins(folder, encoder, buckets, reads, also, also_reads)
-    classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/1").column("class_id").to_pylist())
+    classes = sorted(read_table(folder / "index/classes.parquet", "index.classes/2").column("class_id").to_pylist())
     index = read_table(
         folder / "index/images.parquet", "index.images/1", ["path", "image_id", "class_id", "group", "split", "status"]
     )

@@ -9,12 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmark import store
-from fieldmark.concepts.cleaning import clean_class, clean_generic, normalise, split_text, wording
+from fieldmark.concepts.cleaning import (
+    clean_class,
+    clean_generic,
+    normalise,
+    split_text,
+    where_it_loops,
+    wording,
+)
 from fieldmark.concepts.names import domain_words
 from fieldmark.concepts.visibility import forms
 from fieldmark.params import Clean, Domain
 from tests.fieldmark.llm.workspace import Row
+from tests.project import ROOT
 
+CUB = ROOT.parent / "shared/data/cub100"
 BIRD = Domain(noun="bird", group="birds", attributes=["bill", "tail"])
 CLASS: Row = {"class_id": "k", "name": "White-breasted Kingfisher", "scientific_name": "Halcyon smyrnensis"}
 
@@ -246,3 +255,24 @@ def test_a_word_of_many_letters_counts_as_several() -> None:
     begin = time.monotonic()
     assert len(forms("white" + "x" * 3_000_000)) == 1
     assert time.monotonic() - begin < 2
+
+
+def test_an_answer_that_loops_is_cut() -> None:
+    said = ["a bird with a hooked yellow bill", "a bird with pale pink legs", "a bird with barred grey flanks"] * 3
+    parts = ("crown", "nape", "throat", "breast", "belly", "flank", "rump", "tail", "wing", "cheek")
+    opening = [f"a bird with a {colour} {part}" for colour in ("ochre",) for part in parts]
+    loop = [f"a bird with a {colour} {part}" for colour in ("black", "white") for part in parts] * 4
+    rows = [row for row in clean(answer(*opening, *loop)) if row["kind"] != "name"]
+    assert len(rows) == 90
+    assert [row["drop_reason"] for row in rows] == [None] * 10 + ["loop"] * 80
+    # Said three times, or over and over in other words, it is no loop.
+    assert {row["drop_reason"] for row in clean(answer(*said))} == {None, "duplicate"}
+    assert "loop" not in {row["drop_reason"] for row in clean(answer(*opening, *loop[:20]))}
+
+
+@pytest.mark.skipif(not CUB.is_dir(), reason="needs ../shared/data/cub100, which is not here")
+def test_the_one_real_answer_that_loops_is_found() -> None:
+    for source, looping in (("deepseek", {"192.Downy_Woodpecker": 30}), ("gpt3", {}), ("gpt4", {})):
+        texts = json.loads((CUB / f"concepts_{source}.json").read_text())
+        cut = {folder: where_it_loops(own) for folder, own in texts.items()}
+        assert {folder: place for folder, place in cut.items() if place < len(texts[folder])} == looping

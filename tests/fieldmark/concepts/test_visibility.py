@@ -6,18 +6,21 @@ written on the texts that are not held aside; those held aside were read by nobo
 """
 
 import json
+import re
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmark.concepts.cleaning import split_text
+from fieldmark.concepts.cleaning import normalise, split_text
 from fieldmark.concepts.visibility import Eye
 from tests.project import ROOT
 
 CUB = ROOT.parent / "shared/data/cub100"
 LABELS: list[dict[str, Any]] = json.loads((ROOT / "tests/fieldmark/concepts/visibility_labels.json").read_text())
+AIRCRAFT = ROOT.parent / "shared/data/aircraft_texts/concepts_deepseek.txt"
+PHRASES: list[dict[str, Any]] = json.loads((ROOT / "tests/fieldmark/concepts/phrase_labels.json").read_text())
 EYES = {
     "bird": Eye("bird", "birds", ["bill", "crown, eye and throat", "tail"]),
     "fish": Eye("fish", "reef fish", ["tail", "dorsal fin"]),
@@ -74,6 +77,58 @@ def test_the_labellers_agree_with_each_other() -> None:
     shares = [sum(row[side] for row in LABELS) / 300 for side in ("a", "b")]
     chance = shares[0] * shares[1] + (1 - shares[0]) * (1 - shares[1])
     assert (same - chance) / (1 - chance) > 0.9  # Cohen's kappa
+
+
+@pytest.mark.skipif(not (CUB.is_dir() and AIRCRAFT.is_file()), reason="needs ../shared/data, which is not here")
+@pytest.mark.parametrize("held_aside", [False, True], ids=["developed-on", "held-aside"])
+@pytest.mark.parametrize(("source", "least"), [("cub100", 0.95), ("aircraft_texts", 0.9)])
+def test_rules_agree_with_labels_of_real_phrases(source: str, least: float, held_aside: bool) -> None:
+    """phrase_labels.json: one person's labels of DeepSeek's phrases, by index, given before the rules were changed."""
+    birds = json.loads((CUB / "concepts_deepseek.json").read_text())
+    aircraft = [re.findall(r"\[([^\]]*)\]", line) for line in AIRCRAFT.read_text(encoding="utf-8").splitlines()]
+    of: dict[str, tuple[Any, Eye]] = {
+        "cub100": (birds, EYES["bird"]), "aircraft_texts": (aircraft, Eye("aircraft", "aircraft"))
+    }
+    texts, eye = of[source]
+    rows = [row for row in PHRASES if row["source"] == source and row["held_aside"] is held_aside]
+    assert len(rows) == (60 if held_aside else 100)
+    found = [eye.why_invisible(normalise(texts[row["class"]][row["index"]])) is None for row in rows]
+    agreed = sum(said == bool(row["visible"]) for said, row in zip(found, rows, strict=True))
+    assert agreed >= least * len(rows), agreed
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("three passenger doors on each side", None),
+        ("small oval passenger windows", None),
+        ("room for a hundred passengers", "mechanics"),
+        ("a passenger aircraft", "mechanics"),
+        ("a tricycle landing gear", None),
+        ("long nose gear struts and slotted flaps", None),
+        ("grey camouflage paint", None),
+        ("colours that offer good camouflage", "behaviour"),
+        ("camouflages itself in leaves", "behaviour"),
+        ("a large white body", None),
+        ("a large round body", "size"),
+        ("a small white aircraft", "size"),
+        ("distinctive colour patches", "nothing_visible"),
+        ("distinctive wing markings", None),
+        ("distinctive red patches", None),
+        ("a typical livery pattern", "nothing_visible"),
+        ("a modern livery with stripes", None),
+        ("a distinctive cockpit window shape", "nothing_visible"),
+        ("a distinctive cockpit window shape with five windows", None),
+        ("a distinctive pouch at the throat", None),
+        ("a uniform coloration", None),
+        ("no distinct markings", None),
+        ("a beautiful plumage", "nothing_visible"),
+        ("a stretched fuselage compared to the short version", "comparison"),
+        ("young similar to the female but duller", "comparison"),
+    ],
+)
+def test_marks_are_told_from_words(text: str, reason: str | None) -> None:
+    assert Eye("aircraft", "aircraft").why_invisible(text) == reason
 
 
 @pytest.mark.parametrize(

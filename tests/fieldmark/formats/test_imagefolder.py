@@ -101,11 +101,12 @@ def test_a_linked_class_folder_is_read(tmp_path: Path) -> None:
 def test_the_class_table(tmp_path: Path) -> None:
     dataset = touch(tmp_path, "a/1.png")
     (tmp_path / "classes.csv").write_text(
-        "\ufeffclass_id,lineage,name\na,Animalia > Chordata >Aves,Auk\nb,,\n", encoding="utf-8"
+        "\ufeffclass_id,lineage,name,aliases\na,Animalia > Chordata >Aves,Auk,Alk; razor-bill;\nb,,,\n",
+        encoding="utf-8",
     )
     assert read_listing(dataset).classes == [
-        {"class_id": "a", "lineage": ["Animalia", "Chordata", "Aves"], "name": "Auk"},
-        {"class_id": "b", "lineage": None, "name": ""},
+        {"class_id": "a", "lineage": ["Animalia", "Chordata", "Aves"], "name": "Auk", "aliases": ["Alk", "razor-bill"]},
+        {"class_id": "b", "lineage": None, "name": "", "aliases": None},
     ]
 
 

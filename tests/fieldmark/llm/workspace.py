@@ -76,8 +76,8 @@ class Workspace:
             }
             for name in sorted(names)
         ]
-        table = store.make_table("index.classes/1", rows)
-        store.write_table(table, "data/index/classes.parquet", "index.classes/1", {}, store.sha256(str(sorted(names))))
+        table = store.make_table("index.classes/2", rows)
+        store.write_table(table, "data/index/classes.parquet", "index.classes/2", {}, store.sha256(str(sorted(names))))
 
     def write_images(self, count: int, size: tuple[int, int] = (900, 600)) -> list[Row]:
         """Images in folders whose names give the class away, as rows of index.images/1; the last one is broken."""

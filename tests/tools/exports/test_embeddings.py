@@ -42,8 +42,8 @@ def made(set_params: Callable[..., Params]) -> list[Row]:
     table = store.make_table("index.images/1", [*index, broken])
     store.write_table(table, "data/index/images.parquet", "index.images/1", {}, "index")
     classes = [{"class_id": name, "name": name.upper(), "from_images": True} for name in "ab"]
-    table = store.make_table("index.classes/1", classes)
-    store.write_table(table, "data/index/classes.parquet", "index.classes/1", {}, "classes")
+    table = store.make_table("index.classes/2", classes)
+    store.write_table(table, "data/index/classes.parquet", "index.classes/2", {}, "classes")
     for bucket, ids in enumerate(store.split_buckets(list(VECTORS), 4)):
         thumbs = store.make_table("thumbs/1", [{"image_id": each, "webp": each[:9].encode()} for each in ids])
         store.write_table(thumbs, store.bucket_path("data/thumbs", bucket), "thumbs/1", {}, "thumbs")

@@ -41,8 +41,8 @@ def graphs(set_params: Callable[..., Params]) -> dict[str, np.ndarray]:
         boxes=BOXES,
     )
     write_index({each: ("ba"[n % 2], ("train", "val", "test")[n % 3]) for n, each in enumerate(ids)})
-    table = store.make_table("index.classes/1", [{"class_id": c, "name": c, "from_images": True} for c in "ab"])
-    store.write_table(table, "data/index/classes.parquet", "index.classes/1", {}, "classes")
+    table = store.make_table("index.classes/2", [{"class_id": c, "name": c, "from_images": True} for c in "ab"])
+    store.write_table(table, "data/index/classes.parquet", "index.classes/2", {}, "classes")
     dense = {}
     for number, each in enumerate(ids):
         weight = np.triu(rng.random((2, 4, 4)) * (rng.random((2, 4, 4)) < 0.6) * (number > 0), 1).astype(np.float16)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from tests.training.cache import Plan, write_cache, write_moments, write_other
 from training.data import Batch, Cache, Part, feature_words, read_cache
-from training.data.features import feature_kinds
+from training.data.features import feature_blocks, feature_kinds
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes, mean_and_max
 from training.data.rows import EncoderFiles
@@ -184,3 +184,21 @@ def test_mean_and_scale_do_not_depend_on_the_chunks(planted: Planted, monkeypatc
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.scale, other.scale)
     assert torch.equal(some.of_training(cache), whole.of_training(cache))
+
+
+def test_descriptions_are_the_mean_of_their_sentences(planted: Planted) -> None:
+    cache = planted(Plan(sentences=3))
+    batch = cache.batch(cache.images("train"))
+    assert batch.dm.any()
+    [found] = feature_blocks("descriptions", batch)
+    for row, sentences, there in zip(found, batch.d, batch.dm, strict=True):
+        own = sentences[there]
+        torch.testing.assert_close(row, F.normalize(own.mean(0), dim=0) if len(own) else torch.zeros_like(row))
+
+
+def test_without_any_description_a_probe_says_the_same_of_every_image(planted: Planted) -> None:
+    cache = planted(Plan(sentences=0))
+    model = ridge.fit(cache, ridge.Settings(features=["descriptions"]), 0).model
+    logits = model(cache.batch(cache.images("val"))).logits
+    assert logits.isfinite().all()
+    assert torch.equal(logits, logits[:1].expand_as(logits))

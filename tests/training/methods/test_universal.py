@@ -427,7 +427,8 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         "tokens": Tokens, "cls": Cls, "rollout": Rollout, "parts": ObjectParts,
     }  # fmt: skip
     for name in by_row.keys() & parts:
-        rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(1)
+        # One image has sentences; they go to one of another class.
+        rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(8)
         cache = cache.with_part(cache.part(by_row[name]).take(rows, rows))
     if "globals" in parts and cache.has(Globals):
         cache = cache.change(Globals, g=cache.part(Globals).g[order])

@@ -1,0 +1,194 @@
+"""What descriptions of images give away: names in them, and how far a classifier of their words alone gets.
+
+A vision model that describes a picture often recognises its class, and says so in the picture's own text, a test
+picture's too. The mask takes out what the class table names; the control says what is left: TF-IDF of single words and
+ridge regression (scikit-learn's RidgeClassifier in kind, penalty 1, nothing chosen), fitted on the texts of training
+images and judged on those of val. A run that reads descriptions may get as far without looking at a picture.
+
+bench/leaks.py judges both on 10,000 real sentences about aircraft.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from evaluation.runs import Row, Run
+from evaluation.words import percent
+from fieldmark import store
+from fieldmark.concepts.names import Finder, Keys, domain_words, words, written_as_name
+from fieldmark.params import Domain
+from training.metrics import Floats, Ints
+
+DESCRIPTIONS = "descriptions/descriptions.parquet"
+VOCABULARY = 4096  # words that a text is judged by: those in most training texts
+CHUNK = 1024  # texts counted at a time
+PENALTY = 1.0
+# A word that tells: in so many texts at least, and so large a share of them of one class.
+OFTEN, SHARE, SHOWN = 5, 0.8, 12
+# What a text names, from what gives most away; `any` is one of them at least.
+KINDS = {
+    "own": "its own class",
+    "other": "another class",
+    "group": "a genus, maker or other group",
+    "any": "any of these",
+}
+
+
+class Names:
+    """What every class and group of a class table is found by; `rows` are of index.classes."""
+
+    def __init__(self, rows: Sequence[Row], domain: frozenset[str]) -> None:
+        self.owners: dict[str, set[str]] = defaultdict(set)
+        self.bare: list[str] = []  # names of classes of which no word tells: they are found whole or not at all
+        every = Keys.of(rows, domain)
+        self.groups, self.capital = every.groups, every.capital
+        for row in rows:
+            own = Keys.of([row], domain)
+            for key in own.whole | own.telling | own.suffixes:
+                self.owners[key].add(row["class_id"])
+            if not own.telling:
+                self.bare.append(row["name"])
+        self.finder = Finder([*self.owners, *self.groups, *self.capital])
+
+    def named_in(self, text: str, class_id: str) -> set[str]:
+        """Of KINDS, what a text about an image of a class names."""
+        found = set()
+        mentions = list(self.finder.mentions(text))
+        starts = {mention.start for mention in mentions}
+        for mention in mentions:
+            owners = self.owners.get(mention.key, set())
+            if owners:
+                found.add("own" if class_id in owners else "other")
+            elif mention.key in self.groups or written_as_name(mention, text, starts):
+                found.add("group")
+        return found | {"any"} if found else found
+
+
+def naming(names: Names, texts: Mapping[str, str], classes: Mapping[str, str]) -> dict[str, float]:
+    """Of each of KINDS, the share of texts that name it; texts and their class_ids stand by image_id."""
+    found = Counter(kind for image_id, text in texts.items() for kind in names.named_in(text, classes[image_id]))
+    return {kind: found[kind] / max(len(texts), 1) for kind in KINDS}
+
+
+def tf_idf(texts: Sequence[Counter[str]], place: Mapping[str, int], idf: Floats) -> Floats:
+    """(n, F + 1): counts times idf, each row of unit length, and a 1 behind it."""
+    x = np.zeros((len(texts), len(idf) + 1))
+    for row, counts in enumerate(texts):
+        for word in counts.keys() & place.keys():
+            x[row, place[word]] = counts[word] * idf[place[word]]
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    x[:, -1] = 1.0
+    return x
+
+
+def by_words(train: Sequence[str], y: Ints, asked: Sequence[str]) -> Ints:
+    """The class (m,) that ridge regression on TF-IDF gives each text that is asked; y (n,) are those of `train`."""
+    counts = [Counter(words(text)) for text in train]
+    within = Counter(word for each in counts for word in each)
+    ranked = sorted((word for word in within if within[word] > 1), key=lambda word: (-within[word], word))[:VOCABULARY]
+    place = {word: number for number, word in enumerate(ranked)}
+    idf = np.array([np.log((1 + len(train)) / (1 + within[word])) + 1 for word in ranked])
+    targets = np.eye(int(y.max()) + 1)[y]
+    gram, told = np.zeros((len(idf) + 1, len(idf) + 1)), np.zeros((len(idf) + 1, targets.shape[1]))
+    for start in range(0, len(train), CHUNK):
+        x = tf_idf(counts[start : start + CHUNK], place, idf)
+        gram += x.T @ x
+        told += x.T @ targets[start : start + CHUNK]
+    weights = np.linalg.solve(gram + PENALTY * np.eye(len(gram)), told)
+    found: list[Ints] = []
+    for start in range(0, len(asked), CHUNK):
+        x = tf_idf([Counter(words(text)) for text in asked[start : start + CHUNK]], place, idf)
+        found.append((x @ weights).argmax(axis=1))
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+
+def telling_words(texts: Sequence[str], classes: Sequence[str]) -> list[Row]:
+    """Words most of whose texts are of one class, from the most frequent down."""
+    by_word: dict[str, Counter[str]] = defaultdict(Counter)
+    for text, class_id in zip(texts, classes, strict=True):
+        for word in set(words(text)):
+            by_word[word][class_id] += 1
+    rows: list[tuple[int, str, Row]] = []
+    for word, counts in by_word.items():
+        [(class_id, count)] = counts.most_common(1)
+        if counts.total() >= OFTEN and count >= SHARE * counts.total() and len(set(classes)) > 1:
+            rows.append((-count, word, {"word": word, "class_id": class_id, "texts": count, "of": counts.total()}))
+    return [row for *_, row in sorted(rows, key=lambda found: found[:2])[:SHOWN]]
+
+
+def audit(
+    names: Names, versions: Mapping[str, Mapping[str, str]], classes: Mapping[str, str], split: Mapping[str, str]
+) -> Row:
+    """What texts give away in each of `versions` (before and after the mask): text, class_id and split by image_id.
+
+    `alone` is the accuracy on val of words alone, None where train or val has no text; `majority` that of the class
+    that most training texts are of.
+    """
+    found: Row = {"bare": names.bare, "versions": {}, "majority": None}
+    label = {class_id: number for number, class_id in enumerate(sorted(set(classes.values())))}
+    for version, texts in versions.items():
+        of = {part: sorted(image_id for image_id in texts if split[image_id] == part) for part in ("train", "val")}
+        y = {part: np.array([label[classes[one]] for one in ids], dtype=np.int64) for part, ids in of.items()}
+        said = {part: [texts[one] for one in ids] for part, ids in of.items()}
+        alone = None
+        if of["train"] and of["val"]:
+            alone = float((by_words(said["train"], y["train"], said["val"]) == y["val"]).mean())
+            found["majority"] = float((np.bincount(y["train"]).argmax() == y["val"]).mean())
+        found["versions"][version] = {"alone": alone, "naming": naming(names, texts, classes)}
+        found["words"] = telling_words(said["train"], [classes[one] for one in of["train"]])
+        found |= {"texts": len(texts), "judged": len(of["val"])}
+    return found
+
+
+def joined(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The sentences of each image as one text."""
+    texts: dict[str, list[str]] = defaultdict(list)
+    for image_id, sentence in rows:
+        texts[image_id].append(sentence)
+    return {image_id: " ".join(sentences) for image_id, sentences in texts.items()}
+
+
+def read_leaks(data: Path, index: pa.Table, classes: pa.Table, domain: Domain, runs: Sequence[Run]) -> Row | None:
+    """What data/descriptions/ gives away, and `runs`, the names of those that read it; None where nothing is described.
+
+    `index` and `classes` are the tables index.images and index.classes.
+    """
+    path = data / DESCRIPTIONS
+    if not path.is_file():
+        return None
+    table = store.read_table(path, "descriptions/1").sort_by([("image_id", "ascending"), ("rank", "ascending")])
+    usable = {row["image_id"]: row for row in index.to_pylist() if row["status"] == "ok"}
+    masked = joined((row["image_id"], row["text"]) for row in table.to_pylist() if row["image_id"] in usable)
+    if not masked:
+        return None
+    answers = store.read_table(path.with_name("answers.parquet"), "llm.answers/1", ["subject_id", "response_json"])
+    written = joined(
+        (row["subject_id"], sentence)
+        for row in answers.to_pylist()
+        if row["subject_id"] in masked
+        for sentence in json.loads(row["response_json"])["sentences"]
+    )
+    card = domain_words(domain.noun, domain.group, *domain.attributes)
+    found = audit(
+        Names(classes.to_pylist(), card),
+        {"before": written, "after": masked},
+        {one: usable[one]["class_id"] for one in masked},
+        {one: usable[one]["split"] for one in masked},
+    )
+    reading = [one.name for one in runs if DESCRIPTIONS in one.fingerprints]
+    return {**found, "kinds": KINDS, "runs": reading}
+
+
+def words_alone(leaks: Row) -> str:
+    """How far the words of the masked texts get without a picture, as a clause."""
+    found = leaks["versions"]["after"]["alone"]
+    if found is None:
+        return "how far their words get alone cannot be told: train or val has none"
+    return (
+        f"their words alone get {percent(found)} % of {leaks['judged']} val images (the most frequent class:"
+        f" {percent(leaks['majority'])} %)"
+    )
