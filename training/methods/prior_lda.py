@@ -101,7 +101,7 @@ def learn(
     cache: Cache, names: tuple[str, ...], transform: Transform, texts: Texts, penalties: tuple[float, ...]
 ) -> Learned:
     """From the classes that teach, the few images and the texts. Raises NotPossible."""
-    teachers = cache.others or cache
+    teachers = cache if cache.others is None else cache.others
     if training_targets(teachers).any(0).sum() < TEACHERS:
         raise NotPossible(
             f"fewer than {TEACHERS} classes have images to learn from where images of a class with this text lie; take"
