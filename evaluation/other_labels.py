@@ -41,8 +41,7 @@ def apply(cache: Cache, request: Request, anew: bool, inner: Cache | None = None
     """The cache under the request's control, its nodes labelled with the request's settings.
 
     `anew`: its bank is the one that its training images select, and not the one on disk; `inner` as in reselection.
-    Classes that are lent have the bank that theirs select, and no control touches it: what a method learns of them
-    stands, and what is taken away are the texts of the classes that are told apart.
+    Classes that are lent have the bank that theirs select.
     """
     if request.labels.get("density") == "pixel":
         cache = cache.change(Labels, density=read_pixels(request.data, request.buckets, cache))

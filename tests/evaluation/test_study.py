@@ -1013,8 +1013,8 @@ def test_classes_that_are_lent_may_be_drawn(project: Path) -> None:
         planned(project, left_out=0.7)
 
 
-def test_lent_classes_have_the_bank_that_their_own_images_select(project: Path) -> None:
-    """The one on disk chose among their texts by images of the classes that are told apart; no control touches it."""
+def test_lent_classes_have_the_bank_that_their_own_images_select_and_the_same_control(project: Path) -> None:
+    """The bank on disk chose among their texts by images of the classes that are told apart."""
     own(project, "bank")
     path = project / "data/bank/tiny.parquet"
     header, table = read_header(path, "bank/1"), read_table(path, "bank/1")
@@ -1034,4 +1034,8 @@ def test_lent_classes_have_the_bank_that_their_own_images_select(project: Path) 
             assert not bank.kept[bank.of_kind("name")].any()  # the bank on disk says so of them
             lent[cell.control.label, cell.draw] = bank
     assert len(lent) == 4
-    assert all(torch.equal(bank.own, lent["none", 0].own) for bank in lent.values())
+    assert torch.equal(lent["none", 0].own, lent["none", 1].own)
+    shuffled = [lent["vectors_shuffled", draw].own for draw in (0, 1)]
+    assert not any(torch.equal(own, lent["none", 0].own) for own in shuffled)
+    assert not torch.equal(*shuffled)
+    assert torch.equal(lent["vectors_shuffled", 0].K, lent["none", 0].K)
