@@ -54,8 +54,8 @@ class Settings(FeatureSettings):
         default=[0.1, 0.3, 0.6], min_length=1
     )  # of the covariance towards a round one, that val chooses from
     strength: list[Positive] = Field(
-        default=[1.0, 3.0, 10.0, 30.0, 100.0], min_length=1
-    )  # of the prior on class means, that val chooses from
+        default=[0.3, 0.6, 1.0, 1.7, 3.0], min_length=1
+    )  # of the prior on class means, that val chooses from; 1: as far as classes left out say that texts can be trusted
 
 
 def reads(settings: Settings) -> frozenset[str]:
