@@ -15,7 +15,9 @@ makes up for what the pull takes from all logits alike, and changes no predictio
 
 The classes that teach are `Cache.others` where a study lends some (few shots), else the classes that have training
 images (regime unseen); of these q_c is what the map without them says. Leaving classes out chooses the map's penalty,
-by squared error; val, or development classes, choose the rest. No label of a class without images is looked at.
+by squared error, and sets the prior's width; val, or development classes, choose the shrinkage. They would choose the
+strength badly: of ten classes, by log loss, 3 came out on cub100, which cost up to 8 points on others. No label of a
+class without images is looked at.
 """
 
 import functools
@@ -54,7 +56,7 @@ class Settings(FeatureSettings):
         default=[0.1, 0.3, 0.6], min_length=1
     )  # of the covariance towards a round one, that val chooses from
     strength: list[Positive] = Field(
-        default=[0.3, 0.6, 1.0, 1.7, 3.0], min_length=1
+        default=[1.0], min_length=1
     )  # of the prior on class means, that val chooses from; 1: as far as classes left out say that texts can be trusted
 
 
