@@ -6,6 +6,7 @@ Loaded by its name (evaluation/plan.py): what it imports is code of such runs al
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,15 @@ def apply(cache: Cache, request: Request, anew: bool, inner: Cache | None = None
     """The cache under the request's control, its nodes labelled with the request's settings.
 
     `anew`: its bank is the one that its training images select, and not the one on disk; `inner` as in reselection.
+    Classes that are lent have the bank that theirs select.
     """
     if request.labels.get("density") == "pixel":
         cache = cache.change(Labels, density=read_pixels(request.data, request.buckets, cache))
     if anew and cache.has(Bank):
         cache = reselection.apply(cache, request, inner)
+        if cache.others is not None:
+            # The bank on disk chose among their texts by images of all classes, those that are told apart among them.
+            cache = replace(cache, others=reselection.apply(cache.others, request))
     controlled = apply_control(cache, request)
     # A control that replaces texts has labelled anew already.
     made = not cache.has(Labels) or request.control.afterwards(relabelling.MAKES)

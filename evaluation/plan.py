@@ -96,7 +96,7 @@ class Study(Block):
     declared_test: bool = False
     development: Classes | None = None
     class_seed: int | None = None
-    left_out: str | None = None
+    left_out: Classes | None = None
     clean: str | list[str] | None = None
     rival: list[str] = Field(default=[])
 
@@ -415,20 +415,25 @@ def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes that few-shot runs leave out, and those that their settings come from.
 
-    Both are what their file names; without a file none is left out, and of the others a share is drawn for settings,
-    one in DEVELOPMENT_SHARE where the study names none.
+    Both are what their file names, or a share that is drawn: `left_out` of all classes, none where the study names
+    none, and `development` of the others, one in DEVELOPMENT_SHARE. Drawn are the first in the order of one hash.
     """
     ids = read_table(data / "index/classes.parquet", "index.classes/2")["class_id"].to_pylist()
-    left_out = set(read_classes(study.left_out, ids)) if study.left_out is not None else set()
-    others = [class_id for class_id in ids if class_id not in left_out]
+    named = set(read_classes(study.development, ids)) if isinstance(study.development, str) else set[str]()
+    order = sorted(ids, key=lambda class_id: sha256(f"{seed} {class_id}"))
+    if isinstance(study.left_out, str):
+        left_out = set(read_classes(study.left_out, ids))
+    else:
+        free = [class_id for class_id in order if class_id not in named]
+        left_out = set(free[: int((study.left_out or 0) * len(ids))])
+    others = [class_id for class_id in order if class_id not in left_out]
     if not isinstance(study.development, str):
         if len(others) < 4:
             raise UserError(f"{study.left_out or data / 'index'}: leaves {len(others)} classes, few-shot runs take 4")
-        order = sorted(others, key=lambda class_id: sha256(f"{seed} {class_id}"))
         share = study.development or 1 / DEVELOPMENT_SHARE
-        found = set(order[: max(2, int(share * len(others)))])
+        found = set(others[: max(2, int(share * len(others)))])
     else:
-        found = set(read_classes(study.development, ids))
+        found = named
     both = sorted(found & left_out)
     if both:
         raise UserError(f"{study.development}: names {both[0]}, which {study.left_out} leaves out; remove it from one")

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 
 from evaluation import fitting, study
 from evaluation.compare import compare
-from evaluation.fitting import controlled_cache
-from evaluation.plan import STUDIES, Cell, Entry, Plan, Variant, cells, make_plan, read_entry, read_study
+from evaluation.fitting import controlled_cache, prepare
+from evaluation.plan import PLAIN, STUDIES, Cell, Entry, Plan, Variant, cells, make_plan, read_entry, read_study
 from evaluation.study import run_study
 from fieldmark import sources
 from fieldmark.command import UserError
@@ -996,3 +997,45 @@ def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
     (project / "seen.txt").write_text("".join(f"class-0{number}\n" for number in range(7)))
     with pytest.raises(UserError, match=r"seen\.txt: leaves 3 classes, few-shot runs take 4"):
         planned(project, left_out=str(project / "seen.txt"))
+
+
+def test_classes_that_are_lent_may_be_drawn(project: Path) -> None:
+    drawn = [planned(project, left_out=0.4, development=0.4, class_seed=seed)[0] for seed in (0, 1)]
+    for plan in drawn:
+        assert (len(plan.left_out), len(plan.development)) == (4, 2)
+        assert not set(plan.left_out) & set(plan.development)
+    assert drawn[0].left_out != drawn[1].left_out
+    (project / "classes.txt").write_text("class-07\nclass-01\n")
+    plan = planned(project, left_out=0.6, development=str(project / "classes.txt"))[0]
+    assert len(plan.left_out) == 6
+    assert set(plan.left_out) < {f"class-{n:02d}" for n in range(10)} - {"class-01", "class-07"}
+    with pytest.raises(UserError, match=r"0\.7: leaves 3 classes, few-shot runs take 4"):
+        planned(project, left_out=0.7)
+
+
+def test_lent_classes_have_the_bank_that_their_own_images_select_and_the_same_control(project: Path) -> None:
+    """The bank on disk chose among their texts by images of the classes that are told apart."""
+    own(project, "bank")
+    path = project / "data/bank/tiny.parquet"
+    header, table = read_header(path, "bank/1"), read_table(path, "bank/1")
+    every = pa.array([kind != "generic" for kind in table["kind"].to_pylist()])
+    said = table.set_column(table.schema.get_field_index("kept"), table.schema.field("kept"), every)
+    write_table(said, path, "bank/1", header.params, header.fingerprint)
+    shots = [{"kind": "shots", "shots": 1}]
+    methods = ["linear_probe", "prior_lda"]
+    plan, grid = planned(project, methods=methods, left_out=0.4, regimes=shots, controls=["none", "vectors_shuffled"])
+    lent = {}
+    for cell in grid:
+        if cell.method == "prior_lda":
+            told = prepare(plan, cell.encoder, cell.control, cell.regime, cell.draw, PLAIN).told
+            assert told.others is not None
+            assert told.others.classes == list(plan.left_out)
+            bank = told.others.part(Bank)
+            assert not bank.kept[bank.of_kind("name")].any()  # the bank on disk says so of them
+            lent[cell.control.label, cell.draw] = bank
+    assert len(lent) == 4
+    assert torch.equal(lent["none", 0].own, lent["none", 1].own)
+    shuffled = [lent["vectors_shuffled", draw].own for draw in (0, 1)]
+    assert not any(torch.equal(own, lent["none", 0].own) for own in shuffled)
+    assert not torch.equal(*shuffled)
+    assert torch.equal(lent["vectors_shuffled", 0].K, lent["none", 0].K)

@@ -1,6 +1,7 @@
 """A tiny synthetic cache with a planted cue, written through fieldmark.store as the stages would write it."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from fieldmark.params import Labels, Select
@@ -29,8 +31,8 @@ ENCODER = "tiny"
 ALL = frozenset(
     {
         *{"nodes", "boxes", "kinds", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
-        *{"descriptions", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout", "rollout", "parts"},
-        "attributes",
+        *{"descriptions", "projection", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout"},
+        *{"rollout", "parts", "attributes"},
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -154,6 +156,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     write_tokens(folder, plan, images)
     write_moments(folder, ENCODER, "pooled", plan.dimension + 4, plan.seed)
     write_moments(folder, ENCODER, "isqrt", plan.dimension + 6, plan.seed)
+    write_projection(folder, prototypes, moment_prototypes(plan.classes, plan.dimension + 4, plan.seed))
     write_again(folder, "zoom", plan.dimension + 4, plan.seed)
 
 
@@ -312,6 +315,20 @@ def write_moments(
     ids, mark = sorted({row["image_id"] for row in rows}), fingerprint("moments", {"name": name, "seed": seed})
     target = folder / f"embed/{encoder}/moments/{name}"
     write_buckets(target, "embed.moments/1", rows, ids, len(bucket_files(folder)), made_by, mark)
+
+
+def moment_prototypes(classes: int, dimension: int, seed: int) -> np.ndarray:
+    """What moments (dimension) of a class's images lie around (C, dimension), as `write_moments` draws it."""
+    return unit(np.random.default_rng(seed).standard_normal((classes, dimension)))
+
+
+def write_projection(folder: Path, prototypes: np.ndarray, pooled: np.ndarray) -> None:
+    """What brings a class's `pooled` vector (C, d) to its prototype (C, D), and a small bias."""
+    rng, width = np.random.default_rng(0), pooled.shape[1]
+    weight = (np.linalg.pinv(pooled) @ prototypes).T + 0.02 * rng.standard_normal((prototypes.shape[1], width))
+    tensors = {"weight": weight.astype(np.float32), "bias": np.full(len(weight), 0.01, np.float32)}
+    made_by = {"made_by": json.dumps({"encoder": fingerprint("embed", {"encoder": ENCODER})})}
+    save_file(tensors, folder / f"embed/{ENCODER}/projection.safetensors", made_by)
 
 
 def write_again(folder: Path, name: str, dimension: int, seed: int = 0, encoder: str = ENCODER) -> None:

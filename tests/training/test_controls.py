@@ -330,7 +330,9 @@ MORE_SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"rings": "readout", "texts": 0},
     ],
     "lpp": [{"text_scale": [0.0]}],
-    "description_zero_shot": [{"class_names": True}],
+    "description_zero_shot": [{"class_names": True}, {"keep": 2, "neighbours": 1, "average": "embeddings"}],
+    "prior_lda": [{"texts": "names"}, {"texts": "concepts"}],
+    **{method: [{"texts": "both"}] for method in ("gda", "proker", "prolip")},
 }
 CASES = [(method, given) for method in method_names() for given in ({}, *MORE_SETTINGS.get(method, []))]
 

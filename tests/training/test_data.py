@@ -459,6 +459,7 @@ def test_tokens_that_are_not_whole_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_projection_is_a_matrix_and_a_bias(copy: Path, bias: bool) -> None:
     path = copy / f"embed/{ENCODER}/projection.safetensors"
+    path.unlink()
     with pytest.raises(UserError, match=r"projection\.safetensors: is missing; run pool_tokens"):
         read_cache(copy, ENCODER, 3, {"projection"})
     tensors = {"weight": torch.arange(96.0).view(8, 12)} | ({"bias": torch.arange(8.0)} if bias else {})

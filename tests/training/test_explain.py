@@ -152,7 +152,13 @@ def added(cache: Cache, method: str, most: int, **knobs: object) -> tuple[Tensor
 
 @pytest.mark.parametrize(
     ("method", "knobs"),
-    [("zero_shot", {}), ("description_zero_shot", {}), ("description_zero_shot", {"class_names": True})],
+    [
+        ("zero_shot", {}),
+        ("description_zero_shot", {}),
+        ("description_zero_shot", {"class_names": True}),
+        ("description_zero_shot", {"average": "embeddings"}),
+        ("description_zero_shot", {"class_names": True, "average": "embeddings", "keep": 2}),
+    ],
 )
 def test_texts_that_are_all_there_is_add_up_to_the_difference(
     cache: Cache, method: str, knobs: dict[str, Any]

@@ -36,7 +36,10 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "efficient_probing": ("efficient_probing", QUICK | {"lr": [1e-2]}),
     "efficient_probing_beside": ("efficient_probing", QUICK | {"with_probe": True}),
 }
-OF_TEXTS = ("zero_shot", "description_zero_shot", "tip_adapter", "lpp", "concept_bottleneck", "concept_graph")
+OF_TEXTS = (
+    *("zero_shot", "description_zero_shot", "tip_adapter", "lpp", "concept_bottleneck", "concept_graph"),
+    *("prior_lda", "gda", "proker", "prolip"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ either order.
 import difflib
 import importlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -139,6 +139,9 @@ def read_control(path: str, key: str, given: Any) -> Control:
 def apply_control(cache: Cache, request: Request) -> Cache:
     """The cache under a control. It has to hold what `Control.needs` says.
 
+    Classes that are lent (`Cache.others`) are under the same. A method that learned from their true texts what texts
+    are worth, and is then shown others, says what wrong texts cost, and not what right ones are worth.
+
     Raises UserError where the bank has fewer concepts than `concepts`, or there are fewer control texts than concepts
     to replace.
     """
@@ -147,4 +150,4 @@ def apply_control(cache: Cache, request: Request) -> Cache:
         cache = module.apply(cache, request)
     for after in request.control.afterwards(held):
         cache = after.apply(cache, request)
-    return cache
+    return cache if cache.others is None else replace(cache, others=apply_control(cache.others, request))

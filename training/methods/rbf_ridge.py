@@ -10,12 +10,11 @@ of the number of rows, and the model holds all of them.
 
 from collections.abc import Mapping
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from training.data import Cache, feature_words
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
+from training.layers.kernels import KernelLayer, gauss
 from training.layers.logistic import Positive
 from training.layers.ridge import Basis, Build, Judged, basis_of_kernel, choose_left_out, training_rows
 from training.layers.states import State, within
@@ -33,32 +32,6 @@ class Settings(FeatureSettings):
     penalty: list[Positive] = Field(
         default=[3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003], min_length=1
     )  # strengths that leaving out chooses from
-
-
-class KernelLayer(nn.Module):
-    """Scores (B, C) of x (B, F): k(x, x_i) a_i summed over rows, plus b."""
-
-    rows: Tensor
-    coefficients: Tensor
-    bias: Tensor
-    distance: Tensor
-
-    def __init__(self, rows: Tensor, coefficients: Tensor, bias: Tensor, distance: float) -> None:
-        """rows (m, F); coefficients (m, C); bias (C,); `distance`: the squared one at which k is 1/e."""
-        super().__init__()
-        self.register_buffer("rows", rows)
-        self.register_buffer("coefficients", coefficients.float())
-        self.register_buffer("bias", bias.float())
-        self.register_buffer("distance", torch.tensor(distance))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gauss(x, self.rows, self.distance) @ self.coefficients + self.bias
-
-
-def gauss(x: Tensor, rows: Tensor, distance: Tensor | float) -> Tensor:
-    """exp(-|x_i - r_j|^2 / distance) (n, m) of x (n, F) and rows (m, F)."""
-    squared = x.square().sum(1)[:, None] - 2 * x @ rows.T + rows.square().sum(1)
-    return (-squared.clamp(min=0) / distance).exp()
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
@@ -85,6 +58,5 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
 
 
 def build(state: State, settings: Settings, classes: int) -> Probe:
-    layer = within(state, "layer")
-    kernel = KernelLayer(layer["rows"], layer["coefficients"], layer["bias"], float(layer["distance"]))
+    kernel = KernelLayer.from_state(within(state, "layer"))
     return Probe(Features.from_state(within(state, "features"), settings), kernel)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training.layers.kernels import gauss
 from training.layers.ridge import Basis, Rows, basis_of_kernel, basis_of_rows, judge_left_out
 from training.methods.rbf_ridge import Settings as RbfSettings
-from training.methods.rbf_ridge import gauss
 from training.methods.ridge import Settings
 
 PENALTIES = sorted({*Settings().penalty, *RbfSettings().penalty})

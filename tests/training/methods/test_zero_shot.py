@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,3 +112,66 @@ def test_a_class_without_texts_is_named(cache: Cache) -> None:
         named(short)
     with pytest.raises(UserError, match=r"tiny\.parquet: class class-03 has no kept concept"):
         described(short)
+
+
+def test_the_mean_of_embeddings_is_that_of_logits_for_texts_as_different(cache: Cache) -> None:
+    """Of unit length it differs from the mean of logits by a factor a class: how long the mean text is."""
+    settings = description_zero_shot.Settings(average="embeddings")
+    found = predict(description_zero_shot.fit(cache, settings, 0).model, cache, cache.images("test"))
+    bank = cache.part(Bank)
+    for label in range(len(cache.classes)):
+        rows = [
+            row for row, kind in enumerate(bank.kind) if kind == "visual" and bank.own[row, label] and bank.kept[row]
+        ]
+        length = (sum((bank.K[row] for row in rows), torch.zeros(bank.K.shape[1])) / len(rows)).norm()
+        torch.testing.assert_close(found[:, label] * length, described(cache)[:, label], atol=1e-3, rtol=1e-4)
+
+
+def test_the_texts_that_tell_a_class_from_its_neighbours_by_a_loop(cache: Cache) -> None:
+    generator = torch.Generator().manual_seed(0)
+    looks, K = (F.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (7, 40))
+    owned = torch.rand(7, 40, generator=generator) < 0.3
+    owned[3] = False
+    owned[3, :2] = True  # fewer than are kept
+    found = description_zero_shot.tell_from_neighbours(owned, K, looks, keep=3, neighbours=2)
+    for label in range(7):
+        others = [other for other in range(7) if other != label]
+        others.sort(key=lambda other: -float(looks[label] @ looks[other]))
+        a, b = others[:2]
+        worth = {
+            row: float(K[row] @ looks[label] - (K[row] @ looks[a] + K[row] @ looks[b]) / 2)
+            for row in owned[label].nonzero().flatten().tolist()
+        }
+        best = sorted(worth, key=lambda row: -worth[row])[:3]
+        assert sorted(best) == found[label].nonzero().flatten().tolist()
+
+
+def test_a_text_that_fits_the_neighbours_as_well_is_not_kept(cache: Cache) -> None:
+    """Each class owns one text of its own and one that its images share with all others."""
+    train = cache.images("train")
+    means = torch.stack([cache.globals(train)[cache.y[train] == label].mean(0) for label in range(4)])
+    common = F.normalize(means.mean(0), dim=0)
+    telling = F.normalize(means - means.mean(0), dim=1)
+    texts = [(label, "visual", vector) for label in range(4) for vector in (common, telling[label])]
+    texts += [(label, "name", common) for label in range(4)]
+    settings = description_zero_shot.Settings(keep=1, neighbours=2)
+    told = with_bank(cache, texts)
+    model = description_zero_shot.fit(told, settings, 0).model
+    torch.testing.assert_close(model.class_mean, telling)
+    alone = with_bank(cache, [text for text in texts if text[1] == "name" or text[2] is not common])
+    torch.testing.assert_close(predict(model, told, told.images("test")), described(alone))
+
+
+def test_the_texts_of_a_class_without_images_are_chosen_by_its_name(cache: Cache) -> None:
+    """And by no label of its images, which a regime hides."""
+    split = cache.split.copy()
+    split[(split == "train") & (cache.y < 2).numpy()] = "unused"
+    told, settings = replace(cache, split=split), description_zero_shot.Settings(keep=1)
+    y = torch.where(cache.y < 2, 1 - cache.y, cache.y)
+    one, two = (
+        description_zero_shot.fit(each, settings, 0).model.state_dict() for each in (told, replace(told, y=y, target=y))
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    changed = told.change(Bank, K=torch.where(told.part(Bank).of_kind("name")[:, None], told.part(Bank).K.flip(1), 0))
+    assert not torch.equal(description_zero_shot.looks(told)[:2], description_zero_shot.looks(changed)[:2])
+    assert torch.equal(description_zero_shot.looks(told)[2:], description_zero_shot.looks(changed)[2:])

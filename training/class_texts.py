@@ -1,0 +1,60 @@
+"""One text vector a class: its name's, that of what is said of it, or both. What methods ask that set texts beside
+images."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.data import Cache
+from training.data.bank import Bank
+from training.layers.texts import class_text
+from training.methods import NotPossible
+
+Texts = Literal["names", "concepts", "both"]
+
+
+def text_reads(texts: Texts) -> frozenset[str]:
+    """What READS calls these texts."""
+    return frozenset({"owners", *(("names", "concepts") if texts == "both" else (texts,))})
+
+
+def own_texts(bank: Bank) -> Tensor:
+    """(C, M) bool: the texts that each class owns and is judged by: kept ones, names and prototypes apart."""
+    return bank.own.T & bank.kept & ~bank.of_kind("name", "proto")
+
+
+def concept_mean(cache: Cache, owned: Tensor, beside: Tensor | None = None) -> Tensor:
+    """(C, D): the mean over the texts of each class in owned (C, M) bool. A text that the bank holds twice counts once.
+
+    With `beside` (C, D) each text is first set beside that: the middle of both, of unit length. Raises NotPossible for
+    a class without texts.
+    """
+    bank, means = cache.part(Bank), []
+    for label, (class_id, rows) in enumerate(zip(cache.classes, owned, strict=True)):
+        if not rows.any():
+            raise NotPossible(
+                f"{bank.path}: class {class_id} has no kept concept; write texts of it (concepts.import or"
+                " concepts.edits) or have a model asked (llm.mode live); where it has texts, drop_reason in"
+                " data/concepts/concepts.parquet says why none was kept"
+            )
+        found = torch.unique(bank.K[rows], dim=0)
+        means.append((found if beside is None else F.normalize(found + beside[label], dim=-1)).mean(0))
+    return torch.stack(means)
+
+
+def text_blocks(cache: Cache, texts: Texts) -> list[Tensor]:
+    """The name vector of each class, the mean of its concepts, or both: (C, D) each, of unit length.
+
+    Raises UserError for a class without a name, NotPossible for one without a concept, where they are asked for.
+    """
+    found = [class_text(cache)] if texts != "concepts" else []
+    if texts != "names":
+        found.append(F.normalize(concept_mean(cache, own_texts(cache.part(Bank))), dim=-1))
+    return found
+
+
+def class_texts(cache: Cache, texts: Texts) -> Tensor:
+    """(C, D): one unit vector a class, the middle of name and concepts where both are asked for."""
+    return F.normalize(torch.stack(text_blocks(cache, texts)).sum(0), dim=-1)
