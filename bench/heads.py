@@ -1,12 +1,12 @@
-"""Seconds an epoch of the heads over raw tokens, and how many times that of a bare linear layer on the same tokens.
+"""Seconds an epoch of the heads over raw tokens and regions, over that of a bare linear layer on the tokens.
 
 The cache is synthetic, in memory: 3,000 images of 200 classes, with tokens of 9 x 9 x 352 (the last block of a small
-EfficientNet at 260 pixels) or of 14 x 14 x 768 (a ViT-B/16 at 224), in float16, and rollout of 12 heads, CLS and 9
-boxes beside them. "Bare" is forward and backward of Linear(d, 200) on every token of the same batches, cut from the
-same cache, then the mean over tokens: what a class response map costs. Settings are the methods' defaults. An epoch is
-one pass over the training images with its updates; of several the fastest counts, since the machine may have other
-work. Memory is the most that the process has held, less what it held before the fit; each row has a process of its own,
-since memory that one fit has left serves the next.
+EfficientNet at 260 pixels) or of 14 x 14 x 768 (a ViT-B/16 at 224), in float16, and rollout of 12 heads and CLS beside
+them; with an object and 8 crops of 512 numbers, and 1,000 concepts. "Bare" is forward and backward of Linear(d, 200) on
+every token of the same batches, cut from the same cache, then the mean over tokens: what a class response map costs.
+Settings are the methods' defaults. An epoch is one pass over the training images with its updates; of several the
+fastest counts, since the machine may have other work. Memory is the most that the process has held, less what it held
+before the fit; each row has a process of its own, since memory that one fit has left serves the next.
 
     GOMP_SPINCOUNT=3000 python -m bench.heads [--images N] [--epochs E] [--device cpu|cuda]
 """
@@ -28,7 +28,9 @@ from torch.nn import functional as F
 
 from bench.train import wait_for
 from training.data import Cache, Parts
+from training.data.bank import Bank
 from training.data.boxes import Boxes
+from training.data.kinds import KINDS, Kinds
 from training.data.nodes import Nodes
 from training.data.tokens import Cells, Cls, Rollout, Tokens
 from training.loop import has_bf16, set_up_torch
@@ -36,23 +38,34 @@ from training.methods import load_method, method_names, reads_of
 from training.token_heads import BesideSettings
 
 SIZES = {"9 x 9 x 352": ((9, 9), 352), "14 x 14 x 768": ((14, 14), 768)}
-CLASSES, BATCH, HEADS, BOXES = 200, 128, 12, 9
+CLASSES, CONCEPTS, BATCH, HEADS, DIMENSION = 200, 1000, 128, 12, 512
+NODES = ("global", "object", *["crop"] * 8)
 
 
 def synthetic_cache(images: int, grid: tuple[int, int], width: int) -> Cache:
-    """Random tokens of two layers that are one in memory; nodes and boxes."""
+    """Random tokens of two layers that are one in memory; nodes, boxes and a bank."""
     torch.manual_seed(0)
     cells, names = grid[0] * grid[1], [f"{image}" for image in range(images)]
     tokens = torch.cat([torch.randn(min(500, images - start), cells, width).half() for start in range(0, images, 500)])
     cls, y = torch.randn(images, width).half(), torch.arange(images) % CLASSES
-    nodes = F.normalize(torch.randn(images, BOXES + 1, 512), dim=-1).half()
-    corner = torch.rand(images, BOXES + 1, 2) * 0.6
+    nodes = F.normalize(torch.randn(images, len(NODES), DIMENSION), dim=-1).half()
+    corner = torch.rand(images, len(NODES), 2) * 0.6
+    kinds = torch.tensor([KINDS.index(kind) for kind in NODES], dtype=torch.int16)
+    owners = (torch.arange(CONCEPTS)[:, None] % CLASSES) == torch.arange(CLASSES)
     parts = [
         Tokens.of({word: Cells(tokens, grid) for word in ("tokens", "tokens/rollout")}),
         Cls(dict.fromkeys(("cls", "cls/rollout"), cls)),
         Rollout(torch.rand(images, HEADS, cells).half()),
-        Nodes(nodes=nodes, mask=torch.ones(images, BOXES + 1, dtype=torch.bool)),
+        Nodes(nodes=nodes, mask=torch.ones(images, len(NODES), dtype=torch.bool)),
         Boxes(torch.cat([corner, corner + 0.4], dim=-1)),
+        Kinds(kinds.expand(images, -1).contiguous()),
+        Bank(
+            path="synthetic",
+            K=F.normalize(torch.randn(CONCEPTS, DIMENSION), dim=-1),
+            kind=("visual",) * CONCEPTS,
+            kept=torch.ones(CONCEPTS, dtype=torch.bool),
+            owners=owners,
+        ),
     ]
     split = np.array(["train"] * images)
     return Cache([f"{label}" for label in range(CLASSES)], names, names, names, split, y, y, 1, Parts(parts), {})
