@@ -45,10 +45,10 @@ class Names:
         self.owners: dict[str, set[str]] = defaultdict(set)
         self.bare: list[str] = []  # names of classes of which no word tells: they are found whole or not at all
         every = Keys.of(rows, domain)
-        self.groups, self.capital = every.groups, every.capital
+        self.groups, self.capital, self.modifiers = every.groups, every.capital, every.modifiers
         for row in rows:
             own = Keys.of([row], domain)
-            for key in own.whole | own.telling | own.suffixes:
+            for key in own.whole | own.telling | own.modifiers:
                 self.owners[key].add(row["class_id"])
             if not own.telling:
                 self.bare.append(row["name"])
@@ -61,9 +61,12 @@ class Names:
         starts = {mention.start for mention in mentions}
         for mention in mentions:
             owners = self.owners.get(mention.key, set())
-            if owners:
+            written = mention.key not in self.modifiers or written_as_name(mention, text, starts)
+            if owners and written:
                 found.add("own" if class_id in owners else "other")
-            elif mention.key in self.groups or written_as_name(mention, text, starts):
+            elif mention.key in self.groups or (
+                mention.key in self.capital and written_as_name(mention, text, starts)
+            ):
                 found.add("group")
         return found | {"any"} if found else found
 
@@ -98,7 +101,9 @@ def by_words(train: Sequence[str], y: Ints, asked: Sequence[str]) -> Ints:
         x = tf_idf(counts[start : start + CHUNK], place, idf)
         gram += x.T @ x
         told += x.T @ targets[start : start + CHUNK]
-    weights = np.linalg.solve(gram + PENALTY * np.eye(len(gram)), told)
+    penalty = PENALTY * np.eye(len(gram))
+    penalty[-1, -1] = 1e-6  # of the intercept: none, but that there may be no text
+    weights = np.linalg.solve(gram + penalty, told)
     found: list[Ints] = []
     for start in range(0, len(asked), CHUNK):
         x = tf_idf([Counter(words(text)) for text in asked[start : start + CHUNK]], place, idf)

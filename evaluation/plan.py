@@ -426,10 +426,13 @@ def few_shot_classes(study: Study, data: Path, seed: int) -> tuple[tuple[str, ..
     else:
         free = [class_id for class_id in order if class_id not in named]
         left_out = set(free[: int((study.left_out or 0) * len(ids))])
+        if study.left_out and not left_out:
+            raise UserError(f"left_out: {study.left_out} of {len(ids)} classes is none; write a larger share")
     others = [class_id for class_id in order if class_id not in left_out]
     if not isinstance(study.development, str):
         if len(others) < 4:
-            raise UserError(f"{study.left_out or data / 'index'}: leaves {len(others)} classes, few-shot runs take 4")
+            left = f"left_out: {study.left_out}" if study.left_out else str(data / "index")
+            raise UserError(f"{left}: leaves {len(others)} classes, few-shot runs take 4")
         share = study.development or 1 / DEVELOPMENT_SHARE
         found = set(others[: max(2, int(share * len(others)))])
     else:

@@ -21,21 +21,32 @@ from fieldmark.params import Graphs, load_params
 
 EMBED = Path("data/embed")
 GRAPHS = Path("data/graphs")
+ORDER = [("image_id", "ascending"), ("view", "ascending")]
 
 
-def update_bucket(source: Path, target: Path, settings: Graphs, made_by: dict[str, object], mark: str) -> int:
-    """Bring one bucket up to date with the embeddings; return how many images were linked anew."""
+def update_bucket(
+    source: Path, target: Path, settings: Graphs, made_by: dict[str, object], mark: str, by_boxes: bool = False
+) -> int:
+    """Bring one bucket up to date with the embeddings; return how many images were linked anew.
+
+    `by_boxes`: the data's boxes said where nodes lie, so that a corrected box moved them under the same mark; then all
+    are linked, and written where a link differs.
+    """
     ids = store.read_table(source, "embed.nodes/1", ["image_id"]).column("image_id").unique().to_pylist()
     kept = store.find_kept(target, SCHEMA, mark, ids)
-    if not kept.changes:
+    if not kept.changes and not by_boxes:
         return 0
+    anew = ids if by_boxes else kept.missing
     columns = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1", "vector"]
-    nodes = store.read_images(source, "embed.nodes/1", kept.missing, columns)
+    nodes = store.read_images(source, "embed.nodes/1", anew, columns)
     tables = [graph_rows(nodes.combine_chunks(), settings).cast(store.arrow_schema(SCHEMA))]
-    if kept.present:
+    if kept.present and not by_boxes:
         tables.append(store.read_images(target, SCHEMA, kept.present))
-    store.write_table(pa.concat_tables(tables), target, SCHEMA, made_by, mark)
-    return len(kept.missing)
+    made = pa.concat_tables(tables)
+    if not kept.changes and made.sort_by(ORDER).equals(store.read_table(target, SCHEMA).sort_by(ORDER)):
+        return 0
+    store.write_table(made, target, SCHEMA, made_by, mark)
+    return len(anew)
 
 
 def main() -> None:
@@ -44,13 +55,15 @@ def main() -> None:
     params.image_encoder(arguments.encoder)
     buckets = params.dataset.buckets
     images, folder = EMBED / arguments.encoder / "images", GRAPHS / arguments.encoder
-    embed_mark = store.read_folder_header(images, "embed.nodes/1", buckets).fingerprint
+    embedded = store.read_folder_header(images, "embed.nodes/1", buckets)
+    embed_mark = embedded.fingerprint
+    by_boxes = (embedded.params.get("regions") or {}).get("object") == "box"
     made_by = {**params.graphs.model_dump(), "embed": embed_mark}
     mark = store.fingerprint(SCHEMA, made_by)
     count = 0
     for bucket in tqdm(range(buckets), desc=f"link {arguments.encoder}", unit="bucket"):
         source, target = store.bucket_path(images, bucket), store.bucket_path(folder, bucket)
-        count += update_bucket(source, target, params.graphs, made_by, mark)
+        count += update_bucket(source, target, params.graphs, made_by, mark, by_boxes)
     store.remove_strays(folder, buckets)
     print(f"{folder}: {count} images linked anew")
 

@@ -96,7 +96,7 @@ def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None)
             continue
         said = json.loads(answer["response_json"])["sentences"]
         said = said[:most] if answer["source"] in ("live", "batch") else said
-        sentences = [" ".join(sentence[:LONGEST_SENTENCE].split()) for sentence in said]
+        sentences = [store.nfc(" ".join(sentence[:LONGEST_SENTENCE].split())) for sentence in said]
         for rank, sentence in enumerate(filter(None, sentences)):
             text, found = mask.apply(sentence)
             masked += found

@@ -37,7 +37,7 @@ from training.controls import Control
 from training.data import INDEX, Cache, files_of, read_cache
 from training.hashes import hash_data
 from training.inputs import code_of
-from training.loop import choose_device, set_up_torch
+from training.loop import choose_device, has_bf16, set_up_torch
 from training.methods import NotPossible, load_method, method_names, reads_of
 from training.runs import write_json
 
@@ -68,7 +68,8 @@ def read_given(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
     given = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or all(key not in load_method(method).Settings.model_fields for method in methods):
+        known = any(key in load_method(method).Settings.model_fields for method in methods)
+        if not equals or not known or key == "faults":
             raise UserError(f"--set {pair}: write KEY=VALUE, KEY a setting of {' or '.join(methods)}")
         try:
             given[key] = json.loads(value)
@@ -125,6 +126,8 @@ def key_of(case: Case, fold: Fold, seed: int, source: Source, folder: Path = DAT
         "fold": fold._asdict(),
         "seed": seed,
         "inputs": hash_data(folder, files, source.buckets),
+        "device": source.device.type,
+        "bf16": has_bf16(source.device),
         "code": code_of(Path(riddle.__file__), methods, needs, Control()),
     }
     return sha256(canonical_json(identity))
@@ -142,9 +145,11 @@ def answers(cache: Cache, case: Case, fold: Fold, seed: int, source: Source) -> 
 
 def tell(cache: Cache, cases: Sequence[Case], folds: int, seeds: int, source: Source) -> tuple[list[Told], list[str]]:
     """What all cases say, and which of them cannot be fitted on this data."""
-    told, notes, y = [], [], cache.y.numpy()
+    told, notes, out, y = list[Told](), list[str](), set[str](), cache.y.numpy()
     with tqdm(total=len(cases) * seeds * folds, desc="riddle", unit="fit", disable=None) as progress:
         for case in cases:
+            if case.method in out:
+                continue
             progress.set_postfix_str(f"{case.method}: {case.name}")
             ordered, shuffled, train = [], [], []
             try:
@@ -159,8 +164,7 @@ def tell(cache: Cache, cases: Sequence[Case], folds: int, seeds: int, source: So
                     ordered.append(joined([(at, found.ordered) for at, found in parts], len(y)) == y)
                     shuffled.append(joined([(at, found.shuffled) for at, found in parts], len(y)) == y)
             except NotPossible as error:
-                if case.name == NONE:
-                    raise
+                out |= {case.method} if case.name == NONE else set()  # nothing to compare its faults with
                 notes.append(f"{case.method}: {case.name} is left out: {error}")
                 continue
             told.append(Told(case.method, case.name, float(np.mean(train)), np.stack(ordered), np.stack(shuffled)))
@@ -201,6 +205,8 @@ def main() -> None:
     needs = frozenset[str]().union(*(needs_of(case.method, case.settings) for case in cases))
     cache = development(read_cache(DATA, encoder, source.buckets, needs))
     told, impossible = tell(cache, cases, arguments.folds, arguments.seeds, source)
+    if not told:
+        raise NotPossible("\n".join(impossible))
     groups = groups_of(read_table(DATA / "index/images.parquet", "index.images/1", ["path", "group", "status"]))
     rows = rows_of(told, cache.y.numpy(), group_numbers(cache.paths, groups))
     command = f"python -m tools.riddle --methods {' '.join(arguments.methods)} --encoder {encoder}"

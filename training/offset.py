@@ -43,8 +43,9 @@ PREFIX = "with_probe."  # of what the probe's full fit chose, in Fitted.chosen
 
 
 def is_probe(method: str) -> bool:
-    """Whether a method is of the probe family: fitted whole, on vectors that `features` names, with no image lent."""
-    return "features" in load_method(method).Settings.model_fields and not borrows_others(method)
+    """Whether a method is of the probe family: fitted whole, on vectors that `features` names and nothing else."""
+    takes = "features" in load_method(method).Settings.model_fields
+    return takes and feature_words() >= load_method(method).READS and not borrows_others(method)
 
 
 class WithProbe(Block):

@@ -76,11 +76,13 @@ def where_it_loops(texts: Sequence[str]) -> int:
     repeats = times.total() - len(times)
     if max(times.values(), default=0) < TIMES or repeats < max(REPEATS, len(texts) / 10):
         return len(texts)
+    folded = [text.casefold() for text in texts]
+    first = next(place for place, text in enumerate(folded) if text in set(folded[:place]))  # what is said before stays
     seen: set[str] = set()
     for start in range(0, len(texts), WINDOW):
         new = {singular(word) for text in texts[start : start + WINDOW] for word in words(text)} - seen
         if len(new) < WINDOW:
-            return start
+            return start or first
         seen |= new
     return len(texts)
 

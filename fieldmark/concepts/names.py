@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 # How texts are masked; counts up when the same sentence comes out otherwise.
-MASK_RULES = 2
+MASK_RULES = 3
 WORD = re.compile(r"[^\W_]+")
 # Shorter words ("A", "MD", "11") are too common to give a class away on their own, but for codes ("S4", "3d").
 SHORTEST = 3
@@ -140,6 +140,7 @@ ADJOINING = re.compile(r"[ \-/\u2010-\u2013]{1,2}")
 CODE_BEFORE = re.compile(r"\b[^\W\d_]{1,3}[-/]$")
 CODE_BEHIND = re.compile(r"(?:[-/\u2010-\u2013][^\W_]*\d[^\W_]*| [A-Z][A-Za-z]{0,3}-?\d[^\W_]*| \d{3,4}\b)+")
 # The next word, where it is no code.
+AMOUNT_BEHIND, AMOUNT_BEFORE = re.compile(r"[.,]\d|\s?%"), re.compile(r"\d[.,]$")
 NEXT_WORD = re.compile(r"[ -]([^\W\d_]{2,})(?![-\w]*\d)")
 SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)[\"'\u201c\u2018(]*$")
 # Before a number these are words of grammar: "an 80-seat jet" is no An-80.
@@ -151,17 +152,18 @@ ALIKE = frozenset(words("aircraft deer fish moose salmon series sheep shellfish 
 class Keys(NamedTuple):
     """What names are looked for by, spelled as `spell` does."""
 
-    whole: frozenset[str]  # names and scientific names
-    telling: frozenset[str]  # words, codes and numbers of them, each of which gives a class away on its own
+    whole: frozenset[str]  # names, scientific names and aliases
+    telling: frozenset[str]  # last words, codes and numbers of them, each of which gives a class away on its own
     suffixes: frozenset[str]  # numbers that stand behind another one (200 of 737-200): beside a name they are of it
     groups: frozenset[str]  # superclasses and lineages as a whole
     capital: frozenset[str]  # words of those: they are names where they are written with a capital
+    modifiers: frozenset[str]  # words of a class's names before the last one ("tree", "painted"): likewise
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]], domain: frozenset[str]) -> "Keys":
         """Those of classes, rows of index.classes; `domain` are words that never give one away."""
         found: list[set[str]] = [set() for _ in cls._fields]
-        whole, telling, suffixes, groups, capital = found
+        whole, telling, suffixes, groups, capital, modifiers = found
         for row in rows:
             scientific = row.get("scientific_name") or ""
             for name in (row["name"], scientific, *(row.get("aliases") or ())):
@@ -170,15 +172,18 @@ class Keys(NamedTuple):
                 telling |= codes
                 suffixes |= behind
             for name in (row["name"], *(row.get("aliases") or ())):
-                telling |= telling_words(words(name), domain)
+                own = [word for word in words(name) if telling_words([word], domain)]
+                telling |= telling_words(own[-1:], domain)
+                modifiers |= telling_words(own[:-1], domain)
             # Of the scientific name the genus alone gives the class away; epithets are often plain Latin ("minor").
             telling |= telling_words(words(scientific)[:1], domain)
             for group in filter(None, (row.get("superclass"), *(row.get("lineage") or ()))):
-                own = telling_words(words(group), domain)
+                of_group = telling_words(words(group), domain)
                 # "Perching Birds" and "Flat" describe; they are looked for where a word of them is more than that.
-                if own:
+                if of_group:
                     groups.add(spell(atoms(group)))
-                capital |= own
+                capital |= of_group
+        modifiers -= telling
         for keys in found:
             keys.discard("")
         return cls(*map(frozenset, found))
@@ -231,12 +236,12 @@ class Mention(NamedTuple):
 
 
 class Finder:
-    """Finds names in texts, each at its longest, however their codes are written: F/A-18, F-18A, FA 18."""
+    """Finds names in texts, each at its longest, however their codes are written: F/A-18, F/A 18C, FA18."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.keys = frozenset(keys) - {""}
-        # A text may part letters that a name has together.
-        self.longest = max((len(ATOM.findall(key)) for key in self.keys), default=0) + 1
+        # In characters, with the ending of a plural: a text may part letters that a name has together.
+        self.longest = max(map(len, self.keys), default=0) + 2
 
     def mentions(self, text: str) -> Iterator[Mention]:
         """From left to right; none overlaps another."""
@@ -261,12 +266,17 @@ class Finder:
             return None
         is_article = pieces[start] in ARTICLES and not (start and pieces[start - 1] in {*ARTICLES, "the"})
         best = None
-        for end in range(start + 1, min(start + self.longest, len(found)) + 1):
+        for end in range(start + 1, len(found) + 1):
             gap = text[found[end - 2].end() : found[end - 1].start()] if end > start + 1 else ""
             if not GAP.fullmatch(gap) or (end == start + 2 and is_article and gap.isspace()):
                 break
             spelled = spell(pieces[start:end])
-            singular = plural_of(spelled) & self.keys
+            if len(spelled) > self.longest:
+                break
+            if end == start + 1 and spelled.isdigit() and is_amount(text, found[start].start(), found[start].end()):
+                continue
+            possessive = pieces[end - 1] == "s" and gap[-1:] in ("'", "\u2019")
+            singular = set() if possessive else plural_of(spelled) & self.keys
             forms = singular if end > start + 1 else stems(spelled) & self.keys
             if spelled in self.keys or forms:
                 best = end, spelled if spelled in self.keys else min(forms), bool(singular)
@@ -274,6 +284,11 @@ class Finder:
 
     def is_in(self, text: str) -> bool:
         return next(self.mentions(text), None) is not None
+
+
+def is_amount(text: str, start: int, end: int) -> bool:
+    """Whether digits are part of a longer number, or a share: 100 of "100,000", "2.100" and "100%"."""
+    return bool(AMOUNT_BEHIND.match(text, end) or AMOUNT_BEFORE.search(text, max(0, start - 2), start))
 
 
 def plural_of(word: str) -> set[str]:
@@ -287,7 +302,7 @@ class ClassNames:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], domain: frozenset[str]) -> None:
         keys = Keys.of(rows, domain)
-        self.finder = Finder(keys.whole | keys.telling | keys.suffixes)
+        self.finder = Finder(keys.whole | keys.telling | keys.modifiers | keys.suffixes)
 
     def is_in(self, text: str) -> bool:
         """Whether a text holds a whole name, scientific or other (`aliases`), or a word or code that gives it away."""
@@ -299,7 +314,7 @@ class NameMask:
 
     def __init__(self, keys: Keys, noun: str) -> None:
         self.sure = keys.whole | keys.telling | keys.groups
-        self.capital, self.suffixes = keys.capital, keys.suffixes
+        self.capital, self.suffixes = keys.capital | keys.modifiers, keys.suffixes
         self.finder = Finder(self.sure | self.capital | self.suffixes)
         self.noun, self.nouns = noun, several(noun)
         self.article = "an" if noun[:1].lower() in tuple("aeiou") else "a"
@@ -355,7 +370,7 @@ class NameMask:
             end += 1
         while start and text[start - 1].isalnum():
             start -= 1
-        code = CODE_BEFORE.search(text, 0, start) if text[start].isdigit() else None
+        code = CODE_BEFORE.search(text, max(0, start - 6), start) if text[start].isdigit() else None
         return code.start() if code else start, end
 
     def counts(self, mention: Mention, text: str, starts: set[int]) -> bool:
@@ -366,10 +381,18 @@ class NameMask:
 
 
 def written_as_name(mention: Mention, text: str, starts: Collection[int]) -> bool:
-    """Whether a word has a capital and is not the first of another name; at `starts`, known ones start."""
+    """Whether a word has a capital that a sentence's start does not explain, and is not the first of another name.
+
+    Known names start at `starts`: the first word of a sentence is one where the next word is.
+    """
+    if not text[mention.start].isupper():
+        return False
     following = NEXT_WORD.match(text, mention.end)
-    in_another = following is not None and following[1][0].isupper() and following.start(1) not in starts
-    return text[mention.start].isupper() and not in_another
+    known = following is not None and following.start(1) in starts
+    before = text[: mention.start].rstrip(" \t\"'\u201c\u2018(")
+    first = not before or before[-1] in ".!?\n"
+    in_another = following is not None and following[1][0].isupper() and not known
+    return known or not (first or in_another)
 
 
 def several(noun: str) -> str:

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Semaphore
@@ -322,7 +323,8 @@ def run_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, clock:
         return lambda: begun.result()()
 
     coming = clock.timed(iter(come, ...), "decode")
-    cutters, runner = ThreadPoolExecutor(os.cpu_count() or 1), ThreadPoolExecutor(1)
+    cutters = ThreadPoolExecutor(os.cpu_count() or 1, initializer=partial(torch.set_num_threads, 1))  # as prepare_one
+    runner = ThreadPoolExecutor(1)
     try:
         while True:
             while len(running) <= ahead:

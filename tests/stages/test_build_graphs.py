@@ -103,6 +103,35 @@ def test_an_image_more_touches_one_bucket(
     }
 
 
+def test_a_corrected_box_links_its_image_anew_under_the_same_mark(
+    set_params: Callable[..., Params], build: Callable[[], int]
+) -> None:
+    def write(vectors: dict[str, np.ndarray]) -> None:
+        write_nodes(IMAGES, vectors, boxes=BOXES, kinds=KINDS)
+        for path in IMAGES.glob("b*.parquet"):
+            table, header = store.read_table(path, "embed.nodes/1"), store.read_header(path, "embed.nodes/1")
+            params = {**header.params, "regions": {"object": "box"}}
+            store.write_table(table, path, "embed.nodes/1", params, header.fingerprint)
+
+    set_params()
+    vectors = vectors_of(range(12))
+    write(vectors)
+    assert build() == 12
+    before = snapshot(FOLDER)
+    assert build() == 0
+    assert snapshot(FOLDER) == before
+    write({**vectors, image_id(3): vectors_of([30])[image_id(30)]})
+    place = store.bucket_of(image_id(3), 4)
+    assert build() == sum(store.bucket_of(one, 4) == place for one in vectors)
+    after = snapshot(FOLDER)
+    assert [name for name in after if after[name] != before[name]] == [store.bucket_path("", place).name]
+    write(vectors)
+    build()
+    assert {name: content for name, (content, _) in snapshot(FOLDER).items()} == {
+        name: content for name, (content, _) in before.items()
+    }
+
+
 def test_other_embeddings_or_settings_link_all_anew(
     set_params: Callable[..., Params], build: Callable[[], int]
 ) -> None:

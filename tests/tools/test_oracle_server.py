@@ -59,8 +59,8 @@ def write_index(species: list[Species]) -> None:
         {"class_id": one.class_id, "name": one.name, "scientific_name": one.scientific_name, "from_images": True}
         for one in species
     ]
-    for name, found in (("images", rows), ("attributes", marks), ("classes", classes)):
-        schema = f"index.{name}/1"
+    for name, version, found in (("images", 1, rows), ("attributes", 1, marks), ("classes", 2, classes)):
+        schema = f"index.{name}/{version}"
         store.write_table(store.make_table(schema, found), f"data/index/{name}.parquet", schema, {}, name)
 
 

@@ -45,7 +45,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_faults_are_those_that_the_settings_name() -> None:
     assert "scrambled_crops" in riddle.faults_of("trd")
     assert riddle.faults_of("linear_probe") == ()
-    cases, notes = riddle.cases_of("trd", {"hidden": 4, "nobody": 1})
+    cases, notes = riddle.cases_of("trd", {"hidden": 4, "nobody": 1, "edges": "similar"})
     names = [case.name for case in cases]
     assert names == ["none", *riddle.faults_of("trd"), "all", "peeking", "all, peeking"]
     assert [case.peeking for case in cases] == [False] * (len(cases) - 2) + [True] * 2
@@ -54,13 +54,15 @@ def test_faults_are_those_that_the_settings_name() -> None:
     assert by_name["all"].faults == riddle.faults_of("trd")
     assert {each.hidden for each in by_name.values()} == {4}
     assert notes == []
+    [note] = riddle.cases_of("trd", {})[1]
+    assert note.startswith("trd: threshold_precedence is left out: faults: Value error, threshold_precedence is a")
 
 
 def test_what_is_given_has_to_be_a_setting_of_a_value_that_it_takes() -> None:
     assert riddle.read_given(["epochs=2", "weight_decay=[0.1]", "object=global"], ["trd"]) == {
         "epochs": 2, "weight_decay": [0.1], "object": "global",
     }  # fmt: skip
-    for wrong in ("epochs", "nobody=1"):
+    for wrong in ("epochs", "nobody=1", "faults=1"):
         with pytest.raises(UserError, match=rf"--set {wrong}: write KEY=VALUE, KEY a setting of trd"):
             riddle.read_given([wrong], ["trd"])
     with pytest.raises(UserError, match=r"--set: trd: object: Input should be 'node' or 'global'"):

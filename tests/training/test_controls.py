@@ -32,6 +32,7 @@ from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
+from training.data.kinds import Kinds
 from training.data.labels import Labels
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
@@ -373,7 +374,7 @@ def test_a_control_changes_the_logits_where_the_plan_says_so_and_no_bit_elsewher
         assert differs == plan.reads(cell, cell.control.changes), name
         bites |= {name} if differs else set()
     # Nothing takes away what is made of pictures alone, or marked in them.
-    of_images = {Globals, Nodes, Moments, Boxes, Tokens, Cls, Rollout, ObjectParts}
+    of_images = {Globals, Nodes, Kinds, Moments, Boxes, Tokens, Cls, Rollout, ObjectParts}
     assert bool(bites) == bool({kind_of(name) for name in reads_of(method, chosen)} - of_images)
 
 

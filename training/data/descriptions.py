@@ -33,7 +33,9 @@ def mean_sentence(d: Tensor, dm: Tensor) -> Tensor:
 
 
 def described(batch: Any) -> tuple[Tensor]:
-    """The mean sentence (B, D) of a batch."""
+    """The mean sentence (B, D) of a batch. Raises UserError where no image at all has one."""
+    if not batch.d.shape[1]:
+        raise UserError("no image has a description, which this run reads; set describe.enabled: true, or leave it out")
     return (mean_sentence(batch.d, batch.dm),)
 
 

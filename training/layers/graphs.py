@@ -192,7 +192,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 class NormedNetwork(nn.Module):
     """A layer, then dropout(ReLU(GraphNorm(x))) and another layer, and so on: the stack of TRD and of the notes [code].
 
-    Where GraphNorm begins with a share of 1, what all nodes of an image show does not get past the first one.
+    Where GraphNorm begins with a share of 1, what all nodes of an image show gets past it only as far as rows of the
+    prepared graph have unequal sums; on a complete graph it does not.
     """
 
     def __init__(
@@ -270,7 +271,7 @@ def linked_over(
     alike: Tensor, threshold: Tensor, mask: Tensor, kind: Literal["similar", "complementary"]
 ) -> Tensor:
     """Edges (B, n, n, 1) where i, or j, finds the other one over its threshold (B, n), or under it."""
-    tie = TIE * alike.abs().amax((1, 2), keepdim=True)
+    tie = TIE * F.pad(alike.abs().flatten(1), (0, 1)).amax(1)[:, None, None]  # there may be no node
     over = alike - threshold[..., None]
     found = (over > tie) if kind == "similar" else (over < -tie)
     loops = torch.eye(over.shape[1], dtype=torch.bool, device=over.device)

@@ -26,7 +26,8 @@ the crops tells without an error, and only `mean_share: 0` finds it.
 The code has faults. `faults` brings each back, to see what it was worth:
 
     scrambled_crops            an image's crops are those of others of its batch (layers/faults.py)
-    idle_contrast              x_n = l_n: what the two losses train reaches no logit
+    idle_contrast              x_n = l_n: what the two losses train reaches no logit; other weights feel them by the
+                               longest gradient alone (clip_norm, which their code has not) and by the random stream
     threshold_precedence       TRD's rule as their code reads: for crops, of unit length here, all are linked
     random_crops_at_evaluation num_local crops are drawn anew each time that an image is seen, at evaluation too; where
                                there are no more than num_local, nothing is left to draw
@@ -221,7 +222,9 @@ def rows_of(x: Tensor, places: Tensor) -> Tensor:
 
 
 def draw_crops(local: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """At most `count` of an image's crops and their mask, drawn anew by torch's generator at each call."""
+    """At most `count` of an image's crops and their mask, drawn anew by torch's generator; all if there are no more."""
+    if count >= mask.shape[1]:
+        return local, mask
     order = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
     drawn = order.topk(min(count, mask.shape[1]), dim=1).indices
     return rows_of(local, drawn), mask.gather(1, drawn)

@@ -19,9 +19,8 @@ attribute's prototype. x_t are the tokens standardised by training images, g' th
 
 So attributes that all candidates share or lack teach the prototypes, and those that tell them apart say where to look.
 At evaluation no candidate is told: the image is looked at evenly first, and what W f + b then finds plausible among all
-classes is Y', with these probabilities for q. Where one class is sure, the second look is the first one. With one
-class for each image, d is 0 and training looks evenly; attributes are learned beside, and attention by them serves the
-images that are not sure at evaluation.
+classes is Y', with these probabilities for q. Where one class is sure, the second look is the first one. A training
+image with one plausible candidate left is looked at likewise: Y' and q are what the first look says of all classes.
 
 What differs from the reconstruction that was at hand: w sums to 1, so that tau alone says how sharp E is, however many
 attributes there are; candidates are dropped one by one as q leaves them, and not all at once where one has theta; the

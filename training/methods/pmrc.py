@@ -41,7 +41,7 @@ from training.layers.losses import rank_hinge, reverse_cross_entropy
 from training.layers.nodes import Projection, in_precision, token_scale, training_sample
 from training.layers.states import State, within
 from training.loop import NotNegative, Positive
-from training.methods import Fitted, Output
+from training.methods import Fitted, NotPossible, Output
 from training.offset import PROBE_WORDS
 from training.region_heads import OWN, Regions, RegionSettings
 from training.token_heads import Beside, HeadSettings, fit_head, head_also_reads, head_reads, tokens_word
@@ -109,7 +109,7 @@ class Navigator(nn.Module):
         self.count = settings.count
         self.regions, self.project = regions, Projection(scale, settings.hidden)
         self.score = nn.Sequential(
-            nn.Linear(len(scale.mean), settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 1)
+            nn.Linear(len(scale.mean), settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 1, bias=False)
         )
 
     @classmethod
@@ -239,6 +239,8 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     else:
         regions = Regions.measure(cache, settings.of_nodes).to(cache.device)
         views = regions(training_sample(cache))
+        if not views.mask.any():
+            raise NotPossible("no training picture has a region: set embed.regions, or settings.regions")
         cells = Standardise(views.local[views.mask])
 
     def make(beside: Beside) -> PMRC:

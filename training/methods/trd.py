@@ -40,7 +40,7 @@ shows nothing.
 from typing import Annotated, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,6 +87,13 @@ class Settings(RegionSettings):
     recovery_epoch: Count = 1  # the first epoch in which local_weight counts
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()  # known defects of the public code to switch on
 
+    @field_validator("faults")
+    @classmethod
+    def _have_something_to_spoil(cls, faults: tuple[Fault, ...], info: ValidationInfo) -> tuple[Fault, ...]:
+        if "threshold_precedence" in faults and info.data.get("edges") == "complementary":
+            raise ValueError("threshold_precedence is a defect of edges: similar; set that too")
+        return faults
+
     @property
     def decays(self) -> bool:
         return "constant_rate" not in self.faults
@@ -132,7 +139,7 @@ class TRD(nn.Module):
         whole, of_object, local, mask = self.regions(batch)
         if "scrambled_crops" in self.settings.faults:
             local, mask = faults.scramble(local, mask)
-        mask = one_at_least(mask)
+        local, mask = one_at_least(local, mask)
         graph = GCN.prepare(self.link(local, mask), mask)
         h = self.graph(self.project(local), graph, mask).float() * mask[..., None]
         a = h.sum(1) / mask.sum(1, keepdim=True)
@@ -181,10 +188,12 @@ class TRD(nn.Module):
         return measure(h, mask, proxies).mean()
 
 
-def one_at_least(mask: Tensor) -> Tensor:
-    """mask (B, n), but that a row without any has its first."""
+def one_at_least(local: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Crops (B, n, D) and mask (B, n), but that an image without any crop has a first one, of zeros."""
+    missing = int(not local.shape[1])
+    local, mask = F.pad(local, (0, 0, 0, missing)), F.pad(mask, (0, missing))
     first = torch.arange(mask.shape[1], device=mask.device) == 0
-    return mask | (first & ~mask.any(1, keepdim=True))
+    return local, mask | (first & ~mask.any(1, keepdim=True))
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

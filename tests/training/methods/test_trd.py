@@ -114,7 +114,11 @@ def test_losses_are_those_of_a_loop() -> None:
 
 def test_an_image_without_crops_has_one_that_shows_nothing() -> None:
     mask = torch.tensor([[False, True], [False, False]])
-    assert one_at_least(mask).tolist() == [[False, True], [True, False]]
+    local = torch.ones(2, 2, 3)
+    assert one_at_least(local, mask)[1].tolist() == [[False, True], [True, False]]
+    none, there = one_at_least(local[:, :0], mask[:, :0])
+    assert there.tolist() == [[True], [True]]
+    assert not none.any()
 
 
 def test_all_proxies_move_in_a_step() -> None:
@@ -165,8 +169,8 @@ def test_crops_of_other_images_cost_what_the_crops_tell(in_crops: Cache) -> None
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_model_with_a_fault_is_made_again(planted: Callable[[Plan], Cache], fault: str) -> None:
     cache = planted(Plan(ragged=False))
-    fitted = quick("trd", cache, epochs=1, faults=[fault])
-    settings = settle(quick_settings("trd", epochs=1, faults=[fault]), fitted.chosen)
+    fitted = quick("trd", cache, epochs=1, edges="similar", faults=[fault])
+    settings = settle(quick_settings("trd", epochs=1, edges="similar", faults=[fault]), fitted.chosen)
     again = load_method("trd").build(state_of(fitted.model), settings, len(cache.classes))
     again.load_state_dict(state_of(fitted.model))
     batch = cache.batch(cache.images("test"))
@@ -177,7 +181,7 @@ def test_a_model_with_a_fault_is_made_again(planted: Callable[[Plan], Cache], fa
 def test_an_image_is_judged_by_its_batch_where_crops_are_scrambled_or_heads_are_never_evaluated(
     fault: str | None,
 ) -> None:
-    head, batch = head_of(faults=[] if fault is None else [fault], local_weight=1.0), whole_batch()
+    head, batch = head_of(edges="similar", faults=[] if fault is None else [fault], local_weight=1.0), whole_batch()
     with torch.no_grad():
         head.train()(batch)  # so that batch statistics are no longer those of the start
         head.eval()
@@ -241,14 +245,18 @@ def test_an_untrained_graph_stays_as_it_was(planted: Callable[[Plan], Cache]) ->
 
 
 def test_faults_of_the_graph_the_distance_and_the_norm_change_their_part_alone() -> None:
-    batch, head = whole_batch(), head_of()
+    batch, head = whole_batch(), head_of(edges="similar")
     views = head.regions(batch)
-    linked = {fault: head_of(faults=[fault]).link(views.local, views.mask) for fault in FAULTS}
+    linked = {fault: head_of(edges="similar", faults=[fault]).link(views.local, views.mask) for fault in FAULTS}
     plain = head.link(views.local, views.mask)
     assert {fault for fault, edges in linked.items() if not torch.equal(edges, plain)} == {"threshold_precedence"}
     h, y = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)), batch.y
     of_heads = {"untrained_proxies"}  # these are drawn otherwise
-    far = {fault: head_of(faults=[fault]).distance(h, views.mask, y) for fault in FAULTS if fault not in of_heads}
+    far = {
+        fault: head_of(edges="similar", faults=[fault]).distance(h, views.mask, y)
+        for fault in FAULTS
+        if fault not in of_heads
+    }
     expected = head.distance(h, views.mask, y)
     assert {fault for fault, found in far.items() if not torch.equal(found, expected)} == {"single_minimum"}
     # Shared by views: running statistics are those of neither pictures nor crops.

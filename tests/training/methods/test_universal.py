@@ -103,6 +103,7 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
         **{"lr": [1e-2], "weight_decay": [3.0], "dropout": 0.1},
         **{"edges": "similar", "proxies": 16, "local_weight": 3.0},
     },
+    "notes_graph": {"lr": [3e-3], "mean_share": 0.0, "contrast": False},
 }
 # ma_cnn looks for channels that peak together, notes_graph for the object first, and trd takes the mean over a graph of
 # crops, where this cue shows in one node of eight: tests/training/methods/test_NAME.py plants its own.
