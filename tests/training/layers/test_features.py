@@ -197,5 +197,5 @@ def test_descriptions_are_the_mean_of_their_sentences(planted: Planted) -> None:
 
 
 def test_without_any_description_a_probe_cannot_tell_what_texts_are_worth(planted: Planted) -> None:
-    with pytest.raises(UserError, match="no image has a description, which this run reads; set describe.enabled"):
+    with pytest.raises(UserError, match=r"no image has a description, which this run reads; set describe\.enabled"):
         ridge.fit(planted(Plan(sentences=0)), ridge.Settings(features=["descriptions"]), 0)
