@@ -81,8 +81,7 @@ def as_text(title: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         f" {sum(row.p is not None for row in rows)} comparisons of held-out accuracy; intervals are not,"
         " and the gap has none: a fault that only raises accuracy on training images has a gap and no p",
         "batches train as `batch_size` says and are asked 128 at a time; public code trains with 8 (TRD), 16"
-        " (Relational Proxies) and 32 (the notes), and a batch holds a crop of an image's own class the more often, the fewer"
-        " classes it holds: what batch-mates tell there may be more",
+        " (Relational Proxies) and 32 (the notes); a smaller batch of fewer classes may tell more",
         "peeking: no fault of the method but of the protocol, the held-out images themselves choose settings and epoch;"
         " it has one fit a fold where the others have two, and as many training images",
         "on frozen features: what training the backbone does to the gap is not in this table",
