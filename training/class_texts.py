@@ -7,12 +7,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.data import Cache
+from training.data import Cache, feature_words
 from training.data.bank import Bank
+from training.layers.features import FeatureSettings, parts_of
 from training.layers.texts import class_text
 from training.methods import NotPossible
 
 Texts = Literal["names", "concepts", "both"]
+READS = feature_words() | {"globals", "names", "concepts", "owners"}  # of a probe that sets texts beside global vectors
+
+
+class TextSettings(FeatureSettings):
+    """The knobs of such a probe."""
+
+    texts: Texts = "names"  # what is said of a class: names, concepts, or the middle of both
+
+
+def reads(settings: TextSettings) -> frozenset[str]:
+    """What of READS these settings leave."""
+    found = parts_of(settings.features) | text_reads(settings.texts)
+    return found if "nodes" in found else found | {"globals"}
 
 
 def text_reads(texts: Texts) -> frozenset[str]:

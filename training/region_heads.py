@@ -15,7 +15,7 @@ from training.data import Batch, Cache
 from training.data.kinds import KINDS, Kinds
 from training.layers.states import State
 from training.methods import NotPossible
-from training.token_heads import BesideSettings, head_reads
+from training.token_heads import BesideSettings
 
 OWN = frozenset({"nodes", "kinds"})
 LOCAL = ("token", "grid", "crop")
@@ -30,11 +30,6 @@ class RegionSettings(BesideSettings):
     @property
     def local_kinds(self) -> tuple[str, ...]:
         return LOCAL if self.regions == "all" else (self.regions,)
-
-
-def region_reads(settings: RegionSettings) -> frozenset[str]:
-    """`reads` of every head over regions alone."""
-    return head_reads(settings, OWN)
 
 
 class Views(NamedTuple):
@@ -58,7 +53,7 @@ class Regions(nn.Module):
         super().__init__()
         self.register_buffer("at", torch.tensor(at))
         self.register_buffer("local", local)
-        self.order = local.tolist()  # on the CPU, for a GPU is not to be waited for
+        self.order = local.tolist()  # a list: to read it from a GPU would wait for that
         self.register_buffer("codes", torch.tensor([KINDS.index(kind) for kind in kinds]))
 
     @classmethod

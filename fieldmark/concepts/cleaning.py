@@ -72,12 +72,12 @@ def where_it_loops(texts: Sequence[str]) -> int:
     Before a model repeats itself word for word it goes through its words in every combination: "white primary edges,
     white secondary edges". An answer of few new words that repeats nothing is left alone.
     """
-    times = Counter(text.casefold() for text in texts if text)
+    folded = [text.casefold() for text in texts]
+    times = Counter(filter(None, folded))
     repeats = times.total() - len(times)
     if max(times.values(), default=0) < TIMES or repeats < max(REPEATS, len(texts) / 10):
         return len(texts)
-    folded = [text.casefold() for text in texts]
-    first = next(place for place, text in enumerate(folded) if text in set(folded[:place]))  # what is said before stays
+    first = next(place for place, text in enumerate(folded) if folded.index(text) < place)  # what is said before stays
     seen: set[str] = set()
     for start in range(0, len(texts), WINDOW):
         new = {singular(word) for text in texts[start : start + WINDOW] for word in words(text)} - seen

@@ -23,7 +23,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Semaphore
@@ -127,6 +126,14 @@ class Clock:
         write = self.seconds() - decode - forward
         shares = {"decode": decode, "forward": forward, "write": write}
         return ", ".join(f"{name} {spent / self.seconds():.0%}" for name, spent in shares.items())
+
+
+def compute_alone() -> None:
+    """Of the thread that calls it: what it computes with PyTorch is not divided among as many threads again.
+
+    Threads that decode or cut are as many as there are processors, and would wait for each other.
+    """
+    torch.set_num_threads(1)
 
 
 class CpuSlots:
@@ -323,7 +330,7 @@ def run_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, clock:
         return lambda: begun.result()()
 
     coming = clock.timed(iter(come, ...), "decode")
-    cutters = ThreadPoolExecutor(os.cpu_count() or 1, initializer=partial(torch.set_num_threads, 1))  # as prepare_one
+    cutters = ThreadPoolExecutor(os.cpu_count() or 1, initializer=compute_alone)
     runner = ThreadPoolExecutor(1)
     try:
         while True:
@@ -362,15 +369,12 @@ def run_sources(
     slots = CpuSlots(asked.encoder.device, workers)
 
     def prepare_one(source: Source) -> list[View]:
-        # Of this thread alone. What it computes with PyTorch would else be divided among as many threads again, which
-        # wait for each other.
-        torch.set_num_threads(1)
         with slots.one():
             return prepare(source, asked.encoder, asked.embed) if cut is None else cut(source)
 
     ahead = max(workers, 2 * asked.encoder.batch_size // count_passes(asked.embed))
     # Closed at once where a pass fails: its threads cannot be ended from one of their own.
-    with closing(map_ahead(prepare_one, sources, workers=workers, ahead=ahead)) as prepared:
+    with closing(map_ahead(prepare_one, sources, workers, ahead, compute_alone)) as prepared:
         yield from forward_views((view for views in prepared for view in views), asked, slots, clock)
 
 

@@ -262,11 +262,18 @@ def dhash(image: Image.Image) -> int:
 
 
 def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int,
+    initializer: Callable[[], None] | None = None,
 ) -> Generator[Result, None, None]:
-    """`map` in threads, in order. At most `ahead` results wait, so that memory does not grow with the items."""
+    """`map` in threads, in order. At most `ahead` results wait, so that memory does not grow with the items.
+
+    `initializer` is called once in each thread.
+    """
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=initializer) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))

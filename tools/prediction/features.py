@@ -34,9 +34,9 @@ from fieldmark.graphs.patches import SCHEMA as GRAPHS
 from fieldmark.graphs.patches import graph_rows
 from fieldmark.moments import Basis
 from fieldmark.params import Embed, Graphs, Params
-from fieldmark.pictures.decode import BadImage, bad_image, hash_file, open_file, open_reduced
+from fieldmark.pictures.decode import bad_image, open_reduced
 from fieldmark.pictures.transforms import UNCHANGED, Transform, transformed
-from fieldmark.pictures.views import Outputs, Source, View, cut_views
+from fieldmark.pictures.views import Outputs, Source, View, cut_views, open_indexed
 from stages import embed_tokens, label_patches, pool_tokens
 from stages.label_patches import Labelling
 from tools.prediction.pictures import Looked, Question, Views, thumbnail
@@ -334,13 +334,9 @@ class Features:
 def reopen(source: Source, side: float) -> tuple[Image.Image, tuple[int, int]]:
     """A picture that was open before, decoded anew. Raises UserError where it is another one by now."""
     try:
-        with open_file(source.path) as file:
-            if hash_file(file) == source.image_id:
-                file.seek(0)
-                return open_reduced(file, side)
-    except BadImage:
-        pass
-    raise UserError(f"{source.path}: has changed while it was asked about; ask again")
+        return open_indexed(source, side)
+    except UserError:
+        raise UserError(f"{source.path}: has changed while it was asked about; ask again") from None
 
 
 def write(rows: pa.Table, folder: Path, schema: str) -> None:

@@ -11,10 +11,10 @@ vectors for x; here val, or development classes, choose the shrinkage and the we
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.class_texts import Texts, class_texts, text_reads
+from training.class_texts import READS, TextSettings, class_texts, reads
 from training.data import Batch, Cache, feature_words
 from training.layers.blocks import Span, linear_from_state, linear_layer
-from training.layers.features import Features, FeatureSettings, feature_also_reads, parts_of
+from training.layers.features import Features, feature_also_reads
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
@@ -22,14 +22,13 @@ from training.layers.states import State, within
 from training.methods import Fitted, Output, search
 from training.methods.prototypes import class_means
 
+__all__ = ["READS", "reads"]
 SEEDED = False
-READS = feature_words() | {"globals", "names", "concepts", "owners"}
 ALSO = feature_words()
 also_reads = feature_also_reads
 
 
-class Settings(FeatureSettings):
-    texts: Texts = "names"  # what is said of a class: names, concepts, or the middle of both
+class Settings(TextSettings):
     scale: Positive = 100.0  # turns cosines with the texts into logits
     shrinkage: list[Share] = Field(
         default=[0.1, 0.3, 0.6], min_length=1
@@ -37,11 +36,6 @@ class Settings(FeatureSettings):
     weight: list[Positive] = Field(
         default=[0.01, 0.03, 0.1, 0.3, 1.0], min_length=1
     )  # of what the images say, that val chooses from
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    found = parts_of(settings.features) | text_reads(settings.texts)
-    return found if "nodes" in found else found | {"globals"}
 
 
 class GDA(nn.Module):

@@ -55,6 +55,7 @@ from training.data.bank import Bank
 from training.data.descriptions import Descriptions, mean_sentence, require_described
 from training.layers.blocks import Dropout, Standardise, draw_normal
 from training.layers.faults import misplaced_edges, scramble
+from training.layers.gather import rows_of
 from training.layers.graphs import Kind, NormedNetwork, masked_mean, prepare_edges, threshold_edges
 from training.layers.losses import TEMPERATURE, info_nce, kl_from_normal
 from training.layers.mapper import Mapper
@@ -216,17 +217,12 @@ def keep_crops(g: Tensor, local: Tensor, mask: Tensor, count: int) -> Tensor:
     return density.masked_fill(~mask, -1.0).topk(min(count, local.shape[1]), dim=1).indices
 
 
-def rows_of(x: Tensor, places: Tensor) -> Tensor:
-    """Rows (B, k, D) of x (B, n, D) at places (B, k)."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def draw_crops(local: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """At most `count` of an image's crops and their mask, drawn anew by torch's generator; all if there are no more."""
     if count >= mask.shape[1]:
         return local, mask
     order = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
-    drawn = order.topk(min(count, mask.shape[1]), dim=1).indices
+    drawn = order.topk(count, dim=1).indices
     return rows_of(local, drawn), mask.gather(1, drawn)
 
 

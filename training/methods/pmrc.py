@@ -35,6 +35,7 @@ from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache
 from training.layers.blocks import Dropout, Standardise, silent
 from training.layers.boxes import cell_places, centre_and_sides, keep_apart
+from training.layers.gather import rows_of
 from training.layers.graphs import SAGE
 from training.layers.logistic import as_probabilities
 from training.layers.losses import rank_hinge, reverse_cross_entropy
@@ -125,7 +126,7 @@ class Navigator(nn.Module):
         if not box.shape[1]:  # there is no node to gather
             views = views._replace(local=F.pad(views.local, (0, 0, 0, 1)))
             box, scores = F.pad(box, (0, 0, 0, 1)), F.pad(scores, (0, 1))
-        local, box = (x.gather(1, place[..., None].expand(-1, -1, x.shape[2])) for x in (views.local, box))
+        local, box = (rows_of(x, place) for x in (views.local, box))
         return Found(self.project(local), centre_and_sides(box)[0], real, scores.gather(1, place))
 
 

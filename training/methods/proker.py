@@ -14,32 +14,26 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.class_texts import Texts, class_texts, text_reads
+from training.class_texts import READS, TextSettings, class_texts, reads
 from training.data import Batch, Cache, feature_words
-from training.layers.features import Features, FeatureSettings, feature_also_reads, parts_of
+from training.layers.features import Features, feature_also_reads
 from training.layers.kernels import KernelLayer, gauss
 from training.layers.logistic import Positive, training_globals
 from training.layers.ridge import training_targets
 from training.layers.states import State, within
 from training.methods import Fitted, Output, search
 
+__all__ = ["READS", "reads"]
 SEEDED = False
-READS = feature_words() | {"globals", "names", "concepts", "owners"}
 ALSO = feature_words()
 also_reads = feature_also_reads
 
 
-class Settings(FeatureSettings):
-    texts: Texts = "names"  # what is said of a class: names, concepts, or the middle of both
+class Settings(TextSettings):
     sharpness: Positive = 10.0  # turns scores, which are about 0 and 1, into logits
     width: list[Positive] = Field(default=[0.3, 1.0], min_length=1)  # of the kernel, that val chooses from
     penalty: list[Positive] = Field(default=[1.0, 0.3, 0.1, 0.01], min_length=1)  # strengths that val chooses from
     scale: list[Positive] = Field(default=[20.0, 100.0], min_length=1)  # of cosines with texts, that val chooses from
-
-
-def reads(settings: Settings) -> frozenset[str]:
-    found = parts_of(settings.features) | text_reads(settings.texts)
-    return found if "nodes" in found else found | {"globals"}
 
 
 class ProKeR(nn.Module):

@@ -48,7 +48,7 @@ from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache
 from training.layers import faults
 from training.layers.blocks import Standardise, silent
-from training.layers.graphs import GCN, NormedNetwork, threshold_edges
+from training.layers.graphs import GCN, NormedNetwork, masked_mean, threshold_edges
 from training.layers.losses import (
     assignment_logits,
     capped_chamfer,
@@ -62,13 +62,13 @@ from training.layers.states import State, within
 from training.loop import NotNegative
 from training.methods import Fitted, Output
 from training.offset import PROBE_WORDS
-from training.region_heads import OWN, Regions, RegionSettings, region_reads
-from training.token_heads import Beside, fit_head, head_also_reads
+from training.region_heads import OWN, Regions, RegionSettings
+from training.token_heads import Beside, fit_head, head_also_reads, head_reads
 
 SEEDED = True
 READS = OWN | PROBE_WORDS
 ALSO = PROBE_WORDS
-reads, also_reads = region_reads, head_also_reads
+also_reads = head_also_reads
 
 Fault = Literal[
     "scrambled_crops", "untrained_proxies", "recovery_once", "threshold_precedence", "shared_batch_norm",
@@ -97,6 +97,10 @@ class Settings(RegionSettings):
     @property
     def decays(self) -> bool:
         return "constant_rate" not in self.faults
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return head_reads(settings, OWN)
 
 
 class TRD(nn.Module):
@@ -142,7 +146,7 @@ class TRD(nn.Module):
         local, mask = one_at_least(local, mask)
         graph = GCN.prepare(self.link(local, mask), mask)
         h = self.graph(self.project(local), graph, mask).float() * mask[..., None]
-        a = h.sum(1) / mask.sum(1, keepdim=True)
+        a = masked_mean(h, mask)
         o, by_whole = self.project(of_object), self.whole(self.project(whole))
         weight = self.settings.local_weight if not self.training or self.recovers else 0.0
         logits = self.whole(o) + self.semantic(torch.cat([o.float(), a], 1)) + (2 + weight) * by_whole
