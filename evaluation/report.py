@@ -5,7 +5,8 @@ Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet,history.csv}
         data/descriptions/descriptions.parquet (what it gives away of the classes: evaluation/leaks.py);
         data/concepts/concepts.parquet, data/{concepts,descriptions}/answers.parquet (what they cost); for each encoder
         that a run stands on data/bank/E.parquet (a tower has no texts, and so no bank and no labels), and for that of
-        the run that is shown also data/bank/E.json, data/labels/E/ and the boxes in data/embed/E/images/.
+        the run that is shown also data/bank/E.json, data/labels/E/ and the boxes in data/embed/E/images/; the last
+        state that was another, in .cache/states, where there is one: what changed since.
 Writes  data/report/index.html (one page that loads nothing else; above 20 MB its pictures lie beside it, in
         data/report/pictures/), data/report/summary.txt (its table as text) and data/report/state.json, what
         `python -m tools.changes` compares; that one also in .cache/states. With --open-test also
@@ -40,7 +41,7 @@ import pyarrow as pa
 from evaluation import opened
 from evaluation.accuracies import accuracy_rows, reach_of, summarise, units_of
 from evaluation.calibration import read_half
-from evaluation.changes import dump, remember, take_state
+from evaluation.changes import GENERIC, compare, dump, last_state, remember, take_state
 from evaluation.classes import class_rows, confused_pairs, confusion, mean_doubt, order_classes
 from evaluation.concept_bank import (
     CHANCE,
@@ -251,6 +252,9 @@ def report(
     needed = {image_id for image_id, _ in pictures} | near.pop("image_ids") | odd.pop("image_ids")
     thumbs = read_thumbs(data, buckets, needed)
     opening = opened.record(data, index, shown) if open_test else None
+    used = {encoder for planned in params.train.runs.values() for encoder in (planned.encoder, *planned.also)}
+    state = take_state(data, runs, [encoder for encoder in params.encoders if encoder in used])
+    before = last_state(state, data)
     content = {
         "domain": params.domain,
         "dataset": dataset,
@@ -258,6 +262,9 @@ def report(
         "health": health,
         "warning": warning,
         "leaks": leaks,
+        "changes": None if before is None else compare(before, state),
+        "changed_names": {**(before.names if before else {}), **names},
+        "generic": GENERIC,
         "near": near,
         "odd": odd,
         "rows": rows,
@@ -312,8 +319,6 @@ def report(
     made = render(content, numbers, thumbs)
     summary = summarise(rows, not_made, reference.name, warning, leaks, bool(content["opened"]), page)
     write_report(page, made, summary)
-    used = {encoder for planned in params.train.runs.values() for encoder in (planned.encoder, *planned.also)}
-    state = take_state(data, runs, [encoder for encoder in params.encoders if encoder in used])
     store.write_text(page.with_name("state.json"), dump(state))
     remember(state, data)
     return summary

@@ -77,6 +77,28 @@ def test_same_inputs_same_bytes(data: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
+def test_what_an_edit_did_stands_on_the_page_from_the_second_run_on(data: Path) -> None:
+    report(make_params(), data)
+    page = Page((data / "report/index.html").read_text())
+    assert "What changed" not in page.text  # nothing was seen before
+    write_run(data, "linear_probe", [{f"val/class-00/{number:04d}.png": "class-02" for number in (1, 3)}] * 2)
+    rows = read_table(data / f"bank/{ENCODER}.parquet", "bank/1").to_pylist()
+    lost = next(number for number, row in enumerate(rows) if row["kept"] and row["class_ids"] and row["text"] != NASTY)
+    rewrite(data / f"bank/{ENCODER}.parquet", "bank/1", {lost: {"kept": False, "drop_reason": "finds nothing"}})
+    report(make_params(), data)
+    text = Page((data / "report/index.html").read_text()).text
+    changed = text[text.index("Against the last run") : text.index("DVC brings a page back")]
+    state = json.loads((data / "report/state.json").read_text())
+    moved = [path for path in state["images"] if path in ("val/class-00/0001.png", "val/class-00/0003.png")]
+    after = (len(state["images"]) - len(moved)) / len(state["images"])
+    assert moved
+    assert f"linear_probe 100.0 {100 * after:.1f} {100 * (after - 1):+.1f} 0 {len(moved)}" in changed
+    assert all(path in changed for path in moved)
+    assert f"lost: {rows[lost]['text']} (finds nothing)" in changed
+    assert "0 gained, 1 lost" in changed
+    assert "test/" not in changed
+
+
 def test_a_method_that_cannot_work_is_a_row_that_says_why(data: Path) -> None:
     before = report(make_params(), data).splitlines()
     reason = f"class class-00 has no kept concept {NASTY}"
