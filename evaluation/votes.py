@@ -1,7 +1,12 @@
 """One answer for several pictures of one thing: a track, an event. Pure functions."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+from evaluation.calibration import Calibration, calibrate
+from evaluation.taxonomy import Lineages
 from training.metrics import Floats, Ints
 
 
@@ -16,3 +21,21 @@ def vote(logits: Floats, groups: Ints) -> tuple[Ints, Floats]:
     sums = np.zeros((len(names), logits.shape[1]))
     np.add.at(sums, of, logits)
     return names, sums / np.bincount(of)[:, None]
+
+
+def calibrate_votes(
+    logits: Floats, y: Ints, groups: Sequence[Any], classes: Sequence[str], lineages: Lineages | None = None
+) -> Calibration | None:
+    """calibrate() on the votes of groups: its promises are of groups then, drawn as these were, and not of pictures.
+
+    `logits` (n, C), `y` (n,) and `groups` (n,) are of pictures. A group whose pictures show several classes has no one
+    class to be right about, and is left out. None where no group is left.
+    """
+    names, of = np.unique(np.asarray(groups), return_inverse=True)
+    first, last = np.full(len(names), len(classes)), np.full(len(names), -1)
+    np.minimum.at(first, of, y)
+    np.maximum.at(last, of, y)
+    alike = first == last
+    if not alike.any():
+        return None
+    return calibrate(vote(logits, of)[1][alike], first[alike], None, classes, lineages)

@@ -99,15 +99,19 @@ def choose_run(params: Params, name: str | None) -> str:
     return best
 
 
-def how_sure(judge: Judge) -> str:
+def how_sure(judge: Judge, by_group: bool = False) -> str:
     """What the figures of an answer promise, in words."""
-    found = judge.calibration
-    of = counted(found.images, "picture", "pictures")
+    of_groups = judge.of_groups if by_group else None
+    found = of_groups or judge.calibration
+    one, many = ("group", "groups") if of_groups else ("picture", "pictures")
+    of = counted(found.images, one, many)
     said = f"probabilities are calibrated on {of} of val (temperature {found.temperature:.2f})"
     if found.limits[SETS] is not None:
-        said += f"; a set holds the class of {percent(1 - found.alpha)} % of pictures like these"
+        said += f"; a set holds the class of {percent(1 - found.alpha)} % of {many} like these"
     if found.backoff is not None:
         said += f"; of answers that are sure enough at most {percent(found.error)} % are wrong"
+    if by_group and of_groups is None:
+        said += "; val names no group, so that of groups neither sets nor sure answers are known"
     return said
 
 
@@ -175,7 +179,7 @@ def main() -> None:
     name, device = choose_run(params, arguments.run), choose_device("--device", arguments.device)
     explained = arguments.explain or form == "text"
     judge, features = open_judge(params, arguments.params, name, arguments.classes, device)
-    say(how_sure(judge))
+    say(how_sure(judge, arguments.by is not None))
     if "descriptions" in judge.run.reads:
         say(f"{name}: reads descriptions, and new pictures have none: no model is asked to write some")
     if (explained or arguments.html is not None) and nothing_to_say(judge.run):

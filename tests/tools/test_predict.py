@@ -18,7 +18,7 @@ from PIL import Image
 
 from evaluation.calibration import calibrate, read_half
 from evaluation.runs import read_run
-from evaluation.votes import vote
+from evaluation.votes import calibrate_votes, vote
 from fieldmark import store
 from fieldmark.command import UserError
 from tests.project import ROOT, draw
@@ -206,6 +206,36 @@ def test_a_group_has_one_answer_by_votes(ask: Ask, tmp_path: Path, monkeypatch: 
         assert not {"set", "sure_name", "none_of_these"} & row.keys()
     with pytest.raises(UserError, match="names no group"):
         ask("--run", "moments", "--by", "group", "images/test")
+
+
+def test_groups_of_val_calibrate_the_votes_of_groups(ask: Ask) -> None:
+    path, schema = Path("data/index/images.parquet"), "index.images/1"
+    header, table = store.read_header(path, schema), store.read_table(path, schema)
+    rows = table.to_pylist()
+    for row in rows:
+        row["group"] = f"{row['split']} {row['class_id']}"
+    kept = path.read_bytes()
+    store.write_table(store.make_table(schema, rows), path, schema, header.params, header.fingerprint)
+    try:
+        manifest = Path("images/survey.csv")
+        seen = [row for row in rows if row["split"] == "test" and row["status"] == "ok"]
+        manifest.write_text("\n".join(["path,group", *(f"{row['path']},{row['group']}" for row in seen)]))
+        found = ask("--run", "moments", "--by", "group", str(manifest))
+        manifest.unlink()
+        half = read_half(Path("data"), "moments")
+    finally:
+        path.write_bytes(kept)
+    assert half.groups is not None
+    calibration = calibrate_votes(half.logits, half.y, half.groups, half.classes)
+    assert calibration is not None
+    assert calibration.units < len(half.y)
+    logits = said("moments")[1]
+    names = [row["group"] for row in seen]
+    _, votes = vote(np.stack([logits[row["path"]] for row in seen]), np.unique(names, return_inverse=True)[1])
+    assert [row["group"] for row in found] == sorted(set(names))
+    for row, p, sure in zip(found, calibration.probabilities(votes), calibration.answer(votes), strict=True):
+        assert row["p"] == pytest.approx(p.max(), abs=1e-5)
+        assert row.get("set") == sure["set"]
 
 
 def test_the_nearest_training_pictures_are_named(ask: Ask) -> None:

@@ -18,7 +18,7 @@ from evaluation.calibration import Calibration, calibrate
 from evaluation.rejection import class_means, distance
 from evaluation.runs import PREDICTIONS, NotMade, groups_of, read_run
 from evaluation.taxonomy import lineages_of
-from evaluation.votes import vote
+from evaluation.votes import calibrate_votes, vote
 from fieldmark import store
 from fieldmark.command import UserError, name_some
 from fieldmark.listing import hint, read_lines
@@ -227,6 +227,7 @@ class Judge:
     whole: Whole | None
     means: Floats | None  # Whole.means of the candidates
     calibration: Calibration
+    of_groups: Calibration | None  # the same of votes; None where val names no group
     features: "Callable[[], Features]"  # loads the encoders, the first time
     reasons: Reasons
     device: torch.device
@@ -282,12 +283,18 @@ class Judge:
                 found[place] = row
         return found
 
-    def answers(self, logits: Floats, vectors: Tensor | None = None) -> list[Row]:
-        """What logits (n, K) mean, calibrated, and whether pictures are far from all that was trained on."""
+    def answers(
+        self, logits: Floats, vectors: Tensor | None = None, calibration: Calibration | None = None
+    ) -> list[Row]:
+        """What logits (n, K) mean, calibrated, and whether pictures are far from all that was trained on.
+
+        `calibration` stands in the place of that of single pictures.
+        """
+        found = calibration or self.calibration
         far = None if vectors is None or self.means is None else distance(vectors.numpy(), self.means)
-        p, classes = self.calibration.probabilities(logits), self.calibration.classes
+        p, classes = found.probabilities(logits), found.classes
         rows = []
-        for chances, sure in zip(p, self.calibration.answer(logits, far), strict=True):
+        for chances, sure in zip(p, found.answer(logits, far), strict=True):
             best = np.argsort(-chances, kind="stable")[:TOP].tolist()
             top = [self.named(classes[number]) | {"p": round(float(chances[number]), 6)} for number in best]
             answer = {f"sure_{key}": sure[key] for key in ("rank", "name", "p")}
@@ -332,16 +339,13 @@ def read_judge(
     far = None
     if whole is not None and means is not None:
         far = distance(whole.of([stored.image_ids[image] for image in half]).numpy(), means)
-    calibration = calibrate(
-        logits=stored.logits[half][:, among],
-        y=(np.cumsum(among) - 1)[stored.y[half]],
-        groups=None if stored.groups is None else [stored.groups[image] for image in half],
-        classes=classes,
-        lineages=lineages_of(index, classes),
-        distances=far,
-    )
+    logits, y = stored.logits[half][:, among], (np.cumsum(among) - 1)[stored.y[half]]
+    lineages = lineages_of(index, classes)
+    groups = None if stored.groups is None else [stored.groups[image] for image in half]
+    calibration = calibrate(logits, y, groups, classes, lineages, distances=far)
+    of_groups = None if groups is None else calibrate_votes(logits, y, groups, classes, lineages)
     reasons = Reasons(run, params, data, names, device)
-    return Judge(run, names, stored, among, whole, means, calibration, features, reasons, device)
+    return Judge(run, names, stored, among, whole, means, calibration, of_groups, features, reasons, device)
 
 
 class Votes:
@@ -360,12 +364,16 @@ class Votes:
         self.counts += counts
 
     def rows(self, judge: Judge) -> list[Row]:
-        """A row for each group, by its name; limits that were calibrated on single pictures promise nothing of it."""
+        """A row for each group, by its name.
+
+        Limits that were calibrated on single pictures promise nothing of it: where val names no group, it has none.
+        """
         names = sorted(self.sums)
         if not names:
             return []
         logits = np.stack([self.sums[name] / self.counts[name] for name in names])
+        unknown = dict.fromkeys(LIMITS) if judge.of_groups is None else {}
         return [
-            empty_row() | {"group": name, "pictures": self.counts[name]} | row | dict.fromkeys(LIMITS)
-            for name, row in zip(names, judge.answers(logits), strict=True)
+            empty_row() | {"group": name, "pictures": self.counts[name]} | row | unknown
+            for name, row in zip(names, judge.answers(logits, calibration=judge.of_groups), strict=True)
         ]
