@@ -126,6 +126,10 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("density", FLOAT), required("selected", pa.bool_()), pa.field("ring_gains", items(FLOAT)),
         pa.field("selected_concepts", items(INT)),
     ],
+    "options/1": [
+        required("image_id", TEXT), required("path", TEXT), required("options", items(TEXT)),
+        required("names", items(TEXT)), required("answer", pa.int16()), required("miner_says", TEXT),
+    ],
     "graphs/1": [
         required("image_id", TEXT), required("view", pa.int16()), required("src", items(pa.int16())),
         required("dst", items(pa.int16())), required("spatial", items(HALF)), required("semantic", items(HALF)),
@@ -151,6 +155,7 @@ KEYS: dict[str, list[str]] = {
     "embed.controls/1": ["kind", "class_id", "rank"],
     "bank/1": ["concept_idx"],
     "labels/1": ["image_id", "view", "node"],
+    "options/1": ["image_id"],
     "graphs/1": ["image_id", "view"],
 }
 

@@ -295,6 +295,19 @@ ABOUT = {
             "semantic": "weight by cosine, 0 where that rule made none",
         },
     ),
+    "options/1": About(
+        "data/studies/foci/NAME/options.parquet",
+        "A question with four options about an image (tools/foci.py). The header's `params` name who mined them, what\n"
+        "the miner stands on, the split and the seed that drew their order.",
+        {
+            "image_id": IMAGE,
+            "path": "of index.images",
+            "options": "class_ids, in the order in which they are shown",
+            "names": "of these classes",
+            "answer": "the place of the true class among them, from 0",
+            "miner_says": "the class_id that the miner answers",
+        },
+    ),
     PREDICTIONS: About(
         "data/runs/RUN/predictions.parquet, data/studies/NAME/RUN/predictions.parquet",
         "What a run says of an image, for one seed. `params.classes` of the header names the classes in their order.\n"
