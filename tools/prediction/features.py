@@ -324,10 +324,9 @@ class Features:
                 write(graph_rows(nodes.combine_chunks(), recipe.graphs), folder / f"graphs/{name}", GRAPHS)
         source = Fresh(folder, name, 1, self.classes, pa.array(list(looked)), 1, recipe.reads)
         kinds = dict.fromkeys(kind_of(word) for word in sorted(recipe.reads))
+        silent = no_sentences(len(looked), recipe.encoder)
         made: list[Part] = [
-            no_sentences(kind, len(looked), recipe.encoder)
-            if kind in (Descriptions, CellDescriptions)
-            else kind.read(source)
+            silent[kind] if kind in silent else kind.read(source)
             for kind in kinds
             if kind.shows and not kind.supervises
         ]
@@ -359,7 +358,8 @@ def label(labelling: Labelling, nodes: pa.Table, looked: Iterable[Looked], quest
     return labelling.label(nodes, thumbs)
 
 
-def no_sentences(kind: type[Part], images: int, encoder: ImageEncoder) -> Part:
+def no_sentences(images: int, encoder: ImageEncoder) -> dict[type[Part], Part]:
     """What a run that reads descriptions sees of pictures that have none: no model is asked."""
     vectors = torch.zeros(images, 0, encoder.dimension, dtype=torch.float16)
-    return kind(*(vectors, torch.zeros(images, 0, dtype=torch.bool)))
+    mask = torch.zeros(images, 0, dtype=torch.bool)
+    return {Descriptions: Descriptions(vectors, mask), CellDescriptions: CellDescriptions(vectors, mask)}
