@@ -24,6 +24,7 @@ from fieldmark.params import Domain
 from training.metrics import Floats, Ints
 
 DESCRIPTIONS = "descriptions/descriptions.parquet"
+CELLS = "descriptions/cells.parquet"
 VOCABULARY = 4096  # words that a text is judged by: those in most training texts
 CHUNK = 1024  # texts counted at a time
 PENALTY = 1.0
@@ -158,23 +159,29 @@ def joined(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def read_leaks(data: Path, index: pa.Table, classes: pa.Table, domain: Domain, runs: Sequence[Run]) -> Row | None:
-    """What data/descriptions/ gives away, and `runs`, the names of those that read it; None where nothing is described.
+    """What data/descriptions/ gives away, of pictures and cells together, and `runs`, the names of those that read it.
 
-    `index` and `classes` are the tables index.images and index.classes.
+    None where nothing is described. `index` and `classes` are the tables index.images and index.classes.
     """
     path = data / DESCRIPTIONS
     if not path.is_file():
         return None
     table = store.read_table(path, "descriptions/1").sort_by([("image_id", "ascending"), ("rank", "ascending")])
+    sentences = table.select(["image_id", "text"]).to_pylist()
+    if (data / CELLS).is_file():  # what was described before cells could be has none
+        cells = store.read_table(data / CELLS, "descriptions.cells/1")
+        cells = cells.sort_by([(name, "ascending") for name in ("image_id", "cell", "rank")])
+        sentences += cells.select(["image_id", "text"]).to_pylist()
     usable = {row["image_id"]: row for row in index.to_pylist() if row["status"] == "ok"}
-    masked = joined((row["image_id"], row["text"]) for row in table.to_pylist() if row["image_id"] in usable)
+    masked = joined((row["image_id"], row["text"]) for row in sentences if row["image_id"] in usable)
     if not masked:
         return None
     answers = store.read_table(path.with_name("answers.parquet"), "llm.answers/1", ["subject_id", "response_json"])
     written = joined(
-        (row["subject_id"], sentence)
+        (image_id, sentence)
         for row in answers.to_pylist()
-        if row["subject_id"] in masked
+        # What stands behind # is the box of a cell.
+        if (image_id := row["subject_id"].partition("#")[0]) in masked
         for sentence in json.loads(row["response_json"])["sentences"]
     )
     card = domain_words(domain.noun, domain.group, *domain.attributes)
@@ -184,7 +191,7 @@ def read_leaks(data: Path, index: pa.Table, classes: pa.Table, domain: Domain, r
         {one: usable[one]["class_id"] for one in masked},
         {one: usable[one]["split"] for one in masked},
     )
-    reading = [one.name for one in runs if DESCRIPTIONS in one.fingerprints]
+    reading = [one.name for one in runs if {DESCRIPTIONS, CELLS} & one.fingerprints.keys()]
     return {**found, "kinds": KINDS, "runs": reading}
 
 

@@ -2,7 +2,8 @@
 
 Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet,history.csv} of every run in train.runs;
         data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/;
-        data/descriptions/descriptions.parquet (what it gives away of the classes: evaluation/leaks.py);
+        data/descriptions/descriptions.parquet and cells.parquet (what they give away of the classes:
+        evaluation/leaks.py);
         data/concepts/concepts.parquet, data/{concepts,descriptions}/answers.parquet (what they cost); for each encoder
         that a run stands on data/bank/E.parquet (a tower has no texts, and so no bank and no labels), and for that of
         the run that is shown also data/bank/E.json, data/labels/E/ and the boxes in data/embed/E/images/; the last

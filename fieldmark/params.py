@@ -125,6 +125,9 @@ class Describe(Block):
     prompt: str = "prompts/describe.md"
     image_px: Annotated[int, Field(ge=64)] = 512
     sentences: Count = 4
+    nodes: list[Annotated[int, Field(ge=2, le=8)]] = []  # n x n cells of each picture, for each n
+    cell_prompt: str = "prompts/describe_cell.md"
+    cell_sentences: Count = 2
 
 
 def read_switch(value: Any) -> Any:

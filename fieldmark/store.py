@@ -81,6 +81,10 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("attempts", INT), required("source", TEXT), required("created_at", TEXT),
     ],
     "descriptions/1": [required("image_id", TEXT), required("rank", INT), required("text", TEXT)],
+    "descriptions.cells/1": [
+        required("image_id", TEXT), required("cell", INT), required("x0", FLOAT), required("y0", FLOAT),
+        required("x1", FLOAT), required("y1", FLOAT), required("rank", INT), required("text", TEXT),
+    ],
     "concepts/1": [
         required("concept_id", TEXT), required("text", TEXT), pa.field("class_id", TEXT), required("kind", TEXT),
         pa.field("part", TEXT), required("rank", INT), required("kept", pa.bool_()), pa.field("drop_reason", TEXT),
@@ -126,6 +130,10 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("density", FLOAT), required("selected", pa.bool_()), pa.field("ring_gains", items(FLOAT)),
         pa.field("selected_concepts", items(INT)),
     ],
+    "options/1": [
+        required("image_id", TEXT), required("path", TEXT), required("options", items(TEXT)),
+        required("names", items(TEXT)), required("answer", pa.int16()), required("miner_says", TEXT),
+    ],
     "graphs/1": [
         required("image_id", TEXT), required("view", pa.int16()), required("src", items(pa.int16())),
         required("dst", items(pa.int16())), required("spatial", items(HALF)), required("semantic", items(HALF)),
@@ -141,6 +149,7 @@ KEYS: dict[str, list[str]] = {
     "thumbs/1": ["image_id"],
     "llm.answers/1": ["subject_id", "sample", "item_key"],
     "descriptions/1": ["image_id", "rank"],
+    "descriptions.cells/1": ["image_id", "cell", "rank"],
     "concepts/1": ["class_id", "kind", "rank", "concept_id", "item_key"],
     "embed.nodes/1": ["image_id", "view", "node"],
     "embed.tokens/1": ["image_id", "view", "layer"],
@@ -151,6 +160,7 @@ KEYS: dict[str, list[str]] = {
     "embed.controls/1": ["kind", "class_id", "rank"],
     "bank/1": ["concept_idx"],
     "labels/1": ["image_id", "view", "node"],
+    "options/1": ["image_id"],
     "graphs/1": ["image_id", "view"],
 }
 

@@ -1,17 +1,24 @@
 """Ask a vision model what each image shows, without telling it what the image is of.
 
 Reads   data/index/images.parquet and its images with status ok as `dataset` says, data/index/classes.parquet (to find
-        names in answers), the prompt `describe.prompt`, params: domain, dataset, llm, describe.
-Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image, failed ones too;
+        names in answers), the prompt `describe.prompt`, where cells are asked about `describe.cell_prompt`, params:
+        domain, dataset, llm, describe.
+Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image and one a cell, failed ones too;
         data/descriptions/descriptions.parquet (descriptions/1): the sentences; names of classes, superclasses and
         lineages, and `aliases`, are masked (fieldmark/concepts/names.py; the report says what is left of them);
-        data/descriptions/metrics.json: rows, tokens and cost in sum.
-Costs   llm.mode live or batch: one call for each image whose answer is held neither there nor in the journal, which
-        lies in .cache/ of the original checkout of an experiment or worktree (or in $FIELDMARK_CACHE); see --dry-run.
-        llm.mode replay, or describe.enabled false: nothing. Of several runs at a time one asks and the others wait for
-        its answers. Memory does not grow with the images' sizes: a picture is opened when it is its turn.
+        data/descriptions/cells.parquet (descriptions.cells/1): what was said of cells, masked alike; empty where
+        `describe.nodes` names none; data/descriptions/metrics.json: rows, tokens and cost in sum.
+Costs   llm.mode live or batch: one call for each image or cell whose answer is held neither there nor in the journal,
+        which lies in .cache/ of the original checkout of an experiment or worktree (or in $FIELDMARK_CACHE); see
+        --dry-run. llm.mode replay, or describe.enabled false: nothing. Of several runs at a time one asks and the
+        others wait for its answers. Memory does not grow with the images' sizes: a picture is opened when it is its
+        turn.
 
 The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
+
+`describe.nodes` cuts each picture into cells besides, [3] into 3 x 3, and asks about each by a call of its own, at ten
+times the price. A cell is cut at full sharpness, so a picture is decoded anew for each. Cells are of the picture as it
+is, whatever part of it an encoder sees.
 
     python -m stages.describe_images
     python -m stages.describe_images --dry-run
@@ -21,9 +28,11 @@ import base64
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from fieldmark import store
@@ -35,6 +44,7 @@ from fieldmark.llm.questions import Question, ask, foresee, write_metrics
 from fieldmark.llm.replay import replay
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import Params, load_params
+from fieldmark.pictures.boxes import Box, Region, box_of, cut_windows
 from fieldmark.pictures.decode import BadImage, open_rgb
 
 STAGE = "describe_images"
@@ -42,7 +52,9 @@ IMAGES = Path("data/index/images.parquet")
 CLASSES = Path("data/index/classes.parquet")
 ANSWERS = Path("data/descriptions/answers.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
+CELLS = Path("data/descriptions/cells.parquet")
 METRICS = Path("data/descriptions/metrics.json")
+CELL_SCHEMA = "descriptions.cells/1"
 JPEG_QUALITY = 90
 # In characters; a model that repeats itself writes no end of them.
 LONGEST_SENTENCE = 2_000
@@ -65,13 +77,65 @@ def image_part(image_id: str, params: Params) -> dict[str, Any]:
     return {"type": "image", "image_id": image_id, "px": params.describe.image_px, "jpeg_quality": JPEG_QUALITY}
 
 
-def data_url(path: Path, px: int, quality: int) -> str:
-    """A picture as a JPEG data URL, at most `px` on its long side, without metadata. Raises BadImage."""
+class Cell(NamedTuple):
+    """A cell of a picture, which is asked about by itself."""
+
+    image_id: str
+    number: int
+    box: Box
+
+    @property
+    def subject(self) -> str:
+        return f"{self.image_id}#{','.join(f'{side:g}' for side in self.box)}"
+
+
+def cells_of(image_ids: list[str], nodes: Sequence[int]) -> list[Cell]:
+    """The cells of each image: n x n for each n of `nodes`, once, row by row. A box is written with four decimals."""
+    windows = [window for count in dict.fromkeys(nodes) for window in cut_windows((0, 0, 1, 1), count)]
+    sides = np.round(np.array(windows, dtype=np.float64).reshape(-1, 4), 4).tolist()
+    boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in sides]
+    return [Cell(one, number, box) for one in image_ids for number, box in enumerate(boxes, start=1)]
+
+
+def cell_items(cells: list[Cell], prompt: Prompt, params: Params) -> list[Item]:
+    """One item a cell; its box stands beside the image that it is cut from."""
+    *before, last = prompt.render({**params.domain.model_dump(), "sentences": params.describe.cell_sentences})
+    text = {"type": "text", "text": last["content"]}
+    return [
+        Item(
+            cell.subject,
+            0,
+            [
+                *before,
+                {
+                    "role": last["role"],
+                    "content": [text, {**image_part(cell.image_id, params), "box": list(map(float, cell.box))}],
+                },
+            ],
+        )
+        for cell in cells
+    ]
+
+
+def data_url(path: Path, px: int, quality: int, box: Box | None = None) -> str:
+    """A picture, or a box of it, as a JPEG data URL, at most `px` on its long side, without metadata.
+
+    Raises BadImage.
+    """
     image = open_rgb(path)
+    if box is not None:
+        image = image.crop(region_of(box, image.size))
     image.thumbnail((px, px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, exif=b"")
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def region_of(box: Box, size: tuple[int, int]) -> Region:
+    """The pixels of a box, at least one a side."""
+    (x0, y0, x1, y1), (width, height) = box, size
+    left, top = min(round(x0 * width), width - 1), min(round(y0 * height), height - 1)
+    return left, top, max(left + 1, round(x1 * width)), max(top + 1, round(y1 * height))
 
 
 def with_image(item: Item, paths: dict[str, Path]) -> list[Message]:
@@ -79,7 +143,7 @@ def with_image(item: Item, paths: dict[str, Path]) -> list[Message]:
     *before, last = item.messages
     text, image = last["content"]
     try:
-        url = data_url(paths[image["image_id"]], image["px"], image["jpeg_quality"])
+        url = data_url(paths[image["image_id"]], image["px"], image["jpeg_quality"], box_of(image.get("box")))
     except BadImage as error:
         raise Unaskable(f"the image cannot be opened: {error}") from None
     return [*before, {**last, "content": [text, {"type": "image_url", "image_url": {"url": url}}]}]
@@ -102,6 +166,25 @@ def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None)
             masked += found
             rows.append({"image_id": answer["subject_id"], "rank": rank, "text": text})
     return rows, masked
+
+
+def cell_rows(described: list[Row], cells: list[Cell]) -> list[Row]:
+    """Rows of descriptions.cells/1 from those of descriptions_of, whose image_id is the subject of a cell."""
+    known = {cell.subject: cell for cell in cells}
+    rows = []
+    for row in described:
+        cell = known[row["image_id"]]
+        sides = dict(zip(("x0", "y0", "x1", "y1"), cell.box, strict=True))
+        rows.append({**row, "image_id": cell.image_id, "cell": cell.number, **sides})
+    return rows
+
+
+def cell_params(prompt: Prompt | None, params: Params) -> dict[str, Any]:
+    """What decides what is said of cells, beside what decides what is said of pictures; empty where none is asked."""
+    if prompt is None:
+        return {}
+    settings = params.describe
+    return {"nodes": settings.nodes, "cell_prompt_sha": prompt.sha, "cell_sentences": settings.cell_sentences}
 
 
 def content_params(prompt: Prompt, params: Params) -> dict[str, Any]:
@@ -135,43 +218,63 @@ def main() -> None:
 
     paths = {row["image_id"]: params.dataset.folder / row["path"] for row in images if row["status"] == "ok"}
     items = items_of(sorted(paths), prompt, params) if params.describe.enabled else []
+    questions = {"images": Question(prompt, items)}
+    # Without cells nothing of the second prompt is read, and everything is as it was before there were any.
+    cells, cell_prompt = list[Cell](), None
+    if params.describe.enabled and params.describe.nodes:
+        cells, cell_prompt = cells_of(sorted(paths), params.describe.nodes), load_prompt(params.describe.cell_prompt)
+        questions["cells"] = Question(cell_prompt, cell_items(cells, cell_prompt, params))
     if params.llm.mode == "import" and params.describe.enabled:
         raise UserError(
             "params.yaml: describe.enabled: descriptions cannot be imported yet; set it to false, or llm.mode to live,"
             " batch or replay"
         )
     if params.llm.mode in ("live", "batch") and params.describe.enabled:
-        questions = {"images": Question(prompt, items)}
         refuse_cold_start(ANSWERS)
         if args.dry_run:
             print(foresee(STAGE, questions, params.llm, ANSWERS))
             return
         asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: with_image(item, paths))
-        rows = asked["images"]
+        by_kind = [asked[kind] for kind in questions]
     else:
         if args.dry_run:
             why = f"llm.mode {params.llm.mode}" if items else "describe.enabled false"
-            print(f"{STAGE}: {len(items)} items, 0 calls ({why})")
+            print(f"{STAGE}: {sum(len(each.items) for each in questions.values())} items, 0 calls ({why})")
             return
-        rows = replay(items, "image_id", prompt, params.llm) if items else []
+        by_kind = [
+            replay(each.items, "image_id" if kind == "images" else "subject_id", each.prompt, params.llm)
+            for kind, each in questions.items()
+            if each.items
+        ]
         keep_answers(STAGE, ANSWERS, [])
 
+    rows = [row for of_kind in by_kind for row in of_kind]
     content = content_params(prompt, params)
+    of_pictures = store.fingerprint(SCHEMA, content, [upstream])  # cells change nothing of what is said of pictures
+    content |= cell_params(cell_prompt, params)
     mark = store.fingerprint(SCHEMA, content, [upstream])
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
     write_metrics(rows, METRICS)
 
     card = domain_words(params.domain.noun, params.domain.group, *params.domain.attributes)
     mask = NameMask(Keys.of(classes, card), params.domain.noun)
-    described, masked = descriptions_of(rows, mask, params.describe.sentences)
+    of_images, of_cells = [*by_kind, [], []][:2]
+    described, masked = descriptions_of(of_images, mask, params.describe.sentences)
+    said, masked_in_cells = descriptions_of(of_cells, mask, params.describe.cell_sentences)
     schema = "descriptions/1"
     content = {"domain": params.domain.model_dump(), "rules": MASK_RULES}
-    table_mark = store.fingerprint(schema, content, [mark, classes_mark])
+    table_mark = store.fingerprint(schema, content, [of_pictures, classes_mark])
     store.write_table(store.make_table(schema, described), DESCRIPTIONS, schema, content, table_mark)
-    if masked:
-        what = f"{masked} names of classes or their groups in the answers"
-        print(f"{STAGE}: {what} are masked in {DESCRIPTIONS}", file=sys.stderr)
-    check_coverage(rows, {item.subject_id: str(paths[item.subject_id]) for item in items}, params.llm, ANSWERS)
+    content |= {"nodes": params.describe.nodes if cells else []}
+    table = store.make_table(CELL_SCHEMA, cell_rows(said, cells))
+    store.write_table(table, CELLS, CELL_SCHEMA, content, store.fingerprint(CELL_SCHEMA, content, [mark, classes_mark]))
+    if masked or masked_in_cells:
+        what = f"{masked + masked_in_cells} names of classes or their groups in the answers"
+        where = f"{DESCRIPTIONS}{f' and {CELLS}' if masked_in_cells else ''}"
+        print(f"{STAGE}: {what} are masked in {where}", file=sys.stderr)
+    names = {item.subject_id: str(paths[item.subject_id]) for item in items}
+    names |= {cell.subject: f"{paths[cell.image_id]} at {cell.subject.partition('#')[2]}" for cell in cells}
+    check_coverage(rows, names, params.llm, ANSWERS)
 
 
 if __name__ == "__main__":

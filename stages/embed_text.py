@@ -1,6 +1,7 @@
 """Embed every text once: class names, concepts and image descriptions.
 
-Reads   data/concepts/concepts.parquet (kept rows), data/descriptions/descriptions.parquet; `encoders.NAME`.
+Reads   data/concepts/concepts.parquet (kept rows), data/descriptions/descriptions.parquet and cells.parquet;
+        `encoders.NAME`.
 Writes  data/embed/NAME/text.parquet (embed.text/1): one row a distinct text, in the space of the images. Rows that are
         there already, made by the same encoder, are kept: a concept more embeds one text.
 Costs   one forward pass of the text tower a text: seconds for thousands. --dry-run embeds a few batches, writes
@@ -24,6 +25,7 @@ from fieldmark.params import load_params
 
 CONCEPTS = Path("data/concepts/concepts.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
+CELLS, CELL_SCHEMA = Path("data/descriptions/cells.parquet"), "descriptions.cells/1"
 EMBED = Path("data/embed")
 
 
@@ -33,8 +35,9 @@ def read_texts() -> dict[str, str]:
     for row in store.read_table(CONCEPTS, "concepts/1").to_pylist():
         if row["kept"]:
             kinds.setdefault(row["text"], "name" if row["kind"] == "name" else "concept")
-    for text in store.read_table(DESCRIPTIONS, "descriptions/1", ["text"]).column("text").to_pylist():
-        kinds.setdefault(text, "description")
+    for path, schema in ((DESCRIPTIONS, "descriptions/1"), (CELLS, CELL_SCHEMA)):
+        for text in store.read_table(path, schema, ["text"]).column("text").to_pylist():
+            kinds.setdefault(text, "description")
     if not kinds:
         raise UserError(f"{CONCEPTS}: no text was kept; see its drop_reason column, then run clean_concepts again")
     return kinds
@@ -72,6 +75,9 @@ def main() -> None:
         store.read_header(CONCEPTS, "concepts/1").fingerprint,
         store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint,
     ]
+    # Where no cell is asked about, texts are what they were before there was such a table.
+    cells = store.read_header(CELLS, CELL_SCHEMA)
+    upstream += [cells.fingerprint] if cells.params["nodes"] else []
     table = pa.concat_tables([kept, embed_texts(missing, encoder)])
     store.write_table(table, path, SCHEMA, made_by, store.fingerprint(SCHEMA, made_by, upstream))
     cut = sum(table.column("truncated").to_pylist())

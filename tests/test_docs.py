@@ -336,6 +336,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run_module("stages.look_again", "--look", "zoom")
         run_module("training.plan_runs")
         run_module("training.train", "--run", "zero_shot")
+        run_module("tools.foci")
     return folder
 
 

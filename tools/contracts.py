@@ -124,7 +124,7 @@ ABOUT = {
         "What came of one question to a model, failed ones too.",
         {
             "item_key": "hash of what was asked and of whom",
-            "subject_id": "a class_id or an image_id; `*` for texts of no class",
+            "subject_id": "a class_id, an image_id, or that of a cell: IMAGE_ID#X0,Y0,X1,Y1; `*` for texts of no class",
             "sample": "which of several answers to one question",
             "prompt_sha": "sha256 of the prompt's file",
             "status": "ok, refused, invalid, truncated or error",
@@ -145,6 +145,20 @@ ABOUT = {
         "data/descriptions/descriptions.parquet",
         "A sentence of an image's description, class names masked.",
         {"image_id": IMAGE, "rank": "its place in the description", "text": "the sentence"},
+    ),
+    "descriptions.cells/1": About(
+        "data/descriptions/cells.parquet",
+        "A sentence about a cell of an image (`describe.nodes`), class names masked. No row where nothing was seen.",
+        {
+            "image_id": IMAGE,
+            "cell": "counted from 1, row by row, through the grids of `describe.nodes` in their order",
+            "x0": "its box in [0, 1] of the full image: left",
+            "y0": "top",
+            "x1": "right",
+            "y1": "bottom",
+            "rank": "its place in what was said of the cell",
+            "text": "the sentence",
+        },
     ),
     "concepts/1": About(
         "data/concepts/concepts.parquet",
@@ -293,6 +307,19 @@ ABOUT = {
             "dst": "node that it leads to",
             "spatial": "weight by distance in the picture, 0 where that rule made none",
             "semantic": "weight by cosine, 0 where that rule made none",
+        },
+    ),
+    "options/1": About(
+        "data/studies/foci/NAME/options.parquet",
+        "A question with four options about an image (tools/foci.py). The header's `params` name who mined them, what\n"
+        "the miner stands on, the split and the seed that drew their order.",
+        {
+            "image_id": IMAGE,
+            "path": "of index.images",
+            "options": "class_ids, in the order in which they are shown",
+            "names": "of these classes",
+            "answer": "the place of the true class among them, from 0",
+            "miner_says": "the class_id that the miner answers",
         },
     ),
     PREDICTIONS: About(

@@ -223,6 +223,10 @@ class Doctor:
         paths = {source.image_id: source.path for source in self.sources}
         [item] = describe_images.items_of([self.sources[0].image_id], prompt, params)
         questions = [Question(prompt, [item] * self.count)]
+        if cells := describe_images.cells_of([self.sources[0].image_id], params.describe.nodes):
+            of_cells = load_prompt(params.describe.cell_prompt)
+            [first, *_] = describe_images.cell_items(cells, of_cells, params)
+            questions.append(Question(of_cells, [first] * self.count * len(cells)))
         return self.ask("describe_images", questions, lambda item: describe_images.with_image(item, paths))
 
     def ask(self, stage: str, questions: list[Question], attach: Callable[[Item], list[Message]]) -> str:

@@ -146,7 +146,7 @@ def open_run(params: Params, path: str, name: str) -> tuple[Restored, Run]:
     """A run's model and what it predicted. Raises UserError where a changed picture lacks what it reads."""
     asked = restore(params, path, name, DATA)
     reads = asked.reads | asked.also_reads
-    if "descriptions" in reads:
+    if {"descriptions", "cell_descriptions"} & reads:
         raise UserError(f"{name}: reads descriptions, and a changed picture has none; ask another run (--run)")
     if "labels" in reads and params.labels.density == "pixel":
         raise UserError(f"{name}: labels.density pixel reads stored thumbnails, which nothing moves; ask another run")

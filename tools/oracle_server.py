@@ -13,11 +13,14 @@ The model that is asked for says what is told, and so is kept with every answer:
     oracle-20-vernacular  the same marks, and an invented name, one for each species, which no mask knows
 
 Marks that are absent are not spoken of. Which are wrong follows from the picture alone, so that all three err alike.
+Of a cell (`describe.nodes`) it tells the marks whose part lies in it by half of its box or more, or fills half of the
+cell, and nothing where there is none: what can be seen there, with the same errors. A name is told of no cell.
 
-Reads   data/index/images.parquet, attributes.parquet and classes.parquet, the pictures, data/demo/answers, params:
-        dataset, describe.
+Reads   data/index/images.parquet, attributes.parquet, parts.parquet and classes.parquet, the pictures,
+        data/demo/answers, params: dataset, describe.
 Writes  nothing. It prints how many calls it answered. A picture is known by its bytes, as describe_images sends them.
-Costs   a few milliseconds a picture, before the first answer. It listens on the loopback address alone, until Ctrl-C.
+Costs   a few milliseconds a picture and cell, before the first answer. It listens on the loopback address alone, until
+        Ctrl-C.
 
     python -m tools.oracle_server
     python -m tools.oracle_server --port 9000
@@ -36,9 +39,10 @@ from typing import Any, NamedTuple
 
 from fieldmark.command import UserError, counted, run, stage_parser
 from fieldmark.params import Params, load_params
+from fieldmark.pictures.boxes import Box, box_of
 from fieldmark.reef.species import VOCABULARY, phrases
 from fieldmark.store import read_table, sha256
-from stages.describe_images import JPEG_QUALITY, data_url
+from stages.describe_images import JPEG_QUALITY, cells_of, data_url
 
 INDEX, CLASSES = Path("data/index"), "index.classes/2"
 RECORDINGS = Path("data/demo/answers/concepts.jsonl")
@@ -47,6 +51,15 @@ MODELS = "oracle-PERCENT, oracle-PERCENT-named, oracle-PERCENT-vernacular"
 SENTENCES = 3  # at most, of field marks
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 PHRASES = phrases()
+# The parts of index.parts where a mark of an attribute is seen: any of them.
+WHERE = {
+    "body_shape": ("body",),
+    "tail_shape": ("tail",),
+    "dorsal_fin": ("dorsal_fin",),
+    "body_colour": ("body",),
+    "fin_colour": ("dorsal_fin", "tail"),
+} | {mark: (mark,) for mark in ("bars", "stripes", "spots", "eye_mask", "tail_spot", "cheek")}
+SEEN = 0.5  # the share of a part's box that lies in a cell, or of a cell that it fills, from which on it is told
 COUNTING = threading.Lock()  # calls come in threads
 
 
@@ -57,6 +70,8 @@ class Picture(NamedTuple):
     class_id: str
     name: str
     marks: Mapping[str, str]  # attribute -> value
+    boxes: Mapping[str, Box]  # of the parts that are visible
+    cell: Box | None = None  # the cell of it that is shown; None: all of it
 
 
 def share_of(text: str) -> float:
@@ -76,6 +91,29 @@ def told_marks(picture: Picture, wrong: float) -> dict[str, str]:
     return told
 
 
+def seen_in(cell: Box, part: Box) -> bool:
+    """Whether a part is seen in a cell."""
+    width, height = (max(0.0, min(cell[end], part[end]) - max(cell[end - 2], part[end - 2])) for end in (2, 3))
+    areas = [max((x1 - x0) * (y1 - y0), 1e-9) for x0, y0, x1, y1 in (part, cell)]
+    return width * height >= SEEN * min(areas)
+
+
+def shown_marks(picture: Picture, wrong: float) -> dict[str, str]:
+    """The marks that are told and can be seen in what is shown."""
+    told, cell = told_marks(picture, wrong), picture.cell
+    if cell is None:
+        return told
+    seen = {part for part, box in picture.boxes.items() if seen_in(cell, box)}
+    # A mark that is told in error lies where the true one would: on the part, where it has none of its own.
+    return {mark: value for mark, value in told.items() if seen & set(place_of(picture, mark))}
+
+
+def place_of(picture: Picture, mark: str) -> tuple[str, ...]:
+    """The parts on which a mark is seen; one that the drawing has not itself, on the body."""
+    parts = WHERE[mark]
+    return parts if picture.boxes.keys() & set(parts) else ("body",)
+
+
 def vernacular(class_id: str) -> str:
     """An invented name of three syllables, which no table of names holds."""
     drawn = [share_of(f"vernacular {class_id} {place}") for place in range(6)]
@@ -90,17 +128,19 @@ def listed(said: Sequence[str]) -> str:
 
 def sentences_of(picture: Picture, wrong: float, names: str | None) -> list[str]:
     """What the oracle says of a drawing; `names`: named, vernacular or None."""
-    told = [PHRASES[mark] for mark in told_marks(picture, wrong).items() if mark in PHRASES]
+    told = [PHRASES[mark] for mark in shown_marks(picture, wrong).items() if mark in PHRASES]
+    if not told:
+        return []
     step = -(-len(told) // SENTENCES)
     sentences = [f"A fish with {listed(told[start : start + step])}." for start in range(0, len(told), step)]
-    if names is not None:
+    if names is not None and picture.cell is None:
         name = picture.name if names == "named" else vernacular(picture.class_id)
         sentences.insert(0, f"A fish that is known as {name}.")
     return sentences
 
 
 def read_pictures(params: Params) -> dict[str, Picture]:
-    """Every picture of the index by the sha256 of the data URL that stands for it in a question."""
+    """Every picture of the index, and every cell of it, by the sha256 of the data URL that it is asked with."""
     marks: dict[str, dict[str, str]] = defaultdict(dict)
     for row in read_table(INDEX / "attributes.parquet", "index.attributes/1").to_pylist():
         if row["value"] not in VOCABULARY.get(row["attribute"], {}):
@@ -109,13 +149,27 @@ def read_pictures(params: Params) -> dict[str, Picture]:
                 " oracle knows the demo alone: set dataset.root: data/reef"
             )
         marks[row["class_id"]][row["attribute"]] = row["value"]
-    names, found = read_names(), {}
+    names, boxes, found = read_names(), read_boxes(), {}
+    cells = cells_of([""], params.describe.nodes)
     for row in read_table(INDEX / "images.parquet", "index.images/1").to_pylist():
         if row["status"] == "ok":
-            url = data_url(params.dataset.folder / row["path"], params.describe.image_px, JPEG_QUALITY)
-            class_id = row["class_id"]
-            found[sha256(url)] = Picture(row["image_id"], class_id, names[class_id], marks[class_id])
+            path, class_id = params.dataset.folder / row["path"], row["class_id"]
+            whole = Picture(row["image_id"], class_id, names[class_id], marks[class_id], boxes.get(row["path"], {}))
+            for cell in (None, *(cell.box for cell in cells)):
+                url = data_url(path, params.describe.image_px, JPEG_QUALITY, cell)
+                if (key := sha256(url)) in found:
+                    raise UserError(f"{path}: as it is sent, it equals another picture or cell: the oracle cannot tell")
+                found[key] = whole._replace(cell=cell)
     return found
+
+
+def read_boxes() -> dict[str, dict[str, Box]]:
+    """By path, the boxes of the parts that are visible."""
+    boxes: dict[str, dict[str, Box]] = defaultdict(dict)
+    for row in read_table(INDEX / "parts.parquet", "index.parts/1").to_pylist():
+        if row["visible"] and (box := box_of(row["box"])) is not None:
+            boxes[row["path"]][row["part"]] = box
+    return boxes
 
 
 def read_names() -> dict[str, str]:
@@ -182,7 +236,10 @@ class Oracle:
         urls = [part["image_url"]["url"] for part in parts if part.get("type") == "image_url"]
         picture = self.pictures.get(sha256(urls[0])) if len(urls) == 1 else None
         if picture is None:
-            why = "this picture was not there when the oracle began, or describe.image_px was another; start it again"
+            why = (
+                "this picture was not there when the oracle began, or describe.image_px was another, or describe.nodes;"
+                " start it again"
+            )
             raise Refused(404, why)
         return picture
 

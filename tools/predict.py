@@ -180,7 +180,7 @@ def main() -> None:
     explained = arguments.explain or form == "text"
     judge, features = open_judge(params, arguments.params, name, arguments.classes, device)
     say(how_sure(judge, arguments.by is not None))
-    if "descriptions" in judge.run.reads:
+    if {"descriptions", "cell_descriptions"} & judge.run.reads:
         say(f"{name}: reads descriptions, and new pictures have none: no model is asked to write some")
     if (explained or arguments.html is not None) and nothing_to_say(judge.run):
         say(f"{name}: reads whole pictures and no texts, so that it has no patches and no concepts to name")

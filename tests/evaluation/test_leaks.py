@@ -120,6 +120,32 @@ def test_the_report_warns_of_runs_that_read_descriptions(data: Path) -> None:
     assert "words alone are right 100.0 100.0" in page.text
 
 
+def test_what_cells_give_away_counts_too(data: Path) -> None:
+    describe(data)
+    described, header = data / "descriptions/descriptions.parquet", "descriptions/1"
+    rows = read_table(described, header).to_pylist()
+    # All that tells a class, and its name in the answer, moves from the picture to a cell of it.
+    mute = [{**row, "text": "a fish"} for row in rows]
+    box = {"x0": 0.0, "y0": 0.0, "x1": 0.5, "y1": 0.5}
+    cells = [{**row, "cell": 1, **box} for row in rows]
+    answers = read_table(data / "descriptions/answers.parquet", "llm.answers/1").to_pylist()
+    answers = [{**row, "subject_id": f"{row['subject_id']}#0,0,0.5,0.5"} for row in answers]
+    tables = {"descriptions/1": ("descriptions", mute), "descriptions.cells/1": ("cells", cells),
+              "llm.answers/1": ("answers", answers)}  # fmt: skip
+    for schema, (name, content) in tables.items():
+        write_table(make_table(schema, content), data / f"descriptions/{name}.parquet", schema, {"nodes": [2]}, name)
+    config = data / "runs/linear_probe/config.json"
+    written = json.loads(config.read_text())
+    del written["fingerprints"]["descriptions/descriptions.parquet"]
+    config.write_text(json.dumps(written))
+    assert "read descriptions" not in report(make_params(), data)
+    written["fingerprints"]["descriptions/cells.parquet"] = "cells"
+    config.write_text(json.dumps(written))
+    summary = report(make_params(), data)
+    assert "warning: linear_probe: read descriptions; their words alone get 100.0 % of 24 val images" in summary
+    assert "name its own class 100.0 0.0" in Page((data / "report/index.html").read_text()).text
+
+
 def test_nothing_is_said_where_nothing_is_described(data: Path) -> None:
     assert "descriptions" not in report(make_params(), data)
     assert 'id="descriptions"' not in (data / "report/index.html").read_text()

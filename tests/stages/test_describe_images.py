@@ -15,7 +15,7 @@ from fieldmark.command import UserError
 from fieldmark.llm.answers import summarise
 from fieldmark.llm.journal import journal_path
 from fieldmark.pictures.decode import BadImage
-from stages.describe_images import ANSWERS, DESCRIPTIONS, JPEG_QUALITY, METRICS, data_url, main
+from stages.describe_images import ANSWERS, CELLS, DESCRIPTIONS, JPEG_QUALITY, METRICS, data_url, main
 from tests.fieldmark.llm.workspace import KEY, Row, Workspace, answers
 from tests.openai_server import OpenAIServer, content, refusal
 
@@ -233,3 +233,98 @@ def test_nothing_is_priced_or_asked_of_the_former_data_set(
     with pytest.raises(UserError, match=r"data/index: is of dataset\.root data/reef, and params\.yaml says data/ph"):
         workspace.run(main, *arguments)
     assert not server.calls
+
+
+def cells() -> list[Row]:
+    rows: list[Row] = store.read_table(CELLS, "descriptions.cells/1").to_pylist()
+    return rows
+
+
+def test_cells_are_asked_about_beside_pictures_which_stay_as_they_are(
+    server: OpenAIServer, workspace: Workspace
+) -> None:
+    images = workspace.write_images(2)
+    workspace.run(main)
+    before, described = answers(str(ANSWERS)), DESCRIPTIONS.read_bytes()
+    assert cells() == []
+    workspace.blocks["describe"]["nodes"] = [2]
+    workspace.write()
+    workspace.run(main)
+    assert len(server.calls) == 2 + 2 * 4  # no picture is asked about again
+    assert DESCRIPTIONS.read_bytes() == described
+    after = answers(str(ANSWERS))
+    assert [row for row in after if "#" not in row["subject_id"]] == before
+    boxes = ["0,0,0.5,0.5", "0.5,0,1,0.5", "0,0.5,0.5,1", "0.5,0.5,1,1"]
+    ids = sorted(row["image_id"] for row in images)
+    asked = {row["subject_id"]: row["item_key"] for row in after if "#" in row["subject_id"]}
+    assert sorted(asked) == sorted(f"{image_id}#{box}" for image_id in ids for box in boxes)
+    assert len(set(asked.values())) == 8
+    found = [(row["image_id"], row["cell"], row["rank"]) for row in cells()]
+    assert found == [(image_id, cell, rank) for image_id in ids for cell in (1, 2, 3, 4) for rank in (0, 1)]
+    assert [cells()[4][side] for side in ("x0", "y0", "x1", "y1")] == [0, 0.5, 0.5, 1]
+    # Other cells beside these: these are held.
+    workspace.blocks["describe"]["nodes"] = [3, 2]
+    workspace.write()
+    workspace.run(main)
+    assert len(server.calls) == 10 + 2 * 9
+    third = next(row for row in cells() if row["cell"] == 5)
+    assert [round(third[side], 4) for side in ("x0", "y0", "x1", "y1")] == [0.3333, 0.3333, 0.6667, 0.6667]
+    workspace.blocks["describe"]["nodes"] = []
+    workspace.write()
+    workspace.run(main)
+    assert len(server.calls) == 10 + 2 * 9
+    assert answers(str(ANSWERS)) == before
+    assert cells() == []
+
+
+def test_a_cell_is_sent_as_the_piece_that_it_is_at_full_sharpness(server: OpenAIServer, workspace: Workspace) -> None:
+    [row] = workspace.write_images(1)
+    path = Path("data/photos", row["path"])
+    image = Image.new("RGB", (901, 600), "red")
+    image.paste("blue", (450, 300, 901, 600))
+    image.save(path)
+    workspace.blocks["describe"]["nodes"] = [2]
+    workspace.write()
+    workspace.run(main)
+    pieces = [picture(call) for call in server.calls if "piece" in call["messages"][-1]["content"][0]["text"]]
+    assert sorted(piece.size for piece in pieces) == [(300, 200)] * 4  # px holds for a piece too
+    colours = sorted(piece.getpixel((150, 100)) for piece in pieces)  # type: ignore[type-var]
+    assert [max(range(3), key=lambda channel: colour[channel]) for colour in colours] == [2, 0, 0, 0]  # type: ignore[index]
+    sent = json.dumps(server.calls).lower()
+    assert not [word for word in ("secret", "bandit", "latro", ".png") if word in sent]
+
+
+def test_a_cell_that_shows_nothing_is_an_answer_and_no_row(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(1)
+    workspace.run(main)
+    workspace.blocks["describe"]["nodes"] = [2]
+    workspace.write(concurrency=1)
+    server.script += [content(json.dumps({"sentences": said})) for said in ([], ["A secret bandit."], [], [])]
+    workspace.run(main)
+    assert [(row["cell"], row["text"]) for row in cells()] == [(2, "A fish.")]
+    assert [row["status"] for row in answers(str(ANSWERS))] == ["ok"] * 5
+
+
+def test_cells_count_in_the_price_and_the_limit(
+    server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.write_images(2)
+    workspace.blocks["describe"]["nodes"] = [3]
+    workspace.write(max_calls=19)
+    workspace.run(main, "--dry-run")
+    said = capsys.readouterr().out
+    assert "prompts/describe_cell.md: 18 items, 0 cached, 18 calls" in said
+    assert "in sum: 20 items, 0 cached, 20 calls" in said
+    with pytest.raises(UserError, match=r"llm\.max_calls"):
+        workspace.run(main)
+    assert server.calls == []
+
+
+def test_a_cell_without_an_answer_is_named(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(1)
+    workspace.run(main)
+    workspace.blocks["describe"]["nodes"] = [2]
+    workspace.write(concurrency=1, min_coverage=1.0)
+    server.script.append(refusal("no"))
+    with pytest.raises(UserError, match=r"0\.png at 0,0,0\.5,0\.5"):
+        workspace.run(main)

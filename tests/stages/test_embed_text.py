@@ -19,6 +19,15 @@ def write_descriptions(texts: list[str]) -> None:
     rows = [{"image_id": f"{n}", "rank": 0, "text": text} for n, text in enumerate(texts)]
     path = "data/descriptions/descriptions.parquet"
     store.write_table(store.make_table("descriptions/1", rows), path, "descriptions/1", {}, "descriptions")
+    write_cells([])
+
+
+def write_cells(texts: list[str], mark: str = "cells") -> None:
+    """What was said of cells; where nothing was, no cell was asked about."""
+    box = {"x0": 0.0, "y0": 0.0, "x1": 0.5, "y1": 0.5}
+    rows = [{"image_id": f"{n}", "cell": 1, **box, "rank": 0, "text": text} for n, text in enumerate(texts)]
+    path, schema = "data/descriptions/cells.parquet", "descriptions.cells/1"
+    store.write_table(store.make_table(schema, rows), path, schema, {"nodes": [2] if texts else []}, mark)
 
 
 @pytest.fixture
@@ -146,3 +155,22 @@ def test_what_cannot_be_is_one_line(
     Path("data/concepts/concepts.parquet").unlink()
     with pytest.raises(UserError, match=r"concepts\.parquet: is missing"):
         run_stage("embed_text", "--encoder", "conv")
+
+
+def test_what_is_said_of_cells_is_embedded_and_without_cells_nothing_changes(
+    texts: Params, run_stage: Callable[..., None]
+) -> None:
+    run_stage("embed_text", "--encoder", "vit")
+    path = Path("data/embed/vit/text.parquet")
+    before = path.read_bytes()
+    write_cells([], mark="made by another version, and empty all the same")
+    run_stage("embed_text", "--encoder", "vit")
+    assert path.read_bytes() == before
+    write_cells(["a fish with a torn fin"])
+    run_stage("embed_text", "--encoder", "vit")
+    rows = store.read_table(path, "embed.text/1").to_pylist()
+    assert [row["kind"] for row in rows if row["text"] == "a fish with a torn fin"] == ["description"]
+    mark = store.read_header(path, "embed.text/1").fingerprint
+    write_cells(["a fish with a torn fin"], mark="another")
+    run_stage("embed_text", "--encoder", "vit")
+    assert store.read_header(path, "embed.text/1").fingerprint != mark

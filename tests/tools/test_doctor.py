@@ -148,3 +148,11 @@ def test_a_picture_is_asked_about_where_pictures_are_described(server: OpenAISer
     doctor.data_set()
     assert "describe_images: 12 calls" in doctor.descriptions()
     assert "data:image/jpeg;base64" in str(server.calls)
+
+
+def test_cells_are_counted_in_what_all_questions_cost(server: OpenAIServer, set_params: SetParams) -> None:
+    params = set_params(**blocks(mode="live", base_url=server.base_url), describe={"enabled": True, "nodes": [2]})
+    doctor = Doctor("params.yaml", params, True)
+    doctor.data_set()
+    assert "describe_images: 60 calls" in doctor.descriptions()  # 12 pictures, and four cells of each
+    assert len(server.calls) == 1

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,7 +14,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from fieldmark.reef.species import VOCABULARY, Species, load_species, phrases
-from stages.describe_images import ANSWERS, DESCRIPTIONS, main
+from stages.describe_images import ANSWERS, CELLS, DESCRIPTIONS, main
 from stages.generate_concepts import main as generate_concepts
 from tests.fieldmark.llm.workspace import REPOSITORY, Workspace, answers
 from tools.oracle_server import (
@@ -24,13 +25,18 @@ from tools.oracle_server import (
     Refused,
     read_pictures,
     read_recordings,
+    seen_in,
     sentences_of,
+    shown_marks,
     told_marks,
     vernacular,
 )
 
 SPECIES = load_species(REPOSITORY / "data/demo/species.yaml")[:3]
 EACH = 4
+# Of the drawings' parts: the tail at the right, all else at the left; the cheek is not visible.
+BOXES = {"tail": [0.6, 0.2, 0.9, 0.4], "body": [0.05, 0.05, 0.45, 0.45], "dorsal_fin": [0.1, 0.0, 0.4, 0.1],
+         "cheek": [0.1, 0.3, 0.2, 0.4]}  # fmt: skip
 
 
 def write_index(species: list[Species]) -> None:
@@ -39,7 +45,8 @@ def write_index(species: list[Species]) -> None:
     for number, one in enumerate(one for one in species for _ in range(EACH)):
         path = Path("data/photos/train", f"{number}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (900, 600), (20 * number, 80, 120)).save(path)
+        noise = np.random.default_rng(number).integers(0, 256, (60, 90, 3), np.uint8)  # no cell is like another
+        Image.fromarray(noise).save(path)
         image_id = store.sha256(path.read_bytes())
         rows.append(
             {
@@ -59,8 +66,14 @@ def write_index(species: list[Species]) -> None:
         {"class_id": one.class_id, "name": one.name, "scientific_name": one.scientific_name, "from_images": True}
         for one in species
     ]
-    for name, version, found in (("images", 1, rows), ("attributes", 1, marks), ("classes", 2, classes)):
-        schema = f"index.{name}/{version}"
+    parts = [
+        {"path": row["path"], "part": part, "x": 0.5, "y": 0.5, "visible": part != "cheek", "box": box}
+        for row in rows
+        for part, box in BOXES.items()
+    ]
+    tables = {"images/1": rows, "attributes/1": marks, "classes/2": classes, "parts/1": parts}
+    for named, found in tables.items():
+        name, schema = named.partition("/")[0], f"index.{named}"
         store.write_table(store.make_table(schema, found), f"data/index/{name}.parquet", schema, {}, name)
 
 
@@ -103,6 +116,37 @@ def test_the_stage_asks_it_and_keeps_that_it_was_an_oracle(workspace: tuple[Work
     assert "12 calls to oracle-20" in oracle.count()
 
 
+def test_of_a_cell_it_tells_what_can_be_seen_there(workspace: tuple[Workspace, Oracle]) -> None:
+    project, oracle = workspace
+    project.blocks["describe"]["nodes"] = [2]
+    project.write(base_url=project.llm["base_url"], model="oracle-0")
+    oracle.pictures = read_pictures(load_params("params.yaml"))
+    assert len(oracle.pictures) == len(SPECIES) * EACH * 5
+    project.run(main)
+    said: dict[int, str] = {}
+    for row in store.read_table(CELLS, "descriptions.cells/1").to_pylist():
+        said[row["cell"]] = f"{said.get(row['cell'], '')} {row['text']}"
+    assert set(said) == {1, 2}  # nothing of a fish is in the lower half
+    assert "tail" not in said[1]
+    assert "body" in said[1]
+    assert "dorsal fin" in said[1]
+    assert "tail" in said[2]
+    assert "body" not in said[2]
+    whole = next(one for one in oracle.pictures.values() if one.cell is None)
+    cell = whole._replace(cell=(0.0, 0.0, 0.5, 0.5))
+    for wrong in (0.0, 0.5):  # errors are those of the whole picture
+        assert shown_marks(cell, wrong).items() <= told_marks(whole, wrong).items()
+    assert sentences_of(cell._replace(cell=(0.5, 0.5, 1.0, 1.0)), 0.2, "named") == []
+
+
+def test_a_part_is_seen_where_half_of_it_is_or_where_it_fills_half_the_cell() -> None:
+    cell = (0.0, 0.0, 0.5, 0.5)
+    assert seen_in(cell, (0.4, 0.0, 0.6, 0.5))  # half of it
+    assert not seen_in(cell, (0.41, 0.0, 0.61, 0.5))
+    assert seen_in(cell, (0.0, 0.25, 1.0, 1.0))  # fills half of the cell, and has most of itself elsewhere
+    assert not seen_in(cell, (0.5, 0.5, 1.0, 1.0))
+
+
 def test_names_are_masked_by_the_stage_and_invented_ones_are_not(workspace: tuple[Workspace, Oracle]) -> None:
     project, oracle = workspace
     said = {}
@@ -129,7 +173,7 @@ def test_a_class_is_told_by_the_recordings(workspace: tuple[Workspace, Oracle]) 
 
 
 def test_so_many_marks_are_wrong_and_all_others_true() -> None:
-    pictures = [Picture(str(n), one.class_id, one.name, one.attributes) for n in range(400) for one in SPECIES]
+    pictures = [Picture(str(n), one.class_id, one.name, one.attributes, {}) for n in range(400) for one in SPECIES]
     for share in (0.0, 0.2, 1.0):
         told = [(told_marks(picture, share), picture.marks) for picture in pictures]
         wrong = [said[attribute] != true[attribute] for said, true in told for attribute in VOCABULARY]
@@ -143,7 +187,7 @@ def test_so_many_marks_are_wrong_and_all_others_true() -> None:
 def test_what_is_said_is_what_is_told_and_no_more() -> None:
     known = phrases()
     for one in SPECIES:
-        picture = Picture("image", one.class_id, one.name, one.attributes)
+        picture = Picture("image", one.class_id, one.name, one.attributes, {})
         said = " ".join(sentences_of(picture, 0.0, None))
         for (attribute, value), phrase in known.items():
             assert (phrase in said) == (one.attributes[attribute] == value), phrase

@@ -32,7 +32,7 @@ ALL = frozenset(
     {
         *{"nodes", "boxes", "kinds", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
         *{"descriptions", "projection", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout"},
-        *{"rollout", "parts", "attributes"},
+        *{"rollout", "parts", "attributes", "cell_descriptions"},
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -202,6 +202,7 @@ def write_bank(
     ]
     path = folder / "concepts/concepts.parquet"
     write_table(make_table("concepts/1", said), path, "concepts/1", {}, marks["rest"])
+    rng_of_cells = np.random.default_rng(plan.seed + 1)  # of its own: whatever else is drawn stays as it is
     sentences, texts = [], [{**row, "text_id": row["concept_id"]} for row in rows]
     described = image_ids if plan.described == "all" else image_ids[:1]
     for place, number in itertools.product(range(len(described)), range(plan.sentences)):
@@ -215,6 +216,13 @@ def write_bank(
                 "vector": unit(rng.standard_normal(plan.dimension)),
             }
         )
+    said_of_cells = []
+    for place, cell in itertools.product(range(len(described)), range(1, 1 + plan.sentences)):
+        text = f"sentence about cell {cell} of image {place}"
+        box = {"x0": 0.0, "y0": 0.0, "x1": 0.5, "y1": 0.5}
+        said_of_cells.append({"image_id": described[place], "cell": cell, **box, "rank": 0, "text": text})
+        vector = unit(rng_of_cells.standard_normal(plan.dimension))
+        texts.append({"text_id": sha256(text), "text": text, "kind": "description", "vector": vector})
     for text_row in texts:
         text_row.update(n_tokens=3, truncated=False)
     origins = {"embed": marks["embed"], "text": marks["text"], **Select().model_dump()}
@@ -224,6 +232,9 @@ def write_bank(
     write_table(with_vectors("embed.text/1", texts), path, "embed.text/1", made_by, marks["text"])
     path = folder / "descriptions/descriptions.parquet"
     write_table(make_table("descriptions/1", sentences), path, "descriptions/1", {}, marks["rest"])
+    path = folder / "descriptions/cells.parquet"
+    schema = "descriptions.cells/1"
+    write_table(make_table(schema, said_of_cells), path, schema, {"nodes": [2]}, marks["rest"])
     kept = [row for row in rows if row["kept"]]
     return np.stack([[*row["vector"], row["concept_idx"]] for row in kept])
 

@@ -133,6 +133,22 @@ def test_descriptions_come_in_the_order_of_their_rank(folder: Path) -> None:
         np.testing.assert_array_equal(batch.d[described, rank], vectors[f"sentence {rank} of image 0"])
 
 
+def test_sentences_about_cells_come_cell_by_cell(copy: Path) -> None:
+    path, schema = copy / "descriptions/cells.parquet", "descriptions.cells/1"
+    rows = read_table(path, schema).to_pylist()
+    # The second cell has two sentences, the first none: they come in the order of cells, then of ranks.
+    kept = [{**rows[place], "cell": cell, "rank": rank} for place, cell, rank in ((0, 3, 0), (1, 2, 1), (2, 2, 0))]
+    write_table(make_table(schema, kept), path, schema, {"nodes": [2]}, "other rows")
+    cache = read_cache(copy, ENCODER, PLAN.buckets, ALL)
+    batch = cache.batch(torch.arange(len(cache.paths)))
+    described = cache.paths.index("train/class-00/0000.png")
+    assert batch.cdm.sum(1).nonzero().flatten().tolist() == [described]
+    texts = read_table(copy / f"embed/{ENCODER}/text.parquet", "embed.text/1")
+    vectors = dict(zip(texts["text"].to_pylist(), vectors_of(texts).astype(np.float32), strict=True))
+    for place, row in enumerate((2, 1, 0)):
+        np.testing.assert_array_equal(batch.cd[described, place], vectors[rows[row]["text"]])
+
+
 def test_bank_knows_owners_and_names(folder: Path) -> None:
     bank = read_cache(folder, ENCODER, PLAN.buckets, ALL).part(Bank)
     assert bank.own.sum(0).tolist() == [6, 5, 5]
@@ -145,6 +161,7 @@ def test_no_description_leaves_no_sentence(planted: Callable[[Plan], Cache]) -> 
     batch = planted(Plan()).batch(torch.arange(3))
     assert batch.d.shape == (3, 0, 32)
     assert batch.dm.shape == (3, 0)
+    assert batch.cd.shape == (3, 0, 32)
 
 
 def test_no_ring_gains_and_no_concepts_leave_none(planted: Callable[[Plan], Cache]) -> None:

@@ -42,6 +42,7 @@ from stages.label_patches import Labelling
 from tools.prediction.pictures import Looked, Question, Views, thumbnail
 from training.data import Cache, Part, Parts, kind_of
 from training.data.arrays import Arrays, Make, make_room
+from training.data.cell_descriptions import CellDescriptions
 from training.data.descriptions import Descriptions
 from training.data.moments import names_in
 from training.data.nodes import Globals
@@ -96,7 +97,7 @@ def tables_of(encoder: str, reads: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in sorted(reads):
         kind = kind_of(word)
-        if not kind.shows or kind.supervises or kind is Descriptions:
+        if not kind.shows or kind.supervises or kind in (Descriptions, CellDescriptions):
             continue
         files = kind.files(encoder, [word])
         if not set(files.values()) <= MADE:
@@ -323,8 +324,9 @@ class Features:
                 write(graph_rows(nodes.combine_chunks(), recipe.graphs), folder / f"graphs/{name}", GRAPHS)
         source = Fresh(folder, name, 1, self.classes, pa.array(list(looked)), 1, recipe.reads)
         kinds = dict.fromkeys(kind_of(word) for word in sorted(recipe.reads))
+        silent = no_sentences(len(looked), recipe.encoder)
         made: list[Part] = [
-            no_descriptions(len(looked), recipe.encoder) if kind is Descriptions else kind.read(source)
+            silent[kind] if kind in silent else kind.read(source)
             for kind in kinds
             if kind.shows and not kind.supervises
         ]
@@ -356,8 +358,8 @@ def label(labelling: Labelling, nodes: pa.Table, looked: Iterable[Looked], quest
     return labelling.label(nodes, thumbs)
 
 
-def no_descriptions(images: int, encoder: ImageEncoder) -> Part:
+def no_sentences(images: int, encoder: ImageEncoder) -> dict[type[Part], Part]:
     """What a run that reads descriptions sees of pictures that have none: no model is asked."""
-    return Descriptions(
-        torch.zeros(images, 0, encoder.dimension, dtype=torch.float16), torch.zeros(images, 0, dtype=torch.bool)
-    )
+    vectors = torch.zeros(images, 0, encoder.dimension, dtype=torch.float16)
+    mask = torch.zeros(images, 0, dtype=torch.bool)
+    return {Descriptions: Descriptions(vectors, mask), CellDescriptions: CellDescriptions(vectors, mask)}

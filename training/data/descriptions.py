@@ -1,6 +1,6 @@
 """What a vision model said of each image, sentence by sentence."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -63,10 +63,21 @@ class Descriptions(Part):
 
 def read_descriptions(path: Path, text: Path, image_ids: pa.Array) -> dict[str, np.ndarray]:
     """The tensors of `Descriptions` by name."""
+    d, dm = read_sentences(path, "descriptions/1", ["image_id", "rank"], text, image_ids)
+    return {"d": d, "dm": dm}
+
+
+def read_sentences(
+    path: Path, schema: str, order: Sequence[str], text: Path, image_ids: pa.Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (n, S, D) float16 of the sentences in a table, by image and in an order that begins with image_id.
+
+    Beside them which of them an image has, (n, S) bool. Raises UserError where `text` lacks one.
+    """
     texts = read_table(text, "embed.text/1", ["text_id", "vector"])
-    table = read_table(path, "descriptions/1")
+    table = read_table(path, schema)
     table = table.filter(pc.is_in(table["image_id"], value_set=image_ids))
-    table = table.sort_by([("image_id", "ascending"), ("rank", "ascending")])
+    table = table.sort_by([(name, "ascending") for name in order])
     image = pc.index_in(table["image_id"], value_set=image_ids).to_numpy().astype(np.int64)
     # The lines of one image stand together now: a line's slot is its distance from its image's first.
     lengths = np.unique_counts(column(table, "image_id")).counts if table.num_rows else np.zeros(0, dtype=np.int64)
@@ -80,4 +91,4 @@ def read_descriptions(path: Path, text: Path, image_ids: pa.Array) -> dict[str, 
             raise UserError(f"{text}: lacks {found.null_count} texts of {path}; run embed_text again (dvc repro)")
         d[image, slots(lengths)] = vectors_of(texts)[found.to_numpy()]
         dm[image, slots(lengths)] = True
-    return {"d": d, "dm": dm}
+    return d, dm

@@ -58,6 +58,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Count, Fraction
 from training.data import Batch, Cache, Part
 from training.data.bank import Bank
+from training.data.cell_descriptions import CellDescriptions
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.labels import Labels
@@ -82,7 +83,7 @@ from training.offset import PROBE_WORDS, ProbeBeside, probe_also_reads, reduce, 
 from training.start import StartingPoint, starting_point
 
 SEEDED = True
-OWN = frozenset({"nodes", "tokens", "concepts", "owners", "labels", "edges", "descriptions"})
+OWN = frozenset({"nodes", "tokens", "concepts", "owners", "labels", "edges", "descriptions", "cell_descriptions"})
 READS = OWN | PROBE_WORDS
 ALSO = frozenset({"nodes"}) | PROBE_WORDS  # what it reads of other encoders
 Whole = Annotated[int, Field(ge=0)]
@@ -114,6 +115,7 @@ class Settings(Schedule):
     graph: Kind = "gcn"  # gcn, gat, sage, or mlp: no edges
     layers: Count = 2  # of the graph network
     description: Literal["none", "gate", "attention"] = "none"  # graph of texts, read by fused: none, gate, attention
+    cell_texts: bool = False  # what was said of the picture's cells too, as texts of the second graph (describe.nodes)
     neighbours: Count = 5  # nearest texts that each is linked to in the second graph
     streams: list[Stream] = Field(default=["global", "local"], min_length=1)  # logits that are summed
     bottleneck: Whole = 0  # dimensions of the information bottleneck on nodes; 0: none
@@ -174,6 +176,7 @@ def own_reads(settings: Settings) -> frozenset[str]:
         "labels": (graph and labelled) or second or bool(weights.contrast),
         "edges": graph and settings.graph != "mlp" and not tokens,
         "descriptions": second,
+        "cell_descriptions": second and settings.cell_texts,
     }
     return frozenset(name for name, is_read in wanted.items() if is_read)
 
@@ -332,7 +335,11 @@ def prepare(cache: Cache, settings_json: str) -> Cache:
             found["node_graph"].append(node_graph(settings, adjacency, mask.to(adjacency.device)).half())
         if has_second_graph(settings) and settings.graph != "mlp":
             K, shown, said = cache.part(Bank).K, cache.part(Labels).selected_concepts[rows], cache.part(Descriptions)
-            texts = (each.to(K.device) for each in (shown.long(), said.d[images].float(), said.dm[images]))
+            d, dm = said.d[images], said.dm[images]
+            if settings.cell_texts:
+                cells = cache.part(CellDescriptions)
+                d, dm = torch.cat([d, cells.cd[images]], dim=1), torch.cat([dm, cells.cdm[images]], dim=1)
+            texts = (each.to(K.device) for each in (shown.long(), d.float(), dm))
             found["text_graph"].append(text_graph(settings, K, *texts).half().to(shown.device))
         if has_texts:
             labels = cache.part(Labels)
@@ -594,14 +601,13 @@ class ConceptGraph(nn.Module):
         return out[:, :nodes]
 
     def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The nodes of G2 (B, S, h/2) and their mask (B, S): the image's concepts, then its sentences."""
-        concepts, K = batch.selected_concepts, self.texts()
-        mask = text_mask(concepts, batch.dm)
-        if batch.has("text_graph"):
-            graph = batch.text_graph
-        else:
-            graph = text_graph(self.settings, self.K, concepts, batch.d, batch.dm)
-        return self.description(K, concepts.clamp(min=0), batch.d.to(K.dtype), graph), mask
+        """The nodes of G2 (B, S, h/2) and their mask (B, S): concepts of the image, its sentences, its cells'."""
+        concepts, K, d, dm = batch.selected_concepts, self.texts(), batch.d, batch.dm
+        if self.settings.cell_texts:
+            d, dm = torch.cat([d, batch.cd], dim=1), torch.cat([dm, batch.cdm], dim=1)
+        mask = text_mask(concepts, dm)
+        graph = batch.text_graph if batch.has("text_graph") else text_graph(self.settings, self.K, concepts, d, dm)
+        return self.description(K, concepts.clamp(min=0), d.to(K.dtype), graph), mask
 
     def forward(self, batch: Batch) -> Output:
         losses: dict[str, Tensor] = {}

@@ -162,9 +162,9 @@ def test_its_texts_do_not_mix_with_another_towers_images(
     own = {"model": "tiny", "pretrained": str(checkpoints / "long.pt"), "batch_size": 4}
     set_params(encoders={"mine": {"model": f"local-dir:{checkpoints / 'clip'}", "batch_size": 4}})
     write_concepts([("a photo of a tang", "a", "name"), (LONG, "a", "visual"), ("a fin", "b", "visual")])
-    store.write_table(
-        store.make_table("descriptions/1", []), "data/descriptions/descriptions.parquet", "descriptions/1", {}, "none"
-    )
+    for name, schema in (("descriptions", "descriptions/1"), ("cells", "descriptions.cells/1")):
+        path = f"data/descriptions/{name}.parquet"
+        store.write_table(store.make_table(schema, []), path, schema, {"nodes": []}, "none")
     run_stage("index_images")
     run_stage("embed_images", "--encoder", "mine")
     # The user names LongCLIP's checkpoint and embeds the texts alone.

@@ -13,6 +13,7 @@ from tests.training.cache import Plan
 from tests.training.methods.test_universal import pad, shake
 from training.data import Batch, Cache, Parts
 from training.data.bank import Bank
+from training.data.cell_descriptions import CellDescriptions
 from training.data.descriptions import Descriptions
 from training.data.nodes import Nodes
 from training.loop import assess_split, decayed_groups, total_loss
@@ -197,6 +198,19 @@ def test_sentences_reach_the_decision(cache: Cache) -> None:
     model, images = build(cache, **ALL), cache.images("train")
     batch = cache.batch(images[cache.part(Descriptions).dm[images].any(1)])
     assert not torch.allclose(model(batch).logits, model(batch.changed(dm=batch.dm & False)).logits, atol=1e-4)
+
+
+def test_sentences_about_cells_are_nodes_where_they_are_asked_for(cache: Cache) -> None:
+    described = cache.part(CellDescriptions).cdm.any(1)
+    model = build(cache, **ALL, cell_texts=True)
+    batch = cache.batch(described.nonzero().flatten())
+    mute = batch.changed(cdm=batch.cdm & False)
+    assert not torch.allclose(model(batch).logits, model(mute).logits, atol=1e-4)
+    # A node that is not there changes nothing: without cells it is the graph that has none.
+    plain = build(cache, **ALL)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(mute).logits, plain(batch).logits)
+    assert torch.equal(plain(batch).logits, plain(mute).logits)
 
 
 def test_edges_between_texts_do_not_depend_on_the_precision(cache: Cache) -> None:

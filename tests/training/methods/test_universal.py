@@ -25,6 +25,7 @@ from training.data.again import Again
 from training.data.attributes import Attributes
 from training.data.bank import Bank
 from training.data.boxes import Boxes
+from training.data.cell_descriptions import CellDescriptions
 from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.kinds import Kinds
@@ -71,6 +72,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "concept_graph": {
         "streams": ["global", "local", "relation", "fused", "concept"],
         "description": "attention",
+        "cell_texts": True,
         "bottleneck": 8,
         "interference": 6,
         "rings": "node",
@@ -429,12 +431,12 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
     cache = cache.change(Bank, K=torch.where(changed[:, None], other, bank.K), owners=own)
     order = torch.randperm(len(cache.part(Labels).density), generator=generator)
     by_row: dict[str, type[Part]] = {
-        "labels": Labels, "boxes": Boxes, "descriptions": Descriptions, "moments": Moments, "again": Again,
-        "tokens": Tokens, "cls": Cls, "rollout": Rollout, "parts": ObjectParts,
+        "labels": Labels, "boxes": Boxes, "descriptions": Descriptions, "cell_descriptions": CellDescriptions,
+        "moments": Moments, "again": Again, "tokens": Tokens, "cls": Cls, "rollout": Rollout, "parts": ObjectParts,
     }  # fmt: skip
     for name in by_row.keys() & parts:
         # One image has sentences; they go to one of another class.
-        rows = order if name != "descriptions" else torch.arange(len(cache.paths)).roll(8)
+        rows = order if "descriptions" not in name else torch.arange(len(cache.paths)).roll(8)
         cache = cache.with_part(cache.part(by_row[name]).take(rows, rows))
     if "projection" in parts:
         cache = cache.change(Projection, weight=cache.part(Projection).weight.flip(1))
