@@ -69,15 +69,19 @@ pull: setup
 share: setup
 	@python -m tools.share
 
-test: setup
+# Types are checked beside the tests, since mypy keeps one core busy for a minute; what it says comes last.
+define check
 	ruff check .
-	mypy
-	pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@said=$$(mktemp); mypy >$$said 2>&1 & types=$$!; trap 'kill $$types; rm -f $$said; exit 130' INT TERM; \
+	pytest -n 2 --dist loadfile --no-loadscope-reorder $(1); tests=$$?; \
+	wait $$types; types=$$?; echo mypy; cat $$said; rm -f $$said; exit $$((tests | types))
+endef
+
+test: setup
+	$(call check)
 
 test-all: setup
-	ruff check .
-	mypy
-	pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
+	$(call check,-m "slow or not slow")
 
 bench: setup
 	@for bench in bench/[a-z]*.py; do python -m bench.$$(basename $$bench .py) || exit 1; done

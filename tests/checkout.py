@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+BUCKETS = 4  # of the small reef
 # What the test run has and a user's shell has not; the last are of `make test`.
 NOT_A_SHELLS = {"PYTHONDONTWRITEBYTECODE", "OPENAI_API_KEY", "MAKELEVEL", "MAKEFLAGS", "MFLAGS"}
 
@@ -57,3 +58,21 @@ def commit(folder: Path, *first: str) -> None:
         git(*first, cwd=folder)
     git("add", "-A", cwd=folder)
     git("commit", "-q", "-m", "change", cwd=folder)
+
+
+def make_reef(folder: Path) -> None:
+    """A checkout of its own in which the whole pipeline runs, on a few drawings of each species."""
+
+    def make_small(params: Any) -> None:
+        params["demo"]["reef"].update(train_per_class=5, test_per_class=2)
+        params["dataset"]["buckets"] = BUCKETS
+        params["train"]["seeds"] = 1
+        # The demo stores none.
+        params["tokens"] = {"reef": {"layers": [-1]}}
+        for method in ("attention_pool", "concept_graph"):
+            params["train"]["runs"][method]["settings"] = {"epochs": 3, "weight_decay": [0.01]}
+
+    checkout(folder)
+    edit_params(folder, make_small)
+    commit(folder)
+    command("dvc", "repro", cwd=folder)

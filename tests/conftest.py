@@ -1,8 +1,11 @@
 """What tests share: a local server, a temporary project, two tiny encoders, and stages run in this process."""
 
 import copy
+import fcntl
 import importlib
 import json
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from fieldmark.params import Params, load_params
+from tests.checkout import make_reef
 from tests.openai_server import OpenAIServer
 from tests.project import CONV, PARAMS, VIT, draw, save_model
 
@@ -27,8 +31,13 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole pipelines first: begun last, the longest file would leave the other core without work."""
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    """The longest files first, then whole pipelines: begun last, one would leave the other core without work.
+
+    One of them makes the small reef; what takes a copy of it waits for it, and comes after the others of this folder.
+    """
+    here = Path(__file__).parent
+    turns = {here / "test_pipeline.py": 0, here / "training/methods/test_universal.py": 1, here / "test_sharing.py": 3}
+    items.sort(key=lambda item: turns.get(item.path, 2 if item.path.parent == here else 4))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,6 +47,22 @@ def _arrays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.data.arrays.arrays_folder", lambda: folder)
         yield
+
+
+@pytest.fixture(scope="session")
+def small_reef(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which the pipeline ran on a small reef, once for all processes of the tests. For copies only."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, whole = base / "small_reef/fieldmark", base / "small_reef/whole"
+    folder.parent.mkdir(exist_ok=True)
+    with (base / "small_reef/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_reef(folder)
+            whole.touch()
+    return folder
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +14,22 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.checkout import checkout, command, commit, edit_params
+from tests.checkout import command, edit_params
 from tests.openai_server import OpenAIServer
 
 RUNS = ["zero_shot", "description_zero_shot", "linear_probe", "moments", "attention_pool", "concept_graph"]
 OF_TEXT = {"zero_shot", "description_zero_shot", "concept_graph"}  # those that read the bank or the labels
 
 
-def make_small(params: Any) -> None:
-    params["demo"]["reef"].update(train_per_class=8, test_per_class=3)
-    params["dataset"]["buckets"] = 4
-    params["train"]["seeds"] = 1
-    # The demo stores none.
-    params["tokens"] = {"reef": {"layers": [-1]}}
-    for method in ("attention_pool", "concept_graph"):
-        params["train"]["runs"][method]["settings"] = {"epochs": 3}
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(small_reef: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which the whole pipeline ran once."""
-    folder = checkout(tmp_path_factory.mktemp("first") / "fieldmark")
-    edit_params(folder, make_small)
-    commit(folder)
-    command("dvc", "repro", cwd=folder)
-    return folder
+    return shutil.copytree(small_reef, tmp_path_factory.mktemp("first") / "fieldmark", symlinks=True)
 
 
-def refitted(folder: Path, **environment: str) -> set[str]:
+def refitted(folder: Path, *words: str, **environment: str) -> set[str]:
     """The runs that `dvc repro` makes anew."""
-    said = command("dvc", "repro", cwd=folder, **environment).stdout
+    said = command("dvc", "repro", *words, cwd=folder, **environment).stdout
     return set(re.findall(r"Running stage 'train@([\w-]+)'", said))
 
 
@@ -130,7 +118,7 @@ def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path
 
     def run() -> tuple[int, set[str], dict[str, bytes], dict[str, tuple[int, bytes]]]:
         before = len(server.calls)
-        made_anew = refitted(folder, OPENAI_API_KEY="sk-test-key-123")
+        made_anew = refitted(folder, "train", OPENAI_API_KEY="sk-test-key-123")
         files = [*image_files(folder), *folder.glob("data/graphs/*/*")]
         files += [file for name in set(RUNS) - OF_TEXT for file in (folder / "data/runs" / name).iterdir()]
         untouched = {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -184,26 +172,46 @@ def test_one_image_more_is_one_image_embedded_and_one_bucket_changed(made: Path,
     assert restored == before
 
 
-def add_line(folder: Path, name: str) -> None:
-    file = folder / f"training/{name}.py"
-    file.write_text((file.read_text() if file.is_file() else '"""Nothing."""\n') + "\n# One line more.\n")
+@contextmanager
+def edited(path: Path, text: str) -> Iterator[None]:
+    """While it lasts, a file has another text; one that was not there is gone afterwards."""
+    before = path.read_text() if path.is_file() else None
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.unlink() if before is None else path.write_text(before)
 
 
 def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(made: Path, tmp_path: Path) -> None:
+    """By the plan of each run, which is made, and what `dvc repro` would do then: nothing need be trained."""
     folder = tmp_path / "edited"
     shutil.copytree(made, folder, symlinks=True)
+
+    def would_be_made() -> set[str]:
+        command("dvc", "repro", "plan_runs", cwd=folder)
+        return refitted(folder, "--dry", "train")
+
+    def one_line_more(name: str) -> AbstractContextManager[None]:
+        file = folder / f"training/{name}.py"
+        text = file.read_text() if file.is_file() else '"""Nothing."""\n'
+        return edited(file, text + "\n# One line more.\n")
+
     # A layer, a method, a control and a part of the cache that no run imports.
-    for name in ("layers/unused", "methods/unused", "controls/unused", "data/unused"):
-        add_line(folder, name)
-    assert refitted(folder) == set()
-    add_line(folder, "methods/zero_shot")
-    edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
-    assert refitted(folder) == {"zero_shot", "attention_pool"}
-    add_line(folder, "methods/linear_probe")
+    with ExitStack() as stack:
+        for name in ("layers/unused", "methods/unused", "controls/unused", "data/unused"):
+            stack.enter_context(one_line_more(name))
+        assert would_be_made() == set()
+    params = folder / "params.yaml"
+    with one_line_more("methods/zero_shot"), edited(params, params.read_text()):
+        edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
+        assert would_be_made() == {"zero_shot", "attention_pool"}
     # Two start at its fit, and one chooses among probes.
-    assert refitted(folder) == {"linear_probe", "moments", "attention_pool", "concept_graph"}
-    add_line(folder, "data/bank")
-    assert refitted(folder) == OF_TEXT
+    with one_line_more("methods/linear_probe"):
+        assert would_be_made() == {"linear_probe", "moments", "attention_pool", "concept_graph"}
+    with one_line_more("data/bank"):
+        assert would_be_made() == OF_TEXT
+    assert would_be_made() == set()
 
 
 @pytest.mark.slow

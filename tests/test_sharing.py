@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.checkout import BIN, ROOT, checkout, command, commit, edit_params, git
+from tests.checkout import BIN, BUCKETS, ROOT, checkout, command, commit, edit_params, git
 from tools.share import problem_of_url
 
 pytestmark = pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="clones borrow the virtual environment")
@@ -26,7 +26,6 @@ READS = ["data/bank/reef.parquet", "data/embed/reef/images", "data/graphs/reef",
          "data/index/images.parquet", "data/inputs", "data/labels/reef"]  # fmt: skip
 AUTHOR = {"GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
           "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org"}  # fmt: skip
-BUCKETS = 4
 
 
 def steps() -> list[str]:
@@ -53,16 +52,6 @@ def lend_environment(folder: Path) -> None:
     (venv / f".fieldmark-{hashlib.sha256(pins).hexdigest()[:16]}").touch()
 
 
-def make_small(params: Any) -> None:
-    params["demo"]["reef"].update(train_per_class=6, test_per_class=2)
-    params["dataset"]["buckets"] = BUCKETS
-    params["tokens"] = {"reef": {"layers": [-1]}}
-    runs = {name: params["train"]["runs"][name] for name in ("zero_shot", "concept_graph")}
-    runs["concept_graph"]["settings"] = {"epochs": 3, "weight_decay": [0.01]}
-    params["train"].update(seeds=1, runs=runs)
-    params["report"].update(reference="zero_shot")
-
-
 def data_files(folder: Path) -> dict[str, str]:
     """The md5 of each file under data/ that git does not bring."""
     files = [path for path in sorted((folder / "data").rglob("*")) if path.is_file()]
@@ -81,13 +70,10 @@ def cached(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(small_reef: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first machine: the whole pipeline ran."""
-    folder = checkout(tmp_path_factory.mktemp("first") / "fieldmark")
+    folder = shutil.copytree(small_reef, tmp_path_factory.mktemp("first") / "fieldmark", symlinks=True)
     lend_environment(folder)
-    edit_params(folder, make_small)
-    commit(folder)
-    command("dvc", "repro", cwd=folder)
     return folder
 
 
@@ -146,7 +132,7 @@ def test_pull_brings_what_the_trainer_reads_and_nothing_else(first: Path, second
         for name, digest in data_files(first).items()
         if any(Path(name).is_relative_to(path) for path in READS)
     }
-    assert len(wanted) == 5 + 3 * BUCKETS
+    assert len(wanted) == 3 + 6 + 3 * BUCKETS  # six plans of runs
     assert second.pulled == wanted
     folders = {name for name in second.fetched if name.endswith(".dir")}
     assert len(folders) == 4  # data/inputs and three of the encoder

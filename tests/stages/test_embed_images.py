@@ -400,7 +400,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     run_stage: RunStage,
     run_until: Callable[[float], tuple[int, float]],
 ) -> None:
-    """Twenty kills: of runs that begin with nothing, and of runs that change what is there."""
+    """Ten kills: of runs that begin with nothing, and of runs that change what is there."""
     folder = Path("data/embed/vit/images")
     set_params(dataset={"buckets": 16}, embed=shown)
 
@@ -421,7 +421,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
 
     chance = random.Random(0)
     kills, starts = 0, itertools.cycle([{}, old])
-    while kills < 20:
+    while kills < 10:
         start = next(starts)
         shutil.rmtree(folder)
         folder.mkdir()
@@ -433,7 +433,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
             done = {name: file for name, file in before.items() if file[0] == new.get(name)}
             held = [pq.read_table(path, columns=["image_id"]) for path in folder.glob("b*")]
             missing = wanted.difference(*(table.column("image_id").to_pylist() for table in held))
-            code, _ = run_until(chance.uniform(0, seconds / 2) if kills < 20 else 600)
+            code, _ = run_until(chance.uniform(0, seconds / 2) if kills < 10 else 600)
             assert code in (0, -signal.SIGKILL)
             kills += code != 0
             after = snapshot(folder)

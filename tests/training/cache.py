@@ -406,6 +406,7 @@ def label_rows(
     whole = np.argsort(-weights[0])
     entropy = -(weights * np.log(weights)).sum(1)
     density = 1 - entropy / np.log(len(bank))
+    selected = density >= np.median(density)
     return [
         {
             **{"image_id": image_id, "view": view, "node": node},
@@ -414,7 +415,7 @@ def label_rows(
             **{
                 "entropy": entropy[node],
                 "density": density[node],
-                "selected": bool(node and density[node] >= np.median(density)),
+                "selected": bool(node and selected[node]),
             },
             "selected_concepts": bank[whole[:shown], -1].astype(int).tolist() if node == 0 else None,
             "ring_gains": gains if node == 0 else None,

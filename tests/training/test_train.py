@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
+from fieldmark import command as command_line
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from tests.training.cache import Plan, write_cache, write_other
@@ -36,6 +38,7 @@ train:
     concept_graph:
       {method: concept_graph, encoder: tiny, settings: {epochs: 3, hidden: 16, weight_decay: [0.1]}}
 """
+Here = Callable[..., subprocess.CompletedProcess[str]]
 WRITTEN = ["config.json", "history.csv", "metrics.json", "model.safetensors", "predictions.parquet", "timing.json"]
 
 
@@ -55,6 +58,18 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         env=environment,
         check=False,
     )
+
+
+@pytest.fixture
+def here(run_stage: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Here:
+    """The same command in this process: a start of its own costs seconds."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        with pytest.raises(SystemExit) as stop:
+            command_line.run(lambda: run_stage("training.train", *map(str, arguments)))
+        return subprocess.CompletedProcess(arguments, int(str(stop.value.code)), *capsys.readouterr())
+
+    return run
 
 
 def test_two_processes_write_the_same_bytes(params: Path, tmp_path: Path) -> None:
@@ -169,11 +184,11 @@ def test_check_names_the_key(params: Path, old: str, new: str, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_check_reads_every_method_and_writes_nothing(params: Path) -> None:
-    result = command("--check", "--params", params)
+def test_check_reads_every_method_and_writes_nothing(params: Path, here: Here) -> None:
+    result = here("--check", "--params", params)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     params.write_text(PARAMS.replace("epochs: 3", "epohcs: 3"))
-    result = command("--check", "--params", params)
+    result = here("--check", "--params", params)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert "concept_graph.settings.epohcs: unknown key; did you mean `epochs`?" in result.stderr
 
@@ -183,23 +198,23 @@ def test_an_unknown_method_is_refused(params: Path, tmp_path: Path) -> None:
         train(load_params(params), str(params), "telepathy", tmp_path)
 
 
-def test_a_refused_run_leaves_nothing(params: Path, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_nothing(params: Path, tmp_path: Path, here: Here) -> None:
     write_cache(tmp_path / "data", Plan())
     (tmp_path / "data/labels/tiny/b001.parquet").write_bytes(b"PAR1")
-    result = command("--run", "concept_graph", "--params", params, "--data", tmp_path / "data")
+    result = here("--run", "concept_graph", "--params", params, "--data", tmp_path / "data")
     assert result.returncode == 1
     assert "b001.parquet: is not readable" in result.stderr
     assert not (tmp_path / "data/runs").exists()
     # What a run does not read cannot stop it.
-    result = command("--run", "linear_probe", "--params", params, "--data", tmp_path / "data")
+    result = here("--run", "linear_probe", "--params", params, "--data", tmp_path / "data")
     assert result.returncode == 0, result.stderr
 
 
-def test_a_method_that_cannot_work_on_this_data_says_why(params: Path, tmp_path: Path) -> None:
+def test_a_method_that_cannot_work_on_this_data_says_why(params: Path, tmp_path: Path, here: Here) -> None:
     write_cache(tmp_path / "data", Plan(concepts=0))
     text = PARAMS.replace("zero_shot: {method: zero_shot,", "zero_shot: {method: description_zero_shot,")
     params.write_text(text)
-    result = command("--run", "zero_shot", "--params", params, "--data", tmp_path / "data")
+    result = here("--run", "zero_shot", "--params", params, "--data", tmp_path / "data")
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "data/runs/zero_shot"
     assert sorted(file.name for file in folder.iterdir()) == WRITTEN
@@ -287,9 +302,9 @@ def test_a_half_of_val_may_lack_classes(params: Path, tmp_path: Path) -> None:
         ("control: {name: edges_remove}", "there is no training/controls/edges_remove.py; did you mean edges_removed?"),
     ],
 )
-def test_check_names_a_wrong_regime_or_control(params: Path, given: str, message: str) -> None:
+def test_check_names_a_wrong_regime_or_control(params: Path, given: str, message: str, here: Here) -> None:
     params.write_text(PARAMS.replace("  runs:", f"  {given}\n  runs:"))
-    result = command("--check", "--params", params)
+    result = here("--check", "--params", params)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert message in result.stderr
 
@@ -324,12 +339,12 @@ def test_a_run_on_several_encoders(tmp_path: Path) -> None:
         train(params, str(path), "neighbours", data)
 
 
-def test_knobs_are_printed_as_yaml_that_is_valid_settings() -> None:
-    result = command("--knobs", "concept_graph")
+def test_knobs_are_printed_as_yaml_that_is_valid_settings(here: Here) -> None:
+    result = here("--knobs", "concept_graph")
     assert result.returncode == 0
     content = YAML(typ="safe", pure=True).load(result.stdout)
     assert concept_graph.Settings.model_validate(content) == concept_graph.Settings()
     assert "loss_weights:" in result.stdout
-    result = command("--knobs", "concept_grahp")
+    result = here("--knobs", "concept_grahp")
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert "did you mean concept_graph?" in result.stderr

@@ -62,6 +62,7 @@ LOCAL = [
 BY_HEART = [method for method in TRAINED if method not in ("prototypes", "transfer_lda", "prior_lda", "gda")]
 LEAVING_OUT = ["ridge", "rbf_ridge"]  # these choose by training images and need no val
 Planted = Callable[[Plan], Cache]
+OfWhole = Callable[[str, dict[str, Any]], Tensor]
 
 
 FEATURES = {"features": ["global", "nodes", "pooled"]}  # of a probe that reads all it can
@@ -277,7 +278,7 @@ def test_7_it_can_learn_32_images_by_heart(planted: Planted, method: str) -> Non
     # Val holds the training images, so that the choice of the epoch and of l2 favours what is learned by heart.
     by_heart = with_val(cache, cache.images("train"))
     # What leaving out would choose is given: pure noise is told best by a fit that learns nothing.
-    fitted = quick(method, by_heart, epochs=200, lr=[3e-3], penalty=[1e-3])
+    fitted = quick(method, by_heart, epochs=100, lr=[3e-3], penalty=[1e-3])
     assert assess_split(fitted.model, by_heart, "train")[0] >= 0.99
 
 
@@ -464,39 +465,52 @@ def predicted(method: str, cache: Cache, knobs: dict[str, Any]) -> Tensor:
     return predict(quick(method, cache, epochs=1, **knobs).model, cache, torch.arange(len(cache.paths)))
 
 
+@pytest.fixture(scope="module")
+def of_whole(whole: Cache) -> OfWhole:
+    """What a method says of `whole`, fitted on it; one fit for equal knobs."""
+    said: dict[str, Tensor] = {}
+
+    def say(method: str, knobs: dict[str, Any]) -> Tensor:
+        key = f"{method} {knobs}"
+        if key not in said:
+            said[key] = predicted(method, whole, knobs)
+        return said[key]
+
+    return say
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_what_it_does_not_declare_to_read_cannot_change_it(whole: Cache, method: str) -> None:
+def test_what_it_does_not_declare_to_read_cannot_change_it(whole: Cache, of_whole: OfWhole, method: str) -> None:
     reads = load_method(method).READS
     # Node 0 is the global vector: who reads nodes reads it.
     rest = frozenset(part_kinds()) - reads - ({"globals"} if "nodes" in reads else set())
     rest -= {"pooled"} if "moments" in reads else set()
     rest -= {"moments"} if "pooled" in reads else set()
     knobs = WHOLE.get(method, {})
-    assert torch.equal(predicted(method, change(whole, rest), knobs), predicted(method, whole, knobs))
+    assert torch.equal(predicted(method, change(whole, rest), knobs), of_whole(method, knobs))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_it_declares_to_read_changes_it(whole: Cache, method: str) -> None:
+def test_what_it_declares_to_read_changes_it(whole: Cache, of_whole: OfWhole, method: str) -> None:
     """So that a declaration without one of them would not pass the test above."""
     every = [WHOLE.get(method, {}), *OTHERWISE.get(method, [])]
-    before = [predicted(method, whole, knobs) for knobs in every]
     for part in load_method(method).READS:
         changed = change(whole, frozenset({part}))
-        after = [predicted(method, changed, knobs) for knobs in every]
-        assert not all(map(torch.equal, before, after)), part
+        # Some of the settings read it.
+        assert any(not torch.equal(predicted(method, changed, knobs), of_whole(method, knobs)) for knobs in every), part
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_needs_no_more_than_it_declares(whole: Cache, method: str) -> None:
+def test_it_needs_no_more_than_it_declares(whole: Cache, of_whole: OfWhole, method: str) -> None:
     module, knobs = load_method(method), WHOLE.get(method, {})
     images = torch.arange(len(whole.paths))
     told = whole.only(module.READS)
-    assert torch.equal(predicted(method, told, knobs), predicted(method, whole, knobs))
+    assert torch.equal(predicted(method, told, knobs), of_whole(method, knobs))
     settings = module.Settings()
     reads = reads_of(method, settings)
     assert {kind_of(name) for name in reads} <= {kind_of(name) for name in module.READS}
     plain = whole.only(reads)
-    assert torch.equal(predict(quick(method, plain, epochs=1).model, plain, images), predicted(method, whole, {}))
+    assert torch.equal(predict(quick(method, plain, epochs=1).model, plain, images), of_whole(method, {}))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -526,9 +540,10 @@ def test_the_search_keeps_to_the_budget(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_12_it_looks_at_val_no_more_often_than_its_rivals(
-    cache: Cache, method: str, monkeypatch: pytest.MonkeyPatch
+    planted: Planted, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings times the moments at which val is looked at; a start at the rival is the rival's own search."""
+    cache = planted(Plan(train=6))  # a step an epoch: looks are counted, whatever is learned
     looks, labels = 0, cache.y[cache.images("val")]
 
     def counted(logits: Tensor, y: Tensor) -> tuple[float, float]:
