@@ -4,7 +4,7 @@ After Huang et al., NeurIPS 2024 [code], a system for slides of tissue, as bags 
 
     x_n     a node's vector, as long as a text's; the whole picture is one of the patches                  (D)
     z_n     ~ N(mu_n, s_n), [mu; log s^2] = Linear(dropout(ReLU(Linear(standardised x_n))))  mu at evaluation
-    e_n     = Linear(dropout(ELU(Linear(standardised x_n . K_k over concepts k of all classes))))   `interference`
+    e_n     = Linear(dropout(ELU(Linear(standardised x_n . K_k over all kept concepts k))))        `interference`
     logits  = rival + Linear(sum of w_n [z_n; e_n]), w = gated attention over the patches           `node_scores`
     loss    = CE + predictive InfoNCE + superfluous KL(N(mu, s) || N(0, 1))                         `loss_weights`
 
@@ -61,10 +61,6 @@ class Settings(BesideSettings):
     dropout: Fraction = 0.2  # share of activations dropped in training
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy, weight 1; 0 switches one off
 
-    @property
-    def has_concepts(self) -> bool:
-        return bool(self.interference or self.loss_weights.predictive)
-
 
 def reads(settings: Settings) -> frozenset[str]:
     return head_reads(settings, own_reads(settings))
@@ -72,7 +68,9 @@ def reads(settings: Settings) -> frozenset[str]:
 
 def own_reads(settings: Settings) -> frozenset[str]:
     """What it reads itself, and not by its probe."""
-    return frozenset({"nodes", "concepts", "owners"} if settings.has_concepts else {"nodes"})
+    told = bool(settings.loss_weights.predictive)
+    wanted = {"nodes": True, "concepts": told or bool(settings.interference), "owners": told}
+    return frozenset(name for name, is_read in wanted.items() if is_read)
 
 
 def class_anchors(bank: Bank) -> Tensor:
@@ -166,19 +164,22 @@ class CATE(nn.Module):
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    """Raises NotPossible where no class owns a concept, and the settings want some."""
+    """Raises NotPossible where the bank lacks the concepts, or owners of them, that the settings want."""
     sample, classes, anchors, known = training_sample(cache), len(cache.classes), None, None
     x = sample.nodes[sample.mask].float()
-    if settings.has_concepts:
+    if settings.interference or settings.loss_weights.predictive:
         bank = cache.part(Bank)
-        owned = own_texts(bank).any(0)
-        if not owned.any():
+        found = bank.kept & ~bank.of_kind("name", "proto")
+        lacks = "the bank keeps no concept" if not found.any() else ""
+        if settings.loss_weights.predictive and not own_texts(bank).any():
+            lacks = "no class owns a kept concept"
+        if lacks:
             raise NotPossible(
-                f"{bank.path}: no class owns a kept concept; write texts (concepts.import) or have a model asked"
-                " (llm.mode live), or take interference: 0 and loss_weights.predictive: 0"
+                f"{bank.path}: {lacks}; write texts (concepts.import) or have a model asked (llm.mode live), or take"
+                " interference: 0 and loss_weights.predictive: 0"
             )
-        anchors, K = class_anchors(bank), bank.K[owned]
-        known = K, Standardise(x @ K.T)
+        anchors = class_anchors(bank) if settings.loss_weights.predictive else None
+        known = bank.K[found], Standardise(x @ bank.K[found].T)
 
     def make(beside: Beside) -> CATE:
         interference = None

@@ -24,8 +24,9 @@ labels or stored edges: W is 1 between cells of the grid that touch, and every i
 
 A class without training images is never said: all that training tells is to say others. Under `unseen` its logit is a
 sum over classes with images, logit_u = sum of m_us logit_s, rows of m summing to 1: as its prototype is predicted from
-theirs by its text (training/class_texts.py) [design]. A stream whose rows are linear in prototypes says just what one
-with the predicted row would. Training looks at classes with images alone; an image's largest logit mostly stays theirs.
+theirs by its text (training/class_texts.py) [design]. Logits that are linear in prototypes say just what the predicted
+one would. Training is told nothing of it. A mix is hardly ever the largest logit: it tells these classes from each
+other.
 
 What no update changes is found once, before training (`prepare`): the graph as its layers need it, and the heaviest
 concepts of each node.

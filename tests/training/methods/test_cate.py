@@ -110,6 +110,7 @@ def test_noise_is_for_training_alone(cache: Cache) -> None:
 
 def test_what_is_off_is_not_computed_and_not_read(cache: Cache) -> None:
     assert reads(Settings()) == {"nodes", "concepts", "owners"}
+    assert reads(Settings.model_validate({"loss_weights": {"predictive": 0.0}})) == {"nodes", "concepts"}
     bare = {"interference": 0, "loss_weights": {"predictive": 0.0, "superfluous": 0.0}}
     assert reads(Settings.model_validate(bare)) == {"nodes"}
     batch = cache.batch(cache.images("train"))
