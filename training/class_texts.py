@@ -1,5 +1,5 @@
 """One text vector a class: its name's, that of what is said of it, or both. What methods ask that set texts beside
-images."""
+images, or in the place of images that a class has not."""
 
 from typing import Literal
 
@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from training.data import Cache, feature_words
 from training.data.bank import Bank
 from training.layers.features import FeatureSettings, parts_of
+from training.layers.logistic import as_probabilities, training_globals
+from training.layers.text_map import PENALTIES, TEACHERS, TextMap, least_error
 from training.layers.texts import class_text
 from training.methods import NotPossible
 
@@ -72,3 +74,32 @@ def text_blocks(cache: Cache, texts: Texts) -> list[Tensor]:
 def class_texts(cache: Cache, texts: Texts) -> Tensor:
     """(C, D): one unit vector a class, the middle of name and concepts where both are asked for."""
     return F.normalize(torch.stack(text_blocks(cache, texts)).sum(0), dim=-1)
+
+
+def class_mix(cache: Cache, texts: Texts) -> Tensor | None:
+    """(C, C): by their texts, which mix of the classes with training images each class without some is; rows sum to 1.
+
+    The map of layers/text_map.py from texts to the class means p of global vectors is linear in these: q_u, where it
+    expects the images of class u, is sum over s of mix_us p_s. Leaving classes out chooses its penalty. A class with
+    images is itself. None where every class is. Raises NotPossible where fewer than three classes have images, or a
+    class lacks a text; UserError for one without a name.
+    """
+    text = torch.cat(text_blocks(cache, texts), dim=1)
+    vectors, target = training_globals(cache)
+    told = as_probabilities(target, len(cache.classes)).double()
+    taught = told.any(0)
+    if taught.all():
+        return None
+    if taught.sum() < TEACHERS:
+        raise NotPossible(
+            f"fewer than {TEACHERS} classes have images to learn from what a class without images is like; leave it"
+            " unsaid (unseen: null), or take zero_shot or description_zero_shot"
+        )
+    told = told[:, taught]
+    means = told.T @ vectors.double() / told.sum(0)[:, None]
+    penalty = least_error(TextMap(text[taught], means), PENALTIES)
+    itself = torch.eye(len(taught), dtype=means.dtype, device=means.device)
+    mix = itself * taught
+    shares = TextMap(text[taught], itself[taught][:, taught]).predict(text[~taught], penalty)
+    mix[~taught] = shares @ itself[taught]
+    return mix.float()

@@ -8,7 +8,7 @@ runs of one method.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated, Protocol, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,6 +18,15 @@ from training.layers.states import State, within
 from training.loop import Retell, Schedule, fit_epochs
 from training.methods import Fitted
 from training.offset import Offset, ProbeBeside, fit_rival, probe_also_reads, reduce, with_reads
+
+Layer = Annotated[int, Field(ge=0)] | None
+
+
+class HasLayer(Protocol):
+    """Settings of a method that takes the tokens of one layer."""
+
+    @property
+    def layer(self) -> int | None: ...
 
 
 class BesideSettings(Schedule):
@@ -29,11 +38,11 @@ class BesideSettings(Schedule):
 class HeadSettings(BesideSettings):
     """The knobs that heads over tokens share."""
 
-    layer: Annotated[int, Field(ge=0)] | None = None  # of `tokens.ENCODER`, by its number; null: the deepest stored
+    layer: Layer = None  # of `tokens.ENCODER`, by its number; null: the deepest stored
 
 
-def tokens_word(settings: HeadSettings) -> str:
-    """What READS calls the tokens that a head reads."""
+def tokens_word(settings: HasLayer) -> str:
+    """What READS calls the tokens of that layer."""
     return "tokens" if settings.layer is None else f"tokens/{settings.layer}"
 
 

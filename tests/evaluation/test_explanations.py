@@ -36,7 +36,7 @@ from training.data.nodes import Nodes
 from training.explain import keep_nodes
 from training.loop import predict
 from training.methods import Output
-from training.methods.concept_graph import class_anchors
+from training.methods.cate import class_anchors
 from training.train import plan_run, train
 
 

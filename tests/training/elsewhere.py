@@ -43,7 +43,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     "attention_pool": [{}, WITH_PROBE, {"nodes": "tokens"}],
     "concept_graph": [
         WHOLE["concept_graph"],
-        {"graph": "gat", "streams": ["global", "fused"], "description": "gate", "rings": "readout"},
+        {"graph": "gat", "description": True},
         {"graph": "sage", "texts": 0},
         {"nodes": "tokens", "texts": 0, **WITH_PROBE},
     ],

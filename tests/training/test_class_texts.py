@@ -1,15 +1,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan
-from training.class_texts import Texts, class_texts, text_blocks, text_reads
+from training.class_texts import Texts, class_mix, class_texts, text_blocks, text_reads
 from training.data import Cache
 from training.data.bank import Bank
+from training.layers.text_map import PENALTIES
 from training.layers.texts import class_text
 from training.methods import NotPossible
 
@@ -54,3 +56,42 @@ def test_a_class_without_a_text_is_named(cache: Cache) -> None:
         class_texts(bare, "names")
     with pytest.raises(NotPossible, match="class class-01 has no kept concept"):
         class_texts(bare, "concepts")
+
+
+def refit(texts: np.ndarray, means: np.ndarray, new: np.ndarray, penalty: float, unit: float) -> np.ndarray:
+    """Ridge with an intercept that costs nothing, by its normal equations."""
+    design = np.hstack([texts / unit, np.ones((len(texts), 1))])
+    cost = penalty * np.diag([1.0] * texts.shape[1] + [0.0])
+    return np.append(new / unit, 1) @ np.linalg.solve(design.T @ design + cost, design.T @ means)
+
+
+def test_the_mix_predicts_what_a_ridge_from_texts_to_class_means_does(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan(classes=8, train=6, views=2, noise=1.0))
+    split = cache.split.copy()
+    split[(cache.split == "train") & np.isin(cache.y.numpy(), (1, 5))] = "unused"
+    cache = replace(cache, split=split)
+    mix = class_mix(cache, "both")
+    assert mix is not None
+    taught = [0, 2, 3, 4, 6, 7]
+    assert torch.equal(mix[taught], torch.eye(8)[taught])
+    assert torch.equal(mix[:, [1, 5]], torch.zeros(8, 2))
+    torch.testing.assert_close(mix.sum(1), torch.ones(8))
+
+    every = torch.cat(text_blocks(cache, "both"), dim=1).double().numpy()
+    train, views = cache.images("train"), [cache.globals(cache.images("train"), view).double() for view in (0, 1)]
+    p = np.array([torch.cat([g[cache.y[train] == label] for g in views]).mean(0).numpy() for label in taught])
+    e = every[taught]
+    unit = np.sqrt(np.square(e - e.mean(0)).sum(1).mean())
+    rest = [np.delete(np.arange(6), label) for label in range(6)]
+    missed = [
+        sum(np.square(p[c] - refit(e[rest[c]], p[rest[c]], e[c], penalty, unit)).sum() for c in range(6))
+        for penalty in PENALTIES
+    ]
+    penalty = PENALTIES[int(np.argmin(missed))]
+    for label in (1, 5):
+        expected = refit(e, p, every[label], penalty, unit)
+        np.testing.assert_allclose(mix[label, taught].double().numpy() @ p, expected, atol=1e-5)
+
+
+def test_there_is_no_mix_where_every_class_has_images(cache: Cache) -> None:
+    assert class_mix(cache, "names") is None

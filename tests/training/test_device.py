@@ -76,7 +76,7 @@ def test_a_fit_says_on_a_gpu_what_it_says_on_the_cpu_and_always_the_same(planted
     images = torch.arange(0, len(cache.paths), 3)
     there = cache.on(GPU)
     # One strength: of two that do as well on val, rounding would choose.
-    knobs = {"epochs": 1, "dropout": 0.0, **WHOLE.get(method, {}), "bottleneck": 0, "l2": [0.01]}
+    knobs = {"epochs": 1, "dropout": 0.0, **WHOLE.get(method, {}), "l2": [0.01]}
     known = {name: value for name, value in knobs.items() if name in load_method(method).Settings.model_fields}
     model, again, on_cpu = (quick(method, one, **known).model for one in (there, there, cache))
     said = predict(model, there, images)

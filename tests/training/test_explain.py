@@ -99,7 +99,7 @@ def cache(planted: Callable[[Plan], Cache]) -> Cache:
     return planted(Plan(train=12, noise=1.0, sentences=2))
 
 
-WHOLE = {"streams": ["local", "fused"], "description": "gate", "interference": 4}
+WHOLE = {"streams": ["local"], "description": True}
 
 
 @pytest.mark.parametrize(("method", "knobs"), [("attention_pool", {}), ("concept_graph", WHOLE)])
@@ -195,7 +195,7 @@ def test_without_the_texts_the_rest_is_left(cache: Cache, method: str) -> None:
     torch.testing.assert_close(found.adds.sum(1), said - rest, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("knobs", [{"texts": 2}, {"texts": 0, **WHOLE}])
+@pytest.mark.parametrize("knobs", [{"texts": 2}, WHOLE])
 def test_a_text_of_the_graph_adds_what_is_lost_without_its_labels(cache: Cache, knobs: dict[str, Any]) -> None:
     said, classes, found, model = added(cache, "concept_graph", 6, **knobs)
     images, labels = cache.images("test"), cache.part(Labels)

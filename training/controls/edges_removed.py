@@ -1,7 +1,7 @@
 """No image has an edge, and no message passes between its nodes.
 
-concept_graph links the whole image to every node only where an image has edges. Its second graph links texts by their
-own vectors: that is no part of this control.
+concept_graph links the whole image to every node only where an image has edges. Its graph of a description links
+sentences by their own vectors: that is no part of this control.
 """
 
 import torch

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TEMPERATURE = 0.1
-HARDEST = 32
 MARGIN = 0.4  # TransFG's alpha
 DELETION = 0.5  # TRD's constant
 ALPHA, DELTA = 32.0, 0.1  # Proxy-Anchor's steepness and margin
@@ -39,50 +38,6 @@ def info_nce(positive: Tensor, negatives: Tensor) -> Tensor:
     A negative that does not count is -inf.
     """
     return torch.cat([positive[:, None], negatives], dim=1).logsumexp(1) - positive
-
-
-def densest_node(density: Tensor, mask: Tensor) -> Tensor:
-    """n* (B,): the local node of the highest information density (B, N+1); 0, the whole image, where there is none."""
-    local = density.masked_fill(~mask, float("-inf"))
-    return torch.cat([local.new_full((len(local), 1), torch.finfo(local.dtype).min), local[:, 1:]], 1).argmax(1)
-
-
-def concept_contrast(query: Tensor, K: Tensor, own: Tensor, anchors: Tensor, shown: Tensor, target: Tensor) -> Tensor:
-    """-log(e^(q.p/t) / (e^(q.p/t) + sum over negatives of e^(q.k/t))), t = TEMPERATURE, the mean over images.
-
-    query (B, D), unit length: one node an image. K (M, D): the concepts; own (M, C) bool: their classes; anchors
-    (C, D): the mean of each class's concepts; shown (B, Mc): the concepts of the image, each once, -1 where there is
-    none. Positive p: the mean of the shown concepts that the image's class owns, else its anchor, at unit length.
-    Negatives: the HARDEST concepts that only other classes own, and the shown ones that the image's class does not own.
-    A soft target weighs the concepts (or anchors) of its candidates by their shares, and takes no candidate's concept
-    for a negative. An image whose class owns no concept has no positive and is left out.
-    """
-    if target.ndim == 1:
-        weight, anchor = own.T.index_select(0, target).float(), anchors.index_select(0, target)
-    else:
-        weight, anchor = target.float() @ own.float().T, target.float() @ anchors
-    mine = weight > 0  # weight (B, M): how much of the image's class owns a concept
-    real, place = shown >= 0, shown.clamp(min=0)
-    chosen = weight.float().gather(1, place) * real
-    positive = anchor.float()
-    if shown.shape[1]:
-        of_shown = F.embedding_bag(place, K, per_sample_weights=chosen, mode="sum")
-        positive = torch.where(chosen.any(1, keepdim=True), of_shown, positive)
-    owned = positive.any(1)
-    positive = F.normalize(positive, dim=-1)
-
-    query = query.float()
-    similarity = query @ K.T
-    others = similarity.detach().masked_fill(mine | ~own.any(1), float("-inf"))
-    highest, hardest = others.topk(min(HARDEST, others.shape[1]), dim=1, sorted=False)
-    hard = highest > float("-inf")
-    # A shown concept that is one of the hardest counts once.
-    among = torch.zeros_like(mine).scatter(1, hardest, hard)
-    beside = real & ~mine.gather(1, place) & ~among.gather(1, place)
-    negatives, counted = torch.cat([hardest, place], dim=1), torch.cat([hard, beside], dim=1)
-    first = (query * positive).sum(-1) / TEMPERATURE
-    rest = (similarity.gather(1, negatives).float() / TEMPERATURE).masked_fill(~counted, float("-inf"))
-    return (info_nce(first, rest) * owned).sum() / owned.sum().clamp(min=1)
 
 
 def nearest(h: Tensor, mask: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,12 +102,6 @@ def assignment_logits(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
     won = h.flatten(0, 1).index_select(0, row.T.flatten()).unflatten(0, (classes, len(h)))
     pairs = won @ proxies.to(h.dtype).transpose(1, 2)  # (C, B, P)
     return pairs.transpose(0, 1).float().max(2).values
-
-
-def recovery(h: Tensor, mask: Tensor, proxies: Tensor, target: Tensor, logits: Tensor) -> Tensor:
-    """Chamfer(h, proxies of the class) + cross entropy of the assignment; of several candidates see likeliest_class."""
-    assigned = F.cross_entropy(assignment_logits(h, mask, proxies), target)
-    return chamfer(h.float(), mask, proxies[likeliest_class(target, logits)].float()).mean() + assigned
 
 
 def margin_contrast(x: Tensor, target: Tensor) -> Tensor:

@@ -53,9 +53,10 @@ class NodeScales(NamedTuple):
     whole: Standardise | None  # of pictures, where they do not stand among the nodes: beside tokens
 
     @classmethod
-    def measure(cls, cache: Cache, kind: NodeKind) -> Self:
+    def measure(cls, cache: Cache, kind: NodeKind, word: str) -> Self:
+        """`word` is what READS calls the tokens that a NodeInput of that kind takes."""
         if kind == "tokens":
-            return cls(token_scale(cache, "tokens"), Standardise(cache.globals(cache.images("train"))))
+            return cls(token_scale(cache, word), Standardise(cache.globals(cache.images("train"))))
         sample = training_sample(cache)
         return cls(Standardise(sample.nodes[sample.mask]), None)
 
@@ -69,9 +70,10 @@ class NodeScales(NamedTuple):
 class NodeInput(nn.Module):
     """LN(V v_n + b) of an image's nodes, node 0 the whole picture; tokens and the picture have a V each."""
 
-    def __init__(self, scales: NodeScales, kind: NodeKind, width: int) -> None:
+    def __init__(self, scales: NodeScales, kind: NodeKind, width: int, word: str) -> None:
+        """`word` as in NodeScales.measure."""
         super().__init__()
-        self.kind = kind
+        self.kind, self.word = kind, word
         self.local = Projection(scales.local, width)
         if scales.whole is not None:
             self.whole = Projection(scales.whole, width)
@@ -79,7 +81,7 @@ class NodeInput(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, n, width), and which nodes count (B, n) bool."""
         if self.kind == "tokens":
-            x = torch.cat([self.whole(batch.g)[:, None], self.local(batch.tokens)], dim=1)
+            x = torch.cat([self.whole(batch.g)[:, None], self.local(batch.of(self.word))], dim=1)
             return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         mask = selected_of(batch.mask, batch.selected) if self.kind == "selected" else batch.mask
         return self.local(batch.nodes), mask

@@ -16,6 +16,8 @@ from torch import Tensor
 from training.layers.ridge import Rows, basis_of_kernel
 
 ALIKE = 1e-12  # a mean squared distance of unit vectors that is rounding
+TEACHERS = 3  # classes at least: of two, the map that is fitted without one says where the other lies
+PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class TextMap:

@@ -24,6 +24,7 @@ from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
 from training.offset import PROBE_WORDS, ProbeBeside, probe_also_reads, reduce, with_reads
 from training.start import StartingPoint, starting_point
+from training.token_heads import Layer, tokens_word
 
 SEEDED = True
 READS = frozenset({"nodes", "tokens"}) | PROBE_WORDS
@@ -41,6 +42,7 @@ class Settings(Schedule):
     start_l2: Positive | None = None  # strength of the probe that it starts from; null: val chooses
     with_probe: ProbeBeside = None  # {method, settings}: the probe whose logits it adds to; null: none
     nodes: Literal["all", "tokens"] = "all"  # all, or tokens: raw ones, before the projection
+    layer: Layer = None  # of tokens, by its number; null: the deepest stored
     hidden: Count = 256  # width of the patch stream
     dropout: Fraction = 0.3  # share of activations dropped in training
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the sum, weight 1; 0 switches one off
@@ -52,7 +54,7 @@ def reads(settings: Settings) -> frozenset[str]:
 
 def own_reads(settings: Settings) -> frozenset[str]:
     """What it reads itself, and not by its probe."""
-    return frozenset({"nodes"} if settings.nodes == "all" else {"globals", "tokens"})
+    return frozenset({"nodes"} if settings.nodes == "all" else {"globals", tokens_word(settings)})
 
 
 def also_reads(settings: Settings) -> frozenset[str]:
@@ -65,7 +67,7 @@ class AttentionPool(nn.Module):
         dimension, classes, hidden = start.probe.in_features, start.probe.out_features, settings.hidden
         self.offset, self.standardise_global = start.offset, start.standardise_global
         self.has_boxes = settings.nodes == "all"
-        self.in_nodes = NodeInput(scales, settings.nodes, hidden)
+        self.in_nodes = NodeInput(scales, settings.nodes, hidden, tokens_word(settings))
         self.attention = GatedAttention(hidden, hidden // 2)
         self.norm_pooled = nn.LayerNorm(hidden)
         self.dropout = nn.Dropout(settings.dropout)
@@ -92,7 +94,7 @@ class AttentionPool(nn.Module):
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     start = starting_point(cache, settings.start_l2, settings.with_probe)
     told = cache if start.rival is None else start.rival.told(cache)
-    scales = NodeScales.measure(cache, settings.nodes)
+    scales = NodeScales.measure(cache, settings.nodes, tokens_word(settings))
     fitted = fit_epochs(
         lambda: AttentionPool(start, scales, settings),
         reduce(told, own_reads(settings), frozenset()),

@@ -34,7 +34,7 @@ from training.layers.features import Features, FeatureSettings, Transform, featu
 from training.layers.gaussian import Share, Spread, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
-from training.layers.text_map import TextMap, explained, least_error
+from training.layers.text_map import PENALTIES, TEACHERS, TextMap, explained, least_error
 from training.methods import Fitted, NotPossible, linear_probe, search
 from training.methods.prototypes import class_means
 
@@ -43,15 +43,14 @@ READS = feature_words() | {"names", "concepts", "owners"}
 ALSO = feature_words()
 BORROWS = True  # it reads the images, labels and texts of `Cache.others`
 also_reads, build = feature_also_reads, linear_probe.build
-TEACHERS = 3  # classes at least: of two, the map that is fitted without one says where the other lies
 FAINT = 0.01  # the least that s is taken for: where texts say nothing, logits of classes without images are noise
 
 
 class Settings(FeatureSettings):
     texts: Texts = "both"  # what is said of a class: names, concepts, or both side by side
     penalty: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (
-        0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0,
-    )  # of the map from texts; leaving classes out chooses, val has no part in it  # fmt: skip
+        PENALTIES
+    )  # of the map from texts; leaving classes out chooses, val has no part in it
     shrinkage: list[Share] = Field(
         default=[0.1, 0.3, 0.6], min_length=1
     )  # of the covariance towards a round one, that val chooses from

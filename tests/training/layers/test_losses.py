@@ -10,21 +10,16 @@ from training.layers.losses import (
     ALPHA,
     DELETION,
     DELTA,
-    HARDEST,
     MARGIN,
-    TEMPERATURE,
     assignment_logits,
     capped_chamfer,
     chamfer,
-    concept_contrast,
-    densest_node,
     hausdorff,
     kl_from_normal,
     likeliest_class,
     margin_contrast,
     proxy_anchor,
     rank_hinge,
-    recovery,
     reverse_cross_entropy,
 )
 
@@ -44,70 +39,6 @@ def test_kl_is_zero_for_the_normal_and_has_its_closed_form() -> None:
     expected = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0)).mean()
     torch.testing.assert_close(kl_from_normal(mean, log_variance, mask), expected)
     assert expected > 0
-
-
-def contrast_by_loop(q: Tensor, K: Tensor, own: Tensor, anchors: Tensor, shown: Tensor, y: Tensor) -> float:
-    losses = []
-    for image, label in enumerate(y.tolist()):
-        mine = [k for k in range(len(K)) if own[k, label]]
-        present = set(shown[image].tolist()) - {-1}
-        chosen = [k for k in mine if k in present]
-        if not mine:
-            continue
-        positive = F.normalize(K[chosen].sum(0) if chosen else anchors[label], dim=0)
-        others = [k for k in range(len(K)) if own[k].any() and not own[k, label]]
-        hardest = sorted(others, key=lambda k: -float(q[image] @ K[k]))[:HARDEST]
-        negatives = {*hardest, *(k for k in present if not own[k, label])}
-        exponents = [math.exp(float(q[image] @ K[k]) / TEMPERATURE) for k in negatives]
-        right = math.exp(float(q[image] @ positive) / TEMPERATURE)
-        losses.append(-math.log(right / (right + sum(exponents))))
-    return float(np.mean(losses))
-
-
-def contrast_case() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    own = torch.zeros(90, 4, dtype=torch.bool)
-    own[torch.arange(80), torch.arange(80) % 3] = True  # class 3 owns nothing, concepts 80.. are generic
-    own[5, 0] = True  # shared with class 2
-    K = unit(90, 8)
-    anchors = own.float().T @ K / own.sum(0).clamp(min=1)[:, None]
-    shown = torch.rand(6, 90, generator=GENERATOR).topk(18).indices
-    shown[2], shown[4, 7:] = -1, -1
-    return unit(6, 8), K, own, anchors, shown, torch.tensor([0, 1, 2, 3, 2, 0])
-
-
-def test_contrast_equals_a_loop() -> None:
-    case = contrast_case()
-    torch.testing.assert_close(float(concept_contrast(*case)), contrast_by_loop(*case), atol=1e-5, rtol=1e-5)
-
-
-def test_contrast_of_sure_probabilities_is_that_of_classes_and_candidates_are_no_negatives() -> None:
-    q, K, own, anchors, shown, y = contrast_case()
-    sure = F.one_hot(y, 4).float()
-    by_class = concept_contrast(q, K, own, anchors, shown, y)
-    torch.testing.assert_close(concept_contrast(q, K, own, anchors, shown, sure), by_class)
-    everyone = torch.full((6, 4), 0.25)
-    owned = shown.where(own.any(1)[shown], -1)  # without generic ones all concepts belong to candidates
-    torch.testing.assert_close(concept_contrast(q, K, own, anchors, owned, everyone), torch.tensor(0.0))
-
-
-def test_contrast_reaches_the_densest_node_alone() -> None:
-    h = torch.randn(6, 5, 8, generator=GENERATOR, requires_grad=True)
-    density = torch.tensor([[0.9, 0.1, 0.5, 0.2, 0.8]]).repeat(6, 1)
-    mask = torch.tensor([[True, True, True, True, False]]).repeat(6, 1)
-    node = densest_node(density, mask)
-    assert node.tolist() == [2] * 6  # neither the global one nor padding
-    _, *rest = contrast_case()
-    concept_contrast(F.normalize(h[torch.arange(6), node], dim=-1), *rest).backward()
-    assert h.grad is not None
-    moved = h.grad.abs().sum(-1) > 0
-    assert moved[:3, 2].all()
-    moved[:, 2] = False
-    assert not moved.any()
-
-
-def test_without_patches_the_whole_image_is_densest() -> None:
-    assert densest_node(torch.zeros(2, 3), torch.tensor([[True, False, False]] * 2)).tolist() == [0, 0]
-    assert densest_node(torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)).tolist() == [0, 0]
 
 
 def test_chamfer_equals_scipy_and_is_zero_for_the_same_graph() -> None:
@@ -167,15 +98,11 @@ def test_assignment_is_the_highest_product_and_its_gradient_that_of_the_maximum(
         torch.testing.assert_close(a, b)
 
 
-def test_recovery_follows_the_candidate_that_the_logits_favour() -> None:
+def test_the_likeliest_class_is_the_candidate_that_the_logits_favour() -> None:
     logits = torch.tensor([[9.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
     target = torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]])
     assert likeliest_class(target, logits).tolist() == [2, 1]
     assert likeliest_class(torch.tensor([1, 0]), logits).tolist() == [1, 0]
-    h, proxies = torch.randn(2, 4, 3, generator=GENERATOR), torch.randn(3, 2, 3, generator=GENERATOR)
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    expected = chamfer(h, mask, proxies[[2, 1]]).mean() + F.cross_entropy(assignment_logits(h, mask, proxies), target)
-    torch.testing.assert_close(recovery(h, mask, proxies, target, logits), expected)
 
 
 def test_margin_contrast_equals_a_loop_and_does_not_see_length() -> None:
