@@ -196,7 +196,7 @@ def load_encoder(
         preprocessing=preprocessing, tokenizer=tokenizer,
         dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size, dense=dense,
         fingerprint=encoder_fingerprint(
-            model, architecture, preprocessing, settings.precision, dense and dense.identity
+            model, architecture, preprocessing, settings.precision, None if dense is None else dense.identity
         ),
     )
     if settings.precision != "fp32":

@@ -69,7 +69,8 @@ class Dense:
         if self.rule == "value":
             mixed = value
         elif self.rule == "self":
-            mixed = sum(functional.scaled_dot_product_attention(each, each, value) for each in (query, key))
+            attend = functional.scaled_dot_product_attention
+            mixed = attend(query, query, value) + attend(key, key, value)
         elif self.rule == "neighbour":
             near = nearness(height, width).to(key)
             mixed = functional.scaled_dot_product_attention(key, key, value, attn_mask=near)
@@ -175,7 +176,7 @@ def queries_keys_values(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor,
 def last_block(visual: Any) -> Any:
     """The last block of a ViT whose head reads the CLS token alone; None for any other tower."""
     if isinstance(visual, VisionTransformer):
-        block = visual.transformer.resblocks[-1]
+        block: Any = visual.transformer.resblocks[-1]
         reads_cls = visual.pool_type == "tok" and visual.attn_pool is None
         return block if reads_cls and isinstance(block.attn, nn.MultiheadAttention) else None
     trunk = visual.trunk if isinstance(visual, TimmModel) else None

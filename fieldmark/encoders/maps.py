@@ -50,6 +50,7 @@ def image_features(visual: Any, pixels: Tensor, name: str, dense: Dense | None =
     """
     if dense is not None:
         (pooled, tokens), cells = run_dense(dense, lambda: image_features(visual, pixels, name), pixels)
+        assert cells is not None
         return pooled, project_cells(visual, cells).reshape(tokens.shape)
     key = f"params.yaml: encoders.{name}"
     if isinstance(visual, TimmModel):
