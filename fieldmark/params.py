@@ -149,7 +149,7 @@ def read_dense(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"proxy"} and isinstance(value["proxy"], str):
         return Proxy(**value)
     if not isinstance(value, Proxy) and value not in ("last", "value", "self", "neighbour"):
-        raise PydanticCustomError("dense", "Input should be last, value, self, neighbour or {{proxy: TOWER}}")
+        raise PydanticCustomError("dense", "Input should be last, value, self, neighbour or {proxy: TOWER}")
     return value
 
 
