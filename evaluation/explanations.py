@@ -7,7 +7,8 @@ Writes  data/explanations/RUN.E/: tables.txt and tables.json. All figures are of
 Costs   a fit where there is no run; then a pass over val for each patch of an image. Memory for the cache and, beside
         it, the patches of val in float32.
 
-Parts: the module pointing says what a part is, which patch stands for it, what a hit is, and against which rivals.
+Parts: the module pointing says what a part is, which patch stands for it, what a hit is, and against which rivals; and
+how place and concept together stand for it, weighed on the other half of val.
 
 Decisions: the TOP patches of highest rank are removed, or they are the only local nodes that are left, and the
 probability of the predicted class is read again. A removed node is masked and loses its edges; coarser nodes and the
@@ -34,7 +35,20 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from evaluation.pointing import PARTS, RIVALS, Hits, PartWords, judge_parts, judged_patches, others, part_concepts
+from evaluation.pointing import (
+    PARTS,
+    PLACE_RIVALS,
+    RIVALS,
+    Hits,
+    PartWords,
+    Placed,
+    judge_parts,
+    judged_patches,
+    others,
+    part_concepts,
+    place_parts,
+    rank_parts,
+)
 from evaluation.statistics import LEVEL, bootstrap, flip_p, holm, interval
 from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
@@ -55,7 +69,7 @@ from training.restore import load_model
 from training.runs import write_json
 from training.train import PlannedRun, plan_run
 
-SPLIT = "val"
+SPLIT, CHOOSING = "val", "choose"
 NEEDED = frozenset({"nodes", "boxes", "concepts", "owners"})  # to say what points where, beside what the method reads
 TOP = 3  # patches removed or kept
 DRAWS = 10_000  # of the bootstrap
@@ -203,17 +217,19 @@ def with_verdicts(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return judged
 
 
-def compare_parts(hits: Mapping[str, Hits], y: Ints) -> list[Comparison]:
+def compare_parts(
+    hits: Mapping[str, Hits] | Mapping[str, Placed], y: Ints, names: Sequence[str] = RIVALS
+) -> list[Comparison]:
     """Each part against each rival, then all parts together; y (n,) holds the classes of the images judged."""
     found = []
     for name, one in hits.items():
-        found += against_rivals(name, RIVALS, one.own, one.rivals, one.images, y)
+        found += against_rivals(name, names, one.own, one.rivals, one.images, y)
     if not hits:
         return found
     own, rivals, images = (
         np.concatenate([getattr(one, field) for one in hits.values()], axis=-1) for field in ("own", "rivals", "images")
     )
-    return found + against_rivals("all parts", RIVALS, own, rivals, images, y)
+    return found + against_rivals("all parts", names, own, rivals, images, y)
 
 
 def compare_decisions(decisions: Decisions, y: Ints) -> list[Comparison]:
@@ -257,6 +273,13 @@ def as_text(content: Mapping[str, Any], tables: Mapping[str, Sequence[Comparison
         blocks.append(table_of(tables["parts"], "part", content["random"]))
     else:
         blocks.append("parts: no two parts are both marked and named by concepts: there is nothing to judge")
+    if tables["places"]:
+        found = content["place and concept"]
+        weighed = f"lam {found['own']:g}, with concepts of other parts {found['others']:g}, "
+        title = f"{weighed}chosen on {found['images']} other images of {SPLIT}; lam 0 is the place alone"
+        blocks.append(f"{title}\n{table_of(tables['places'], 'part, by place + lam x concept')}")
+    elif tables["parts"]:
+        blocks.append(f"place and concept: no other image of {SPLIT} chooses how they are weighed: nothing to judge")
     if any(one.own or one.theirs for one in tables["decisions"]):
         blocks.append(table_of(tables["decisions"], f"top {TOP} patches by"))
     else:
@@ -369,11 +392,19 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
     if decisions is None:
         raise UserError(f"{method}: gives no node scores to judge; choose a method that does, such as concept_graph")
     predicted = predict(model, told, images).argmax(1).cpu()
-    hits = judge_parts(cache, images, norms, concepts, read_points(data, cache, parts), predicted, seed)
+    marks = read_points(data, cache, parts)
+    hits = judge_parts(cache, images, norms, concepts, marks, predicted, seed)
+    choosing, train = cache.images(CHOOSING), cache.images("train")
+    chosen, ranked = (
+        rank_parts(cache, some, train, norms, concepts, marks, classes)
+        for some, classes in ((choosing, predict(model, told, choosing).argmax(1).cpu()), (images, predicted))
+    )
+    placed, weights = place_parts(chosen, ranked)
 
     y = cache.y[images].numpy()
     tables = {
         "parts": with_verdicts(compare_parts(hits, y)),
+        "places": with_verdicts(compare_parts(placed, y, PLACE_RIVALS)),
         "decisions": with_verdicts(compare_decisions(decisions, y)),
     }
     random = {part: found.random for part, found in hits.items()}
@@ -387,6 +418,7 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
         "images": len(images),
         "patches": float(patches.sum(1).double().mean()),
         "concepts": {part: int(chosen.sum()) for part, chosen in concepts.items()},
+        "place and concept": None if weights is None else weights._asdict(),
         "random": {part: float(chance.mean()) for part, chance in (random | everything).items()},
         "global alone": {
             "probability falls": float(decisions.alone.fall.mean()),

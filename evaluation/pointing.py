@@ -166,6 +166,13 @@ class Hits(NamedTuple):
     random: Floats  # (m,) the mean over the image's patches
 
 
+def beside_others(name: str, asked: Mapping[str, Tensor], marked: Mapping[str, Marked]) -> tuple[list[str], Ints]:
+    """The other parts that images are asked with, and the images (m,) that show part `name` and one of these."""
+    rest = [part for part in asked if part != name]
+    shown = np.any([marked[part].seen for part in rest], axis=0)
+    return rest, np.flatnonzero(marked[name].seen & shown)
+
+
 def judge_part(
     name: str,
     asked: Mapping[str, Tensor],
@@ -181,10 +188,7 @@ def judge_part(
     `vectors` (n, N, D) have the norms that they had before they were made of unit length, `patches` (n, N) says which
     nodes are patches, `cell` is the best fixed place.
     """
-    rest = [part for part in asked if part != name]
-    if not rest:
-        return None
-    images = np.flatnonzero(marked[name].seen & np.any([marked[part].seen for part in rest], axis=0))
+    rest, images = beside_others(name, asked, marked)
     if len(images) < 2:
         return None
     direction, u, mine = asked[name][images], vectors[images], patches[images]
@@ -200,10 +204,147 @@ def judge_part(
     )
 
 
+# lam, from the place alone to almost the concepts alone.
+WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+PLACE_RIVALS = ("place alone", "concepts alone", "place and another part")
+
+
+class Ranked(NamedTuple):
+    """How often patches ranked by place and concept hit a part, on the m images that show it and another part."""
+
+    images: Ints  # (m,) positions among the images judged
+    own: Floats  # (WEIGHTS, m) 0 or 1: with the part's own concepts
+    others: Floats  # (WEIGHTS, m) in [0, 1]: with those of the other parts that the image shows, the mean over them
+    concepts: Floats  # (m,) 0 or 1: with the part's own concepts and no place
+
+
+class Placed(NamedTuple):
+    """How often place and concept together hit a part, on m images that had no part in the choice of lam."""
+
+    images: Ints  # (m,) positions among the images judged
+    own: Floats  # (m,) 0 or 1
+    rivals: Floats  # (3, m) in [0, 1], in the order of PLACE_RIVALS
+
+
+class Weights(NamedTuple):
+    """What lam was chosen, on how many images, and how often the part was hit with each of WEIGHTS there."""
+
+    own: float
+    others: float
+    images: int
+    hits: list[float]
+
+
+def log_places(marked: Marked, patches: Bools) -> Floats:
+    """(N,): log P(place | part), of training images with patches (n, N) that show a part there."""
+    counts = (marked.covered & patches).sum(0) + 1.0
+    return np.log(counts / counts.sum())
+
+
+def standard_terms(direction: Tensor, vectors: Tensor, patches: Bools) -> Floats:
+    """(n, N): the terms u_n . direction of an image's patches with mean 0 and deviation 1; 0 where they do not differ.
+
+    direction (n, D), vectors (n, N, D), patches (n, N). What is no patch has -inf.
+    """
+    terms = torch.einsum("nd,nkd->nk", direction, vectors).double().numpy()
+    count = patches.sum(1, keepdims=True)
+    centred = np.where(patches, terms - (terms * patches).sum(1, keepdims=True) / count, 0.0)
+    deviation = np.sqrt((centred**2).sum(1, keepdims=True) / count)
+    return np.where(patches, centred / np.where(deviation > 0, deviation, 1.0), -np.inf)
+
+
+def rank_part(
+    name: str,
+    asked: Mapping[str, Tensor],
+    vectors: Tensor,
+    patches: Bools,
+    marked: Mapping[str, Marked],
+    places: Floats,
+) -> Ranked | None:
+    """Hits of part `name` with every lam; None where no image shows it and another part.
+
+    Of n images as in judge_part; `places` (N,) are the part's log_places.
+    """
+    rest, images = beside_others(name, asked, marked)
+    if not len(images):
+        return None
+    covered, row, u, mine = marked[name].covered[images], np.arange(len(images)), vectors[images], patches[images]
+
+    def hits(part: str) -> Floats:
+        """(WEIGHTS, m)"""
+        terms = standard_terms(asked[part][images], u, mine)
+        # Of no patch, lam x -inf is no number where lam is 0.
+        ranks = [np.where(mine, places + lam * np.where(mine, terms, 0.0), -np.inf) for lam in WEIGHTS]
+        return np.stack([covered[row, rank.argmax(1)] for rank in ranks]).astype(np.float64)
+
+    shown = np.stack([marked[part].seen[images] for part in rest])
+    of_rest = np.stack([hits(part) for part in rest])  # (parts, WEIGHTS, m)
+    mean = (of_rest * shown[:, None]).sum(0) / shown.sum(0)
+    alone = covered[row, best_patch(asked[name][images], u, mine)].astype(np.float64)
+    return Ranked(images, hits(name), mean, alone)
+
+
+def choose_weight(found: Mapping[str, Ranked], what: str) -> int:
+    """The place in WEIGHTS of the smallest lam that hits best over all images and parts, for field `what` of Ranked."""
+    return int(np.concatenate([getattr(one, what) for one in found.values()], axis=1).mean(1).argmax())
+
+
+def place_parts(
+    choosing: Mapping[str, Ranked], judged: Mapping[str, Ranked]
+) -> tuple[dict[str, Placed], Weights | None]:
+    """By part, hits on the images judged, with the lam that other images choose, and which it is.
+
+    Empty and None where no image chooses.
+    """
+    if not choosing:
+        return {}, None
+    own, other = (choose_weight(choosing, what) for what in ("own", "others"))
+    placed = {
+        part: Placed(one.images, one.own[own], np.stack([one.own[0], one.concepts, one.others[other]]))
+        for part, one in judged.items()
+    }
+    hits = np.concatenate([one.own for one in choosing.values()], axis=1).mean(1).tolist()
+    images = len(set().union(*(one.images.tolist() for one in choosing.values())))
+    return placed, Weights(WEIGHTS[own], WEIGHTS[other], images, hits)
+
+
 def judged_patches(cache: Cache, images: Tensor) -> Bools:
     """(n, N): which local nodes of the images (n,), in view 0, are patches."""
     rows = images * cache.views
     return finest(cache.part(Boxes).box[rows, 1:], cache.part(Nodes).mask[rows, 1:])
+
+
+class Scene(NamedTuple):
+    """What n images show of parts, and what they are asked with."""
+
+    asked: dict[str, Tensor]  # by part, (n, D)
+    vectors: Tensor  # (n, N, D) local nodes, at the norms that they had before they were made of unit length
+    patches: Bools  # (n, N)
+    marked: dict[str, Marked]  # by part
+
+
+def mark(cache: Cache, images: Tensor, points: Floats) -> Marked:
+    """Where images (n,) show a part, by its points (all images, P, 2)."""
+    at, boxes = points[images.numpy()], cache.part(Boxes).box[images * cache.views, 1:].numpy()
+    return Marked(~np.isnan(at[..., 0]).all(1), covers(boxes, at))
+
+
+def set_scene(
+    cache: Cache,
+    images: Tensor,
+    norms: Tensor,
+    concepts: Mapping[str, Tensor],
+    points: Mapping[str, Floats],
+    predicted: Tensor,
+) -> Scene:
+    """What `images` (n,) show, and what they are asked with; the arguments as in judge_parts."""
+    bank = cache.part(Bank)
+    return Scene(
+        {part: directions(bank.K, bank.kept, rows, bank.own, predicted) for part, rows in concepts.items()},
+        cache.part(Nodes).nodes[images * cache.views, 1:].float() * norms[images][..., None],
+        judged_patches(cache, images),
+        {part: mark(cache, images, points[part]) for part in concepts},
+    )
 
 
 def judge_parts(
@@ -221,16 +362,24 @@ def judge_parts(
     (`part_concepts`), and `points` (all images, P, 2) holds its points, nan where it is not visible. `predicted` (n,)
     holds the classes that the judged model predicts.
     """
-    bank, train = cache.part(Bank), cache.images("train")
-    train_patches, patches = judged_patches(cache, train), judged_patches(cache, images)
-
-    def mark(part: str, of: Tensor) -> Marked:
-        at, boxes = points[part][of.numpy()], cache.part(Boxes).box[of * cache.views, 1:].numpy()
-        return Marked(~np.isnan(at[..., 0]).all(1), covers(boxes, at))
-
-    marked = {part: mark(part, images) for part in concepts}
-    cells = {part: best_cell(mark(part, train), train_patches) for part in concepts}
-    asked = {part: directions(bank.K, bank.kept, rows, bank.own, predicted) for part, rows in concepts.items()}
-    vectors = cache.part(Nodes).nodes[images * cache.views, 1:].float() * norms[images][..., None]
-    hits = {part: judge_part(part, asked, vectors, patches, marked, cells[part], seed) for part in concepts}
+    train, scene = cache.images("train"), set_scene(cache, images, norms, concepts, points, predicted)
+    patches = judged_patches(cache, train)
+    cells = {part: best_cell(mark(cache, train, points[part]), patches) for part in concepts}
+    hits = {part: judge_part(part, *scene, cells[part], seed) for part in concepts}
     return {part: found for part, found in hits.items() if found is not None}
+
+
+def rank_parts(
+    cache: Cache,
+    images: Tensor,
+    train: Tensor,
+    norms: Tensor,
+    concepts: Mapping[str, Tensor],
+    points: Mapping[str, Floats],
+    predicted: Tensor,
+) -> dict[str, Ranked]:
+    """Hits by part on `images` (n,) with every lam, places from the images `train`; the others as in judge_parts."""
+    scene, patches = set_scene(cache, images, norms, concepts, points, predicted), judged_patches(cache, train)
+    places = {part: log_places(mark(cache, train, points[part]), patches) for part in concepts}
+    ranked = {part: rank_part(part, *scene, places[part]) for part in concepts}
+    return {part: found for part, found in ranked.items() if found is not None}

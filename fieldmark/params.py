@@ -141,6 +141,21 @@ class Clean(Block):
     visibility: Annotated[Literal["on", "off"], BeforeValidator(read_switch)] = "on"
 
 
+class Proxy(Block):
+    """A rule for dense tokens that takes what is alike in a picture from a tower."""
+
+    proxy: str
+
+
+def read_dense(value: Any) -> Any:
+    """The rule of `encoders.NAME.dense`."""
+    if isinstance(value, dict) and set(value) == {"proxy"} and isinstance(value["proxy"], str):
+        return Proxy(**value)
+    if not isinstance(value, Proxy) and value not in ("last", "value", "self", "neighbour"):
+        raise PydanticCustomError("dense", "Input should be last, value, self, neighbour or {proxy: TOWER}")
+    return value
+
+
 class Encoder(Block):
     """A text-aligned image encoder that open_clip loads."""
 
@@ -149,6 +164,7 @@ class Encoder(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: Count = 32
     image_size: Annotated[int, Field(ge=16)] | None = None
+    dense: Annotated[Literal["last", "value", "self", "neighbour"] | Proxy, PlainValidator(read_dense)] = "last"
 
 
 class Tower(Block):
@@ -514,6 +530,11 @@ def check_contradictions(path: str, params: Params) -> None:
             refuse(f"towers.{name}.library", what, f"choose one of: {', '.join(libraries)}")
         if name in params.encoders:
             refuse(f"towers.{name}", f"encoders.{name} writes to data/embed/{name} too", "rename one of them")
+    for name, settings in params.encoders.items():
+        if isinstance(settings.dense, Proxy) and settings.dense.proxy not in params.towers:
+            known = ", ".join(params.towers) or "none yet, so add it there"
+            what = f"{settings.dense.proxy!r} is not under `towers`"
+            refuse(f"encoders.{name}.dense.proxy", what, f"choose one of: {known}")
     for name in params.tokens:
         if name not in params.image_encoders:
             known = ", ".join(params.image_encoders)

@@ -112,7 +112,7 @@ def main() -> None:
     unrelated = read_unrelated(UNRELATED)
     rows = control_rows(names, unrelated, controls.seed, controls.per_class)
 
-    encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device))
+    encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device), params.towers)
     path = EMBED / arguments.encoder / "controls.parquet"
     texts = list(dict.fromkeys(row["text"] for row in rows))
     kept = read_kept(path, texts, encoder)

@@ -16,7 +16,7 @@ Which nodes a view has, and in which order, stands in fieldmark/encoders/nodes.p
     python -m stages.embed_images --encoder reef --device cuda:0,cuda:1
 """
 
-from fieldmark.command import run
+from fieldmark.command import UserError, run
 from fieldmark.encoders.base import choose_device
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import EMBED, nodes_of
@@ -44,8 +44,12 @@ def main() -> None:
     if run_shards("stages.embed_images", [EMBED / arguments.encoder / "images"], buckets, arguments):
         return
     devices = list_devices(arguments.device)
-    encoder = load_image_encoder(arguments.encoder, settings, choose_device(devices[0]))
+    encoder = load_image_encoder(arguments.encoder, settings, choose_device(devices[0]), params.towers)
     if arguments.compile:
+        if encoder.dense is not None:
+            key = f"params.yaml: encoders.{encoder.name}.dense"
+            what = "needs what the last block reads on the way, and compiled code shows it to nobody"
+            raise UserError(f"--compile: {key}: {what}; leave --compile out, or use last")
         compile_blocks(encoder.model)
     product = nodes_of(encoder, params.embed)
     if arguments.find_batch_size:

@@ -60,9 +60,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dry-run", action="store_true", help="print texts, time and bytes to come; write nothing")
     arguments = parser.parse_args()
-    settings = load_params(arguments.params).encoder(arguments.encoder)
+    params = load_params(arguments.params)
+    settings = params.encoder(arguments.encoder)
     kinds = read_texts()
-    encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device))
+    encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device), params.towers)
     path = EMBED / arguments.encoder / "text.parquet"
     kept = read_kept(path, kinds, encoder)
     held = set(kept.column("text").to_pylist())

@@ -61,7 +61,7 @@ def forward(encoder: ImageEncoder, choice: LayerChoice, pixels: Tensor) -> tuple
 
     n is at most batch_size.
     """
-    hidden = hidden_states(encoder.model, make_batch(encoder, pixels), choice, key_of(encoder))
+    hidden = hidden_states(encoder.model, make_batch(encoder, pixels), choice, key_of(encoder), encoder.dense)
     return tuple(each[: len(pixels)].half() for each in (*hidden.cells, *hidden.cls, hidden.rollout))
 
 
@@ -157,7 +157,7 @@ def main() -> None:
     if run_shards("stages.embed_tokens", [EMBED / name / "tokens"], buckets, arguments):
         return
     devices = list_devices(arguments.device)
-    encoder = load_image_encoder(name, settings, choose_device(devices[0]))
+    encoder = load_image_encoder(name, settings, choose_device(devices[0]), params.towers)
     choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key_of(encoder))
     product = tokens_of(encoder, choice, params.embed)
     if arguments.find_batch_size:

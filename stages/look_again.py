@@ -149,7 +149,7 @@ def main() -> None:
     if run_shards("stages.look_again", [AGAIN / name], buckets, arguments):
         return
     devices, chosen = list_devices(arguments.device), params.train.first_looks[name].encoder
-    encoder = load_image_encoder(chosen, params.image_encoder(chosen), choose_device(devices[0]))
+    encoder = load_image_encoder(chosen, params.image_encoder(chosen), choose_device(devices[0]), params.towers)
     maps = Maps(FIRST_LOOKS / name / "maps.parquet", encoder, [source.image_id for source in sources])
     product = again_of(name, encoder, maps)
     if arguments.find_batch_size:

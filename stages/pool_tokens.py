@@ -366,7 +366,7 @@ def main() -> None:
         raise UserError(f"params.yaml: moments.{name}: is not there, so that no vector is asked for; {remedy}")
     sources = read_sources(params.dataset.folder)
     devices = list_devices(arguments.device)
-    encoder = load_image_encoder(name, settings, choose_device(devices[0]))
+    encoder = load_image_encoder(name, settings, choose_device(devices[0]), params.towers)
     asked, embed = find_asked(encoder, params.moments[name]), params.embed.uncut
     widths, stored = measure(encoder, asked), find_stored(encoder, embed.views, buckets)
 

@@ -147,7 +147,7 @@ class Doctor:
 
     def encoder(self, name: str) -> str:
         started = perf_counter()
-        encoder = load_image_encoder(name, self.params.image_encoder(name), choose_device("auto"))
+        encoder = load_image_encoder(name, self.params.image_encoder(name), choose_device("auto"), self.params.towers)
         loaded = perf_counter() - started
         if isinstance(encoder, LoadedEncoder):
             with contextlib.redirect_stderr(io.StringIO()):

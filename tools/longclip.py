@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the checkpoint to write, for `pretrained`")
     arguments = parser.parse_args()
     # The weights as they are: a checkpoint has the positions of the model's own size.
-    own = {"precision": "fp32", "image_size": None}
+    own = {"precision": "fp32", "image_size": None, "dense": "last"}
     settings = load_params(arguments.params).encoder(arguments.encoder).model_copy(update=own)
     model = load_encoder(arguments.encoder, settings, torch.device("cpu")).model
     if not isinstance(model, open_clip.CLIP) or not any(isinstance(part, QuickGELU) for part in model.modules()):

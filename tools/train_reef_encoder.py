@@ -7,6 +7,7 @@ Costs    about 20 minutes on 2 idle cores with bfloat16 (3 to draw, 14 for the i
          on busy ones, and 3 GB of memory. Run by hand; the result is committed.
 
     python -m tools.train_reef_encoder [--out DIR] [--images N] [--seed S]
+    python -m tools.train_reef_encoder --tower vit --out data/encoders/reef-vit-lit --images 8000
 
 Three steps. (1) Draw fish with random field marks. (2) Train the image tower: one learned unit vector a field mark,
 a sigmoid loss (SigLIP, Zhai et al. 2023 [mem]) between it and the embedding of the picture; the same loss on every cell
@@ -14,10 +15,16 @@ of the feature map, where the part's box says which cells show the mark, makes t
 by averaging and projects linearly, so the average of the projected cells is the embedding of the picture.
 (3) Freeze it and train the text tower by the same loss against phrases of one or a few field marks in varied words.
 Words never seen in training have a zero token embedding: they say nothing.
+
+`--tower vit` makes another encoder, which no demo needs and nobody commits: a small ViT of open_clip's that pools by
+its CLS token, trained towards the text tower of the demo's encoder, which stays as it is. Whole pictures alone train
+it, and no cell, as with CLIP's own ViTs: so it stands in for these where the question is which of its cells show a mark
+(`encoders.NAME.dense`). What is found on it says nothing of a real one.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,18 +39,19 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fieldmark.command import run
+from fieldmark.command import UserError, run
 from fieldmark.reef.drawing import draw_fish
 from fieldmark.reef.species import Species, load_species, phrases, random_attributes
 
 OUT = Path("data/demo/encoder")
 PIXELS = 160  # of a training drawing; the towers see it resized
-PHASES = ((112, 4.0), (192, 1.5))  # (pixels the tower sees, epochs): cheap first, then at the size of use
-BATCH = 128
-LEARNING_RATE = 2e-3
+# (pixels the tower sees, epochs): cheap first, then at the size of use. A ViT has positions, and keeps its size.
+PHASES = {"resnet": ((112, 4.0), (192, 1.5)), "vit": ((PIXELS, 5.0),)}
+BATCH = {"resnet": 128, "vit": 32}
+LEARNING_RATE = {"resnet": 2e-3, "vit": 1e-3}
 CELL_WEIGHT = 0.5
 TEXT_STEPS = 1500
 TEXT_BATCH = 256  # phrases a step
@@ -58,7 +66,7 @@ CONFIG: dict[str, dict[str, Any]] = {
             "timm_model_pretrained": False,
             "timm_pool": "avg",
             "timm_proj": "linear",
-            "image_size": PHASES[-1][0],
+            "image_size": PHASES["resnet"][-1][0],
         },
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3},
     },
@@ -69,6 +77,9 @@ CONFIG: dict[str, dict[str, Any]] = {
         "resize_mode": "shortest",
     },
 }
+
+# open_clip's own ViT, of 8 x 8 cells.
+VIT = {"layers": 4, "width": 128, "head_width": 32, "patch_size": 20, "image_size": PIXELS}
 
 # The drawn parts whose boxes show an attribute; other attributes are marks with a box of their own name.
 SHOWN_BY = {
@@ -285,43 +296,65 @@ def cell_targets(boxes: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     return (share >= 0.25).float(), ((share >= 0.25) | (share == 0)).float()
 
 
-def train_image_tower(visual: TimmModel, drawings: Drawings, seed: int) -> None:
-    """Train `visual` (open_clip's TimmModel) in place."""
+def config_of(tower: str) -> dict[str, dict[str, Any]]:
+    """open_clip's configuration of the encoder with this image tower."""
+    return CONFIG if tower == "resnet" else {**CONFIG, "model_cfg": {**CONFIG["model_cfg"], "vision_cfg": VIT}}
+
+
+def embed_batch(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (B, D) of a tower's input, and those of its cells (B, cells, D) where they are trained too."""
+    with torch.autocast("cpu", torch.bfloat16):
+        features = visual.trunk.forward_features(pixels) if isinstance(visual, TimmModel) else visual(pixels)
+    if not isinstance(visual, TimmModel):
+        return features.float(), None
+    cells = visual.head(features.float().flatten(2).transpose(1, 2))
+    return cells.mean(dim=1), cells
+
+
+def train_image_tower(visual: Any, tower: str, drawings: Drawings, seed: int, texts: Tensor | None = None) -> None:
+    """Train `visual`, the tower of open_clip's that `tower` names, in place.
+
+    Towards `texts` (V, D), those of the field marks; None: towards a vector a mark that is learned with it.
+    """
     torch.manual_seed(seed)
     marks = drawings.shows.shape[1]
     vectors = nn.Parameter(F.normalize(torch.randn(marks, CONFIG["model_cfg"]["embed_dim"]), dim=1))
+    if texts is not None:
+        vectors = nn.Parameter(texts, requires_grad=False)
     scales = nn.Parameter(torch.tensor([2.3, 2.3]))  # log scale of picture and cell
     biases = nn.Parameter(torch.tensor([-1.0, -2.0]))
     visual.train().to(memory_format=torch.channels_last)
     decayed = [p for p in visual.parameters() if p.ndim > 1]
     plain = [p for p in visual.parameters() if p.ndim <= 1] + [vectors, scales, biases]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=LEARNING_RATE
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=LEARNING_RATE[tower]
     )
-    batches = [(size, int(epochs * len(drawings.pixels)) // BATCH) for size, epochs in PHASES]
+    many = BATCH[tower]
+    batches = [(size, int(epochs * len(drawings.pixels)) // many) for size, epochs in PHASES[tower]]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=sum(steps for _, steps in batches), pct_start=0.1
+        optimizer, LEARNING_RATE[tower], total_steps=sum(steps for _, steps in batches), pct_start=0.1
     )
     order = shuffled(len(drawings.pixels), seed)
     for size, steps in batches:
-        progress = Progress(f"image tower at {size} px", steps * BATCH)
+        progress = Progress(f"image tower at {size} px", steps * many)
         for _ in range(steps):
-            rows = np.sort([next(order) for _ in range(BATCH)])
+            rows = np.sort([next(order) for _ in range(many)])
             shows, boxes = torch.from_numpy(drawings.shows[rows]).float(), torch.from_numpy(drawings.boxes[rows])
-            with torch.autocast("cpu", torch.bfloat16):
-                features = visual.trunk.forward_features(to_input(drawings.pixels[rows], size))
-            cells = visual.head(features.float().flatten(2).transpose(1, 2))  # (B, cells, D)
+            pooled, cells = embed_batch(visual, to_input(drawings.pixels[rows], size))
             unit = F.normalize(vectors, dim=1)
-            logits = scales[0].exp() * F.normalize(cells.mean(dim=1), dim=1) @ unit.T + biases[0]
+            logits = scales[0].exp() * F.normalize(pooled, dim=1) @ unit.T + biases[0]
             loss = F.binary_cross_entropy_with_logits(logits, shows)
-            target, weight = cell_targets(boxes, features.shape[-1])
-            cell_logits = scales[1].exp() * F.normalize(cells, dim=2) @ unit.T + biases[1]
-            cell_loss = F.binary_cross_entropy_with_logits(cell_logits, target, weight)
-            (loss + CELL_WEIGHT * cell_loss).backward()
+            total, note = loss, f"loss {loss.item():.3f}"
+            if cells is not None:
+                target, weight = cell_targets(boxes, math.isqrt(cells.shape[1]))
+                cell_logits = scales[1].exp() * F.normalize(cells, dim=2) @ unit.T + biases[1]
+                cell_loss = F.binary_cross_entropy_with_logits(cell_logits, target, weight)
+                total, note = loss + CELL_WEIGHT * cell_loss, f"{note} cells {cell_loss.item():.3f}"
+            total.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            progress.step(BATCH, f"loss {loss.item():.3f} cells {cell_loss.item():.3f}")
+            progress.step(many, note)
     visual.eval()
 
 
@@ -336,9 +369,10 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
 def embed_images(visual: TimmModel, pixels: npt.NDArray[np.uint8]) -> Tensor:
     """Unit embeddings (N, D) of pictures (N, H, W, 3)."""
     out = []
-    for start in range(0, len(pixels), BATCH):
+    many, size = BATCH["resnet"], PHASES["resnet"][-1][0]
+    for start in range(0, len(pixels), many):
         with torch.autocast("cpu", torch.bfloat16):
-            out.append(visual(to_input(pixels[start : start + BATCH], PHASES[-1][0])).float())
+            out.append(visual(to_input(pixels[start : start + many], size)).float())
     return F.normalize(torch.cat(out), dim=1)
 
 
@@ -416,6 +450,21 @@ def train_text_tower(model: open_clip.CLIP, drawings: Drawings, seed: int) -> No
         progress.step(1, f"loss {loss.item():.3f}")
 
 
+@torch.no_grad()
+def borrow_texts(model: open_clip.CLIP) -> Tensor:
+    """Give `model` the text tower of the demo's encoder; returns the unit vectors (V, D) of the field marks.
+
+    That of a mark is the mean over all ways to say it.
+    """
+    state = load_file(OUT / "open_clip_model.safetensors")
+    held = {name: tensor.float() for name, tensor in state.items() if not name.startswith("visual.")}
+    model.load_state_dict(model.state_dict() | held)
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["model_cfg"]["text_cfg"]["context_length"])
+    said = [[f"a fish with {way}" for way in wordings(*mark)] for mark in phrases()]
+    vectors = [F.normalize(model.encode_text(tokenizer(texts)), dim=1).mean(dim=0) for texts in said]
+    return F.normalize(torch.stack(vectors), dim=1)
+
+
 def with_unknown_words(tokens: Tensor, unknown: Tensor) -> Tensor:
     """In one text of four, put a random unknown token after the start, so that the tower learns to pass over it."""
     padded = torch.cat([tokens[:, :1], unknown[torch.randint(len(unknown), (len(tokens), 1))], tokens[:, 1:-1]], dim=1)
@@ -438,14 +487,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder to write (default: {OUT})")
     parser.add_argument("--images", type=int, default=20000, help="training drawings (default: 20000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tower", choices=[*PHASES], default="resnet", help="the image tower (default: resnet)")
     args = parser.parse_args()
+    if args.tower != "resnet" and args.out == OUT:
+        raise UserError(f"--out: {OUT} is the demo's encoder; name another folder")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    config = json.dumps(config_of(args.tower), indent=2) + "\n"
+    (args.out / "open_clip_config.json").write_text(config, encoding="utf-8")
     torch.manual_seed(args.seed)
     model = open_clip.create_model(f"local-dir:{args.out}", load_weights=False)
-    drawings = draw_all(args.images, args.seed, load_species())
-    train_image_tower(model.visual, drawings, args.seed)
-    train_text_tower(model, drawings, args.seed)
+    if args.tower == "resnet":
+        drawings = draw_all(args.images, args.seed, load_species())
+        train_image_tower(model.visual, args.tower, drawings, args.seed)
+        train_text_tower(model, drawings, args.seed)
+    else:
+        texts = borrow_texts(model)
+        train_image_tower(model.visual, args.tower, draw_all(args.images, args.seed, load_species()), args.seed, texts)
     save(model, args.out)
 
 

@@ -86,6 +86,11 @@ class ImageEncoder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def dense(self) -> Any:
+        """The rule for the cells of the last block (dense.Dense), None for `last`."""
+        ...
+
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (n, 3, H, W) to the global embeddings (n, D) and the dense tokens (n, h, w, D), float32 on the device.
 
@@ -157,11 +162,15 @@ def split_transform(
 
 
 def encoder_fingerprint(
-    model: nn.Module, architecture: dict[str, Any], preprocessing: dict[str, Any], precision: str
+    model: nn.Module,
+    architecture: dict[str, Any],
+    preprocessing: dict[str, Any],
+    precision: str,
+    dense: dict[str, Any] | None = None,
 ) -> str:
-    """The fingerprint of all that changes a vector: these four, the rules of our own code and those of decoding.
+    """The fingerprint of all that changes a vector: these, the rules of our own code and those of decoding.
 
-    The device and the batch size are not in it.
+    The device and the batch size are not in it. `dense` says which rule makes the cells, where that is not `last`.
     """
     identity = {
         "rules": RULES,
@@ -170,7 +179,7 @@ def encoder_fingerprint(
         "weights": weights_sha(model),
         "preprocessing": preprocessing,
         "precision": precision,
-    }
+    } | ({} if dense is None else {"dense": dense})
     return store.sha256(store.canonical_json(identity))
 
 

@@ -16,7 +16,7 @@ tokenizer count by what is in them, not by where they lie.
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,11 @@ from fieldmark.encoders.base import (
     pad_rows,
     split_transform,
 )
+from fieldmark.encoders.dense import Dense, check_dense, make_dense
 from fieldmark.encoders.foreign_code import check_architecture
 from fieldmark.encoders.maps import image_features
-from fieldmark.params import Encoder
+from fieldmark.encoders.towers import load_tower
+from fieldmark.params import Encoder, Proxy, Tower
 
 
 @dataclass
@@ -65,6 +67,7 @@ class LoadedEncoder:
     device: torch.device
     batch_size: int
     fingerprint: str
+    dense: Dense | None = None  # how cells come about, where not as the last block has them
 
     @property
     def logit_scale(self) -> float:
@@ -81,7 +84,7 @@ class LoadedEncoder:
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """ImageEncoder.embed_images: pixels (n, 3, H, W) to global embeddings (n, D) and dense tokens (n, h, w, D)."""
-        pooled, tokens = image_features(self.model.visual, make_batch(self, pixels), self.name)
+        pooled, tokens = image_features(self.model.visual, make_batch(self, pixels), self.name, self.dense)
         return pooled[: len(pixels)].float(), tokens[: len(pixels)].float()
 
     @torch.inference_mode()
@@ -117,8 +120,14 @@ def count_hf_tokens(tokenizer: Any, text: str) -> tuple[int, bool]:
     return len(read) - stripped, needed > length
 
 
-def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEncoder:
-    """Load `encoders.NAME`. Raises UserError where open_clip cannot, with its reason."""
+def load_encoder(
+    name: str, settings: Encoder, device: torch.device, towers: Mapping[str, Tower] | None = None
+) -> LoadedEncoder:
+    """Load `encoders.NAME`, with that of the `towers` which its `dense` names, if it does.
+
+    Raises UserError where open_clip cannot, with its reason, where the encoder has not the cells that `dense` asks for,
+    and as load_tower does.
+    """
     key = f"params.yaml: encoders.{name}"
     if settings.precision == "fp16" and device.type == "cpu":
         raise UserError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32 on this machine")
@@ -181,17 +190,40 @@ def load_encoder(name: str, settings: Encoder, device: torch.device) -> LoadedEn
     # The configuration, since what PyTorch prints of a model leaves out attention heads and pooling.
     architecture = {**architecture, "text_cfg": architecture["text_cfg"] | hf_content(model, tokenizer, key)}
     preprocess, normalise = split_transform(image_transform_v2(PreprocessCfg(**preprocessing), is_train=False), device)
+    dense = find_dense(settings.dense, model.visual, preprocessing, towers or {}, f"{key}.dense", device)
     encoder = LoadedEncoder(
         name=name, model=model, preprocess=preprocess, normalise=normalise,
         preprocessing=preprocessing, tokenizer=tokenizer,
-        dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
-        fingerprint=encoder_fingerprint(model, architecture, preprocessing, settings.precision),
+        dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size, dense=dense,
+        fingerprint=encoder_fingerprint(
+            model, architecture, preprocessing, settings.precision, None if dense is None else dense.identity
+        ),
     )
     if settings.precision != "fp32":
         check_precision(encoder, settings.precision)
     if settings.image_size is not None:
         check_resized(encoder, settings.image_size, own)
     return encoder
+
+
+def find_dense(
+    asked: str | Proxy,
+    visual: Any,
+    preprocessing: Mapping[str, Any],
+    towers: Mapping[str, Tower],
+    key: str,
+    device: torch.device,
+) -> Dense | None:
+    """What `encoders.NAME.dense`, which stands under `key`, asks of an image tower; None for `last`. Loads a proxy."""
+    if asked == "last":
+        return None
+    if isinstance(asked, str):
+        check_dense(asked, visual, key)
+        return make_dense(asked, visual, None, preprocessing)
+    check_dense("proxy", visual, key)
+    if asked.proxy not in towers:
+        raise UserError(f"{key}.proxy: {asked.proxy!r} is not under `towers`; add it there")
+    return make_dense("proxy", visual, load_tower(asked.proxy, towers[asked.proxy], device), preprocessing)
 
 
 def check_activation(model: str, tag: str, architecture: dict[str, Any], key: str) -> None:

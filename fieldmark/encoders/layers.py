@@ -6,7 +6,8 @@ A hidden state is read as it leaves the layer: before the tower's last norm, its
 and distillation tokens are left out.
 
 One layer more stands behind the last one: `head`, which is what the projection takes of each cell, after the last norm
-or `conv_head` (maps.pool_cells). Its cells, projected, are the dense tokens of embed_images.
+or `conv_head` (maps.pool_cells). Its cells, projected, are the dense tokens of embed_images: where a rule makes these
+(dense.py), `head` holds what it gives, and the blocks what they are without it.
 
 Attention rollout, as TransFG uses it (He et al., AAAI 2022; read in its code), says how much of each cell
 has reached the CLS token. For a ViT of L blocks it is the product A_{L-1} ... A_2 A_1 of the attention maps of all
@@ -35,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 from fieldmark.command import UserError
 from fieldmark.encoders.base import ImageEncoder
+from fieldmark.encoders.dense import Dense, run_dense, with_cells
 from fieldmark.encoders.maps import find_visual, pool_cells
 from fieldmark.params import Layer, MomentLayer
 
@@ -154,26 +156,32 @@ def has_cls(tower: Any) -> bool:
     )
 
 
-def hidden_states(model: Any, pixels: Tensor, choice: LayerChoice, key: str) -> HiddenStates:
+def hidden_states(
+    model: Any, pixels: Tensor, choice: LayerChoice, key: str, dense: Dense | None = None
+) -> HiddenStates:
     """The hidden states of pixels (n, 3, H, W), from one forward pass up to the last layer chosen.
 
-    `model` is a loaded model or its tower; `head` needs the model, for what the tower's head does.
+    `model` is a loaded model or its tower; `head` needs the model, for what the tower's head does. `dense` is the rule
+    for its cells, where the encoder has one.
     Raises UserError, under `key`, where rollout is asked of a tower whose blocks do not attend from all tokens to all.
     """
     tower = find_tower(model)
     count = count_layers(tower)
     blocks = [layer for layer in choice.layers if layer != count]
+    whole = len(blocks) < len(choice.layers)
 
     def run() -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        whole = len(blocks) < len(choice.layers)
         return run_tower(tower, pixels, blocks) if whole else (*run_layers(tower, pixels, blocks), None)
 
+    def run_both() -> tuple[tuple[list[Tensor], list[Tensor], Tensor | None], Tensor | None]:
+        return run_dense(dense if whole else None, run, pixels)
+
     if choice.rollout is None:
-        maps, prefixes, features = run()
+        (maps, prefixes, features), replaced = run_both()
         rollout = pixels.new_empty(len(pixels), 0, 0)
     else:
         with record_attention(tower) as recorded:
-            maps, prefixes, features = run()
+            (maps, prefixes, features), replaced = run_both()
         prefix, (height, width) = count_prefix(tower), maps[-1].shape[2:]
         ran = choice.layers[-1] + (1 if features is None else 0)
         if [each.key.shape[2] for each in recorded] != [prefix + height * width] * ran:
@@ -183,7 +191,8 @@ def hidden_states(model: Any, pixels: Tensor, choice: LayerChoice, key: str) -> 
     cells = [each.permute(0, 2, 3, 1) for each in maps]
     cls = [each[:, 0] for each in prefixes] if has_cls(tower) else [pixels.new_empty(len(pixels), 0)] * len(maps)
     if features is not None:
-        last, first = pool_cells(find_visual(model), features, f"{key}: {type(tower).__name__}")
+        shown = with_cells(features, replaced)
+        last, first = pool_cells(find_visual(model), shown, f"{key}: {type(tower).__name__}")
         cells.append(last)
         cls.append(first if has_cls(tower) else pixels.new_empty(len(pixels), 0))
     return HiddenStates(cells, cls, rollout)

@@ -1,5 +1,7 @@
 """Which family loads an encoder of images: open_clip one with texts, the library that it names one without."""
 
+from collections.abc import Mapping
+
 import torch
 
 from fieldmark.encoders.base import ImageEncoder
@@ -8,8 +10,13 @@ from fieldmark.encoders.towers import load_tower
 from fieldmark.params import Encoder, Tower
 
 
-def load_image_encoder(name: str, settings: Encoder | Tower, device: torch.device) -> ImageEncoder:
-    """Load `encoders.NAME` or `towers.NAME`. Raises UserError as load_encoder and load_tower do."""
+def load_image_encoder(
+    name: str, settings: Encoder | Tower, device: torch.device, towers: Mapping[str, Tower] | None = None
+) -> ImageEncoder:
+    """Load `encoders.NAME` or `towers.NAME`; of `towers` an encoder's `dense` may name one.
+
+    Raises UserError as load_encoder and load_tower do.
+    """
     if isinstance(settings, Tower):
         return load_tower(name, settings, device)
-    return load_encoder(name, settings, device)
+    return load_encoder(name, settings, device, towers)

@@ -18,6 +18,9 @@ global embedding. What this means depends on how the tower pools:
 CLS and register tokens are not cells. Where the pooling reads them too, copies of the cell take their places. In a
 transformer the cells have already mixed with each other: each carries context from the whole picture.
 
+For a ViT that pools by its CLS token there are other rules for what its last block gives a cell (dense.py); what
+follows the map is applied to these cells as to its own.
+
 The last step of the head is the projection into the space of texts: a matrix (`proj`, `c_proj`, timm's classifier) or
 an MLP (`timm_proj: mlp`). `pool_map` and `pool_cells` give what it takes: of the whole map, and of each cell by the
 rule above. So in every family a cell of `pool_cells`, projected, is the dense token. A head that ends with its pooling
@@ -36,13 +39,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fieldmark.command import UserError
+from fieldmark.encoders.dense import Dense, run_dense
 
 
-def image_features(visual: Any, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def image_features(visual: Any, pixels: Tensor, name: str, dense: Dense | None = None) -> tuple[Tensor, Tensor]:
     """The global embeddings (n, D) and dense tokens (n, h, w, D) that an image tower of open_clip's makes of pixels.
 
-    `name` is that of the encoder. Raises UserError for a tower that no rule fits.
+    `name` is that of the encoder, `dense` its rule for the cells of the last block, where it has one. Raises UserError
+    for a tower that no rule fits.
     """
+    if dense is not None:
+        (pooled, tokens), cells = run_dense(dense, lambda: image_features(visual, pixels, name), pixels)
+        assert cells is not None
+        return pooled, project_cells(visual, cells).reshape(tokens.shape)
     key = f"params.yaml: encoders.{name}"
     if isinstance(visual, TimmModel):
         return timm_features(visual, pixels, f"{key}: {type(visual.trunk).__name__}")
@@ -52,6 +61,13 @@ def image_features(visual: Any, pixels: Tensor, name: str) -> tuple[Tensor, Tens
         return resnet_features(visual, pixels)
     remedy = "use a timm tower, or a ViT or a ResNet of open_clip"
     raise UserError(f"{key}: no rule for the dense tokens of a {type(visual).__name__}; {remedy}")
+
+
+def project_cells(visual: Any, cells: Tensor) -> Tensor:
+    """The dense tokens (n, T, D') of cells (n, T, D) that stand for those of the last block, of a ViT of dense.py."""
+    if isinstance(visual, VisionTransformer):
+        return vit_alone(visual, cells) @ visual.proj
+    return visual.head(visual.trunk.forward_head(copy_cells(visual.trunk, cells)))
 
 
 def vit_features(visual: Any, pixels: Tensor, tower: str) -> tuple[Tensor, Tensor]:
@@ -210,6 +226,12 @@ def cut_cells(trunk: Any, features: Any) -> tuple[Tensor, tuple[int, int]] | Non
     grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
     if prefix is None or grid is None or features.shape[1:] != (prefix + math.prod(grid), channels):
         return None
-    cells = features[:, prefix:].reshape(-1, 1, channels)
-    # A copy in the place of each prefix token: whichever tokens the pooling reads, they are this cell.
-    return cells.expand(-1, prefix + 1, -1), grid
+    return copy_cells(trunk, features[:, prefix:]), grid
+
+
+def copy_cells(trunk: Any, cells: Tensor) -> Tensor:
+    """Each of the cells (n, T, D) as a map of its own (n T, P + 1, D).
+
+    A copy stands in the place of each prefix token: whichever tokens the pooling reads, they are this cell.
+    """
+    return cells.reshape(-1, 1, cells.shape[-1]).expand(-1, trunk.num_prefix_tokens + 1, -1)

@@ -12,6 +12,7 @@ What it is, family by family (d is its length):
 - towers without texts, and heads that end with their pooling (SigLIP): the global embedding, which nothing projects
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from fieldmark.command import UserError
 from fieldmark.encoders.base import ImageEncoder, make_batch
+from fieldmark.encoders.dense import run_dense, with_cells
 from fieldmark.encoders.layers import count_layers, find_tower, run_tower
 from fieldmark.encoders.maps import find_visual, pool_cells, pool_map
 
@@ -43,10 +45,12 @@ def pool_batch(encoder: ImageEncoder, pixels: Tensor, layers: list[int]) -> tupl
     visual, last = find_visual(encoder.model), count_layers(tower) or 0
     key = f"params.yaml: moments.{encoder.name}: {type(tower).__name__}"
     blocks = [layer for layer in layers if layer < last]
-    maps, _, features = run_tower(tower, make_batch(encoder, pixels), blocks)
+    batch, of_head = make_batch(encoder, pixels), len(layers) > len(blocks)
+    run = partial(run_tower, tower, batch, blocks)
+    (maps, _, features), replaced = run_dense(encoder.dense if of_head else None, run, batch)
     cells = [each.permute(0, 2, 3, 1) for each in maps]
-    if len(layers) > len(blocks):
-        head = pool_cells(visual, features, key)[0]
+    if of_head:
+        head = pool_cells(visual, with_cells(features, replaced), key)[0]
         cells += [head if layer == last else project(encoder, head) for layer in layers[len(blocks) :]]
     return pool_map(visual, features, key)[:count].float(), [each[:count].float() for each in cells]
 

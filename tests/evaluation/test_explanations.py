@@ -22,7 +22,7 @@ from evaluation.explanations import (
     top,
     with_verdicts,
 )
-from evaluation.pointing import Marked, best_cell, judge_part, judged_patches
+from evaluation.pointing import PLACE_RIVALS, WEIGHTS, Marked, best_cell, judge_part, judged_patches
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from fieldmark.store import make_table, read_header, read_table, write_table
@@ -168,6 +168,10 @@ def write_parts(data: Path, rows: list[dict[str, object]]) -> None:
     write_table(make_table("index.parts/1", rows), data / "index/parts.parquet", "index.parts/1", {}, "mark")
 
 
+def cache_of(project: Path) -> Cache:
+    return read_cache(project / "data", ENCODER, 3, ALL)
+
+
 def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) -> None:
     path, data = project / "params.yaml", project / "data"
     train(load_params(path), str(path), "concept_graph", data)
@@ -177,8 +181,16 @@ def test_a_run_of_the_same_settings_is_judged_and_another_is_not(project: Path) 
     assert (folder / "tables.txt").read_text() == text
     assert content["model"].startswith(f"of {data / 'runs/concept_graph'}")
     assert content["concepts"].keys() == content["random"].keys() - {"all parts"} == {"bill", "tail"}
-    assert [len(content["rows"][name]) for name in ("parts", "decisions")] == [9, 24]
+    assert [len(content["rows"][name]) for name in ("parts", "places", "decisions")] == [9, 9, 24]
     assert all(row["images"] == content["images"] == 16 for row in content["rows"]["parts"])
+    # One lam of all parts, chosen on the half of val that is not judged.
+    weighed = content["place and concept"]
+    assert weighed["own"] in WEIGHTS
+    assert f"lam {weighed['own']:g}, " in text
+    half = cache_of(project).images("choose").tolist()
+    assert weighed["images"] == len(half) > 0
+    assert [row["rival"] for row in content["rows"]["places"]] == [*PLACE_RIVALS] * 3
+    assert all(row["images"] == 16 for row in content["rows"]["places"])
     assert all(row["what"] in text for row in content["rows"]["parts"])
 
     planned = plan_run(str(path), load_params(path), "concept_graph")

@@ -12,19 +12,29 @@ from torch import Tensor
 from evaluation.pointing import (
     OTHERS,
     PARTS,
+    PLACE_RIVALS,
     RIVALS,
+    WEIGHTS,
     Hits,
     Marked,
     PartWords,
+    Placed,
+    Ranked,
     best_patch,
+    choose_weight,
     covers,
     directions,
     finest,
     judge_part,
     judge_parts,
+    log_places,
     named_part,
     others,
     part_concepts,
+    place_parts,
+    rank_part,
+    rank_parts,
+    standard_terms,
 )
 from tests.evaluation.scene import N, cells, judged, scene
 from training.data import Cache
@@ -169,6 +179,124 @@ def test_patches_count_by_their_norms(cue: Cache) -> None:
     plain, weighed, doubled = (part_hits(cue, predicted, norm) for norm in (None, norms, 2 * norms))
     assert all(same(weighed[name], doubled[name]) for name in weighed)
     assert not all(same(weighed[name], plain[name]) for name in weighed)
+
+
+# Place and concept.
+
+
+def test_log_places_are_shares_of_training_hits_with_one_more_each() -> None:
+    covered = np.array([[True, False, False], [True, True, False], [False, False, True]])
+    patches = np.array([[True, True, True], [True, True, True], [True, True, False]])
+    found = log_places(Marked(np.ones(3, bool), covered), patches)
+    np.testing.assert_allclose(np.exp(found), np.array([3, 2, 1]) / 6)
+
+
+def test_terms_have_mean_0_and_deviation_1_over_an_images_patches() -> None:
+    rng = np.random.default_rng(0)
+    vectors, direction = torch.from_numpy(rng.standard_normal((2, 5, 3))), torch.from_numpy(rng.standard_normal((2, 3)))
+    patches = np.array([[True] * 5, [True, True, True, False, False]])
+    found = standard_terms(direction, vectors, patches)
+    for image in range(2):
+        raw = [float(vectors[image, n] @ direction[image]) for n in range(5) if patches[image, n]]
+        expected = (np.array(raw) - np.mean(raw)) / np.std(raw)
+        np.testing.assert_allclose(found[image, patches[image]], expected)
+    assert np.isneginf(found[~patches]).all()
+    alike = standard_terms(direction, torch.ones(2, 5, 3).double(), patches)
+    assert not alike[patches].any()
+
+
+def ranked(places: np.ndarray, planted: bool, seed: int = 0, images: int = 300) -> dict[str, Ranked]:
+    asked, vectors, marked = scene(images, planted, seed)
+    patches = np.ones((images, N), bool)
+    found = {name: rank_part(name, asked, vectors, patches, marked, places) for name in asked}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def test_a_ranking_is_place_plus_lam_times_the_concepts_term() -> None:
+    """Against a loop over images, patches and lam."""
+    asked, vectors, marked = scene(12, planted=False)
+    rng = np.random.default_rng(1)
+    places, patches = np.log(rng.dirichlet(np.ones(N))), rng.random((12, N)) < 0.8
+    found = rank_part("bill", asked, vectors, patches, marked, places)
+    assert found is not None
+    terms = {part: standard_terms(asked[part], vectors, patches) for part in asked}
+    for number, lam in enumerate(WEIGHTS):
+        for image in range(12):
+            for part, field in (("bill", found.own), ("tail", found.others)):
+                mine = np.flatnonzero(patches[image])
+                best = max(mine, key=lambda n, part=part, image=image, lam=lam: places[n] + lam * terms[part][image, n])
+                assert field[number, image] == marked["bill"].covered[image, best]
+    for image in range(12):
+        best = max(np.flatnonzero(patches[image]), key=lambda n, image=image: terms["bill"][image, n])
+        assert found.concepts[image] == marked["bill"].covered[image, best]
+
+
+def test_concepts_that_point_are_weighed_in_and_noise_is_not() -> None:
+    flat = np.log(np.full(N, 1 / N))
+    placed, weights = place_parts(ranked(flat, planted=True, seed=1), ranked(flat, planted=True))
+    assert weights is not None
+    assert weights.own > 0
+    assert weights.images == 300
+    assert len(weights.hits) == len(WEIGHTS)
+    for one in placed.values():
+        assert one.own.min() == 1
+        rivals = dict(zip(PLACE_RIVALS, one.rivals.mean(1), strict=True))
+        assert rivals["concepts alone"] == 1
+        assert rivals["place alone"] == pytest.approx(1 / N, abs=0.05)
+        assert rivals["place and another part"] < 0.2
+
+    def told(seed: int) -> dict[str, Ranked]:
+        """The part is always in cell 4, and the concepts say nothing."""
+        asked, vectors, marked = scene(300, planted=False, seed=seed)
+        marked["bill"] = Marked(marked["bill"].seen, np.broadcast_to(np.arange(N) == 4, (300, N)))
+        places = log_places(marked["bill"], np.ones((300, N), bool))
+        found = rank_part("bill", asked, vectors, np.ones((300, N), bool), marked, places)
+        assert found is not None
+        return {"bill": found}
+
+    placed, weights = place_parts(told(1), told(0))
+    assert weights is not None
+    assert weights.own == 0  # the smallest of those that hit best
+    assert placed["bill"].own.min() == 1
+    assert placed["bill"].rivals[0].min() == 1
+
+
+def test_lam_is_chosen_on_other_images_over_all_parts() -> None:
+    shape = (len(WEIGHTS), 2)
+    a, b = np.zeros(shape), np.zeros(shape)
+    a[3], b[5], a[5, 0] = 1, 1, 1
+    none = np.zeros(2)
+    choosing = {"bill": Ranked(np.arange(2), a, b, none), "tail": Ranked(np.arange(1, 3), b, a, none)}
+    assert choose_weight(choosing, "own") == 5
+    judged = {"bill": Ranked(np.array([7, 9]), b, a, none)}
+    placed, weights = place_parts(choosing, judged)
+    assert weights is not None
+    assert (weights.own, weights.others, weights.images) == (WEIGHTS[5], WEIGHTS[5], 3)
+    assert placed["bill"].own.tolist() == [1, 1]
+    assert placed["bill"].rivals.tolist() == [[0, 0], [0, 0], [1, 0]]
+    assert place_parts({}, judged) == ({}, None)
+
+
+def placed_hits(cache: Cache, shift: int = 0) -> dict[str, Placed]:
+    even = torch.arange(len(cache.part(Bank).kind)) % 2 == 0
+    concepts = {"bill": even & cache.part(Bank).kept, "tail": ~even & cache.part(Bank).kept}
+    norms = torch.ones(len(cache.paths), cache.part(Nodes).mask.shape[1] - 1)
+    found = []
+    for split in ("choose", "val"):
+        images = cache.images(split)
+        predicted = (torch.arange(len(images)) + shift) % len(cache.classes)
+        found.append(rank_parts(cache, images, cache.images("train"), norms, concepts, part_points(cache), predicted))
+    return place_parts(*found)[0]
+
+
+def test_place_and_concept_read_no_true_label(cue: Cache) -> None:
+    before = placed_hits(cue)
+    y = cue.y.roll(7)
+    assert not torch.equal(y, cue.y)
+    after = placed_hits(replace(cue, y=y, target=y))
+    assert before.keys() == after.keys() == {"bill", "tail"}
+    for name, one in before.items():
+        assert all(np.array_equal(a, b) for a, b in zip(one, after[name], strict=True))
 
 
 def test_every_part_has_words_and_points() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fieldmark.command import UserError
-from fieldmark.params import Params, Tower, load_params
+from fieldmark.params import Params, Proxy, Tower, load_params
 from tests.project import PARAMS, ROOT
 
 
@@ -38,6 +38,21 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         block = block.setdefault(name, {})
     block[last] = value
     return content
+
+
+def test_dense_is_a_rule_or_a_proxy_under_towers(project: Path, refuse: Callable[..., None]) -> None:
+    content = changed("encoders.conv.dense", {"proxy": "dino"})
+    refuse(content, "encoders.conv.dense.proxy: 'dino' is not under `towers`; choose one of: none yet")
+    content["towers"] = {"dino": {"model": "vit_small_patch14_dinov2.lvd142m"}}
+    path = project / "mine.yaml"
+    for given, expected in ((content, Proxy(proxy="dino")), (changed("encoders.conv.dense", "self"), "self")):
+        path.write_text(json.dumps(given))
+        assert load_params(path).encoder("conv").dense == expected
+    path.write_text(json.dumps(changed("encoders.conv.image_size", 64)))
+    assert load_params(path).encoder("conv").dense == "last"
+    words = "encoders.conv.dense: input should be last, value, self, neighbour or {proxy: TOWER}, but it is "
+    for value in ("selfish", None, True, ["value"], {"proxy": 3}, {"tower": "dino"}):
+        refuse(changed("encoders.conv.dense", value), words)
 
 
 def test_the_repository_states_every_knob(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,7 +33,7 @@ from fieldmark.encoders.passes import forward_sources
 from fieldmark.params import Params
 from fieldmark.pictures.boxes import cut_windows, grid_cells, in_image
 from fieldmark.pictures.views import Source, crop_fraction, view_region
-from tests.project import CONV, ROOT, VIT, draw, image_id, save_model, snapshot, unit
+from tests.project import CONV, ROOT, VIT, draw, image_id, save_model, snapshot, unit, write_concepts
 
 SetParams = Callable[..., Params]
 RunStage = Callable[..., None]
@@ -61,6 +62,54 @@ def embed(run_stage: RunStage, capsys: pytest.CaptureFixture[str]) -> Callable[.
         return int(capsys.readouterr().out.split(": ")[1].split()[0])
 
     return run
+
+
+def test_a_rule_for_cells_makes_another_encoder_of_one_model(
+    set_params: SetParams, dataset: list[str], embed: Callable[..., int], run_stage: RunStage,
+    models: dict[str, Path], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With a tower beside it, views that are mirrored, texts and tokens."""
+    torch.save(torchvision.models.resnet18().state_dict(), "tower.pth")
+    towers = {"cnn": {"library": "torchvision", "model": "resnet18", "pretrained": "tower.pth", "image_size": 64}}
+    vit = {"model": f"local-dir:{models['vit']}", "batch_size": 4}
+    encoders = {"vit": vit, "mine": {**vit, "dense": {"proxy": "cnn"}}}
+    params = set_params(
+        encoders=encoders, towers=towers, embed={"tokens": True, "grids": [2], "views": 2},
+        tokens={"mine": {"layers": ["head"]}},
+    )
+    assert embed("vit") == embed("mine") == len(dataset)
+    one, other = (read(name).to_pandas() for name in ("vit", "mine"))
+    assert (one["kind"] == other["kind"]).all()
+    assert one["flip"].any()
+    vectors = [np.stack(table["vector"]).astype(np.float32) for table in (one, other)]
+    whole = (one["kind"] == "global").to_numpy()
+    assert np.array_equal(vectors[0][whole], vectors[1][whole])
+    assert (vectors[0][~whole] * vectors[1][~whole]).sum(1).min() < 0.99
+    # Its rows are those of its passes, on view 0 of a picture.
+    encoder = load_encoder("mine", params.encoder("mine"), torch.device("cpu"), params.towers)
+    row = store.read_table("data/index/images.parquet", "index.images/1").to_pylist()[0]
+    with Image.open(Path("images") / row["path"]) as picture:
+        tokens = encoder.embed_images(encoder.preprocess(picture)[None])[1][0].flatten(0, 1).numpy()
+    mine = other[(other["image_id"] == row["image_id"]) & (other["view"] == 0) & (other["kind"] == "token")]
+    np.testing.assert_allclose(np.stack(mine["vector"]).astype(np.float32), unit(tokens), atol=1e-3)
+    # Another run embeds nothing; tokens and texts are of the same encoder.
+    assert embed("mine") == 0
+    run_stage("embed_tokens", "--encoder", "mine")
+    write_concepts([("a forked tail", "a", "visual")])
+    no_text = store.make_table("descriptions/1", [])
+    store.write_table(no_text, "data/descriptions/descriptions.parquet", "descriptions/1", {}, "none")
+    run_stage("embed_text", "--encoder", "mine")
+    folder = Path("data/embed/mine")
+    headers = [store.read_folder_header(folder / "images", "embed.nodes/1", 4),
+               store.read_folder_header(folder / "tokens", "embed.tokens/1", 4),
+               store.read_header(folder / "text.parquet", "embed.text/1")]  # fmt: skip
+    assert {header.params["encoder"] for header in headers} == {encoder.fingerprint}
+    path = store.bucket_path(folder / "tokens", store.bucket_of(row["image_id"], 4))
+    stored = store.read_images(path, "embed.tokens/1", [row["image_id"]]).to_pylist()[0]
+    head = np.array(stored["vectors"], dtype=np.float32).reshape(16, -1)
+    np.testing.assert_allclose(head @ encoder.model.visual.proj.numpy(), tokens, atol=2e-2)  # type: ignore
+    with pytest.raises(UserError, match=r"^--compile: params\.yaml: encoders\.mine\.dense: .*, or use last$"):
+        run_stage("embed_images", "--encoder", "mine", "--compile")
 
 
 @pytest.mark.parametrize("name", ["conv", "vit"])

@@ -1,6 +1,7 @@
 """The committed encoder: loads with open_clip, and knows the field marks of species it never saw."""
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from fieldmark.command import UserError
 from fieldmark.reef.drawing import draw_fish
 from fieldmark.reef.species import load_species, phrases
+from tools import train_reef_encoder
 from tools.train_reef_encoder import WORDINGS, cell_targets, random_text, training_attributes, with_unknown_words
 
 ENCODER = Path("data/demo/encoder")
@@ -105,6 +108,25 @@ def test_training_texts_speak_of_the_marks_they_are_labelled_with_and_of_no_spec
     assert set(WORDINGS) <= set(marks)
     said = [wording for ways in WORDINGS.values() for wording in ways]
     assert len(set(said)) == len(said)
+
+
+def test_a_vit_is_trained_by_whole_pictures_towards_the_texts_of_the_demo(encoder, tmp_path, monkeypatch):
+    """For two steps of 32 drawings: every weight of its image tower moves, and its texts are those of the demo."""
+    monkeypatch.setitem(train_reef_encoder.PHASES, "vit", ((160, 2.0),))
+    monkeypatch.setattr(sys, "argv", ["train", "--tower", "vit", "--out", str(tmp_path / "vit"), "--images", "32"])
+    train_reef_encoder.main()
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'vit'}")
+    assert model.visual.grid_size == (8, 8)
+    assert (model.visual.pool_type, model.visual.attn_pool) == ("tok", None)
+    texts = ["a fish with a forked tail", "a fish"]
+    torch.testing.assert_close(embed_texts((model.eval(), preprocess, encoder[2]), texts), embed_texts(encoder, texts))
+    torch.manual_seed(0)
+    before = open_clip.create_model(f"local-dir:{tmp_path / 'vit'}", load_weights=False).state_dict()
+    held = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name].half().float())]
+    assert [name for name in held if name.startswith("visual.")] == []
+    monkeypatch.setattr(sys, "argv", ["train", "--tower", "vit"])
+    with pytest.raises(UserError, match=r"^--out: data/demo/encoder is the demo's encoder; name another folder$"):
+        train_reef_encoder.main()
 
 
 def test_cell_targets_follow_the_boxes():

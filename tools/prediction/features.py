@@ -163,7 +163,7 @@ def recipe_of(
     table would be made now, where something that is needed is not here, or where the encoder cannot be loaded.
     """
     schemas = set(tables_of(name, reads).values())
-    encoder = load_image_encoder(name, params.image_encoder(name), device)
+    encoder = load_image_encoder(name, params.image_encoder(name), device, params.towers)
     families = families_of(encoder, params, params.embed, reads)
     made = {
         product.folder.relative_to(DATA).as_posix(): (product.schema, product.fingerprint)

@@ -37,6 +37,7 @@ class LoadedTower:
     device: torch.device
     batch_size: int
     fingerprint: str
+    dense: None = None  # a tower's cells are its own
 
     @property
     def dimension(self) -> int:

@@ -195,3 +195,14 @@ def test_another_size_has_other_positions_of_cells_and_the_same_texts(
     assert torch.equal(large.embed_texts([LONG]), encoder.embed_texts([LONG]))
     assert large.fingerprint != encoder.fingerprint
     assert load(checkpoints / "long.pt", image_size=32).fingerprint == encoder.fingerprint
+
+
+def test_its_image_tower_has_the_rules_for_cells_of_a_clip(checkpoints: Path) -> None:
+    settings = Encoder(model=f"local-dir:{checkpoints / 'clip'}", batch_size=2, dense="neighbour")
+    clip, plain = load_encoder("mine", settings, CPU), load(checkpoints / "long.pt")
+    encoder = load(checkpoints / "long.pt", dense="neighbour")
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(encoder.embed_images(pixels), clip.embed_images(pixels), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(encoder.embed_images(pixels)[0], plain.embed_images(pixels)[0])
+    assert encoder.fingerprint != plain.fingerprint
