@@ -14,7 +14,7 @@ setting and 40 % to report on, or of the one that --fit and --settings name: for
 classes, these belong into --fit. How it is asked stands in evaluation/referee.py and docs/referee.md.
 
     python -m tools.referee gpt4.json --encoder reef
-    python -m tools.referee gpt3.json gpt4.json deepseek.csv --encoder birds-lit0 --features pooled --markdown page.md
+    python -m tools.referee gpt3.json gpt4.json deepseek.csv --encoder birds-lit0 --features pooled --json figures.json
     python -m tools.referee gpt4.json --encoder reef --worth
 """
 
@@ -153,6 +153,12 @@ class Images(NamedTuple):
     cache: Cache
     pool: Tensor  # (n,) bool: those that may be told
     ranks: Tensor  # (D, n): the place of each image of the pool within its class, by draw; -1 elsewhere
+
+
+def groups_of(cache: Cache) -> np.ndarray | None:
+    """The number of each image's group (n,); None where every image is one of its own."""
+    _, numbers = np.unique(cache.groups, return_inverse=True)
+    return None if numbers.max() + 1 == len(numbers) else numbers
 
 
 def use(cache: Cache, draws: int) -> Images:
@@ -391,7 +397,8 @@ def missing(
         )
         for split in splits
     ]
-    asked, count, y = [split.asked[0].images for split in splits], len(pool), cache.y.numpy()
+    asked, count = [split.asked[0].images for split in splits], len(pool)
+    y, of_group = cache.y.numpy(), groups_of(cache)
     part = referee.part_of(asked, count)
 
     def answers(found: Sequence[Tensor]) -> Answers:
@@ -402,12 +409,13 @@ def missing(
     counted = part >= 0
     found: Row = {"accuracy": {name: referee.accuracy_of(one, counted) for name, one in chain.items()}, "adds": {}}
     for before, after in itertools.pairwise(names):
-        [paired] = paired_differences(chain[after].right[None], chain[before].right, y, None, part, by_class=True)
+        [paired] = paired_differences(chain[after].right[None], chain[before].right, y, of_group, part, by_class=True)
         found["adds"][after] = (paired.difference, paired.over)
     rows = []
     for group, columns in groups.items():
         mixed = answers([step.groups[group] for step in steps])
-        [paired] = paired_differences(mixed.right[None], chain["told"].right, y, None, part, by_class=True, draws=2000)
+        told = chain["told"].right
+        [paired] = paired_differences(mixed.right[None], told, y, of_group, part, by_class=True, draws=2000)
         known, seen = (
             1 - sum(getattr(step, what)[group][0] for step in steps)
             / max(sum(getattr(step, what)[group][1] for step in steps), 1e-12)
@@ -468,7 +476,7 @@ def deepest_rank(
             continue
         answers = {name: referee.gather(each, asked, count) for name, each in told.items()}
         [row] = referee.judge(
-            {f"rank {rank}": (answers, ("shuffled",))}, y, {f"rank {rank}": referee.part_of(asked, count)}
+            {"rank": (answers, ("shuffled",))}, y, {"rank": referee.part_of(asked, count)}, groups_of(cache)
         )
         taxa = len(np.unique(taxonomy.chains[taxonomy.chains[:, rank] >= 0, rank]))
         rows.append({"rank": rank, "taxa": taxa, "row": row})
@@ -497,14 +505,16 @@ def worth_of(answered: Answered, images: Images, part: np.ndarray) -> list[Worth
     return worth([k for k, _ in below], arms, images.cache.y.numpy(), part)
 
 
-def compare(results: Sequence[FileResult], y: np.ndarray, part: Mapping[str, np.ndarray]) -> list[Side]:
+def compare(
+    results: Sequence[FileResult], y: np.ndarray, groups: np.ndarray | None, part: Mapping[str, np.ndarray]
+) -> list[Side]:
     """Every pair of files, question by question: p corrected for all questions of all pairs."""
     found = []
     for at, a in enumerate(results):
         for b in results[at + 1 :]:
             for name in a.answers:
                 right = a.answers[name].right, b.answers[name].right
-                [paired] = paired_differences(right[0][None], right[1], y, None, part[name], by_class=True)
+                [paired] = paired_differences(right[0][None], right[1], y, groups, part[name], by_class=True)
                 found.append(Side(a.name, b.name, name, paired, paired.p))
     return [side._replace(p=p) for side, p in zip(found, holm([side.p for side in found]), strict=True)]
 
@@ -614,7 +624,7 @@ def judge_files(
             answered.questions.update(asked_of[0])
             found["nec"] = asked_of[1]
             part |= dict.fromkeys(asked_of[0], referee.part_of([shown.images], count))
-            found["rows"] = referee.judge(answered.questions, y, part)
+            found["rows"] = referee.judge(answered.questions, y, part, groups_of(cache))
             found["gate"] = gate.say(judge_gate(cache, texts))
             found["carrying"] = carrying(splits, answered.placed, images, texts)
             found["missing"] = None if attributes is None else missing(splits, images, voices.own, attributes)
@@ -643,7 +653,7 @@ def judge_files(
         shrinkage=sorted({value for split in splits for value in split.shrinkage.values()}),
         per_class=arguments.per_class,
     )
-    sides = compare(results, y, part) if len(results) > 1 and not arguments.worth else []
+    sides = compare(results, y, groups_of(cache), part) if len(results) > 1 and not arguments.worth else []
     return Page(setting, results, sides)
 
 
