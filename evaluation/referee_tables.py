@@ -270,6 +270,17 @@ def as_markdown(page: Page) -> str:
     return printable("\n\n".join(parts)) + "\n"
 
 
+def finite(row: Worth) -> dict[str, Any]:
+    """A row of figures, null where texts are worth more images than the curve has: JSON has no infinity."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [known(each) for each in value]
+        return None if value == float("inf") else value
+
+    return {name: known(value) for name, value in row._asdict().items()}
+
+
 def as_json(page: Page) -> dict[str, Any]:
     """The same figures for programs, with every concept and every group of attributes."""
     files = []
@@ -284,6 +295,6 @@ def as_json(page: Page) -> dict[str, Any]:
             {**each, "row": {**each["row"]._asdict(), "over": each["row"].over["shuffled"]._asdict()}}
             for each in file.ranks
         ]
-        files.append({**found, "rows": rows, "ranks": levels, "worth": [each._asdict() for each in file.worth]})
+        files.append({**found, "rows": rows, "ranks": levels, "worth": [finite(each) for each in file.worth]})
     sides = [{**side._asdict(), "paired": side.paired._asdict()} for side in page.sides]
     return {"setting": page.setting._asdict(), "files": files, "sides": sides}

@@ -126,14 +126,17 @@ def embed(
     from stages.embed_text import read_kept
 
     encoder = load_encoder(name, params.encoder(name), device)
-    path, kinds = cache_folder() / f"referee/{name}.parquet", dict.fromkeys(texts, "concept")
-    known = read_kept(path, kinds, encoder)
-    missing = {text: kind for text, kind in kinds.items() if text not in set(known["text"].to_pylist())}
-    staged = read_kept(DATA / f"embed/{name}/text.parquet", missing, encoder)
+    path = cache_folder() / f"referee/{name}.parquet"
+    table = store.arrow_schema(SCHEMA, encoder.dimension).empty_table()
+    if path.is_file() and store.read_header(path, SCHEMA).params["encoder"] == encoder.fingerprint:
+        table = store.read_table(path, SCHEMA)
+    known = set(table["text"].to_pylist())
+    wanted = {text: "concept" for text in texts if text not in known}
+    staged = read_kept(DATA / f"embed/{name}/text.parquet", wanted, encoder)
     held = set(staged["text"].to_pylist())
-    made = embed_texts({text: kind for text, kind in missing.items() if text not in held}, encoder)
-    table = pa.concat_tables([known, staged, made])
-    if missing:
+    made = embed_texts({text: kind for text, kind in wanted.items() if text not in held}, encoder)
+    table = pa.concat_tables([table, staged, made])
+    if wanted:
         path.parent.mkdir(parents=True, exist_ok=True)
         made_by = {"encoder": encoder.fingerprint, "logit_scale": encoder.logit_scale}
         store.write_table(table, path, SCHEMA, made_by, store.fingerprint(SCHEMA, made_by, []))

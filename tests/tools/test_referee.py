@@ -106,8 +106,13 @@ def test_one_page_of_two_files(project: Path, capsys: pytest.CaptureFixture[str]
 def test_what_texts_are_worth_and_the_same_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["tools.referee", "good.json", *FAST, "--worth", "--per-class", "1", "--json", "worth.json"]
     run_module(*words)
-    first = capsys.readouterr().out
+    first, kept = capsys.readouterr().out, Path(".cache/referee/vit.parquet").read_bytes()
+    run_module("tools.referee", "sheet.csv", *FAST, "--worth")
+    capsys.readouterr()
     run_module(*words)
+    texts = set(store.read_table(Path(".cache/referee/vit.parquet"), "embed.text/1")["text"].to_pylist())
+    assert {f"fish with a {trait}" for trait in TRAITS} <= texts  # what another file holds is kept
+    assert len(Path(".cache/referee/vit.parquet").read_bytes()) >= len(kept)
     assert capsys.readouterr().out == first
     [file] = json.loads(Path("worth.json").read_text())["files"]
     assert [row["k"] for row in file["worth"]] == [0, 1, 2, 4, 5]  # half of ten pictures are all
