@@ -434,18 +434,17 @@ def missing(
 
 def carrying(splits: Sequence[Split], placed: Sequence[Placed], images: Images, texts: Texts) -> list[Row]:
     """Pairs of concept and class from the one that the map at 0 images misses most, the mean over splits."""
-    cache, pool, ranks = images
-    concept, label = texts.owned
+    classes, (concept, label) = images.cache.classes, texts.owned
     total, times = torch.zeros(len(concept), dtype=torch.float64), torch.zeros(len(concept))
     for split, one in zip(splits, placed, strict=True):
-        chosen = referee.ask(split.taught, cache.y, pool, ranks, split.taught.roles.settings, 0, split.shrinkage[0])
-        said = referee.logits(chosen, one)[0]
-        temperature = fit_temperature(said.T.numpy(), chosen.y.numpy())
-        worth_of, pairs = referee.concept_worth(split.asked[0], one, texts, temperature)
+        asked = split.asked[0]
+        # Of the images that are asked about: where the few classes that choose are all told right, it would be 0.
+        temperature = fit_temperature(referee.logits(asked, one)[0].T.numpy(), asked.y.numpy())
+        worth_of, pairs = referee.concept_worth(asked, one, texts, temperature)
         total[pairs] += worth_of
         times[pairs] += 1
     rows = [
-        {"text": texts.texts[concept[at]], "class_id": cache.classes[label[at]], "nats": (total[at] / times[at]).item()}
+        {"text": texts.texts[concept[at]], "class_id": classes[label[at]], "nats": (total[at] / times[at]).item()}
         for at in times.nonzero()[:, 0].tolist()
     ]
     return sorted(rows, key=lambda row: -row["nats"])
