@@ -1,8 +1,8 @@
 """Judge concept files, whoever wrote them, on a prepared data set: what their texts say of its classes, and what not.
 
 Reads   FILE ..., each a concept file in any layout of fieldmark/concepts/files.py; data/index/; of the encoder E
-        data/embed/E/images, data/embed/E/moments/NAME as --features says, and data/embed/E/text.parquet where it is
-        there; data/controls/unrelated.txt; `domain`, `clean` and `encoders.E` of params.yaml.
+        data/embed/E/images, data/embed/E/moments/NAME as --features says, and text.parquet and controls.parquet where
+        they are there; data/controls/unrelated.txt; `domain`, `clean` and `encoders.E` of params.yaml.
 Writes  a page to stdout; with --markdown and --json files. Vectors of texts are kept in .cache/referee/E.parquet.
 Costs   a pass of the text tower for each kept text that is new, then a minute or two for the first file on two quiet
         cores and less for each further one. It asks no language model, and opens no test picture.
@@ -52,6 +52,7 @@ from fieldmark.llm.imported import row_of
 from fieldmark.memory import keep_memory
 from fieldmark.params import Params, load_params
 from tools.predict import DATA, say
+from training.control_texts import CONTROL_TEXTS
 from training.controls.owners_permuted import cycle
 from training.controls.vectors_shuffled import shuffled
 from training.data import Cache, read_cache
@@ -123,25 +124,33 @@ def embed(
     """
     from fieldmark.encoders.clip import load_encoder  # brings libraries that take seconds
     from fieldmark.encoders.texts import SCHEMA, embed_texts
-    from stages.embed_text import read_kept
 
     encoder = load_encoder(name, params.encoder(name), device)
-    path = cache_folder() / f"referee/{name}.parquet"
-    table = store.arrow_schema(SCHEMA, encoder.dimension).empty_table()
-    if path.is_file() and store.read_header(path, SCHEMA).params["encoder"] == encoder.fingerprint:
-        table = store.read_table(path, SCHEMA)
-    known = set(table["text"].to_pylist())
-    wanted = {text: "concept" for text in texts if text not in known}
-    staged = read_kept(DATA / f"embed/{name}/text.parquet", wanted, encoder)
-    held = set(staged["text"].to_pylist())
-    made = embed_texts({text: kind for text, kind in wanted.items() if text not in held}, encoder)
-    table = pa.concat_tables([table, staged, made])
-    if wanted:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    kept = cache_folder() / f"referee/{name}.parquet"
+    known = made_before(kept, SCHEMA, encoder.fingerprint)
+    found = {
+        **made_before(DATA / f"embed/{name}/text.parquet", SCHEMA, encoder.fingerprint),
+        **made_before(DATA / CONTROL_TEXTS.format(name), "embed.controls/1", encoder.fingerprint),
+        **known,
+    }
+    missing = {text: "concept" for text in texts if text not in found}
+    if missing:
+        table = embed_texts(missing, encoder)
+        found |= dict(zip(table["text"].to_pylist(), store.vectors_of(table), strict=True))
+        if known:
+            table = pa.concat_tables([store.read_table(kept, SCHEMA), table])
+        kept.parent.mkdir(parents=True, exist_ok=True)
         made_by = {"encoder": encoder.fingerprint, "logit_scale": encoder.logit_scale}
-        store.write_table(table, path, SCHEMA, made_by, store.fingerprint(SCHEMA, made_by, []))
-    vectors = store.vectors_of(table).astype(np.float32)
-    return dict(zip(table["text"].to_pylist(), vectors, strict=True)), encoder.logit_scale
+        store.write_table(table, kept, SCHEMA, made_by, store.fingerprint(SCHEMA, made_by, []))
+    return {text: found[text].astype(np.float32) for text in texts}, encoder.logit_scale
+
+
+def made_before(path: Path, schema: str, encoder: str) -> dict[str, np.ndarray]:
+    """The vectors of texts in a file; of none where there is no file, or one of another encoder."""
+    if not path.is_file() or store.read_header(path, schema).params["encoder"] != encoder:
+        return {}
+    table = store.read_table(path, schema, ["text", "vector"])
+    return dict(zip(table["text"].to_pylist(), store.vectors_of(table), strict=True))
 
 
 def read_images(params: Params, encoder: str, features: Sequence[str]) -> Cache:
