@@ -31,7 +31,7 @@ from training.layers.sparse import sparse_layers
 from training.layers.text_map import ALIKE, TextMap, least_error
 from training.methods.prior_lda import TEACHERS, trust
 from training.methods.prototypes import class_means
-from training.metrics import Floats, Ints
+from training.metrics import Bools, Floats, Ints
 from training.regimes import by_draw
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of a map, as in prior_lda
@@ -297,7 +297,7 @@ def judge(
     return [row._replace(p=p) for row, p in zip(rows, corrected, strict=True)]
 
 
-def accuracy_of(answers: Answers, counted: Floats) -> float:
+def accuracy_of(answers: Answers, counted: Bools) -> float:
     """The mean over the images and splits that count (S, n) bool."""
     counted = np.broadcast_to(counted, answers.right.shape)
     return float(answers.right[counted].mean())
@@ -396,7 +396,9 @@ def decompose(
     def hit(columns: Tensor) -> Tensor:
         return hits(asked, place(taught, attributes, columns))
 
-    mixed, content, seen = {}, {}, {}
+    mixed: dict[str, Tensor] = {}
+    content: dict[str, tuple[float, float]] = {}
+    seen: dict[str, tuple[float, float]] = {}
     centre = attributes[fit].mean(0)
     for group, columns in groups.items():
         put = told.clone()

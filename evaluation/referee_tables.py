@@ -212,9 +212,11 @@ def ranks(file: FileResult) -> Block:
 def worth_table(file: FileResult) -> Block:
     table = [["images a class", "texts, %", "shuffled, %", "none, %", "worth, images", "95 %", "shuffled are worth"]]
     for row in file.worth:
-        ends = f"[{images(row.interval[0])}, {images(row.interval[1])}]"
         figures = [percent(value) for value in (row.texts, row.shuffled, row.none)]
-        table.append([f"{row.k:g}", *figures, images(row.images), ends, images(row.shuffled_images)])
+        found = [images(row.images), f"[{images(row.interval[0])}, {images(row.interval[1])}]"]
+        found.append(images(row.shuffled_images))
+        last = row is file.worth[-1]  # where the curve ends, it cannot say what lies behind
+        table.append([f"{row.k:g}", *figures, *([""] * 3 if last else found)])
     first = file.worth[0]
     return (
         f"{file.name}: what its texts are worth",
@@ -228,7 +230,7 @@ def worth_table(file: FileResult) -> Block:
 
 
 def images(value: float) -> str:
-    return "more" if value == float("inf") else f"{value:.2f}"
+    return "more" if value == float("inf") else f"{value:z.2f}"
 
 
 def in_words(row: Worth) -> str:

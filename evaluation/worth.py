@@ -3,7 +3,8 @@
 The curve without texts is followed from k = 0 (a guess) on; between two numbers of images accuracy is taken to rise in
 a straight line, and where more images did worse by chance, the curve stays where it was. Texts at k images that reach
 what the curve reaches at k' are worth k' - k images a class: less than one is a result, and so is less than none. Where
-texts reach what no number of images on the curve does, they are worth more than the curve can say (inf).
+texts reach what no number of images on the curve does, they are worth more than the curve can say (inf). So it is, as a
+rule, beside the greatest number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,8 @@ def worth(ks: Sequence[float], arms: Mapping[str, Sequence[Answers]], y: Ints, p
         each = [images_for(ks, mean[None, 2], mean[name, place, None])[0] - k for name in (0, 1)]
         spread = images_for(ks, drawn[:, 2], drawn[:, 0, place]) - k
         ends = interval_of(spread)
-        rows.append(Worth(k, *(float(mean[name, place]) for name in range(3)), float(each[0]), ends, float(each[1])))
+        texts, shuffled, none = (float(value) for value in mean[:, place])
+        rows.append(Worth(k, texts, shuffled, none, float(each[0]), ends, float(each[1])))
     return rows
 
 
