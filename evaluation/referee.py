@@ -219,7 +219,7 @@ def choose_shrinkage(taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, k: 
 class Answers(NamedTuple):
     """Of each image, whether it was told right, the mean over draws of a control: seeds are splits of classes."""
 
-    right: Floats  # (S, n) float32; where there is one split, seeds are the draws of images
+    right: np.ndarray  # (S, n) float32, a share of draws; where there is one split, seeds are the draws of images
     draws: Floats  # accuracy in each draw of a control, (1,) where it has none
 
 

@@ -83,8 +83,8 @@ def paired_difference(
 
 
 def paired_differences(
-    correct_a: Bools | Floats,
-    correct_b: Bools | Floats,
+    correct_a: Bools,
+    correct_b: Bools,
     classes: Ints,
     groups: Ints | None = None,
     part: Ints | None = None,
@@ -94,8 +94,7 @@ def paired_differences(
 ) -> list[Paired]:
     """paired_difference of each of R methods, correct_a (R, S, n), with correct_b, (n,), (S, n) or (R, S, n).
 
-    All share the draws: many comparisons cost little more than one. An image may be right in a share of the draws that
-    a seed is the mean of.
+    All share the draws: many comparisons cost little more than one.
     """
     correct_b = np.atleast_2d(correct_b)
     seeds_a, seeds_b = correct_a.shape[-2], correct_b.shape[-2]

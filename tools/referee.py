@@ -344,7 +344,7 @@ def ask_bottleneck(
         generator = torch.Generator().manual_seed(draw)
         made["random"].append(layers(random_units(texts.K, generator)))
         made["unrelated"].append(layers(strangers_of(texts.K, unrelated, generator)))
-    questions = {}
+    questions: dict[str, tuple[dict[str, Answers], tuple[str, ...]]] = {}
     for place, nec in enumerate(NEC):
         answers = {
             name: referee.gather([[one.hits[place]] for one in each], [shown.images], count)
@@ -467,7 +467,7 @@ def deepest_rank(
         return []
     cache, chains = images.cache, torch.from_numpy(taxonomy.chains)
     count, y = len(images.pool), cache.y.numpy()
-    rows = []
+    rows: list[Row] = []
     for rank in range(taxonomy.ranks):
         told: dict[str, list[list[Tensor]]] = {"texts": [[]], "shuffled": [[] for _ in answered.shuffled[0]]}
         asked = []
