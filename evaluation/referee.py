@@ -1,0 +1,490 @@
+"""What texts say of classes that have no images, or a few: prior_lda asked for many sets of texts at the price of one.
+
+Classes have roles: those of `fit` teach with all their images, those of `settings` choose the shrinkage, those of
+`report` are told apart. With p_t the mean of teaching class t, S the covariance within them and m_0 the mean of p, the
+map from texts to images (training/layers/text_map.py) is linear in p:
+
+    q_c = m_0 + sum_t a_ct (p_t - m_0)              a (C, T) follows from texts alone
+    d_c = s_c (m_c - m_0) + (1 - s_c) (q_c - m_0)   s_c = k_c / (k_c + tr(S) / tr(R)), as in prior_lda
+    logit_c(x) = <d_c, x - m_0> - <d_c, d_c> / 2    <u, v> = u S^-1 v
+
+So S, its axes and all inner products of p, of the images x that are asked about and of the means m_c of few images are
+made once a split of classes (`learn`, `ask`); a set of texts, be it a file, a control or attributes, costs a ridge over
+T classes and a few small products (`place`, `logits`). Without texts a = 0: transfer_lda of the same strength. Up to
+the scale of logits these are training.methods.prior_lda's, which a test holds. Nothing is read from files here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evaluation.statistics import DRAWS, LEVEL, Paired, bootstrap, holm, interval, paired_differences
+from fieldmark.concepts.selection import discriminability
+from training.layers.blocks import Span, Standardise
+from training.layers.gaussian import Spread
+from training.layers.ridge import Rows, basis_of_rows, judge_left_out
+from training.layers.sparse import sparse_layers
+from training.layers.text_map import ALIKE, TextMap, least_error
+from training.methods.prior_lda import TEACHERS, trust
+from training.methods.prototypes import class_means
+from training.metrics import Bools, Floats, Ints
+from training.regimes import by_draw
+
+PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of a map, as in prior_lda
+SHRINKAGES = (0.1, 0.3, 0.6)  # of the covariance, as in prior_lda
+PENALTIES_OF_ROWS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a dense layer, as shares of the mean spread
+FIT, SETTINGS = 0.5, 0.1  # shares of the classes, where roles are drawn
+FEWEST = 2  # classes that choose, or are told apart
+OWNERLESS = ("shuffled", "permuted")  # controls that keep all vectors and change whose they are
+CONTENTLESS = ("random", "unrelated")  # controls for what reads vectors and no owners
+
+
+class Roles(NamedTuple):
+    """Positions of classes, ascending, each in one of three roles."""
+
+    fit: Tensor
+    settings: Tensor
+    report: Tensor
+
+
+def rotated_roles(classes: Sequence[str], splits: int) -> list[Roles]:
+    """`splits` times half of the classes for the fit, a tenth for settings and the others to report on.
+
+    In an order by sha256 of class_id, each split begins a step further, so that in all of them every class is reported
+    on about as often. Raises ValueError for too few classes.
+    """
+    count = len(classes)
+    fit, settings = round(FIT * count), max(FEWEST, round(SETTINGS * count))
+    if fit < TEACHERS or count - fit - settings < FEWEST:
+        raise ValueError(f"{count} classes are too few")
+    key = by_draw(0)
+    order = sorted(range(count), key=lambda place: key(classes[place]))
+    turned = (np.roll(order, -round(split * count / splits)) for split in range(splits))
+    parts = (np.split(one, [fit, fit + settings]) for one in turned)
+    return [Roles(*(torch.from_numpy(np.sort(part)) for part in one)) for one in parts]
+
+
+class Taught(NamedTuple):
+    """What the teaching classes say: all images in the axes of their covariance, about m_0. In float64."""
+
+    roles: Roles
+    x: Tensor  # (n, r): every image
+    means: Tensor  # p (T, r)
+    spread: Spread
+    gram: Tensor  # (T, T): p p^T, not divided by S
+    within: float  # tr(S)
+
+
+def learn(x: Tensor, y: Tensor, roles: Roles) -> Taught:
+    """From vectors x (n, F) of images, standardised by those that teach, and their classes y (n,)."""
+    span = Span(x.double())
+    x = span.into(x.double())
+    teaches = torch.isin(y, roles.fit)
+    told = (y[teaches, None] == roles.fit).double()
+    means, covariance, _ = class_means(x[teaches], told)
+    spread, centre = Spread(covariance, x.shape[1] if span.axes is None else len(span.axes)), means.mean(0)
+    p = (means - centre) @ spread.axes
+    return Taught(roles, (x - centre) @ spread.axes, p, spread, p @ p.T, covariance.trace().item())
+
+
+class Asked(NamedTuple):
+    """C classes to be told apart by n images, with k images of each in D draws: inner products under S^-1."""
+
+    classes: Tensor  # (C,)
+    images: Tensor  # (n,) positions of the images that are asked about
+    y: Tensor  # (n,) their positions in `classes`
+    counts: Tensor  # k_c (C,)
+    teachers: Tensor  # (T, n): <p, x>
+    gram: Tensor  # (T, T): <p, p>
+    own: Tensor  # (D, C, n): <m, x>
+    own_teachers: Tensor  # (D, C, T): <m, p>
+    own_norm: Tensor  # (D, C): <m, m>
+
+
+def ask(
+    taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, classes: Tensor, k: int | None, shrinkage: float
+) -> Asked:
+    """Ask about the images of `classes` that are not in the pool (n,), where k of the pool are told (None: all of it).
+
+    y (n,); ranks (D, n): the place of each image of the pool within its class in each draw, from 0.
+    """
+    scale = ((1 - shrinkage) * taught.spread.values + shrinkage * taught.spread.mean).rsqrt()
+    x, p = taught.x * scale, taught.means * scale
+    of_class = y == classes[:, None]  # (C, n)
+    wanted = of_class.any(0)
+    images, support = (wanted & ~pool).nonzero()[:, 0], (wanted & pool).nonzero()[:, 0]
+    draws = ranks[: 1 if k in (0, None) else len(ranks), support]
+    taken = draws >= 0 if k is None else draws < k
+    shares = (taken[:, None] & of_class[:, support]).double()  # (D, C, m)
+    counts = shares[0].sum(1)
+    means = shares @ x[support] / counts.clamp(min=1)[:, None]
+    query = x[images]
+    own = means.flatten(0, 1)
+    return Asked(
+        classes=classes,
+        images=images,
+        y=of_class[:, images].double().argmax(0),
+        counts=counts,
+        teachers=p @ query.T,
+        gram=p @ p.T,
+        own=(own @ query.T).unflatten(0, means.shape[:2]),
+        own_teachers=(own @ p.T).unflatten(0, means.shape[:2]),
+        own_norm=means.square().sum(-1),
+    )
+
+
+class Placed(NamedTuple):
+    """Where texts put the classes."""
+
+    weights: Tensor  # a (C, T)
+    ratio: float  # tr(S) / tr(R)
+    explained: float  # the share of the spread of p that the map explains of classes left out
+    penalty: float
+    text_map: TextMap | None = None
+
+
+def place(taught: Taught, texts: Tensor, asked: Tensor | None = None) -> Placed:
+    """By texts (C, E) of all classes, or by other ones `asked` (C, E) of those that are asked about.
+
+    Leaving teaching classes out chooses the penalty, by the squared error as in prior_lda.
+    """
+    count = len(taught.gram)
+    text_map = TextMap(texts[taught.roles.fit], torch.eye(count))
+    spread = taught.gram.trace().item() / count * (count / (count - 1)) ** 2
+    errors = {penalty: left_out_error(text_map, taught.gram, penalty) for penalty in PENALTIES}
+    penalty = min(errors, key=errors.__getitem__)
+    weights = text_map.predict(texts if asked is None else asked, penalty)
+    error = errors[penalty]
+    return Placed(weights, taught.within / max(error, ALIKE), 1 - error / max(spread, ALIKE), penalty, text_map)
+
+
+def left_out_error(text_map: TextMap, gram: Tensor, penalty: float) -> float:
+    """The mean of |p_t - what the map without t says of it|^2; text_map tells of (T, T) identity, gram is p p^T."""
+    rest = torch.eye(len(gram), dtype=gram.dtype) - text_map.left_out(penalty)
+    return ((rest @ gram) * rest).sum(1).mean().item()
+
+
+def nowhere(taught: Taught, classes: int) -> Placed:
+    """Without texts: every class is expected at m_0."""
+    count = len(taught.gram)
+    error = taught.gram.trace().item() / count * (count / (count - 1)) ** 2
+    weights = torch.zeros(classes, count, dtype=torch.float64)
+    return Placed(weights, taught.within / max(error, ALIKE), 0.0, 0.0)
+
+
+def logits(asked: Asked, placed: Placed) -> Tensor:
+    """(D, C, n)."""
+    a = placed.weights[asked.classes]
+    s = trust(asked.counts, placed.ratio)
+    rest = 1 - s
+    norm = s.square() * asked.own_norm + rest.square() * ((a @ asked.gram) * a).sum(1)
+    norm = norm + 2 * s * rest * torch.einsum("dct,ct->dc", asked.own_teachers, a)
+    return s[:, None] * asked.own + (rest[:, None] * (a @ asked.teachers)) - norm[..., None] / 2
+
+
+def hits(asked: Asked, placed: Placed) -> Tensor:
+    """(D, n) float32: whether each image is told right; where several classes are equal, none of them is told."""
+    return right(logits(asked, placed), asked.y)
+
+
+def right(said: Tensor, y: Tensor) -> Tensor:
+    """(D, n) float32 of logits (D, C, n). Equal logits share the hit, so that saying nothing is worth 1 / C."""
+    best = said == said.amax(1, keepdim=True)
+    own = best.gather(1, y.expand(len(said), 1, -1))[:, 0]
+    return own.float() / best.sum(1)
+
+
+def zero_shot(g: Tensor, asked: Asked, texts: Tensor) -> Tensor:
+    """(1, n): classes by the cosine of their text, texts (C, D), and the global vector, g (n', D) of all images."""
+    return right((texts[asked.classes].float() @ g[asked.images].float().T)[None], asked.y)
+
+
+def choose_shrinkage(taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, k: int | None) -> float:
+    """The shrinkage at which the settings classes are told apart best without a text, at k images, or 1 where k is 0.
+
+    One for a file and all its controls: what differs between them is the texts alone.
+    """
+
+    def accuracy(shrinkage: float) -> float:
+        asked = ask(taught, y, pool, ranks, taught.roles.settings, 1 if k == 0 else k, shrinkage)
+        return hits(asked, nowhere(taught, int(y.max()) + 1)).mean().item()
+
+    return max(SHRINKAGES, key=accuracy)
+
+
+class Answers(NamedTuple):
+    """Of each image, whether it was told right, the mean over draws of a control: seeds are splits of classes."""
+
+    right: np.ndarray  # (S, n) float32, a share of draws; where there is one split, seeds are the draws of images
+    draws: Floats  # accuracy in each draw of a control, (1,) where it has none
+
+
+def gather(told: Sequence[Sequence[Tensor]], images: Sequence[Tensor], count: int) -> Answers:
+    """From hits (D, n_s) by draw of the control and by split, about images (n_s,) of each split, of `count` in all."""
+    asked = sum(len(part) for part in images)
+    each = [sum(hit.sum(1).mean().item() for hit in splits) / asked for splits in told]
+    rows = []
+    for split, part in enumerate(images):
+        mean = torch.stack([splits[split] for splits in told]).mean(0)
+        mean = mean if len(images) == 1 else mean.mean(0, keepdim=True)
+        rows.append(torch.zeros(len(mean), count).index_copy(1, part, mean))
+    return Answers(torch.cat(rows).numpy(), np.array(each))
+
+
+def part_of(images: Sequence[Tensor], count: int) -> Ints:
+    """(S, count): 0 where a split of classes asks about an image, else -1."""
+    part = np.full((len(images), count), -1)
+    for split, asked in enumerate(images):
+        part[split, asked.numpy()] = 0
+    return part
+
+
+class Row(NamedTuple):
+    """A question: a method with k images, what texts reach in it, and how far that is from each control."""
+
+    name: str
+    accuracy: float
+    interval: tuple[float, float]  # 95 %, over classes and splits
+    others: dict[str, float]  # accuracy by control
+    over: dict[str, Paired]  # texts - control
+    reach: dict[str, float]  # the best draw of a control that draws
+    against: tuple[str, ...]  # the controls that the verdict is about
+    p: float  # the largest of `against`, corrected for all rows of the file
+
+    @property
+    def shown(self) -> bool:
+        """Whether texts beat each of `against`, in the mean by the corrected p and every single draw of it."""
+        over = [self.over[name] for name in self.against]
+        return (
+            self.p < LEVEL
+            and all(each.judged and each.difference > 0 for each in over)
+            and all(self.accuracy > self.reach[name] for name in self.against)
+        )
+
+
+def judge(
+    questions: Mapping[str, tuple[Mapping[str, Answers], tuple[str, ...]]],
+    y: Ints,
+    part: Mapping[str, Ints],
+    groups: Ints | None = None,
+) -> list[Row]:
+    """A row for each question: its answers by name, `texts` among them, and the controls that its verdict is about.
+
+    y (n,) classes of all images; part by question, which images it asks about in which split. A p over classes is that
+    of chance signs (evaluation/statistics.py). A file that says nothing is one more draw of its own controls, so that
+    it beats R draws of one by chance in 1 of R + 1 cases, whatever the p.
+    """
+    rows = []
+    for name, (answers, against) in questions.items():
+        own, names = answers["texts"], [other for other in answers if other != "texts"]
+        counted = part[name] >= 0
+        seeds = max(len(one.right) for one in answers.values())
+        same = [np.broadcast_to(answers[one].right, (seeds, len(y))) for one in ("texts", *names)]
+        first = np.broadcast_to(same[0], (len(names), seeds, len(y)))
+        paired = paired_differences(first, np.stack(same[1:]), y, groups, part[name], by_class=True)
+        over = dict(zip(names, paired, strict=True))
+        means = bootstrap(own.right[None], y, DRAWS, 0, part[name])
+        others = {other: accuracy_of(answers[other], counted) for other in names}
+        reach = {other: float(answers[other].draws.max()) for other in names}
+        p = max(over[other].p for other in against)
+        ends = interval(means[:, 0], 0.95)
+        rows.append(Row(name, accuracy_of(own, counted), (max(ends[0], 0.0), ends[1]), others, over, reach, against, p))
+    corrected = holm([row.p for row in rows])
+    return [row._replace(p=p) for row, p in zip(rows, corrected, strict=True)]
+
+
+def accuracy_of(answers: Answers, counted: Bools) -> float:
+    """The mean over the images and splits that count (S, n) bool."""
+    counted = np.broadcast_to(counted, answers.right.shape)
+    return float(answers.right[counted].mean())
+
+
+class Texts(NamedTuple):
+    """The kept concepts of a file: distinct texts, and which class owns which."""
+
+    texts: tuple[str, ...]
+    K: Tensor  # (M, D), unit length
+    own: Tensor  # (M, C) bool
+
+    @property
+    def owned(self) -> tuple[Tensor, Tensor]:
+        """Concept and class of each pair of them, in the order of classes: (pairs,) each."""
+        label, concept = self.own.T.nonzero(as_tuple=True)
+        return concept, label
+
+
+def class_vectors(K: Tensor, own: Tensor) -> Tensor:
+    """(C, D): the direction of the mean text of each class; K (M, D), own (M, C) bool.
+
+    A class without a text gets that of all other classes: it is told by the images of others, as without texts.
+    """
+    label, concept = own.T.nonzero(as_tuple=True)
+    sums = torch.zeros(own.shape[1], K.shape[1]).index_add(0, label, K[concept])
+    vectors = F.normalize(sums, dim=1)
+    bare = ~own.any(0)
+    vectors[bare] = F.normalize(vectors[~bare].mean(0), dim=0)
+    return vectors
+
+
+def concept_worth(asked: Asked, placed: Placed, texts: Texts, temperature: float) -> tuple[Tensor, Tensor]:
+    """What the log loss at 0 images would rise by without each pair of concept and class: (pairs,), and which pairs.
+
+    Nats an image, over images of all classes that are told apart; the map stays as it was fitted. Pairs of classes that
+    are not asked about, and those that are all that a class has, are left out.
+    """
+    assert placed.text_map is not None
+    concept, label = texts.owned
+    said = logits(asked, placed)[0] / temperature  # (C, n)
+    own = said.gather(0, asked.y[None])[0]
+    before = (said.logsumexp(0) - own).mean()
+    found, pairs = [], []
+    for place_of, class_of in enumerate(asked.classes.tolist()):
+        rows = (label == class_of).nonzero()[:, 0]
+        if len(rows) < 2:
+            continue
+        vectors = texts.K[concept[rows]]
+        without = F.normalize(vectors.sum(0) - vectors, dim=1)
+        a = placed.text_map.predict(without, placed.penalty)
+        changed = (a @ asked.teachers - ((a @ asked.gram) * a).sum(1, keepdim=True) / 2) / temperature  # (rows, n)
+        others = torch.cat([said[:place_of], said[place_of + 1 :]]).logsumexp(0)
+        after = torch.logaddexp(others, changed) - torch.where(asked.y == place_of, changed, own)
+        found.append(after.mean(1) - before)
+        pairs.append(rows)
+    empty = torch.zeros(0)
+    return (torch.cat(found), torch.cat(pairs)) if found else (empty, empty.long())
+
+
+class Steps(NamedTuple):
+    """From what texts reach at 0 images to what images do: hits (1, n) of each, about the images of one split."""
+
+    texts: Tensor  # a map from texts to images
+    told: Tensor  # attributes as texts foretell them, and a map from attributes to images
+    attributes: Tensor  # the true attributes, and that map
+    images: Tensor  # the means of all images of the pool
+    groups: dict[str, Tensor]  # as `told`, but for the true columns of one group
+    content: dict[str, tuple[float, float]]  # squared error of what texts foretell of a group, and of the mean
+    seen: dict[str, tuple[float, float]]  # the same of what images foretell
+
+
+def decompose(
+    taught: Taught,
+    y: Tensor,
+    pool: Tensor,
+    ranks: Tensor,
+    asked: Asked,
+    texts: Tensor,
+    attributes: Tensor,
+    groups: Mapping[str, Sequence[int]],
+    shrinkage: float,
+) -> Steps:
+    """What is missing at 0 images: asked is at k = 0, texts (C, E), attributes (C, A), columns of each group.
+
+    Every map is fitted on the teaching classes. Attributes of the classes that are asked about are foretold from their
+    texts by the same ridge; from images, by the means of their pool.
+    """
+    fit, report = taught.roles.fit, taught.roles.report
+    told = foretell(texts, attributes, fit)
+    of_pool = ((y == torch.arange(len(attributes))[:, None]) & pool).double()
+    means = of_pool @ taught.x / of_pool.sum(1, keepdim=True).clamp(min=1)
+    means[fit] = taught.means
+    by_images = foretell(means, attributes, fit)
+
+    def hit(columns: Tensor) -> Tensor:
+        return hits(asked, place(taught, attributes, columns))
+
+    mixed: dict[str, Tensor] = {}
+    content: dict[str, tuple[float, float]] = {}
+    seen: dict[str, tuple[float, float]] = {}
+    centre = attributes[fit].mean(0)
+    for group, columns in groups.items():
+        put = told.clone()
+        put[:, list(columns)] = attributes[:, list(columns)]
+        mixed[group] = hit(put)
+        true = attributes[report][:, list(columns)]
+        chance = (true - centre[list(columns)]).square().sum().item()
+        for found, source in ((content, told), (seen, by_images)):
+            found[group] = (true - source[report][:, list(columns)]).square().sum().item(), chance
+    everything = ask(taught, y, pool, ranks, asked.classes, None, shrinkage)
+    images = hits(everything, nowhere(taught, len(attributes)))
+    return Steps(hits(asked, place(taught, texts)), hit(told), hit(attributes), images, mixed, content, seen)
+
+
+def foretell(vectors: Tensor, wanted: Tensor, fit: Tensor) -> Tensor:
+    """wanted (C, A) of all classes from vectors (C, E), by ridge on the classes `fit`, which choose its penalty."""
+    text_map = TextMap(vectors[fit], wanted[fit])
+    return text_map.predict(vectors, least_error(text_map, PENALTIES))
+
+
+def by_rank(said: Tensor, y: Tensor, chains: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """At each rank, whether images are told their taxon among those within the same taxon of the next rank.
+
+    said (C, n) logits at 0 images; y (n,); chains (C, R) the taxon of each class at each rank, -1 where it has none;
+    above the highest rank everything is one. For each rank, hits (n,), and of which images (n,) bool: those of taxa
+    that have others beside them.
+    """
+    found = []
+    for rank in range(chains.shape[1]):
+        taxon = chains[:, rank]
+        above = chains[:, rank + 1] if rank + 1 < chains.shape[1] else torch.zeros_like(taxon)
+        among = (above[:, None] == above[y]) & (taxon >= 0)[:, None]  # (C, n)
+        guess = said.masked_fill(~among, float("-inf")).argmax(0)
+        beside = (among & (taxon[:, None] != taxon[y])).any(0) & (taxon[y] >= 0)
+        found.append(((taxon[guess] == taxon[y]).float(), beside))
+    return found
+
+
+class Bottleneck(NamedTuple):
+    """A linear layer over concept scores at each wanted number of them: logits (n, C), and the numbers reached."""
+
+    logits: list[Tensor]
+    nec: list[float]
+
+
+def bottleneck(train: Tensor, y: Tensor, query: Tensor, K: Tensor, classes: int, wanted: Sequence[float]) -> Bottleneck:
+    """Classes from likeness to concepts K (M, D) alone, as training/methods/concept_bottleneck.py scores them.
+
+    train (m, D) and query (n, D) global vectors, y (m,). `wanted` ascends; a number that M does not exceed, as inf, is
+    every concept: a ridge whose penalty leaving images out chooses. Who owns a concept is not read.
+    """
+    standardise = Standardise(train)
+    x, asked = standardise(train) @ K.T, standardise(query) @ K.T
+    fewer = [nec for nec in wanted if nec < len(K)]
+    sparse = sparse_layers(x, y, classes, fewer) if fewer else []
+    said = [asked @ layer.weight.T + layer.bias for layer in sparse]
+    if rest := len(wanted) - len(fewer):
+        span = torch.linalg.svd(K.T, full_matrices=False)
+        turn = span.U * span.S  # of M concepts, min(M, D) dimensions
+        said += [dense(standardise(train) @ turn, y, standardise(query) @ turn, classes)] * rest
+    return Bottleneck(said, [layer.nec for layer in sparse])
+
+
+def dense(x: Tensor, y: Tensor, query: Tensor, classes: int) -> Tensor:
+    """Scores (n, C) of query (n, F) by ridge on x (m, F), y (m,), penalties as shares of the mean spread."""
+    told = F.one_hot(y, classes).double()
+    x = x.double()
+    rows = Rows(len(x), 1, x.shape[1], len(x), lambda chunk: x[chunk][None], lambda chunk: told[chunk])
+    basis, mean = basis_of_rows(rows)
+    unit = basis.spread.mean().item()
+    penalties = [unit * share for share in PENALTIES_OF_ROWS]
+    judged = judge_left_out(basis, penalties)
+    best = max(range(len(penalties)), key=lambda place: (judged[place].accuracy, -judged[place].loss))
+    weight = basis.solve(penalties[best])
+    weight = x.T @ weight if len(weight) != x.shape[1] else weight
+    return (query.double() - mean) @ weight + basis.mean
+
+
+def most_telling(K: Tensor, own: Tensor, means: Tensor, scale: float, most: int) -> Tensor:
+    """(M,) bool: the `most` texts of each class that tell it best, by discriminability (concepts/selection.py).
+
+    K (M, D), own (M, C), means (C, D) of the images that train. The same for texts and for what stands in their place.
+    """
+    gain = torch.from_numpy(discriminability((K @ means.T).double().numpy(), scale))
+    chosen = torch.zeros(len(K), dtype=torch.bool)
+    for column in own.T:
+        rows = column.nonzero()[:, 0]
+        chosen[rows[gain[rows].argsort(descending=True, stable=True)[:most]]] = True
+    return chosen

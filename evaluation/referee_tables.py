@@ -1,0 +1,302 @@
+"""The referee's page: what tools.referee found of concept files, as text, Markdown and figures. Pure functions."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evaluation.referee import Answers, Row
+from evaluation.statistics import LEVEL, UNITS, Paired
+from evaluation.words import lay_out, percent, points, points_range, written_p
+from evaluation.worth import Worth
+from fieldmark.command import counted, name_some, printable
+
+OVER = ("random", "shuffled", "permuted", "names", "none")  # controls whose differences are shown
+COLUMNS = ("random", "shuffled", "permuted", "unrelated", "names", "names + texts", "none")
+SHOWN = 8  # concepts and groups of attributes that are named
+STEPS = {
+    "texts": "the texts, through the map",
+    "told": "attributes foretold from the texts",
+    "attributes": "the true attributes",
+    "images": "the means of all images of the pool",
+}
+MISSING = {"told": "map", "attributes": "content", "images": "what attributes do not say, or no map carries"}
+
+
+class Setting(NamedTuple):
+    """How all files were asked."""
+
+    encoder: str
+    features: str
+    roles: list[tuple[int, ...]]  # by split, the numbers of classes that teach, choose and are reported on
+    draws: int
+    images: int  # that are asked about
+    told: int  # of the pool
+    shrinkage: list[float]  # that were chosen
+    per_class: int | None
+
+
+class FileResult(NamedTuple):
+    """What was found of one file. `rows` and the like are empty where only its worth was asked, and the reverse."""
+
+    name: str
+    classes: int
+    counts: list[int]  # of kept texts, by class
+    covered: int
+    texts: int
+    reasons: dict[str, int]
+    naming: dict[str, dict[str, float]]
+    bare: list[str]  # classes that keep no text
+    answers: dict[str, Answers]
+    rows: Sequence[Row] = ()
+    gate: str = ""
+    carrying: Sequence[dict[str, Any]] = ()
+    missing: dict[str, Any] | None = None
+    ranks: Sequence[dict[str, Any]] = ()
+    worth: Sequence[Worth] = ()
+    nec: Sequence[float] = ()  # effective concepts a class that the bottleneck has, where so many were wanted
+
+
+class Side(NamedTuple):
+    """Two files on one question: a - b, p corrected for all of them."""
+
+    a: str
+    b: str
+    question: str
+    paired: Paired
+    p: float
+
+
+class Page(NamedTuple):
+    setting: Setting
+    files: Sequence[FileResult]
+    sides: Sequence[Side]
+
+
+Block = tuple[str, list[list[str]] | None, list[str]]  # a heading, a table, lines
+
+
+def blocks(page: Page) -> list[Block]:
+    """The page in its order."""
+    found = [about(page.setting)]
+    for file in page.files:
+        found.append(coverage(file))
+        found += [worth_table(file)] if file.worth else [questions(file), concepts(file)]
+        found += [missing(file.missing)] if file.missing else []
+        found += [ranks(file)] if file.ranks else []
+    return [*found, *([sides(page.sides)] if page.sides else [])]
+
+
+def about(setting: Setting) -> Block:
+    fit, settings, report = setting.roles[0]
+    splits = counted(len(setting.roles), "split of the classes", "rotated splits of the classes")
+    return (
+        f"Concept files, judged with {setting.encoder}",
+        None,
+        [
+            f"vectors: {setting.features}; {splits}: {fit} teach, {settings} choose, {report} are told apart (chance"
+            f" {percent(1 / report)} %); {setting.draws} draws",
+            f"{setting.images} images of train and val are asked about, {setting.told} others may be told; no test"
+            " image is opened",
+            f"shrinkage chosen: {', '.join(map(str, setting.shrinkage))} of 0.1, 0.3, 0.6 (0.1 and 0.6 are its edges)",
+            *([f"no more than {setting.per_class} kept texts a class"] if setting.per_class else []),
+        ],
+    )
+
+
+def coverage(file: FileResult) -> Block:
+    counts = np.array(file.counts)
+    kept, dropped = int(counts.sum()), sum(file.reasons.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in file.reasons.items()) or "none"
+    bare = f": {name_some(file.bare, 5)}" if file.bare else ""
+    lines = [
+        f"{file.texts} texts of {file.covered} of {file.classes} classes; {kept} kept, {int(np.median(counts))} a class"
+        f" ({counts.min()} to {counts.max()}); {counted(len(file.bare), 'class keeps', 'classes keep')} none{bare}",
+        f"dropped {dropped}: {reasons}",
+        "name "
+        + "; ".join(
+            f"{what}: {percent(file.naming['all'][kind])} % of all texts, {percent(file.naming['kept'][kind])} % of"
+            " those kept"
+            for kind, what in (("own", "their class"), ("other", "another class"), ("group", "a group"))
+        ),
+    ]
+    return file.name, None, [*lines, *([f"gate: {file.gate}"] if file.gate else [])]
+
+
+def questions(file: FileResult) -> Block:
+    names = [name for name in COLUMNS if any(name in row.others for row in file.rows)]
+    over = [name for name in OVER if any(name in row.over for row in file.rows)]
+    table = [["accuracy, %", "texts", "95 %", *names, *(f"- {name}" for name in over), "p", "says"]]
+    for row in file.rows:
+        line = [row.name, percent(row.accuracy), f"[{percent(row.interval[0])}, {percent(row.interval[1])}]"]
+        line += [percent(row.others[name]) if name in row.others else "" for name in names]
+        line += [said(row.over.get(name)) for name in over]
+        table.append([*line, written_p(row.p), verdict(row)])
+    units = min(min(each.units for each in row.over.values()) for row in file.rows)
+    few = f"; fewer than {UNITS} classes: no verdict" if units < UNITS else ""
+    yes = [row.name for row in file.rows if row.shown]
+    summary = f"shown in: {'; '.join(yes)}" if yes else "shown in no question"
+    return (
+        f"{file.name}: what its texts reach",
+        table,
+        [
+            f"that the texts say something of their classes is {summary}{few}",
+            "differences in points with 95 % intervals over classes and splits (over draws where there is one split);"
+            " says yes: better than every draw of shuffled and of permuted (of random and of unrelated in a bottleneck,"
+            f" which does not read whose a text is), and p under {LEVEL}, corrected (Holm) for {len(file.rows)}"
+            " questions",
+            "random: random unit vectors; shuffled: the same vectors between classes; permuted: a class has another's;"
+            " unrelated: texts about other things; names: class names alone; none: no text, images of other classes"
+            " alone (in a bottleneck the leading directions of its images)",
+            *([f"NEC reached by the texts: {', '.join(f'{nec:.1f}' for nec in file.nec)}"] if file.nec else []),
+        ],
+    )
+
+
+def verdict(row: Row) -> str:
+    if not all(row.over[name].judged for name in row.against):
+        return "no verdict"
+    return "yes" if row.shown else "not shown"
+
+
+def said(paired: Paired | None) -> str:
+    return "" if paired is None else f"{points(paired.difference)} {points_range(paired.over)}"
+
+
+def concepts(file: FileResult) -> Block:
+    table = [["nats", "class", "concept"]]
+    first, last = file.carrying[:SHOWN], file.carrying[max(SHOWN, len(file.carrying) - SHOWN) :]
+    table += [[f"{1000 * row['nats']:+.2f}", row["class_id"], row["text"]] for row in (*first, *last)]
+    positive = sum(row["nats"] > 0 for row in file.carrying)
+    return (
+        f"{file.name}: which concepts carry it",
+        table,
+        [
+            "thousandths of a nat an image that the map at 0 images loses without the concept: most, and least",
+            f"{positive} of {len(file.carrying)} concepts help; no interval: with so many, some seem to by chance",
+        ],
+    )
+
+
+def missing(found: dict[str, Any]) -> Block:
+    table = [["at 0 images", "accuracy, %", "adds", "which is"]]
+    for name, what in STEPS.items():
+        adds = found["adds"].get(name)
+        line = [what, percent(found["accuracy"][name]), "", ""]
+        if adds is not None:
+            line[2:] = [f"{points(adds[0])} {points_range(adds[1])}", MISSING[name]]
+        table.append(line)
+    table.append(["all right", "100.0", points(1 - found["accuracy"]["images"]), "what the encoder does not see"])
+    table.append(["attributes put in", "", "adds", "texts foretell, images show (share of spread explained)"])
+    for row in found["groups"][:SHOWN]:
+        known = f"{percent(row['content'])} %, {percent(row['seen'])} %"
+        table.append([row["group"], "", f"{points(row['adds'])} {points_range(row['interval'])}", known])
+    return "what is missing", table, ["each group alone in its true columns, the others as texts foretell them"]
+
+
+def ranks(file: FileResult) -> Block:
+    table = [["rank", "taxa", "texts", "shuffled", "texts - shuffled", "p", "says"]]
+    for each in file.ranks:
+        row = each["row"]
+        name = "class" if each["rank"] == 0 else str(each["rank"])
+        over = row.over["shuffled"]
+        table.append(
+            [name, str(each["taxa"]), percent(row.accuracy), percent(row.others["shuffled"]), said(over),
+             written_p(row.p), verdict(row)]
+        )  # fmt: skip
+    deepest = next((each["rank"] for each in file.ranks if each["row"].shown), None)
+    found = {None: "at no rank", 0: "down to the class itself"}.get(deepest, f"down to rank {deepest}")
+    return f"{file.name}: by rank", table, [f"texts tell taxa of one next rank apart {found}; at 0 images"]
+
+
+def worth_table(file: FileResult) -> Block:
+    table = [["images a class", "texts, %", "shuffled, %", "none, %", "worth, images", "95 %", "shuffled are worth"]]
+    for row in file.worth:
+        figures = [percent(value) for value in (row.texts, row.shuffled, row.none)]
+        found = [images(row.images), f"[{images(row.interval[0])}, {images(row.interval[1])}]"]
+        found.append(images(row.shuffled_images))
+        last = row is file.worth[-1]  # where the curve ends, it cannot say what lies behind
+        table.append([f"{row.k:g}", *figures, *([""] * 3 if last else found)])
+    first = file.worth[0]
+    return (
+        f"{file.name}: what its texts are worth",
+        table,
+        [
+            f"beside no image the texts are worth {in_words(first)} a class",
+            "worth: by how many more images a class nothing but images reaches the same accuracy; in straight lines"
+            " between the numbers of images above",
+        ],
+    )
+
+
+def images(value: float) -> str:
+    return "more" if value == float("inf") else f"{value:z.2f}"
+
+
+def in_words(row: Worth) -> str:
+    low, high = row.interval
+    if high < 1:
+        return f"less than one image ({images(row.images)} [{images(low)}, {images(high)}])"
+    return f"{images(row.images)} images [{images(low)}, {images(high)}]"
+
+
+def sides(found: Sequence[Side]) -> Block:
+    table = [["a", "b", "question", "a - b", "p"]]
+    for side in found:
+        table.append([side.a, side.b, side.question, said(side.paired), written_p(side.p)])
+    clear = [side for side in found if side.p < LEVEL and side.paired.judged]
+    lines = [f"p corrected (Holm) for {len(found)} comparisons, 95 % intervals over classes and splits"]
+    lines += [
+        f"{side.a if side.paired.difference > 0 else side.b} is better in {side.question} than"
+        f" {side.b if side.paired.difference > 0 else side.a}"
+        for side in clear
+    ] or ["no file is shown to be better than another"]
+    return "side by side", table, lines
+
+
+def as_text(page: Page) -> str:
+    parts = []
+    for heading, table, lines in blocks(page):
+        parts.append("\n".join([heading, *([lay_out(table)] if table else []), *lines]))
+    return printable("\n\n".join(parts)) + "\n"
+
+
+def as_markdown(page: Page) -> str:
+    parts = []
+    for heading, table, lines in blocks(page):
+        parts.append(f"## {heading}")
+        if table:
+            head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]))
+        parts.append("\n".join(f"- {line}" for line in lines))
+    return printable("\n\n".join(parts)) + "\n"
+
+
+def finite(row: Worth) -> dict[str, Any]:
+    """A row of figures, null where texts are worth more images than the curve has: JSON has no infinity."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [known(each) for each in value]
+        return None if value == float("inf") else value
+
+    return {name: known(value) for name, value in row._asdict().items()}
+
+
+def as_json(page: Page) -> dict[str, Any]:
+    """The same figures for programs, with every concept and every group of attributes."""
+    files = []
+    for file in page.files:
+        found = file._asdict()
+        found.pop("answers")
+        rows = [
+            {**row._asdict(), "over": {name: one._asdict() for name, one in row.over.items()}, "shown": row.shown}
+            for row in file.rows
+        ]
+        levels = [
+            {**each, "row": {**each["row"]._asdict(), "over": each["row"].over["shuffled"]._asdict()}}
+            for each in file.ranks
+        ]
+        files.append({**found, "rows": rows, "ranks": levels, "worth": [finite(each) for each in file.worth]})
+    sides = [{**side._asdict(), "paired": side.paired._asdict()} for side in page.sides]
+    return {"setting": page.setting._asdict(), "files": files, "sides": sides}

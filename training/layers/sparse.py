@@ -1,0 +1,217 @@
+"""A sparse last layer: multinomial logistic regression with an L1 penalty, at a wanted number of concepts a class.
+
+    minimise   mean cross entropy + penalty (share |W|_1 + (1 - share)/2 |W|_F^2)        the bias is free
+
+An elastic net as in GLM-SAGA (Wong et al., ICML 2021 [mem]), by which VLG-CBM (Srivastava et al., NeurIPS 2024 [web])
+judges a bottleneck at a number of effective concepts, NEC: the non-zero weights of a class, averaged over classes.
+Theirs draws batches and cuts the smallest weights until NEC is met [mem]; here nothing is drawn or cut [design].
+Penalties fall from where all weights are zero, each fit starts from the one before, and the penalty at which NEC passes
+the wanted number is closed in on by halving. What is returned is an optimum, with no more weights than asked for.
+
+Solved by accelerated proximal gradient steps on all weights at once (FISTA; Beck and Teboulle, 2009 [mem]), which start
+afresh where they turn back (O'Donoghue and Candes, 2015 [mem]). A step grows by itself, and is halved where the loss
+bends more than the step assumed. A fit ends where the conditions of an optimum (Karush, Kuhn and Tucker) are met: of
+the penalised objective's subgradient, no entry is further from 0 than `tolerance` x penalty.
+
+x is standardised column by column, so that one penalty treats all concepts alike; weights and biases are then put back,
+and are those of the features as they came. Everything is in the features' precision, float32 at least.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.layers.gaussian import NEVER
+from training.layers.logistic import as_probabilities
+
+SHARE = 0.99  # of the penalty that is L1, as VLG-CBM has it [mem]
+TOLERANCE = 1e-2  # on cub100's concepts NEC is then within 0.1 of that of 1e-3, in less than half of the time
+RATIO = 0.8  # of a penalty to the one before it
+WEAKEST = 1e-3  # where the path ends, as a share of the least penalty under which all weights are zero
+SLACK = 0.05  # of the wanted number: how far NEC may stay under it
+HALVINGS = 16  # where weights come in together, no penalty may give the number
+STEPS = 5000  # for one penalty, at most
+GROWTH = 1.05  # of a step
+CONSTANT = 1e-12  # a variance that is rounding
+
+
+class Sparse(NamedTuple):
+    """The optimum for one penalty, or what was reached of it after `STEPS`: `violation` tells."""
+
+    weight: Tensor  # (C, M)
+    bias: Tensor  # (C,)
+    penalty: float
+    nec: float  # non-zero weights a class, of the classes that have images
+    violation: float  # of the conditions of an optimum, in units of the penalty
+    steps: int
+
+
+def sparse_at(features: Tensor, labels: Tensor, classes: int, nec: float) -> tuple[Tensor, Tensor]:
+    """Weight (C, M) and bias (C,) with `nec` non-zero weights a class, of features (n, M) and labels.
+
+    Labels are classes (n,) or probabilities (n, C). NEC is between 95 % of the number and the number, unless weights
+    come in together, or the path ends before: then it is less. nec = inf is the end of the path, hardly penalised; a
+    dense layer whose strength val chooses is `fit_logistic`'s. A class without images has no weight and is never said.
+    """
+    found = sparse_layers(features, labels, classes, [nec])[0]
+    return found.weight, found.bias
+
+
+def sparse_layers(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    wanted: Sequence[float],
+    share: float = SHARE,
+    tolerance: float = TOLERANCE,
+) -> list[Sparse]:
+    """`sparse_at` for several numbers, in one walk along the path."""
+    problem = Problem(features, labels, classes, share, tolerance)
+    order = sorted(range(len(wanted)), key=lambda place: wanted[place])
+    found: dict[int, Sparse] = {}
+    sparser: Point | None = None
+    for point in problem.path():
+        while len(found) < len(order) and point.nec > wanted[order[len(found)]]:
+            place = order[len(found)]
+            found[place] = problem.layer(close_in(problem, wanted[place], sparser or point, point))
+        sparser = point
+        if len(found) == len(order):
+            break
+    assert sparser is not None
+    for place in order[len(found) :]:
+        found[place] = problem.layer(sparser)
+    return [found[place] for place in range(len(wanted))]
+
+
+def sparse_path(
+    features: Tensor, labels: Tensor, classes: int, share: float = SHARE, tolerance: float = TOLERANCE
+) -> Iterator[Sparse]:
+    """The layers for penalties from where all weights are zero to `WEAKEST` of it, each `RATIO` of the one before."""
+    problem = Problem(features, labels, classes, share, tolerance)
+    return (problem.layer(point) for point in problem.path())
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A point of the path, of standardised features and of the classes that have images."""
+
+    weight: Tensor  # (M + 1, K), the bias last
+    penalty: float
+    step: float  # that the next point may start with
+    violation: float = 0.0
+    steps: int = 0
+
+    @property
+    def nec(self) -> float:
+        return self.weight[:-1].count_nonzero().item() / self.weight.shape[1]
+
+
+class Problem:
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, share: float, tolerance: float) -> None:
+        """Features (n, M) with n >= 1; labels (n,) or (n, C)."""
+        told = as_probabilities(labels, classes)
+        self.known = told.sum(0) > 0
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        exact = features.double()
+        variance, self.mean = torch.var_mean(exact, 0, correction=0)
+        self.scale = variance.clamp(min=CONSTANT).sqrt()
+        x = ((exact - self.mean) / self.scale).to(dtype)
+        self.x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, M + 1)
+        self.y = told[:, self.known].to(dtype)
+        self.share, self.tolerance = share, tolerance
+
+    def path(self) -> Iterator[Point]:
+        """From no weight at all, where the shares of the classes are said, downwards."""
+        empty = self.x.new_zeros(self.x.shape[1], self.y.shape[1])
+        empty[-1] = self.y.mean(0).log()
+        top = self.gradient(self.x @ empty)[:-1].abs().max().item() / self.share
+        point = Point(empty, top, step=1.0)
+        yield point
+        for step in itertools.count(1):
+            if top * RATIO**step < top * WEAKEST or top == 0:
+                return
+            point = self.solve(top * RATIO**step, point)
+            yield point
+
+    def gradient(self, logits: Tensor) -> Tensor:
+        """(M + 1, K), of the mean cross entropy where the logits (n, K) are these."""
+        return self.x.T @ ((logits.softmax(1) - self.y) / len(self.y))
+
+    def violation(self, weight: Tensor, logits: Tensor, penalty: float) -> float:
+        """How far from 0 the subgradient nearest to it is, in its greatest entry."""
+        slope = self.gradient(logits)
+        w, pull = weight[:-1], slope[:-1] + penalty * (1 - self.share) * weight[:-1]
+        at_zero = (pull.abs() - penalty * self.share).clamp(min=0)
+        off = torch.where(w == 0, at_zero, (pull + penalty * self.share * w.sign()).abs())
+        return max(off.max().item(), slope[-1].abs().max().item())
+
+    def solve(self, penalty: float, start: Point) -> Point:
+        """The optimum for a penalty, from another one's."""
+        weight = before = start.weight
+        logits = logits_before = self.x @ weight
+        step, momentum, violation = start.step, 1.0, math.inf
+        lasso, ridge = penalty * self.share, penalty * (1 - self.share)
+        for taken in range(1, STEPS + 1):
+            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+            carried = (momentum - 1) / following
+            momentum = following
+            # Logits are linear in the weights: what is carried on needs no product with x.
+            ahead = weight + carried * (weight - before)
+            logits_ahead = logits + carried * (logits - logits_before)
+            slope = self.gradient(logits_ahead)
+            while True:
+                moved = ahead - step * slope
+                w = moved[:-1]
+                moved[:-1] = w.sign() * (w.abs() - step * lasso).clamp(min=0) / (1 + step * ridge)
+                logits_moved = self.x @ moved
+                way = (moved - ahead).double().square().sum().item()
+                if bend(logits_ahead, logits_moved) <= way / (2 * step) or way == 0:
+                    break
+                step /= 2
+            if ((ahead - moved) * (moved - weight)).sum() > 0:
+                momentum = 1.0
+            last = (moved - ahead).abs().max().item() / step
+            before, logits_before, weight, logits = weight, logits, moved, logits_moved
+            if last <= self.tolerance * penalty or taken == STEPS:  # a cheap sign, and then what it is a sign of
+                violation = self.violation(weight, logits, penalty) / penalty
+                if violation <= self.tolerance:
+                    break
+            step *= GROWTH
+        return Point(weight, penalty, step, violation, taken)
+
+    def layer(self, point: Point) -> Sparse:
+        """On the features as they came."""
+        kept = point.weight[:-1].double() / self.scale[:, None]
+        weight = self.x.new_zeros(len(self.known), len(self.scale))
+        bias = self.x.new_full((len(self.known),), NEVER)
+        weight[self.known] = kept.T.to(weight.dtype)
+        bias[self.known] = (point.weight[-1].double() - self.mean @ kept).to(bias.dtype)
+        return Sparse(weight, bias, point.penalty, point.nec, point.violation, point.steps)
+
+
+def bend(start: Tensor, end: Tensor) -> float:
+    """By how much the mean cross entropy at the second logits (n, K) lies above its tangent at the first.
+
+    Summed in float64 and of small terms alone, so that it is right where it is far smaller than the loss.
+    """
+    p, way = start.double().softmax(1), (end - start).double()
+    way = way - (p * way).sum(1, keepdim=True)
+    return torch.log1p((p * (way.expm1() - way)).sum(1)).mean().item()
+
+
+def close_in(problem: Problem, wanted: float, sparser: Point, denser: Point) -> Point:
+    """The sparser of two points moved towards the denser one, until its NEC is just under the wanted number."""
+    for _ in range(HALVINGS):
+        if sparser.nec >= (1 - SLACK) * wanted:
+            break
+        middle = problem.solve(math.sqrt(sparser.penalty * denser.penalty), sparser)
+        if middle.nec <= wanted:
+            sparser = middle
+        else:
+            denser = middle
+    return sparser
