@@ -26,7 +26,6 @@ has another class. A run that is interrupted begins again.
 
 import json
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -77,24 +76,27 @@ class Data(NamedTuple):
 
 
 def read_sentences(classes: list[str]) -> dict[str, list[str]]:
-    """The kept sentences of these classes but their names. Raises UserError for a class without one."""
+    """The kept sentences of these classes but their names."""
     rows = store.read_table(CONCEPTS, "concepts/1", ["text", "class_id", "kind", "kept"]).to_pylist()
     found: dict[str, list[str]] = {name: [] for name in classes}
     for row in rows:
         if row["kept"] and row["kind"] != "name" and row["class_id"] in found:
             found[row["class_id"]].append(row["text"])
-    if lacking := [name for name, texts in found.items() if not texts]:
-        more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-        raise UserError(f"{CONCEPTS}: keeps no sentence of class {lacking[0]}{more}; take it out of adapt.NAME.classes")
     return {name: sorted(set(texts)) for name, texts in found.items()}
 
 
 def gather(name: str, settings: Adapt, images: dict[str, Image], folder: Path) -> Data:
-    """The pictures and sentences of the chosen classes. `images` are all that may be shown."""
+    """The pictures and sentences of the chosen classes. `images` are all that may be shown.
+
+    Raises UserError for a class without a sentence.
+    """
     key = f"params.yaml: adapt.{name}.classes"
     classes = choose_classes(settings.classes, {image.class_id for image in images.values()}, key)
     learned, held = hold_out(classes, settings.val_share, settings.seed, key)
     sentences = read_sentences(classes)
+    if lacking := [each for each, texts in sentences.items() if not texts]:
+        more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        raise UserError(f"{CONCEPTS}: keeps no sentence of class {lacking[0]}{more}; take it out of what {key} names")
     shown = {each: sentences[each] for each in learned}
     if settings.texts == "dealt":
         shown = deal_texts(shown, settings.seed)
@@ -184,7 +186,7 @@ def accuracy_of(encoder: LoadedEncoder, sources: list[Source], data: Data, scale
 
 
 def adapt(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> list[dict[str, Any]]:
-    """Tune an encoder in place; the epochs, as in history.csv, that which is kept marked."""
+    """Tune an encoder in place, as it was after its best epoch; the epochs, as in history.csv."""
     tuned = begin(encoder, settings)
     scale = encoder.logit_scale / settings.temperature
     optimizer = tuning.make_optimizer(
@@ -192,8 +194,8 @@ def adapt(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> lis
     )
     steps = settings.epochs * -(-len(data.learned) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best, kept = accuracy_of(encoder, data.held_out, data, scale, settings.batch_size), tuning.snapshot(tuned.all)
-    history: list[dict[str, Any]] = [{"epoch": 0, "loss": "", "val_accuracy": best, "kept": 1}]
+    reached, kept = accuracy_of(encoder, data.held_out, data, scale, settings.batch_size), tuning.snapshot(tuned.all)
+    history: list[dict[str, Any]] = [{"epoch": 0, "loss": None, "val_accuracy": reached}]
     with tqdm(total=settings.epochs * len(data.learned), desc=f"adapt {name}", unit="img") as progress:
         for epoch in range(settings.epochs):
             total = 0.0
@@ -207,14 +209,13 @@ def adapt(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> lis
                 schedule.step()
                 total += loss.item() * len(batch)
                 progress.update(len(batch))
-                progress.set_postfix_str(f"loss {loss.item():.3f}, best val {best:.3f}")
+                progress.set_postfix_str(f"loss {loss.item():.3f}, held out {reached:.3f}")
             reached = accuracy_of(encoder, data.held_out, data, scale, settings.batch_size)
-            history.append({"epoch": epoch + 1, "loss": total / len(order), "val_accuracy": reached, "kept": 0})
-            if reached > best:
-                best, kept = reached, tuning.snapshot(tuned.all)
-                for row in history:
-                    row["kept"] = int(row is history[-1])
-            if epoch + 1 - next(row["epoch"] for row in history if row["kept"]) >= settings.patience:
+            history.append({"epoch": epoch + 1, "loss": total / len(order), "val_accuracy": reached})
+            best = tuning.best_of(history)
+            if best is history[-1]:
+                kept = tuning.snapshot(tuned.all)
+            if epoch + 1 - best["epoch"] >= settings.patience:
                 break
     tuning.restore(tuned.all, kept)
     tuning.end_tuning(encoder.model)
@@ -235,7 +236,7 @@ def provenance_of(
     identity: dict[str, Any], data: Data, settings: Adapt, model: str, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """provenance.json: what a folder was made from, and how it came out."""
-    best = next(row for row in history if row["kept"])
+    best = tuning.best_of(history)
     return {
         "made_by": "adapt_encoder",
         "identity": identity,
@@ -271,17 +272,18 @@ def preview(encoder: LoadedEncoder, data: Data, settings: Adapt) -> str:
     )
 
 
-def changes(folder: Path, data: Data) -> Iterator[str]:
-    """What came or went since a folder that is kept was made."""
+def changes(folder: Path) -> str:
+    """What came to the texts of a folder that is kept, or went, since it was made."""
     kept = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     then = {text for texts in kept.values() for text in texts}
-    now = {text for texts in data.sentences.values() for text in texts}
-    if then != now:
-        yield f"{len(now - then)} sentences are new and {len(then - now)} are gone since; --refit adapts to them"
+    now = {text for texts in read_sentences(list(kept)).values() for text in texts}
+    if then == now:
+        return "its texts are those of today"
+    return f"{len(now - then)} sentences are new and {len(then - now)} are gone since; --refit adapts to them"
 
 
 def report(folder: Path, history: list[dict[str, Any]]) -> None:
-    best = next(row for row in history if row["kept"])
+    best = tuning.best_of(history)
     before, after = history[0]["val_accuracy"], best["val_accuracy"]
     print(f"{folder}: classes held out {before:.4f} before, {after:.4f} after; epoch {best['epoch']} is kept")
     if not best["epoch"]:
@@ -300,12 +302,12 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
     everything, training = read_images(), read_images("train")
     identity, home = identity_of(encoder, settings), params.dataset.folder
     classes = [{image_id: image.class_id for image_id, image in each.items()} for each in (everything, training)]
+    if not refit and is_kept(folder, identity, *classes):
+        print(f"{folder}: kept; {changes(folder)}")
+        return
     data = gather(name, settings, training, home)
     if dry_run:
         print(f"{folder}: {preview(encoder, data, settings)}")
-        return
-    if not refit and is_kept(folder, identity, *classes):
-        print(f"{folder}: kept; {'; '.join(changes(folder, data)) or 'its texts are those of today'}")
         return
     history = adapt(encoder, data, settings, name)
     write_folder(

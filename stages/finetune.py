@@ -106,7 +106,7 @@ def begin(tower: LoadedTower, data: Data, settings: Finetune) -> tuple[tuning.Tu
 
 
 def finetune(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> list[dict[str, Any]]:
-    """Tune a tower in place; the epochs, as in history.csv, that which is kept marked."""
+    """Tune a tower in place, as it was after its best epoch; the epochs, as in history.csv."""
     tuned, head = begin(tower, data, settings)
     outer = [*head.parameters(), *tuned.projections]
     everything = [*tuned.inner, *outer]
@@ -115,7 +115,7 @@ def finetune(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> l
     )
     steps = settings.epochs * -(-len(data.learned) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best, kept = -1.0, tuning.snapshot(everything)
+    reached, kept = 0.0, tuning.snapshot(everything)
     history: list[dict[str, Any]] = []
     with tqdm(total=settings.epochs * len(data.learned), desc=f"finetune {name}", unit="img") as progress:
         for epoch in range(settings.epochs):
@@ -131,14 +131,13 @@ def finetune(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> l
                 schedule.step()
                 total += loss.item() * len(batch)
                 progress.update(len(batch))
-                progress.set_postfix_str(f"loss {loss.item():.3f}, best val {max(best, 0.0):.3f}")
+                progress.set_postfix_str(f"loss {loss.item():.3f}, val {reached:.3f}")
             reached = accuracy_of(tower, head, data, settings.batch_size)
-            history.append({"epoch": epoch + 1, "loss": total / len(order), "val_accuracy": reached, "kept": 0})
-            if reached > best:
-                best, kept = reached, tuning.snapshot(everything)
-                for row in history:
-                    row["kept"] = int(row is history[-1])
-            if epoch + 1 - next(row["epoch"] for row in history if row["kept"]) >= settings.patience:
+            history.append({"epoch": epoch + 1, "loss": total / len(order), "val_accuracy": reached})
+            best = tuning.best_of(history)
+            if best is history[-1]:
+                kept = tuning.snapshot(everything)
+            if epoch + 1 - best["epoch"] >= settings.patience:
                 break
     tuning.restore(everything, kept)
     tuning.end_tuning(tower.model)
@@ -149,7 +148,7 @@ def provenance_of(
     identity: dict[str, Any], data: Data, settings: Finetune, model: str, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """provenance.json: what a folder was made from, and how it came out."""
-    best = next(row for row in history if row["kept"])
+    best = tuning.best_of(history)
     return {
         "made_by": "finetune",
         "identity": identity,
@@ -195,13 +194,13 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
     shown = {each: image for each, image in everything.items() if each in training or each in choosing}
     chosen = None if settings.classes == NONE else sorted(set(read_lines(Path(settings.classes))))
     identity = {"base": tower.fingerprint, "settings": settings.model_dump(), "classes": chosen, "rules": RULES}
-    data = gather(name, settings, shown, choosing, params.dataset.folder)
-    if dry_run:
-        print(f"{folder}: {preview(tower, data, settings)}")
-        return
     classes = [{image_id: image.class_id for image_id, image in each.items()} for each in (everything, shown)]
     if not refit and is_kept(folder, identity, *classes):
         print(f"{folder}: kept")
+        return
+    data = gather(name, settings, shown, choosing, params.dataset.folder)
+    if dry_run:
+        print(f"{folder}: {preview(tower, data, settings)}")
         return
     history = finetune(tower, data, settings, name)
     write_folder(
@@ -211,7 +210,7 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
          for each in data.learned + data.choosing],
         history,
     )  # fmt: skip
-    best = next(row for row in history if row["kept"])
+    best = tuning.best_of(history)
     print(f"{folder}: accuracy {best['val_accuracy']:.4f} on {len(data.choosing)} images of val; epoch {best['epoch']}")
 
 

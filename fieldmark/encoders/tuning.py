@@ -164,6 +164,11 @@ def make_optimizer(
     return torch.optim.AdamW([each for each in groups if each["params"]], betas=BETAS, eps=EPSILON)
 
 
+def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The epoch of the best accuracy on what chooses, the first among equals."""
+    return max(history, key=lambda row: row["val_accuracy"])
+
+
 def snapshot(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [each.detach().clone() for each in parameters]
 

@@ -1,6 +1,7 @@
 """Pictures for training: the same view of an image and epoch each time, in mixed order, and few at a time."""
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ class Shown:
     """An encoder that is shown pictures of 16 pixels a side."""
 
     preprocess = Compose([Resize((16, 16)), PILToTensor()])
-    preprocessing = {"size": (16, 16), "resize_mode": "squash"}
+    preprocessing: ClassVar[dict[str, Any]] = {"size": (16, 16), "resize_mode": "squash"}
 
 
 @pytest.fixture
