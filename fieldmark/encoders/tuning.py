@@ -128,19 +128,21 @@ def held_by(module: nn.Module | None) -> Iterator[Weight]:
 
 def start_tuning(parts: list[Parts], blocks: int, rank: int | None, generator: torch.Generator) -> Tuned:
     """Make the last blocks and the projections of frozen towers tunable. What they give is what it was before."""
-    inner, projections = [], []
+    inner: list[nn.Parameter] = []
     for tower in parts:
         for module in [*tower.blocks[-blocks:], *tower.behind] if blocks else []:
             for owner, name in list(held_by(module)):
                 weight = owner.get_parameter(name)
                 if rank is None:
-                    inner.append(weight.requires_grad_())
+                    inner.append(weight)
                 elif weight.ndim > 1:
                     update = LowRank(weight, rank, generator)
                     parametrize.register_parametrization(owner, name, update)
                     inner += [update.down, update.up]
-        projections += [owner.get_parameter(name).requires_grad_() for owner, name in tower.projection]
-    return Tuned(inner, projections)
+    tuned = Tuned(inner, [owner.get_parameter(name) for tower in parts for owner, name in tower.projection])
+    for parameter in tuned.all:
+        parameter.requires_grad_()
+    return tuned
 
 
 def end_tuning(model: nn.Module) -> None:
