@@ -418,7 +418,7 @@ class Params(Block):
     def makes(self, encoder: Encoder | Tower) -> bool:
         """Whether a stage, adapt_encoder or finetune, makes what this encoder or tower is loaded from."""
         made = [Path(ADAPTED) / name for name in (*self.adapt, *self.finetune)]
-        return any(Path(place).is_relative_to(folder) for place in places_of(encoder) for folder in made)
+        return any(place.is_relative_to(folder) for place in places_of(encoder) for folder in made)
 
     @property
     def image_encoders(self) -> dict[str, Encoder | Tower]:
@@ -426,9 +426,9 @@ class Params(Block):
         return {**self.encoders, **self.towers}
 
 
-def places_of(encoder: Encoder | Tower) -> tuple[str, str]:
+def places_of(encoder: Encoder | Tower) -> list[Path]:
     """Where an encoder or a tower may lie: the folder of its model, and its file."""
-    return encoder.model.removeprefix("local-dir:"), encoder.pretrained or ""
+    return [Path(place) for place in (encoder.model.removeprefix("local-dir:"), encoder.pretrained) if place]
 
 
 def read_yaml(path: str | Path, remedy: str = "") -> dict[str, Any]:
@@ -568,7 +568,7 @@ def check_contradictions(path: str, params: Params) -> None:
             if tuned.base not in bases:
                 where = "under `encoders`" if block == "adapt" else "under `encoders` or `towers`"
                 refuse(f"{key}.base", f"{tuned.base!r} is not {where}", f"choose one of: {', '.join(bases)}")
-            if any(Path(place).is_relative_to(ADAPTED) for place in places_of(bases[tuned.base])):
+            if any(place.is_relative_to(ADAPTED) for place in places_of(bases[tuned.base])):
                 what = f"{tuned.base} lies in {ADAPTED} itself, and no stage waits for itself"
                 refuse(f"{key}.base", what, "name another")
     for name in params.adapt:

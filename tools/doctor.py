@@ -147,7 +147,7 @@ class Doctor:
 
     def encoder(self, name: str) -> str:
         settings, started = self.params.image_encoder(name), perf_counter()
-        if self.params.makes(settings) and not any(Path(place).exists() for place in places_of(settings)):
+        if self.params.makes(settings) and not any(place.exists() for place in places_of(settings)):
             return "is tuned by the first run, and not tried before"
         encoder = load_image_encoder(name, settings, choose_device("auto"))
         loaded = perf_counter() - started
