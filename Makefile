@@ -86,7 +86,8 @@ test-all: setup
 bench: setup
 	@for bench in bench/[a-z]*.py; do python -m bench.$$(basename $$bench .py) || exit 1; done
 
-# Outputs that can be made again for nothing, and arrays. Answers, their journal (.cache) and DVC's cache stay.
+# Outputs that can be made again for nothing, and arrays. Answers, their journal (.cache) and DVC's cache stay, and so
+# do encoders that were tuned on texts of another day (data/adapted).
 clean:
 	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/inputs data/runs
 	rm -rf data/again data/first_looks data/report data/reef

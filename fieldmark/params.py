@@ -29,6 +29,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 NONE = "data/none"
 # What lies in data/again beside the second looks, by their names: what each first look reads.
 PLANS, PLAN_STAGE = "inputs", "plan_first_looks"
+# Where adapt_encoder and finetune write, a folder each.
+ADAPTED = "data/adapted"
 FORMATS = Path(__file__).parent / "formats"
 TOWERS = Path(__file__).parent / "encoders/towers"
 
@@ -176,6 +178,41 @@ class Tower(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: Count = 32
     image_size: Annotated[int, Field(ge=16)] | None = None
+
+
+class Adapt(Block):
+    """An encoder that is tuned on training pictures of chosen classes and on the sentences of these classes."""
+
+    base: str
+    classes: str
+    texts: Literal["own", "dealt"] = "own"
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    blocks: Annotated[int, Field(ge=0)] = 1
+    rank: Count | None = 8
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    epochs: Count = 5
+    patience: Count = 2
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    projection_rate: Annotated[float, Field(gt=0)] = 3e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    seed: int = 0
+
+
+class Finetune(Block):
+    """A tower, or an encoder's image tower, that is tuned on the labels of training pictures alone."""
+
+    base: str
+    classes: str
+    blocks: Annotated[int, Field(ge=0)] = 1
+    rank: Count | None = None
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    epochs: Count = 12
+    patience: Count = 3
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    head_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    seed: int = 0
 
 
 # Sides of the windows that are crops, in shares of the object's, and how many of each (fieldmark/pictures/regions.py):
@@ -369,6 +406,8 @@ class Params(Block):
     clean: Clean = Clean()
     encoders: Annotated[dict[str, Encoder], Field(min_length=1)]
     towers: dict[str, Tower] = {}
+    adapt: dict[str, Adapt] = {}
+    finetune: dict[str, Finetune] = {}
     embed: Embed = Embed()
     tokens: dict[str, Tokens] = {}
     moments: dict[str, dict[str, Moment]] = {}
@@ -395,10 +434,20 @@ class Params(Block):
             raise UserError(f"params.yaml: neither `encoders` nor `towers` has {name!r}; choose one of: {known}")
         return self.image_encoders[name]
 
+    def makes(self, encoder: Encoder | Tower) -> bool:
+        """Whether a stage, adapt_encoder or finetune, makes what this encoder or tower is loaded from."""
+        made = [Path(ADAPTED) / name for name in (*self.adapt, *self.finetune)]
+        return any(place.is_relative_to(folder) for place in places_of(encoder) for folder in made)
+
     @property
     def image_encoders(self) -> dict[str, Encoder | Tower]:
         """Everything that embeds images, by name."""
         return {**self.encoders, **self.towers}
+
+
+def places_of(encoder: Encoder | Tower) -> list[Path]:
+    """Where an encoder or a tower may lie: the folder of its model, and its file."""
+    return [Path(place) for place in (encoder.model.removeprefix("local-dir:"), encoder.pretrained) if place]
 
 
 def read_yaml(path: str | Path, remedy: str = "") -> dict[str, Any]:
@@ -535,6 +584,20 @@ def check_contradictions(path: str, params: Params) -> None:
             known = ", ".join(params.towers) or "none yet, so add it there"
             what = f"{settings.dense.proxy!r} is not under `towers`"
             refuse(f"encoders.{name}.dense.proxy", what, f"choose one of: {known}")
+    for block, bases in (("adapt", params.encoders), ("finetune", params.image_encoders)):
+        for name, tuned in getattr(params, block).items():
+            key = f"{block}.{name}"
+            if not NAME.fullmatch(name):
+                refuse(key, "is used as a folder name", "use lower-case letters, digits, - and _")
+            if tuned.base not in bases:
+                where = "under `encoders`" if block == "adapt" else "under `encoders` or `towers`"
+                refuse(f"{key}.base", f"{tuned.base!r} is not {where}", f"choose one of: {', '.join(bases)}")
+            if any(place.is_relative_to(ADAPTED) for place in places_of(bases[tuned.base])):
+                what = f"{tuned.base} lies in {ADAPTED} itself, and no stage waits for itself"
+                refuse(f"{key}.base", what, "name another")
+    for name in params.adapt:
+        if name in params.finetune:
+            refuse(f"finetune.{name}", f"adapt.{name} writes to {ADAPTED}/{name} too", "rename one of them")
     for name in params.tokens:
         if name not in params.image_encoders:
             known = ", ".join(params.image_encoders)

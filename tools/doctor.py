@@ -51,7 +51,7 @@ from fieldmark.llm.client import Client, public_url, server_of
 from fieldmark.llm.imported import read_own
 from fieldmark.llm.prompts import Message, load_prompt
 from fieldmark.llm.questions import Question
-from fieldmark.params import Params, load_params
+from fieldmark.params import Params, load_params, places_of
 from fieldmark.pictures.decode import BadImage, hash_file, open_file, open_rgb
 from fieldmark.pictures.views import Source
 from stages import describe_images, generate_concepts
@@ -146,8 +146,10 @@ class Doctor:
         return f"{counted(len(self.params.train.runs), 'run', 'runs')} can stand: {', '.join(self.params.train.runs)}"
 
     def encoder(self, name: str) -> str:
-        started = perf_counter()
-        encoder = load_image_encoder(name, self.params.image_encoder(name), choose_device("auto"), self.params.towers)
+        settings, started = self.params.image_encoder(name), perf_counter()
+        if self.params.makes(settings) and not any(place.exists() for place in places_of(settings)):
+            return "is tuned by the first run, and not tried before"
+        encoder = load_image_encoder(name, settings, choose_device("auto"), self.params.towers)
         loaded = perf_counter() - started
         if isinstance(encoder, LoadedEncoder):
             with contextlib.redirect_stderr(io.StringIO()):

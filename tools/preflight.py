@@ -61,12 +61,16 @@ def named_paths(params: Params) -> Iterator[tuple[str, str, str]]:
     yield "concepts.generic_prompt", params.concepts.generic_prompt, "file"
     yield "concepts.contrast_prompt", params.concepts.contrast_prompt, "file"
     yield "describe.prompt", params.describe.prompt, "file"
+    for block, tuned in (("adapt", params.adapt), ("finetune", params.finetune)):
+        for name, each in tuned.items():
+            yield f"{block}.{name}.classes", each.classes, "file"
+    # What adapt_encoder and finetune make need not be there before.
     for block, encoders in (("encoders", params.encoders), ("towers", params.towers)):
         for name, encoder in encoders.items():
-            if encoder.model.startswith("local-dir:"):
+            if encoder.model.startswith("local-dir:") and not params.makes(encoder):
                 yield f"{block}.{name}.model", encoder.model.removeprefix("local-dir:"), "folder"
     for name, tower in params.towers.items():
-        if tower.pretrained is not None:
+        if tower.pretrained is not None and not params.makes(tower):
             yield f"towers.{name}.pretrained", tower.pretrained, "file"
 
 

@@ -4,16 +4,21 @@ The global embedding is what torchvision's classifier would read, the mean of th
 is a cell. What a tower sees (size, middle crop, interpolation, mean and deviation) is that of its default weights. With
 `image_size` the same share of the picture is shown in another size.
 
-Weights are torchvision's default ones, or those of a checkpoint FILE (`pretrained`) in torchvision's layout.
+Weights are torchvision's default ones, or those of a checkpoint FILE (`pretrained`) in torchvision's layout. One that
+ends in .safetensors may lack the classifier, which is not read: what `finetune` writes does.
 
     towers:
       regnet: {library: torchvision, model: regnet_y_400mf}
+      tuned: {library: torchvision, model: regnet_y_400mf, pretrained: data/adapted/tuned/model.safetensors}
 """
 
 import math
+from collections.abc import Iterator
 from itertools import takewhile
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models, transforms
 
@@ -36,15 +41,14 @@ def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
     try:
         classifier = models.get_model(settings.model, weights=default if settings.pretrained is None else None)
         if settings.pretrained is not None:
-            classifier.load_state_dict(torch.load(settings.pretrained, map_location="cpu", weights_only=True))
+            load_weights(classifier, settings.pretrained)
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{key}: torchvision cannot load {settings.model!r} ({reason}); correct it") from None
     if not isinstance(classifier, KNOWN):
         known = ", ".join(each.__name__ for each in KNOWN)
         raise UserError(f"{key}.model: no rule for the cells of a {type(classifier).__name__}; use one of: {known}")
-    parts = takewhile(lambda part: part[0] != "avgpool", classifier.named_children())
-    model = nn.Sequential(*(part for _, part in parts)).to(device, DTYPES[settings.precision])
+    model = nn.Sequential(*(part for _, part in parts_of(classifier))).to(device, DTYPES[settings.precision])
     model.eval().requires_grad_(False)
 
     def features(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,3 +74,21 @@ def load(name: str, settings: Tower, device: torch.device) -> LoadedTower:
         features=features, dtype=DTYPES[settings.precision], device=device, batch_size=settings.batch_size,
         fingerprint=encoder_fingerprint(model, architecture, preprocessing, settings.precision),
     )  # fmt: skip
+
+
+def parts_of(classifier: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a model of torchvision's before its pooling, by their names in it."""
+    return takewhile(lambda part: part[0] != "avgpool", classifier.named_children())
+
+
+def load_weights(classifier: nn.Module, path: str) -> None:
+    """Load a checkpoint file. Raises RuntimeError where it lacks a weight; safetensors may lack the classifier's."""
+    if Path(path).suffix != ".safetensors":
+        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return
+    lacking, strange = classifier.load_state_dict(load_file(path), strict=False)
+    needed = {name for name, _ in parts_of(classifier)}
+    if missing := [name for name in lacking if name.partition(".")[0] in needed]:
+        raise RuntimeError(f"it lacks {missing[0]}")
+    if strange:
+        raise RuntimeError(f"the model has no {strange[0]}")

@@ -1,0 +1,198 @@
+"""Which weights of an encoder are tuned, and how: its last blocks, by low-rank updates or whole, and its projections.
+
+A tower is read as blocks in order (of a ViT or a text tower), or as stages (of a convolutional tower), then what comes
+behind the last of them (norms, `conv_head`, an attention pooling), and then its projection into the space of texts. The
+last `blocks` of them and what is behind are tuned by low-rank updates (LoRA, Hu et al., ICLR 2022 [mem]):
+
+    W' = W + B A,   A (r, in) drawn, B (out, r) zero at first, of every matrix and every kernel, as (out, in) alike
+
+so that what is tuned begins as what it was made from. Biases, norms and running statistics stay. With `rank` null these
+parts are tuned whole, norms and biases too. A projection is one matrix, and is tuned whole.
+
+Parts are found by where they stand and never by their names: a rule such as `"proj" not in name`, as the public code of
+AdaptCLIPZS has it, leaves out in_proj, out_proj and c_proj, which are most of a block.
+
+A tuned encoder stays in evaluation mode: no dropout, and batch norms keep the statistics that they have.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fieldmark.command import UserError
+from fieldmark.encoders.maps import find_visual
+
+# Where timm keeps the blocks of a tower, or its stages.
+TIMM_BLOCKS = ("blocks", "layers", "stages")
+# Coefficients and epsilon of AdamW as the public code of AdaptCLIPZS has them [code].
+BETAS, EPSILON = (0.9, 0.98), 1e-6
+MAX_NORM = 1.0  # of the gradient
+Weight = tuple[nn.Module, str]  # a module, and the name of a parameter that it holds itself
+
+
+class Parts(NamedTuple):
+    """A tower in the order of its passes."""
+
+    blocks: list[nn.Module]
+    behind: list[nn.Module]
+    projection: list[Weight]  # none where the head ends with its pooling
+
+
+class Tuned(NamedTuple):
+    """The parameters that are tuned, each once."""
+
+    inner: list[nn.Parameter]  # of blocks and of what is behind them
+    projections: list[nn.Parameter]
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        return [*self.inner, *self.projections]
+
+
+class LowRank(nn.Module):
+    """Adds a matrix of low rank, zero at first, to a weight (out, ...)."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        out, inner = len(weight), weight[0].numel()
+        rank = min(rank, out, inner)
+        drawn = torch.randn(rank, inner, generator=generator) / inner**0.5
+        self.down = nn.Parameter(drawn.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(out, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+def image_parts(model: nn.Module, key: str) -> Parts:
+    """The image tower of a loaded model, or a tower. Raises UserError, under `key`, where its blocks are not known."""
+    visual = find_visual(model)
+    if isinstance(visual, VisionTransformer):
+        behind = [each for each in (visual.attn_pool, visual.ln_post) if each is not None]
+        return Parts(list(visual.transformer.resblocks), behind, [] if visual.proj is None else [(visual, "proj")])
+    if isinstance(visual, ModifiedResNet):
+        blocks = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+        return Parts(blocks, [], list(held_by(visual.attnpool)))
+    blocks, behind = split_trunk(visual["trunk"] if isinstance(visual, nn.ModuleDict) else visual.trunk, key)
+    return Parts(blocks, behind, list(held_by(visual["head"] if isinstance(visual, nn.ModuleDict) else visual.head)))
+
+
+def split_trunk(trunk: nn.Module, key: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks or stages of a model of timm's or of torchvision's, and the modules behind them."""
+    children = dict(trunk.named_children())
+    for place, (name, child) in enumerate(children.items()):
+        if name in TIMM_BLOCKS and isinstance(child, nn.Sequential | nn.ModuleList):
+            return list(child), list(children.values())[place + 1 :]
+    if stages := [child for name, child in children.items() if name.startswith("layer") and name[5:].isdigit()]:
+        return stages, []  # timm's ResNets
+    if isinstance(trunk, nn.Sequential) and isinstance(trunk[-1], nn.Sequential):  # torchvision's (towers/torchvision)
+        stages = list(trunk[-1])
+        if not isinstance(stages[0], nn.Sequential):  # a ResNet, whose stages stand side by side
+            stages = [child for child in trunk if isinstance(child, nn.Sequential)]
+        return stages, []
+    kind = type(trunk).__name__
+    raise UserError(f"{key}: no rule says what the last blocks of a {kind} are; take a ViT, Swin, ConvNeXt or ResNet")
+
+
+def text_parts(model: Any, key: str) -> Parts:
+    """The text tower of a loaded model. Raises UserError, under `key`, where its blocks are not known."""
+    text = getattr(model, "text", model)
+    if isinstance(text, HFTextEncoder):
+        inner: nn.Module = getattr(text.transformer, "encoder", text.transformer)
+        lists = [child for child in inner.children() if isinstance(child, nn.ModuleList)]
+        blocks, behind, projection = lists[0] if lists else None, [], list(held_by(text.proj))
+    else:
+        blocks = getattr(getattr(text, "transformer", None), "resblocks", None)
+        behind, last = [text.ln_final], text.text_projection
+        projection = [(text, "text_projection")] if isinstance(last, nn.Parameter) else list(held_by(last))
+    if blocks is None:
+        kind = type(text).__name__
+        raise UserError(f"{key}: no rule says what the last blocks of a {kind} are; take another encoder")
+    return Parts(list(blocks), behind, projection)
+
+
+def held_by(module: nn.Module | None) -> Iterator[Weight]:
+    """Every parameter of a module, with the module that holds it."""
+    for owner in () if module is None else module.modules():
+        for name, _ in owner.named_parameters(recurse=False):
+            yield owner, name
+
+
+def start_tuning(parts: list[Parts], blocks: int, rank: int | None, generator: torch.Generator) -> Tuned:
+    """Make the last blocks and the projections of frozen towers tunable. What they give is what it was before."""
+    inner: list[nn.Parameter] = []
+    for tower in parts:
+        for module in [*tower.blocks[-blocks:], *tower.behind] if blocks else []:
+            for owner, name in list(held_by(module)):
+                weight = owner.get_parameter(name)
+                if rank is None:
+                    inner.append(weight)
+                elif weight.ndim > 1:
+                    update = LowRank(weight, rank, generator)
+                    parametrize.register_parametrization(owner, name, update)
+                    inner += [update.down, update.up]
+    tuned = Tuned(inner, [owner.get_parameter(name) for tower in parts for owner, name in tower.projection])
+    for parameter in tuned.all:
+        parameter.requires_grad_()
+    return tuned
+
+
+def end_tuning(model: nn.Module) -> None:
+    """Put low-rank updates into the weights that they update, and freeze all: the model has the shape that it had."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            held: Any = module.parametrizations
+            for name in list(held):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    model.requires_grad_(False)
+
+
+def make_optimizer(
+    inner: list[nn.Parameter], outer: list[nn.Parameter], rate: float, outer_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with a learning rate for blocks and one for what is outside; vectors (norms, biases) have no decay."""
+    groups: list[dict[str, Any]] = []
+    for parameters, lr in ((inner, rate), (outer, outer_rate)):
+        groups.append({"params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay})
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0})
+    return torch.optim.AdamW([each for each in groups if each["params"]], betas=BETAS, eps=EPSILON)
+
+
+def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The epoch of the best accuracy on what chooses, the first among equals."""
+    return max(history, key=lambda row: row["val_accuracy"])
+
+
+def snapshot(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [each.detach().clone() for each in parameters]
+
+
+@torch.no_grad()
+def restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def set_up_torch() -> None:
+    """For a stage that trains: the same bits each time on one machine with one thread count."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not promise the same bits
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+
+
+def half_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Passes in bfloat16 where the device multiplies it itself; losses are float32 all the same."""
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        able = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)
