@@ -296,7 +296,8 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
         known = ", ".join(params.adapt) or "none is there"
         raise UserError(f"params.yaml: adapt.{name}: is not there; choose one of: {known}")
     settings, folder = params.adapt[name], folder_of(name)
-    base = params.encoder(settings.base).model_copy(update={"precision": "fp32"})
+    # What a cell holds is another question: global vectors are tuned.
+    base = params.encoder(settings.base).model_copy(update={"precision": "fp32", "dense": "last"})
     check_writable(base, f"params.yaml: adapt.{name}.base")
     encoder = load_encoder(settings.base, base, choose_device(device))
     everything, training = read_images(), read_images("train")

@@ -41,7 +41,7 @@ from fieldmark.encoders.towers import LoadedTower
 from fieldmark.labels.splits import read_split
 from fieldmark.listing import read_lines
 from fieldmark.memory import keep_memory
-from fieldmark.params import NONE, Finetune, Params, load_params
+from fieldmark.params import NONE, Encoder, Finetune, Params, load_params
 from fieldmark.pictures.epochs import iterate_batches, shuffled
 from fieldmark.pictures.views import Source
 
@@ -187,7 +187,9 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
         known = ", ".join(params.finetune) or "none is there"
         raise UserError(f"params.yaml: finetune.{name}: is not there; choose one of: {known}")
     settings, folder = params.finetune[name], folder_of(name)
-    base = params.image_encoder(settings.base).model_copy(update={"precision": "fp32"})
+    base = params.image_encoder(settings.base)
+    # What a cell holds is another question: global vectors are tuned.
+    base = base.model_copy(update={"precision": "fp32"} | ({"dense": "last"} if isinstance(base, Encoder) else {}))
     encoder = load_image_encoder(settings.base, base, choose_device(device))
     tower = as_tower(encoder, f"params.yaml: finetune.{name}.base")
     everything, training, choosing = read_images(), read_images("train"), read_split(INDEX, "choose")

@@ -125,7 +125,7 @@ def embed(
     from fieldmark.encoders.clip import load_encoder  # brings libraries that take seconds
     from fieldmark.encoders.texts import SCHEMA, embed_texts
 
-    encoder = load_encoder(name, params.encoder(name), device)
+    encoder = load_encoder(name, params.encoder(name), device, params.towers)
     kept = cache_folder() / f"referee/{name}.parquet"
     known = made_before(kept, SCHEMA, encoder.fingerprint)
     found = {
