@@ -10,15 +10,22 @@ of the bank is read but the vectors: put other vectors in their place, and what 
 The scores of M concepts span at most D dimensions. With K^T = U diag(e) V^T they are s = (x U diag(e)) V^T, and since V
 only rotates, the weights of least length that fit s are those that fit x U diag(e), times V^T: the fit takes min(M, D)
 dimensions however many concepts there are, and gives the same answer.
+
+`nec` makes the last layer sparse: so many concepts a class on average, as many as one can read. An L1 path over the
+scores, standardised one by one, chooses them, and the logistic regression is fitted on those alone (layers/sparse.py).
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from training.data import Batch, Cache
 from training.data.bank import Bank
-from training.layers.blocks import Standardise, linear_from_state
-from training.layers.logistic import ProbeSettings, fit_probe, training_globals
+from training.layers.blocks import Standardise, linear_from_state, linear_layer
+from training.layers.logistic import Chosen, ProbeSettings, fit_probe, training_globals
+from training.layers.sparse import fit_sparse
 from training.layers.states import State, within
 from training.methods import Fitted, NotPossible, Output
 
@@ -27,7 +34,7 @@ READS = frozenset({"globals", "concepts"})
 
 
 class Settings(ProbeSettings):
-    pass
+    nec: Annotated[float, Field(ge=1)] | None = None  # concepts a class, on average, that have a weight; null: all
 
 
 class ConceptBottleneck(nn.Module):
@@ -61,14 +68,34 @@ def concepts(bank: Bank) -> Tensor:
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     standardise, K = Standardise(training_globals(cache)[0]), concepts(cache.part(Bank))
+    chosen = (fit_dense if settings.nec is None else fit_at_nec)(cache, settings, standardise, K)
+    model = ConceptBottleneck(standardise, K, chosen.linear)
+    return Fitted(model, chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)
+
+
+def fit_dense(cache: Cache, settings: Settings, standardise: Standardise, K: Tensor) -> Chosen:
+    """The last layer with a weight for every concept."""
     axes, extent, turn = torch.linalg.svd(K.T, full_matrices=False)
     projection = axes * extent
     chosen = fit_probe(cache, settings, lambda images, view: standardise(cache.globals(images, view)) @ projection)
-    linear = nn.Linear(len(K), len(cache.classes), device=K.device)
-    with torch.no_grad():
-        linear.weight.copy_(chosen.linear.weight @ turn)
-        linear.bias.copy_(chosen.linear.bias)
-    return Fitted(ConceptBottleneck(standardise, K, linear), chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)
+    return chosen._replace(linear=linear_layer((chosen.linear.weight @ turn).detach(), chosen.linear.bias.detach()))
+
+
+def fit_at_nec(cache: Cache, settings: Settings, standardise: Standardise, K: Tensor) -> Chosen:
+    """The last layer with `nec` weights a class."""
+    assert settings.nec is not None
+    vectors, told = training_globals(cache)
+    val = cache.images("val")
+    return fit_sparse(
+        standardise(vectors) @ K.T,
+        told,
+        standardise(cache.globals(val)) @ K.T,
+        cache.y[val],
+        len(cache.classes),
+        settings.nec,
+        settings.l2,
+        settings.max_iterations,
+    )
 
 
 def texts_add(model: ConceptBottleneck, settings: Settings, cache: Cache, images: Tensor, classes: Tensor) -> Tensor:
