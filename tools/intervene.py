@@ -137,7 +137,7 @@ def intervene(params: Params, path: str, name: str, removed: Sequence[str], adde
     else:
         changed = without(model, dropped)
     images = cache.images("val")
-    effect = Effect(*(predict(one, cache, images) for one in (model, changed)), cache.y[images])
+    effect = Effect(predict(model, cache, images), predict(changed, cache, images), cache.y[images])
     table = read_table(DATA / "index/classes.parquet", "index.classes/2", ["class_id", "name"])
     names = dict(zip(table["class_id"].to_pylist(), table["name"].to_pylist(), strict=True))
     return describe(effect, [names[class_id] for class_id in cache.classes])
