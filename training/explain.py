@@ -18,6 +18,7 @@ gradients    integrated gradients (Sundararajan et al., ICML 2017 [mem]): (v - m
 node_scores  how much the method itself says each patch counted, for whatever class.
 texts        by the texts of the bank, as the method's file defines it (`texts_add`): exact terms of a sum where logits
              are linear in the texts, else the fall where an image's labels lack the text.
+pairs        by pairs of texts that show at the same place (`pairs_add`): exact terms of a sum.
 """
 
 from typing import NamedTuple, TypeVar
@@ -143,3 +144,26 @@ def texts(restored: Restored, cache: Cache, images: Tensor, classes: Tensor, mos
         adds = adds.gather(1, text)
         found.append((text.masked_fill(adds == 0, -1), adds))
     return Texts(*map(torch.cat, zip(*found, strict=True)))
+
+
+class Pairs(NamedTuple):
+    """Pairs of texts by what they add at the same place, those that tell a and b apart the most first; n images."""
+
+    text: Tensor  # (n, k, 2) int64: rows of the bank; the same one twice where a text stands alone
+    adds: Tensor  # (n, k) float32: to logit a - logit b; 0 where fewer pairs say anything
+
+
+@torch.no_grad()
+def pairs(restored: Restored, cache: Cache, images: Tensor, classes: Tensor, most: int = 20) -> Pairs | None:
+    """The `most` pairs that add most, for a or for b, to each image's decision; None where the method reads none."""
+    method, found = load_method(restored.method), []
+    if not hasattr(method, "pairs_add"):
+        return None
+    for some, pair in zip(images.split(EVALUATION_BATCH), classes.split(EVALUATION_BATCH), strict=True):
+        told = method.pairs_add(restored.model, restored.settings, cache, some, pair)
+        if told is None:
+            return None
+        adds, text = told
+        best = adds.abs().topk(min(most, adds.shape[1])).indices
+        found.append((text[best], adds.gather(1, best)))
+    return Pairs(*map(torch.cat, zip(*found, strict=True)))

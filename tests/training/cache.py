@@ -357,7 +357,7 @@ def write_again(folder: Path, name: str, dimension: int, seed: int = 0, encoder:
 
 def write_tokens(folder: Path, plan: Plan, images: Sequence[dict[str, Any]]) -> None:
     """Cells and CLS of two layers for the images and views of `tiny`, and rollout in the rows of the first."""
-    rng, width, cells = np.random.default_rng(plan.seed), plan.dimension + 2, GRID[0] * GRID[1]
+    rng, width, cells = np.random.default_rng(plan.seed), plan.dimension + 4, GRID[0] * GRID[1]
     marks = {name: fingerprint(name, {"encoder": ENCODER}) for name in ("embed", "tokens")}
     prototypes = unit(rng.standard_normal((len(LAYERS), plan.classes, width)))
     rows = []

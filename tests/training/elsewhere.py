@@ -47,6 +47,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"graph": "sage", "texts": 0},
         {"nodes": "tokens", "texts": 0, **WITH_PROBE},
     ],
+    "concept_bottleneck": [{}, {"nec": 2}],
     "pmrc": [{}, {"regions": "maps", "loss_weights": {"reverse": 0.1}}],
     "relational_proxies": [
         {"boxes": True},

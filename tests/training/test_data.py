@@ -423,7 +423,7 @@ def test_tokens_of_each_layer_arrive_where_the_files_have_them(
         for view in (0, 1):
             batch = cache.batch(images, torch.full_like(images, view))
             assert batch.token_grid == batch.grid_of("tokens/1") == GRID
-            assert batch.tokens.shape == (len(images), 12, PLAN.dimension + 2)
+            assert batch.tokens.shape == (len(images), 12, PLAN.dimension + 4)
             assert batch.rollout.shape == (len(images), HEADS, 12)
             assert {each.dtype for each in (batch.tokens, batch.cls, batch.rollout)} == {torch.float32}
             for image, image_id in enumerate(cache.image_ids):

@@ -18,9 +18,9 @@ from training.data import Batch, Cache, Parts
 from training.data.bank import Bank
 from training.data.labels import Labels
 from training.data.nodes import Nodes
-from training.explain import Texts, gradients, keep_nodes, node_scores, occlude, texts, top_two
+from training.explain import Texts, gradients, keep_nodes, node_scores, occlude, pairs, texts, top_two
 from training.loop import margin, predict
-from training.methods import Output
+from training.methods import Output, load_method
 from training.restore import Restored
 
 PATCHES = 5
@@ -213,3 +213,17 @@ def test_a_method_without_texts_says_so(cache: Cache) -> None:
     for method, knobs in (("knn", {}), ("lpp", {"text_scale": [0.0]}), ("concept_graph", {"texts": 0, "epochs": 0})):
         settings = quick_settings(method, **knobs)
         assert texts(restored(method, settings, nn.Module()), cache, images, classes) is None
+
+
+def test_pairs_and_the_biases_add_up_to_the_difference(cache: Cache) -> None:
+    settings, images = quick_settings("pair_bottleneck", directions=4, nec=None), cache.images("test")
+    fitted = load_method("pair_bottleneck").fit(cache, settings, 0)
+    classes = torch.tensor([[2, 0]]).expand(len(images), 2)
+    found = pairs(restored("pair_bottleneck", settings, fitted.model), cache, images, classes)
+    assert found is not None
+    bias: Tensor = fitted.model.linear.bias  # type: ignore[union-attr, assignment]
+    said = margin(predict(fitted.model, cache, images), classes)
+    torch.testing.assert_close(found.adds.sum(1) + (bias[2] - bias[0]).detach(), said, atol=1e-3, rtol=1e-3)
+    assert found.text.shape == (len(images), 10, 2)
+    assert (found.adds.abs().diff(dim=1) <= 0).all()
+    assert pairs(restored("knn", quick_settings("knn"), nn.Module()), cache, images, classes) is None

@@ -15,7 +15,7 @@ from tools.prediction.output import Row
 from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
-from training.explain import occlude, texts
+from training.explain import occlude, pairs, texts
 from training.methods import load_method
 from training.restore import Restored
 
@@ -71,6 +71,10 @@ class Reasons:
         if found is not None:
             adds = zip(found.text.tolist(), found.adds.tolist(), strict=True)
             concepts = [self.best_concepts(*each) for each in adds]
+        together = pairs(self.run, seen, images, classes, CONCEPTS) if seen.has(Bank) else None
+        if together is not None:
+            adds = zip(together.text.tolist(), together.adds.tolist(), strict=True)
+            concepts = [self.best_pairs(*each) for each in adds]
         return [{"patches": each, "concepts": other} for each, other in zip(patches, concepts, strict=True)]
 
     def name(self, concept: Row) -> str:
@@ -86,6 +90,26 @@ class Reasons:
         ]
 
 
+    def best_pairs(self, rows: Sequence[Sequence[int]], adds: Sequence[float]) -> list[Row]:
+        """As best_concepts; the classes are those that own either text."""
+        return [
+            {
+                "text": name_pair(self.name(self.bank[a]), self.name(self.bank[b])),
+                "class_ids": sorted({*self.bank[a]["class_ids"], *self.bank[b]["class_ids"]}),
+                "gain": gain,
+            }
+            for (a, b), gain in zip(rows, adds, strict=True)
+            if gain
+        ]
+
+
+def name_pair(first: str, second: str) -> str:
+    """How two texts at the same place are named; the same one twice is that text where it shows strongly."""
+    if first == second:
+        return f"{first}, at some places more than at others"
+    return f"{first} with {second} at the same place"
+
+
 def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:
     """Of patches (N,), boxes (N, 4), those that speak most for the first class, best first."""
     best = fall.topk(min(PATCHES, len(fall)))
@@ -98,4 +122,6 @@ def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:
 
 def nothing_to_say(run: Restored) -> bool:
     """Whether a run has neither patches nor texts to name."""
-    return "nodes" not in run.reads and not hasattr(load_method(run.method), "texts_add")
+    return "nodes" not in run.reads and not any(
+        hasattr(load_method(run.method), name) for name in ("texts_add", "pairs_add")
+    )

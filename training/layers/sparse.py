@@ -15,6 +15,10 @@ the penalised objective's subgradient, no entry is further from 0 than `toleranc
 
 x is standardised column by column, so that one penalty treats all concepts alike; weights and biases are then put back,
 and are those of the features as they came. Everything is in the features' precision, float32 at least.
+
+L1 chooses weights and shrinks them, the more the fewer it leaves. `fit_sparse` keeps its choice and fits the weights
+that are left anew under L2 (the relaxed lasso; Meinshausen, 2007 [mem]): on cub100, at 5 a class, val goes from .65 to
+.80 by that.
 """
 
 import itertools
@@ -24,10 +28,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from training.layers.blocks import linear_layer
 from training.layers.gaussian import NEVER
-from training.layers.logistic import as_probabilities
+from training.layers.logistic import MAX_ITERATIONS, STRENGTHS, Chosen, as_probabilities, fit_logistic
 
 SHARE = 0.99  # of the penalty that is L1, as VLG-CBM has it [mem]
 TOLERANCE = 1e-2  # on cub100's concepts NEC is then within 0.1 of that of 1e-3, in less than half of the time
@@ -96,6 +102,74 @@ def sparse_path(
     return (problem.layer(point) for point in problem.path())
 
 
+class Masked(nn.Linear):
+    """A linear layer, some weights of which are and stay zero. It says nothing at first."""
+
+    kept: Tensor
+
+    def __init__(self, kept: Tensor) -> None:
+        """kept (C, M) bool."""
+        super().__init__(kept.shape[1], len(kept))
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("kept", kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.kept, self.bias)
+
+
+def fit_sparse(
+    x: Tensor,
+    y: Tensor,
+    x_val: Tensor,
+    y_val: Tensor,
+    classes: int,
+    nec: float,
+    strengths: Sequence[float] = STRENGTHS,
+    max_iterations: int = MAX_ITERATIONS,
+) -> Chosen:
+    """`fit_logistic` on the weights that `sparse_at` keeps, x (n, M) standardised column by column; a layer on x.
+
+    History also says what was kept: its NEC, the L1 penalty, and how well the conditions of its optimum are met.
+    """
+    found = sparse_layers(x, y, classes, [nec])[0]
+    taken = found.weight.any(0)
+    taken[0] = True  # a layer has a column at least
+    used = taken.nonzero()[:, 0]
+    scale = ColumnScale.measure(x[:, used])
+    said = {"nec": found.nec, "l1_penalty": found.penalty, "violation": found.violation}
+    chosen = fit_logistic(
+        *(scale.of(x[:, used]), y, scale.of(x_val[:, used]), y_val, classes, strengths, max_iterations),
+        linear=Masked(found.weight[:, used] != 0),
+    )
+    weight, bias = scale.back(chosen.linear.weight * (found.weight[:, used] != 0), chosen.linear.bias)
+    full = torch.zeros_like(found.weight)
+    full[:, used] = weight.detach()
+    history = [{**row, **said} for row in chosen.history]
+    return chosen._replace(linear=linear_layer(full, bias.detach()), history=history)
+
+
+class ColumnScale(NamedTuple):
+    """What standardises features (n, M) column by column; float64."""
+
+    mean: Tensor  # (M,)
+    scale: Tensor  # (M,)
+
+    @classmethod
+    def measure(cls, features: Tensor) -> "ColumnScale":
+        variance, mean = torch.var_mean(features.double(), 0, correction=0)
+        return cls(mean, variance.clamp(min=CONSTANT).sqrt())
+
+    def of(self, features: Tensor) -> Tensor:
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return ((features.double() - self.mean) / self.scale).to(dtype)
+
+    def back(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (C, M) and bias (C,) on standardised columns as those on features as they came."""
+        moved = weight.double() / self.scale
+        return moved.to(weight.dtype), (bias.double() - moved @ self.mean).to(bias.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Point:
     """A point of the path, of standardised features and of the classes that have images."""
@@ -116,20 +190,17 @@ class Problem:
         """Features (n, M) with n >= 1; labels (n,) or (n, C)."""
         told = as_probabilities(labels, classes)
         self.known = told.sum(0) > 0
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        exact = features.double()
-        variance, self.mean = torch.var_mean(exact, 0, correction=0)
-        self.scale = variance.clamp(min=CONSTANT).sqrt()
-        x = ((exact - self.mean) / self.scale).to(dtype)
+        self.scale = ColumnScale.measure(features)
+        x = self.scale.of(features)
         self.x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, M + 1)
-        self.y = told[:, self.known].to(dtype)
+        self.y = told[:, self.known].to(x.dtype)
         self.share, self.tolerance = share, tolerance
 
     def path(self) -> Iterator[Point]:
         """From no weight at all, where the shares of the classes are said, downwards."""
         empty = self.x.new_zeros(self.x.shape[1], self.y.shape[1])
         empty[-1] = self.y.mean(0).log()
-        top = self.gradient(self.x @ empty)[:-1].abs().max().item() / self.share
+        top = self.gradient(self.x @ empty, self.x)[:-1].abs().max().item() / self.share
         point = Point(empty, top, step=1.0)
         yield point
         for step in itertools.count(1):
@@ -138,59 +209,77 @@ class Problem:
             point = self.solve(top * RATIO**step, point)
             yield point
 
-    def gradient(self, logits: Tensor) -> Tensor:
-        """(M + 1, K), of the mean cross entropy where the logits (n, K) are these."""
-        return self.x.T @ ((logits.softmax(1) - self.y) / len(self.y))
+    def gradient(self, logits: Tensor, x: Tensor) -> Tensor:
+        """(k, K), of the mean cross entropy by the weights of columns x (n, k) where the logits (n, K) are these."""
+        return x.T @ ((logits.softmax(1) - self.y) / len(self.y))
 
-    def violation(self, weight: Tensor, logits: Tensor, penalty: float) -> float:
-        """How far from 0 the subgradient nearest to it is, in its greatest entry."""
-        slope = self.gradient(logits)
-        w, pull = weight[:-1], slope[:-1] + penalty * (1 - self.share) * weight[:-1]
+    def off(self, weight: Tensor, logits: Tensor, penalty: float) -> Tensor:
+        """(M + 1, K): how far from 0 the subgradient nearest to it is, entry by entry."""
+        slope, w = self.gradient(logits, self.x), weight[:-1]
+        pull = slope[:-1] + penalty * (1 - self.share) * w
         at_zero = (pull.abs() - penalty * self.share).clamp(min=0)
         off = torch.where(w == 0, at_zero, (pull + penalty * self.share * w.sign()).abs())
-        return max(off.max().item(), slope[-1].abs().max().item())
+        return torch.cat([off, slope[-1:].abs()])
 
     def solve(self, penalty: float, start: Point) -> Point:
-        """The optimum for a penalty, from another one's."""
-        weight = before = start.weight
-        logits = logits_before = self.x @ weight
-        step, momentum, violation = start.step, 1.0, math.inf
+        """The optimum for a penalty, from another one's.
+
+        Of the columns only those take part that have a weight, or would gain by one; the others are asked at the end.
+        """
+        weight, step, taken = start.weight.clone(), start.step, 0
+        off = self.off(weight, self.x @ weight, penalty)
+        taking = weight.any(1)
+        taking[-1] = True
+        while True:
+            taking |= (off > self.tolerance * penalty).any(1)
+            columns = taking.nonzero()[:, 0]
+            weight[columns], step, spent = self.descend(columns, penalty, weight[columns], step, STEPS - taken)
+            taken += spent
+            off = self.off(weight, self.x @ weight, penalty)
+            violation = off.max().item() / penalty
+            if violation <= self.tolerance or taken >= STEPS:
+                return Point(weight, penalty, step, violation, taken)
+
+    def descend(
+        self, columns: Tensor, penalty: float, weight: Tensor, step: float, most: int
+    ) -> tuple[Tensor, float, int]:
+        """The optimum over the weights (k, K) of these columns, the bias last; the step, and how many were taken."""
+        x, before = self.x.index_select(1, columns), weight
+        logits = logits_before = x @ weight
         lasso, ridge = penalty * self.share, penalty * (1 - self.share)
-        for taken in range(1, STEPS + 1):
+        momentum, taken = 1.0, 0
+        while True:
+            taken += 1
             following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
             carried = (momentum - 1) / following
             momentum = following
             # Logits are linear in the weights: what is carried on needs no product with x.
             ahead = weight + carried * (weight - before)
             logits_ahead = logits + carried * (logits - logits_before)
-            slope = self.gradient(logits_ahead)
+            slope = self.gradient(logits_ahead, x)
             while True:
                 moved = ahead - step * slope
                 w = moved[:-1]
                 moved[:-1] = w.sign() * (w.abs() - step * lasso).clamp(min=0) / (1 + step * ridge)
-                logits_moved = self.x @ moved
+                logits_moved = x @ moved
                 way = (moved - ahead).double().square().sum().item()
                 if bend(logits_ahead, logits_moved) <= way / (2 * step) or way == 0:
                     break
                 step /= 2
             if ((ahead - moved) * (moved - weight)).sum() > 0:
                 momentum = 1.0
+            # The subgradient is this move over its step, and what the gradient changed by on it, which is no more.
             last = (moved - ahead).abs().max().item() / step
             before, logits_before, weight, logits = weight, logits, moved, logits_moved
-            if last <= self.tolerance * penalty or taken == STEPS:  # a cheap sign, and then what it is a sign of
-                violation = self.violation(weight, logits, penalty) / penalty
-                if violation <= self.tolerance:
-                    break
+            if last <= self.tolerance * penalty / 2 or taken >= most:
+                return weight, step, taken
             step *= GROWTH
-        return Point(weight, penalty, step, violation, taken)
 
     def layer(self, point: Point) -> Sparse:
         """On the features as they came."""
-        kept = point.weight[:-1].double() / self.scale[:, None]
-        weight = self.x.new_zeros(len(self.known), len(self.scale))
+        weight = self.x.new_zeros(len(self.known), len(point.weight) - 1)
         bias = self.x.new_full((len(self.known),), NEVER)
-        weight[self.known] = kept.T.to(weight.dtype)
-        bias[self.known] = (point.weight[-1].double() - self.mean @ kept).to(bias.dtype)
+        weight[self.known], bias[self.known] = self.scale.back(point.weight[:-1].T, point.weight[-1])
         return Sparse(weight, bias, point.penalty, point.nec, point.violation, point.steps)
 
 

@@ -16,7 +16,9 @@ of READS these settings leave; `ALSO`, the parts that it reads of other encoders
 ALSO is left. A method without ALSO takes one encoder alone. `BORROWS` says that it learns from images of other classes
 too, where it is lent some (`Cache.others`). `texts_add(model, settings, cache, images, classes)` says what each text of
 the bank adds to logit a - logit b, (B, M) of images (B,) with a and b in classes (B, 2), or None where the settings
-leave no text (training/explain.py). A method that finds that this data leaves it nothing to do raises `NotPossible`.
+leave no text (training/explain.py); `pairs_add`, called alike, what each of P pairs of texts adds at the same place,
+(B, P), and which texts these are, (P, 2). A method that finds that this data leaves it nothing to do raises
+`NotPossible`.
 What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
 (training/folds.py). Settings whose choices are no grid of knobs say what they are themselves (`OwnPoints`).
 """

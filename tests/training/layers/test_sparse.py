@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from training.layers.sparse import Sparse, sparse_at, sparse_layers, sparse_path
+from training.layers.sparse import Sparse, fit_sparse, sparse_at, sparse_layers, sparse_path
 
 N, M, C = 240, 30, 4
 
@@ -151,3 +151,25 @@ def test_without_a_bound_the_path_is_walked_to_its_end() -> None:
     assert last.nec > 20
     first: Sparse = next(sparse_path(x, y, C))
     assert last.penalty == pytest.approx(1e-3 * first.penalty, rel=0.25)
+
+
+def test_what_is_kept_is_fitted_anew_under_l2_and_val_chooses_the_strength() -> None:
+    """The gradient by what is kept is 0, and what is not kept stays 0; columns are in units of their own."""
+    x, y = planted(torch.float32)
+    unit = torch.logspace(-1, 1, M)
+    kept = sparse_at(x * unit + 3, y, C, 4.0)[0] != 0
+    chosen = fit_sparse(x * unit + 3, y, x[:80] * unit + 3, y[:80], C, 4.0, [0.3, 0.01])
+    assert torch.equal(chosen.linear.weight != 0, kept)
+    best = max(chosen.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    assert chosen.l2 == best["l2"]
+    assert best["nec"] == kept.sum().item() / C
+    linear = chosen.linear.double().requires_grad_(False)
+    weight = (linear.weight * unit).requires_grad_()  # on standardised columns, where the penalty is
+    bias = (linear.bias + 3 * linear.weight.sum(1)).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(x.double() @ weight.T + bias, y)
+    (loss + chosen.l2 / 2 * weight.square().sum()).backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert weight.grad[kept].abs().max() < 1e-4
+    assert bias.grad.abs().max() < 1e-4
+    assert weight.grad[~kept].abs().max() > 1e-2  # so that the mask is what holds them

@@ -47,3 +47,38 @@ def test_a_bank_without_kept_concepts_is_named(planted: Callable[[Plan], Cache])
     empty = cache.change(Bank, kept=torch.zeros_like(cache.part(Bank).kept))
     with pytest.raises(UserError, match=r"tiny\.parquet: holds no kept concept"):
         concept_bottleneck.fit(empty, Settings(), 0)
+
+
+def test_a_sparse_layer_keeps_so_many_concepts_a_class_and_decides_by_them_alone(
+    planted: Callable[[Plan], Cache],
+) -> None:
+    cache = planted(Plan(noise=3.0, concepts=20))
+    dense = concept_bottleneck.fit(cache, Settings(l2=[0.1]), 0).model.linear
+    fitted = concept_bottleneck.fit(cache, Settings(l2=[0.1], nec=5.0), 0)
+    kept = fitted.model.linear.weight != 0
+    assert dense.weight.all()
+    assert 4 < kept.sum().item() / 4 <= 5
+    assert fitted.history[0]["nec"] == kept.sum().item() / 4
+    test, bank = cache.images("test"), cache.part(Bank)
+    pairs = torch.tensor([[0, 1]]).expand(len(test), 2)
+    adds = concept_bottleneck.texts_add(fitted.model, Settings(), cache, test, pairs)
+    bias = fitted.model.linear.bias
+    logits = predict(fitted.model, cache, test)
+    torch.testing.assert_close(adds.sum(1) + bias[0] - bias[1], logits[:, 0] - logits[:, 1], atol=1e-4, rtol=1e-4)
+    read = concept_bottleneck.is_concept(bank)
+    assert not adds[:, ~read].any()
+    assert not adds[:, read][:, ~kept[:2].any(0)].any()
+
+
+def test_a_sparse_layer_is_the_logistic_regression_on_the_scores_it_keeps(planted: Callable[[Plan], Cache]) -> None:
+    """Of two classes, whose kept columns are the same, by a fit that knows no mask."""
+    cache = planted(Plan(classes=2, noise=3.0, concepts=10))
+    train, val = cache.images("train"), cache.images("val")
+    fitted = concept_bottleneck.fit(cache, Settings(l2=[0.01], nec=4.0), 0)
+    linear, K = fitted.model.linear, fitted.model.K
+    kept = (linear.weight != 0).any(0)
+    assert torch.equal(linear.weight[0] != 0, linear.weight[1] != 0)  # as two classes share what tells them apart
+    scores = fitted.model.standardise(cache.globals(train)) @ K[kept].T
+    scale = scores.std(0, correction=0)
+    direct = fit_logistic(scores / scale, cache.y[train], scores[: len(val)], cache.y[val], 2, [0.01]).linear
+    torch.testing.assert_close(linear.weight[:, kept] * scale, direct.weight, atol=2e-3, rtol=1e-2)

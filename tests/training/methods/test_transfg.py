@@ -160,7 +160,7 @@ def test_settings_that_do_not_fit_together_are_refused(planted: Planted) -> None
         Settings(layer=1)
     with pytest.raises(ValidationError, match=r"heads: 3 do not divide hidden, 256"):
         Settings(heads=3)
-    with pytest.raises(UserError, match=r"settings\.heads of transfg: 8 do not divide 34, the width of the enc"):
+    with pytest.raises(UserError, match=r"settings\.heads of transfg: 8 do not divide 36, the width of the enc"):
         quick("transfg", planted(Plan()), hidden=None)
 
 
@@ -168,4 +168,4 @@ def test_there_is_a_part_for_each_head_of_the_encoder(planted: Planted) -> None:
     cache = planted(Plan())
     model = quick("transfg", cache, epochs=0).model
     assert isinstance(model, TransFG)
-    assert model.picked(cache.batch(torch.arange(5))).shape == (5, 1 + HEADS, 34)
+    assert model.picked(cache.batch(torch.arange(5))).shape == (5, 1 + HEADS, 36)

@@ -58,9 +58,10 @@ LOCAL = [
     method
     for method in LOOPED
     if load_method(method).READS & {"nodes", "tokens"} and method not in ("tip_adapter", *PROBES)
-]
-# 4 means hold no 32 images, nor do 4 that share the spread of other classes, nor do 4 beside texts that outvote them.
-BY_HEART = [method for method in TRAINED if method not in ("prototypes", "transfer_lda", "prior_lda", "gda")]
+] + ["pair_bottleneck"]
+# 4 means hold no 32 images, nor do 4 that share the spread of other classes, nor do 4 beside texts that outvote them,
+# nor weighted means of cosines with texts (labo).
+BY_HEART = [method for method in TRAINED if method not in ("prototypes", "transfer_lda", "prior_lda", "gda", "labo")]
 LEAVING_OUT = ["ridge", "rbf_ridge"]  # these choose by training images and need no val
 Planted = Callable[[Plan], Cache]
 OfWhole = Callable[[str, dict[str, Any]], Tensor]
@@ -100,10 +101,12 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
         **{"edges": "similar", "proxies": 16, "local_weight": 3.0},
     },
     "notes_graph": {"lr": [3e-3], "mean_share": 0.0, "contrast": False},
+    "pair_bottleneck": {"basis": "pca", "directions": 36, "nec": None},
 }
-# ma_cnn looks for channels that peak together, notes_graph for the object first, and trd takes the mean over a graph of
-# crops, where this cue shows in one node of eight: tests/training/methods/test_NAME.py plants its own.
-OF_ITS_OWN_CUE = ["ma_cnn", "notes_graph", "trd"]
+# ma_cnn looks for channels that peak together, notes_graph for the object first, trd takes the mean over a graph of
+# crops, where this cue shows in one node of eight, and pair_bottleneck looks for what shows at the same place:
+# tests/training/methods/test_NAME.py plants its own.
+OF_ITS_OWN_CUE = ["ma_cnn", "notes_graph", "trd", "pair_bottleneck"]
 # Settings under which it reads texts of classes, where one of these has no image.
 OF_UNSEEN = {"concept_graph": {"unseen": "both"}}
 # Alone or beside a probe, as training/token_heads.py says.
@@ -111,6 +114,7 @@ HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings,
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
 OTHERWISE["pmrc"] += [{"regions": "maps"}]
+OTHERWISE["pair_bottleneck"] = [{"basis": "pca"}, {"basis": "span"}]
 OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
 # Every probe can read a second look, and what was said of an image.
 SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}]
