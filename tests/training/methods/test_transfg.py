@@ -117,7 +117,7 @@ def test_learned_attention_picks_a_cell_whole_and_learns_by_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs", [LEARNED, {"hidden": None, "heads": 2}, {**LEARNED, "hidden": None, "heads": 17}]
+    "knobs", [LEARNED, {"hidden": None, "heads": 2}, {**LEARNED, "hidden": None, "heads": 18}]
 )
 def test_other_settings_say_the_same_when_saved(planted: Planted, knobs: dict[str, Any], tmp_path: Path) -> None:
     cache = planted(Plan())
