@@ -32,6 +32,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -139,9 +140,10 @@ def embed_tokens(model: Any, tokens: Tensor) -> Tensor:
 def without_padding(encoder: LoadedEncoder, tokens: Tensor) -> Tensor:
     """Token numbers (n, L) without the columns behind the longest text: a Hugging Face tower looks at none of them.
 
-    It is five times as fast for sentences of a dozen words. open_clip's own towers take no other length.
+    It is five times as fast for sentences of a dozen words. Towers of open_clip's own may look at padding, or pool it.
     """
-    if not isinstance(encoder.tokenizer, HFTokenizer):
+    model: Any = encoder.model
+    if not isinstance(getattr(model, "text", None), HFTextEncoder) or not isinstance(encoder.tokenizer, HFTokenizer):
         return tokens
     pad: Any = encoder.tokenizer.tokenizer.pad_token_id
     return tokens[:, : int((tokens != pad).any(dim=0).nonzero().max()) + 1]
@@ -174,20 +176,21 @@ def accuracy_of(encoder: LoadedEncoder, sources: list[Source], data: Data, scale
             embed_sentences(encoder, texts.sentences[start : start + batch_size])
             for start in range(0, len(texts.sentences), batch_size)
         ]
-        sentences = torch.cat(rows)
-        right = 0
-        for batch, pixels in iterate_batches(sources, encoder, 0, batch_size):
-            logits = scale * embed_pictures(encoder, pixels) @ sentences.T
-            told = class_probabilities(logits.float(), texts.owners.to(logits.device)).argmax(dim=1).tolist()
-            right += sum(
-                texts.classes[each] == data.class_of[source.image_id] for each, source in zip(told, batch, strict=True)
-            )
+    sentences, owners, right = torch.cat(rows), texts.owners.to(encoder.device), 0
+    for batch, pixels in iterate_batches(sources, encoder, 0, batch_size):
+        with tuning.half_precision(encoder.device):
+            pictures = embed_pictures(encoder, pixels)
+        # In float32: what a softmax is taken of is not rounded to eight bits.
+        told = class_probabilities(scale * pictures @ sentences.T, owners).argmax(dim=1).tolist()
+        right += sum(
+            texts.classes[each] == data.class_of[source.image_id] for each, source in zip(told, batch, strict=True)
+        )
     return right / len(sources)
 
 
 def adapt(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> list[dict[str, Any]]:
     """Tune an encoder in place, as it was after its best epoch; the epochs, as in history.csv."""
-    tuned = begin(encoder, settings)
+    tuned = begin(encoder, settings, name)
     scale = encoder.logit_scale / settings.temperature
     optimizer = tuning.make_optimizer(
         tuned.inner, tuned.projections, settings.learning_rate, settings.projection_rate, settings.weight_decay
@@ -222,13 +225,13 @@ def adapt(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> lis
     return history
 
 
-def begin(encoder: LoadedEncoder, settings: Adapt) -> tuning.Tuned:
+def begin(encoder: LoadedEncoder, settings: Adapt, name: str) -> tuning.Tuned:
     """Make what is to be tuned tunable. Raises UserError where there is nothing."""
     key = f"params.yaml: encoders.{encoder.name}"
     parts = [tuning.image_parts(encoder.model, key), tuning.text_parts(encoder.model, key)]
     tuned = tuning.start_tuning(parts, settings.blocks, settings.rank, torch.Generator().manual_seed(settings.seed))
     if not tuned.all:
-        raise UserError(f"{key}: has no projection, and blocks: 0 leaves nothing to tune; raise adapt.NAME.blocks")
+        raise UserError(f"{key}: has no projection, and blocks: 0 leaves nothing to tune; raise adapt.{name}.blocks")
     return tuned
 
 
@@ -252,9 +255,9 @@ def provenance_of(
     }
 
 
-def preview(encoder: LoadedEncoder, data: Data, settings: Adapt) -> str:
+def preview(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> str:
     """What a run would do, for --dry-run, from a few steps that are thrown away."""
-    tuned = begin(encoder, settings)
+    tuned = begin(encoder, settings, name)
     order = shuffled(data.learned, settings.seed, 0)[: (TIMED_STEPS + 1) * settings.batch_size]
     scale, times = encoder.logit_scale / settings.temperature, [perf_counter()]
     for batch, pixels in iterate_batches(order, encoder, 1, settings.batch_size):
@@ -302,20 +305,20 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
     encoder = load_encoder(settings.base, base, choose_device(device))
     everything, training = read_images(), read_images("train")
     identity, home = identity_of(encoder, settings), params.dataset.folder
-    classes = [{image_id: image.class_id for image_id, image in each.items()} for each in (everything, training)]
-    if not refit and is_kept(folder, identity, *classes):
+    index, known = ({image_id: image.class_id for image_id, image in each.items()} for each in (everything, training))
+    if not refit and is_kept(folder, identity, index, known, known):
         print(f"{folder}: kept; {changes(folder)}")
         return
     data = gather(name, settings, training, home)
     if dry_run:
-        print(f"{folder}: {preview(encoder, data, settings)}")
+        print(f"{folder}: {preview(encoder, data, settings, name)}")
         return
     history = adapt(encoder, data, settings, name)
     write_folder(
         folder, lambda place: write_encoder(encoder, base, place, folder),
         provenance_of(identity, data, settings, base.model, history),
-        [Seen(each.image_id, data.class_of[each.image_id], training[each.image_id].path)
-         for each in data.learned + data.held_out],
+        [Seen(each.image_id, data.class_of[each.image_id], training[each.image_id].path, role)
+         for role, images in (("learned", data.learned), ("chose", data.held_out)) for each in images],
         history, data.sentences,
     )  # fmt: skip
     report(folder, history)

@@ -235,20 +235,20 @@ def main() -> None:
             print(foresee(STAGE, questions, params.llm, ANSWERS))
             return
         asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: with_image(item, paths))
-        by_kind = [asked[kind] for kind in questions]
+        answered = dict(asked)
     else:
         if args.dry_run:
             why = f"llm.mode {params.llm.mode}" if items else "describe.enabled false"
             print(f"{STAGE}: {sum(len(each.items) for each in questions.values())} items, 0 calls ({why})")
             return
-        by_kind = [
-            replay(each.items, "image_id" if kind == "images" else "subject_id", each.prompt, params.llm)
+        answered = {
+            kind: replay(each.items, "image_id" if kind == "images" else "subject_id", each.prompt, params.llm)
             for kind, each in questions.items()
             if each.items
-        ]
+        }
         keep_answers(STAGE, ANSWERS, [])
 
-    rows = [row for of_kind in by_kind for row in of_kind]
+    rows = [row for of_kind in answered.values() for row in of_kind]
     content = content_params(prompt, params)
     of_pictures = store.fingerprint(SCHEMA, content, [upstream])  # cells change nothing of what is said of pictures
     content |= cell_params(cell_prompt, params)
@@ -258,9 +258,8 @@ def main() -> None:
 
     card = domain_words(params.domain.noun, params.domain.group, *params.domain.attributes)
     mask = NameMask(Keys.of(classes, card), params.domain.noun)
-    of_images, of_cells = [*by_kind, [], []][:2]
-    described, masked = descriptions_of(of_images, mask, params.describe.sentences)
-    said, masked_in_cells = descriptions_of(of_cells, mask, params.describe.cell_sentences)
+    described, masked = descriptions_of(answered.get("images", []), mask, params.describe.sentences)
+    said, masked_in_cells = descriptions_of(answered.get("cells", []), mask, params.describe.cell_sentences)
     schema = "descriptions/1"
     content = {"domain": params.domain.model_dump(), "rules": MASK_RULES}
     table_mark = store.fingerprint(schema, content, [of_pictures, classes_mark])
@@ -272,9 +271,13 @@ def main() -> None:
         what = f"{masked + masked_in_cells} names of classes or their groups in the answers"
         where = f"{DESCRIPTIONS}{f' and {CELLS}' if masked_in_cells else ''}"
         print(f"{STAGE}: {what} are masked in {where}", file=sys.stderr)
-    names = {item.subject_id: str(paths[item.subject_id]) for item in items}
-    names |= {cell.subject: f"{paths[cell.image_id]} at {cell.subject.partition('#')[2]}" for cell in cells}
-    check_coverage(rows, names, params.llm, ANSWERS)
+    names = {
+        "images": {item.subject_id: str(paths[item.subject_id]) for item in items},
+        "cells": {cell.subject: f"{paths[cell.image_id]} at {cell.subject.partition('#')[2]}" for cell in cells},
+    }
+    # Kind by kind: there are many cells to a picture, and they would outvote pictures of which none is described.
+    for kind, of_kind in answered.items():
+        check_coverage(of_kind, names[kind], params.llm, ANSWERS)
 
 
 if __name__ == "__main__":

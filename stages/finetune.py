@@ -95,9 +95,9 @@ def accuracy_of(tower: LoadedTower, head: nn.Linear, data: Data, batch_size: int
     return right / len(data.choosing)
 
 
-def begin(tower: LoadedTower, data: Data, settings: Finetune) -> tuple[tuning.Tuned, nn.Linear]:
+def begin(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> tuple[tuning.Tuned, nn.Linear]:
     """Make what is to be tuned tunable; the classifier starts at zero."""
-    parts = [tuning.image_parts(tower.model, f"params.yaml: {tower.name}")]
+    parts = [tuning.image_parts(tower.model, f"params.yaml: finetune.{name}.base")]
     tuned = tuning.start_tuning(parts, settings.blocks, settings.rank, torch.Generator().manual_seed(settings.seed))
     head = nn.Linear(tower.dimension, len(data.classes)).to(tower.device)
     nn.init.zeros_(head.weight)
@@ -107,7 +107,7 @@ def begin(tower: LoadedTower, data: Data, settings: Finetune) -> tuple[tuning.Tu
 
 def finetune(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> list[dict[str, Any]]:
     """Tune a tower in place, as it was after its best epoch; the epochs, as in history.csv."""
-    tuned, head = begin(tower, data, settings)
+    tuned, head = begin(tower, data, settings, name)
     outer = [*head.parameters(), *tuned.projections]
     everything = [*tuned.inner, *outer]
     optimizer = tuning.make_optimizer(
@@ -162,9 +162,9 @@ def provenance_of(
     }
 
 
-def preview(tower: LoadedTower, data: Data, settings: Finetune) -> str:
+def preview(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> str:
     """What a run would do, for --dry-run, from a few steps that are thrown away."""
-    tuned, head = begin(tower, data, settings)
+    tuned, head = begin(tower, data, settings, name)
     order = shuffled(data.learned, settings.seed, 0)[: (TIMED_STEPS + 1) * settings.batch_size]
     times = [perf_counter()]
     for _, pixels in iterate_batches(order, tower, 1, settings.batch_size):
@@ -196,20 +196,20 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
     shown = {each: image for each, image in everything.items() if each in training or each in choosing}
     chosen = None if settings.classes == NONE else sorted(set(read_lines(Path(settings.classes))))
     identity = {"base": tower.fingerprint, "settings": settings.model_dump(), "classes": chosen, "rules": RULES}
-    classes = [{image_id: image.class_id for image_id, image in each.items()} for each in (everything, shown)]
+    classes = [{image_id: image.class_id for image_id, image in each.items()} for each in (everything, training, shown)]
     if not refit and is_kept(folder, identity, *classes):
         print(f"{folder}: kept")
         return
     data = gather(name, settings, shown, choosing, params.dataset.folder)
     if dry_run:
-        print(f"{folder}: {preview(tower, data, settings)}")
+        print(f"{folder}: {preview(tower, data, settings, name)}")
         return
     history = finetune(tower, data, settings, name)
     write_folder(
         folder, lambda place: write_tower(tower, base, place),
         provenance_of(identity, data, settings, base.model, history),
-        [Seen(each.image_id, shown[each.image_id].class_id, shown[each.image_id].path)
-         for each in data.learned + data.choosing],
+        [Seen(each.image_id, shown[each.image_id].class_id, shown[each.image_id].path, role)
+         for role, images in (("learned", data.learned), ("chose", data.choosing)) for each in images],
         history,
     )  # fmt: skip
     best = tuning.best_of(history)

@@ -44,7 +44,8 @@ def checkout(target: Path) -> Path:
     made_here = shutil.ignore_patterns(".git", ".venv", "*cache*", "tmp", "config.local", "dvc.lock")
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        outputs = set(names) - {"demo", "controls", "none"} if Path(folder) == ROOT / "data" else set()
+        tracked = {ROOT / "data": {"adapted", "demo", "controls", "none"}, ROOT / "data/adapted": {"README.md"}}
+        outputs = set(names) - tracked.get(Path(folder), set(names))
         return {*made_here(folder, names), *outputs} - {"cache.py"}
 
     shutil.copytree(ROOT, target, ignore=ignored)

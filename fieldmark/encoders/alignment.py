@@ -45,7 +45,10 @@ def own_texts(sentences: Mapping[str, Sequence[str]]) -> Texts:
 
 
 def deal_texts(sentences: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
-    """The control: the same sentences dealt anew among the classes by hash, as many to each as it had."""
+    """The control: the same sentences dealt anew among the classes by hash, as many to each as it had.
+
+    A sentence that several classes share may fall twice on one: that class then has one fewer.
+    """
     places = [(name, rank) for name in sorted(sentences) for rank in range(len(sentences[name]))]
     cards = sorted(
         (sha256(f"deal {seed} {name} {text}"), text) for name, texts in sentences.items() for text in texts

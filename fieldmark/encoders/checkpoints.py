@@ -5,7 +5,7 @@
 - `provenance.json`: what it was made from and how it came out,
 - `seen_classes.txt`, `seen_images.txt`: the class_ids and the paths that it was shown with their labels, one a line, as
   `clean` of a study reads them,
-- `seen.csv`: the same images by image_id, with their class_id,
+- `seen.csv`: the same images by image_id, with their class_id and what they did: `learned`, or `chose` when to stop,
 - `texts.json` where texts were read: the sentences of each class,
 - `history.csv`: the epochs.
 
@@ -55,16 +55,17 @@ class Seen(NamedTuple):
     image_id: str
     class_id: str
     path: str  # relative to the data set's folder
+    role: str  # learned, or chose: when to stop
 
 
 def folder_of(name: str) -> Path:
     return Path(ADAPTED) / name
 
 
-def read_seen(folder: Path) -> list[tuple[str, str]]:
-    """(image_id, class_id) of what a tuned encoder was shown."""
+def read_seen(folder: Path) -> list[tuple[str, str, str]]:
+    """(image_id, class_id, role) of what a tuned encoder was shown."""
     rows = csv.reader(io.StringIO((folder / "seen.csv").read_text(encoding="utf-8")))
-    return [(image_id, class_id) for image_id, class_id in rows]
+    return [(image_id, class_id, role) for image_id, class_id, role in rows]
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -75,15 +76,24 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not readable ({error}); dvc pull it, or make it anew with --refit") from None
 
 
-def is_kept(folder: Path, identity: Mapping[str, Any], index: Mapping[str, str], allowed: Mapping[str, str]) -> bool:
+def is_kept(
+    folder: Path,
+    identity: Mapping[str, Any],
+    index: Mapping[str, str],
+    learnable: Mapping[str, str],
+    choosable: Mapping[str, str],
+) -> bool:
     """Whether a folder stands: made alike, and shown no image that it may not know now, or under another class.
 
-    `index` are all usable images, `allowed` those that may be shown, each with its class_id. Images and texts that came
-    or changed since do not matter: they are for --refit.
+    `index` are all usable images, `learnable` those that may be learned from, `choosable` those that may choose, each
+    with its class_id. Images and texts that came or changed since do not matter: they are for --refit.
     """
     if not (folder / PROVENANCE).is_file() or read_provenance(folder)["identity"] != identity:
         return False
-    return all(allowed.get(image_id) == class_id for image_id, class_id in read_seen(folder) if image_id in index)
+    allowed = {"learned": learnable, "chose": choosable}
+    return all(
+        allowed[role].get(image_id) == class_id for image_id, class_id, role in read_seen(folder) if image_id in index
+    )
 
 
 def write_folder(
@@ -97,7 +107,8 @@ def write_folder(
     write_model(partial_folder)
     rows = sorted(seen)
     classes = sorted({each.class_id for each in rows})
-    store.write_text(partial_folder / "seen.csv", "".join(f"{each.image_id},{each.class_id}\n" for each in rows))
+    lines_of = (f"{each.image_id},{each.class_id},{each.role}\n" for each in rows)
+    store.write_text(partial_folder / "seen.csv", "".join(lines_of))
     store.write_text(partial_folder / "seen_classes.txt", "".join(f"{each}\n" for each in classes))
     store.write_text(partial_folder / "seen_images.txt", "".join(f"{each.path}\n" for each in rows))
     if texts is not None:

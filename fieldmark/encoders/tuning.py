@@ -80,7 +80,8 @@ def image_parts(model: nn.Module, key: str) -> Parts:
         return Parts(list(visual.transformer.resblocks), behind, [] if visual.proj is None else [(visual, "proj")])
     if isinstance(visual, ModifiedResNet):
         blocks = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
-        return Parts(blocks, [], list(held_by(visual.attnpool)))
+        pool = visual.attnpool
+        return Parts(blocks, [pool.q_proj, pool.k_proj, pool.v_proj], list(held_by(pool.c_proj)))
     blocks, behind = split_trunk(visual["trunk"] if isinstance(visual, nn.ModuleDict) else visual.trunk, key)
     return Parts(blocks, behind, list(held_by(visual["head"] if isinstance(visual, nn.ModuleDict) else visual.head)))
 

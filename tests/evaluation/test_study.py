@@ -494,7 +494,7 @@ GRAPH: dict[str, Any] = {
     "seeds": 1,
     "variants": {
         "plain": {"method": "concept_graph"},
-        "quiet": {"method": "concept_graph", "settings": {"texts": 0, "loss_weights": {"contrast": 0.25}}},
+        "quiet": {"method": "concept_graph", "settings": {"texts": 0, "loss_weights": {"graph": 0.25}}},
         "few": {
             "method": "concept_graph",
             "settings": {"nodes": "selected"},
@@ -518,7 +518,7 @@ def test_a_variant_is_its_method_with_other_settings_and_labels(project: Path) -
     assert runs["few"].name == "tiny.few.none.full.0"
     assert [configs[name]["method"] for name in ("plain", "quiet", "few")] == ["concept_graph"] * 3
     own = configs["concept_graph"]["settings"]
-    assert configs["quiet"]["settings"] == own | {"texts": 0, "loss_weights": own["loss_weights"] | {"contrast": 0.25}}
+    assert configs["quiet"]["settings"] == own | {"texts": 0, "loss_weights": own["loss_weights"] | {"graph": 0.25}}
     assert own["loss_weights"]["graph"] == 0.4
     assert configs["few"]["labels"] == GRAPH["variants"]["few"]["labels"]
     logits = {name: pq.read_table(folder / "predictions.parquet")["logits"] for name, folder in runs.items()}
@@ -786,8 +786,8 @@ def test_two_processes_do_not_work_at_one_study(project: Path) -> None:
         ),
         ({"variants": {"a.b": {"method": "mlp"}}}, "small.yaml: variants.a.b: is used as a folder name"),
         (
-            {"variants": {"v": {"method": "concept_graph", "settings": {"loss_weights": {"contrst": 1.0}}}}},
-            "small.yaml: variants.v.settings.loss_weights.contrst: unknown key; did you mean `contrast`?",
+            {"variants": {"v": {"method": "concept_graph", "settings": {"loss_weights": {"imge": 1.0}}}}},
+            "small.yaml: variants.v.settings.loss_weights.imge: unknown key; did you mean `image`?",
         ),
         (
             {"variants": {"v": {"method": "attention_pool", "settings": {"lr": [0.1] * 9}}}},

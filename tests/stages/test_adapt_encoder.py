@@ -3,11 +3,13 @@
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from open_clip.tokenizer import HFTokenizer
 
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
@@ -84,6 +86,14 @@ def test_what_it_has_seen_is_written_as_studies_read_it(
     assert {path.split("/")[1] for path in clean} == {"fox"}
     assert not read_clean(f"not {FOLDER}/seen_images.txt", Path("data")) & set(seen)
     assert set(json.loads((FOLDER / "texts.json").read_text())) == set(CLASSES[:5])
+
+
+def test_padding_stays_where_the_text_tower_is_open_clips_own(models: dict[str, Path]) -> None:
+    """SigLIP's looks at padding and pools its last place, though its tokenizer is one of Hugging Face's."""
+    encoder = load(f"local-dir:{models['vit']}")
+    tokens = encoder.tokenizer(["an ant", "a bee with wings"])
+    foreign = replace(encoder, tokenizer=HFTokenizer.__new__(HFTokenizer))
+    assert torch.equal(adapt_encoder.without_padding(foreign, tokens), tokens)
 
 
 def test_sentences_that_are_names_or_were_dropped_are_not_read(animals: Path, set_params: SetParams) -> None:

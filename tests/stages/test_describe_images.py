@@ -328,3 +328,13 @@ def test_a_cell_without_an_answer_is_named(server: OpenAIServer, workspace: Work
     server.script.append(refusal("no"))
     with pytest.raises(UserError, match=r"0\.png at 0,0,0\.5,0\.5"):
         workspace.run(main)
+
+
+def test_cells_do_not_stand_in_for_pictures_that_have_no_answer(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_images(1)
+    workspace.blocks["describe"]["nodes"] = [2]
+    workspace.write(concurrency=1, min_coverage=0.7)
+    server.script.append(refusal("no"))
+    with pytest.raises(UserError, match=r"0 of 1 answered"):
+        workspace.run(main)
+    assert sum(row["status"] == "ok" for row in answers(str(ANSWERS))) == 4

@@ -98,6 +98,8 @@ def test_a_rule_for_cells_makes_another_encoder_of_one_model(
     write_concepts([("a forked tail", "a", "visual")])
     no_text = store.make_table("descriptions/1", [])
     store.write_table(no_text, "data/descriptions/descriptions.parquet", "descriptions/1", {}, "none")
+    no_cell = store.make_table("descriptions.cells/1", [])
+    store.write_table(no_cell, "data/descriptions/cells.parquet", "descriptions.cells/1", {"nodes": []}, "none")
     run_stage("embed_text", "--encoder", "mine")
     folder = Path("data/embed/mine")
     headers = [store.read_folder_header(folder / "images", "embed.nodes/1", 4),

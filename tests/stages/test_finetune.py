@@ -145,6 +145,22 @@ def test_it_is_kept_until_labels_or_settings_change(animals: Path, set_params: S
     assert snapshot(FOLDER) != before
 
 
+def test_an_image_that_was_learned_may_not_choose_afterwards(
+    animals: Path, set_params: SetParams, run_stage: Run
+) -> None:
+    towers = {"cnn": {"model": small_tower(), "batch_size": 4}}
+    set_params(towers=towers, finetune={"mine": QUICK | {"base": "cnn", "epochs": 1}})
+    run_stage("finetune", "--name", "mine")
+    learned = {row[0] for row in csv.reader((FOLDER / "seen.csv").open()) if row[2] == "learned"}
+    chose = {row[0] for row in csv.reader((FOLDER / "seen.csv").open()) if row[2] == "chose"}
+    assert learned
+    assert chose
+    before = snapshot(FOLDER)
+    write_index({"train/ant/0.png": ("ant", "val")})  # it would choose settings of heads, or judge them
+    run_stage("finetune", "--name", "mine")
+    assert snapshot(FOLDER) != before
+
+
 def test_dry_run_and_refusals(
     animals: Path, set_params: SetParams, run_stage: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,11 +179,11 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
                 " interference: 0 and loss_weights.predictive: 0"
             )
         anchors = class_anchors(bank) if settings.loss_weights.predictive else None
-        known = bank.K[found], Standardise(x @ bank.K[found].T)
+        known = (bank.K[found], Standardise(x @ bank.K[found].T)) if settings.interference else None
 
     def make(beside: Beside) -> CATE:
         interference = None
-        if known is not None and settings.interference:
+        if known is not None:
             interference = Interference(*known, settings.interference, settings.dropout)
         return CATE(Standardise(x), anchors, interference, beside, classes, settings)
 
