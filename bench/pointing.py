@@ -53,9 +53,12 @@ class Pointed(NamedTuple):
 
     def of_classes(self, wanted: Sequence[str]) -> "Pointed":
         """What it hits on images of these classes. A part that none of them shows is left out."""
-        kept = {part: np.isin(np.array(self.classes)[self.y[one.images]], wanted) for part, one in self.parts.items()}
-        parts = {part: Placed(*(field[..., kept[part]] for field in one)) for part, one in self.parts.items()}
-        return self._replace(parts={part: one for part, one in parts.items() if len(one.images)})
+        parts = {}
+        for part, one in self.parts.items():
+            kept = np.isin(np.array(self.classes)[self.y[one.images]], wanted)
+            if kept.any():
+                parts[part] = Placed(one.images[kept], one.own[kept], one.rivals[:, kept])
+        return self._replace(parts=parts)
 
     def together(self) -> tuple[Ints, Floats, Floats]:
         """Images, hits of place and concept, and those of PLACE_RIVALS, all parts behind one another."""

@@ -63,8 +63,9 @@ def by_place(cache: Cache, held: Bools, fold: list[int | None], away: int) -> di
         if own is not None:
             apart = {(own + step) % FOLDS for step in range(away)}
             train = [other for other, number in enumerate(fold) if number is not None and number not in apart]
-            nodes = np.flatnonzero(cache.part(Nodes).mask[image, 1:].numpy())
-            found[image] = bool(held[image, max(nodes, key=lambda node, train=train: held[train, node].sum())])
+            shown = held[train].sum(0)
+            nodes = np.flatnonzero(cache.part(Nodes).mask[image, 1:].numpy()).tolist()
+            found[image] = bool(held[image, max(nodes, key=shown.tolist().__getitem__)])
     return found
 
 
