@@ -172,24 +172,33 @@ class Comparison:
     own: float
     theirs: float
     difference: float  # above 0: ahead
-    over_images: tuple[float, float]
+    over_images: tuple[float, float]  # or over their groups
     over_classes: tuple[float, float]
-    p: float  # two-sided, over images
+    p: float  # two-sided, over images or their groups
     p_holm: float = 1.0  # corrected for the comparisons of the table
     verdict: str = ""
 
 
 def against_rivals(
-    what: str, names: Sequence[str], own: Floats, theirs: Floats, images: Ints, y: Ints, sign: int = 1
+    what: str,
+    names: Sequence[str],
+    own: Floats,
+    theirs: Floats,
+    images: Ints,
+    y: Ints,
+    sign: int = 1,
+    groups: Ints | None = None,
 ) -> list[Comparison]:
     """What is judged (`own`, (m,)) against each of R rivals (`theirs`, (R, m)).
 
     `images` (m,) says which image each value is of; an image may have several. `y` holds the images' classes. With sign
-    1 more is better, with -1 less.
+    1 more is better, with -1 less. With the images' `groups`, these are drawn anew where else images are.
     """
     gain = (sign * (own - theirs))[:, None].astype(np.float32)
-    over_images, over_classes = (bootstrap(gain, units, DRAWS, 0) for units in (images, y[images]))
-    p = flip_p(gain, images, DRAWS, 0)
+    units = images if groups is None else groups[images]
+    over_images = bootstrap(gain, units, DRAWS, 0, whole=groups is not None)
+    over_classes = bootstrap(gain, y[images], DRAWS, 0)
+    p = flip_p(gain, units, DRAWS, 0)
     return [
         Comparison(
             what,

@@ -1,6 +1,7 @@
 """Differences of methods on the same images: bootstrap intervals, p values, and their correction. Pure functions."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -253,7 +254,7 @@ def flip_p(gain: Floats, units: Ints, draws: int, seed: int, part: Ints | None =
     for row, wide in zip(sums.mean(1).round(9), seed_spread(sums), strict=True):
         total = abs(row.sum()) - 1e-6  # what is as far is not to fall short by rounding
         size, times = np.unique(np.abs(row[row != 0]), return_counts=True)
-        if not wide and np.prod(times + 1.0) <= draws:
+        if not wide and prod((times + 1).tolist()) <= draws:  # of Python's integers: 2 ** 3,000 is no float64
             reach, chance = np.zeros(1), np.ones(1)
             for one, of in zip(size, times, strict=True):
                 reach = np.add.outer(reach, one * (2 * np.arange(of + 1) - of)).reshape(-1)

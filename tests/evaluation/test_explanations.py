@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from evaluation.explanations import (
     TOP,
+    against_rivals,
     compare_decisions,
     compare_parts,
     judge_decisions,
@@ -25,8 +25,8 @@ from evaluation.explanations import (
 from evaluation.pointing import PLACE_RIVALS, WEIGHTS, Marked, best_cell, judge_part, judged_patches
 from fieldmark.command import UserError
 from fieldmark.params import load_params
-from fieldmark.store import make_table, read_header, read_table, write_table
-from tests.evaluation.scene import N, judged, scene
+from fieldmark.store import read_table
+from tests.evaluation.scene import N, judged, name_concepts, scene, write_parts
 from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_other
 from tests.training.test_train import PARAMS
 from training.data import CPU, Batch, Cache, read_cache
@@ -71,6 +71,21 @@ def test_top_patches_are_patches_alone() -> None:
     few = torch.tensor([[False, True, False, False, False]])
     assert top(rank, few).tolist() == few.tolist()
     assert TOP == 3
+
+
+def test_groups_of_alike_images_are_drawn_anew_as_wholes() -> None:
+    """Each image thrice, in a group with itself: nothing is surer than with each image once."""
+    rng = np.random.default_rng(0)
+    own, theirs = (rng.random(60) < 0.6).astype(float), (rng.random((1, 60)) < 0.4).astype(float)
+    once = against_rivals("part", ["rival"], own, theirs, np.arange(60), np.arange(60) % 20)
+    thrice = own.repeat(3), theirs.repeat(3, axis=1), np.arange(180), np.arange(60).repeat(3) % 20
+    (grouped,) = against_rivals("part", ["rival"], *thrice, groups=np.arange(60).repeat(3))
+    (alone,) = against_rivals("part", ["rival"], *thrice)
+    assert grouped.over_images == pytest.approx(once[0].over_images)
+    assert grouped.p == pytest.approx(once[0].p)
+    assert grouped.over_classes == alone.over_classes
+    assert np.ptp(alone.over_images) < 0.7 * np.ptp(grouped.over_images)
+    assert alone.p < grouped.p
 
 
 class BestPatch(nn.Module):
@@ -149,23 +164,15 @@ def project(tmp_path: Path) -> Path:
     """A cache whose concepts name two parts, with points of both on every image."""
     data = tmp_path / "data"
     write_cache(data, Plan())
-    path = data / f"bank/{ENCODER}.parquet"
-    header, bank = read_header(path, "bank/1"), read_table(path, "bank/1")
-    texts = [f"a {('bill', 'tail')[number % 2]} {number}" for number in range(bank.num_rows)]
-    bank = bank.set_column(bank.schema.get_field_index("text"), "text", pa.array(texts))
-    write_table(bank, path, "bank/1", header.params, header.fingerprint)
-    paths = read_table(data / "index/images.parquet", "index.images/1")["path"].to_pylist()
+    name_concepts(data, "bill", "tail")
     rng = np.random.default_rng(0)
     write_parts(data, [
         {"path": path, "part": name, "x": rng.uniform(), "y": rng.uniform(), "visible": True}
-        for path in paths for name in ("beak", "tail")
+        for path in read_table(data / "index/images.parquet", "index.images/1")["path"].to_pylist()
+        for name in ("beak", "tail")
     ])  # fmt: skip
     (tmp_path / "params.yaml").write_text(PARAMS)
     return tmp_path
-
-
-def write_parts(data: Path, rows: list[dict[str, object]]) -> None:
-    write_table(make_table("index.parts/1", rows), data / "index/parts.parquet", "index.parts/1", {}, "mark")
 
 
 def cache_of(project: Path) -> Cache:

@@ -165,6 +165,14 @@ def test_p_of_several_runs_is_as_good_as_all_signs() -> None:
     assert flip_p(gain, np.arange(60), 20_000, 0) == pytest.approx([expected.pvalue], abs=0.01)
 
 
+def test_signs_of_many_unequal_images_are_drawn_and_nothing_overflows() -> None:
+    """3,000 images that each differ by another amount have 2 ** 3,000 signs: more than a float64 holds."""
+    gain = np.random.default_rng(0).standard_normal((1, 1, 3000))
+    with np.errstate(all="raise"):
+        (p,) = flip_p(gain, np.arange(3000), 1000, 0)
+    assert p == pytest.approx(2 * NormalDist().cdf(-abs(gain.sum()) / np.sqrt(np.square(gain).sum())), abs=0.05)
+
+
 def test_seeds_that_differ_raise_p() -> None:
     """Five seeds of which each beats all of b's on other images, by 0 to 8 points."""
     rng = np.random.default_rng(5)
