@@ -219,7 +219,7 @@ def test_no_copy_of_all_features_is_made_in_float64(monkeypatch: pytest.MonkeyPa
 
     def count_measure(cls: type[ColumnScale], features: Tensor) -> ColumnScale:
         seen.append(("measure", len(features)))
-        return measure(cls, features)  # type: ignore[no-any-return]
+        return measure(cls, features)
 
     monkeypatch.setattr(sparse, "ROWS", 7)
     monkeypatch.setattr(Tensor, "double", count)
