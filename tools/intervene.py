@@ -5,9 +5,10 @@ Writes  to stdout; what the stages made stays as it is.
 Costs   seconds; with --add loading the encoder and a fit of the last layer.
 
 `--without CONCEPT` takes a concept's term out of every class and leaves all other weights: each picture counts as an
-average one in it. `--add TEXT` sets a text beside the concepts and fits the last layer anew, under the settings that
-val chose; a concept that is taken out as well is then not there in the fit. Judged are the pictures of the half of val
-that chose nothing. The interval is over these pictures, paired; of a class there are too few for one.
+average one in it. `--add TEXT` sets a text beside the concepts that the run reads and fits the last layer anew, under
+the settings that val chose and on what the run's regime shows; a concept that is taken out as well is then not there in
+the fit. Judged are the pictures of the half of val that chose nothing. The interval is over these pictures, or over
+groups where the index names any, paired (evaluation/statistics.py); of a class there are too few for one.
 
     python -m tools.intervene --run bottleneck --without "a fish with a yellow tail"
     python -m tools.intervene --run bottleneck --add "a fish with a blue ring around the eye"
@@ -20,30 +21,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from evaluation.statistics import LEVEL, bootstrap, interval
+from evaluation.runs import group_numbers, groups_of
+from evaluation.statistics import paired_difference
 from evaluation.words import lay_out, percent, points, points_range
 from fieldmark.command import UserError, counted, run, stage_parser
 from fieldmark.encoders.base import choose_device
 from fieldmark.encoders.clip import load_encoder
 from fieldmark.params import Params, load_params
-from fieldmark.store import read_table
+from fieldmark.store import read_folder_header, read_table
 from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.folds import settle
 from training.loop import predict, set_up_torch
 from training.methods import concept_bottleneck
 from training.methods.concept_bottleneck import ConceptBottleneck, Settings
-from training.regimes import hide_test
+from training.metrics import Ints
+from training.regimes import hide_test, read_regime
 from training.restore import Restored, restore
 
 DATA = Path("data")
 METHOD = "concept_bottleneck"
-DRAWS = 10_000  # of the bootstrap
+UNITS = {"images": ("picture", "pictures"), "groups": ("group", "groups")}  # that an interval may be over
 
 
 class Effect(NamedTuple):
@@ -52,6 +54,7 @@ class Effect(NamedTuple):
     before: Tensor  # (n, C) logits
     after: Tensor
     y: Tensor  # (n,)
+    groups: Ints | None = None  # (n,), where the index names any
 
 
 def find_rows(texts: Sequence[str | None], read: Collection[int], asked: Sequence[str]) -> list[int]:
@@ -76,10 +79,30 @@ def without(model: ConceptBottleneck, rows: Sequence[int]) -> ConceptBottleneck:
     return changed
 
 
-def fit_with(cache: Cache, settings: Settings, vectors: Tensor, dropped: Sequence[int], seed: int) -> ConceptBottleneck:
-    """The model fitted anew beside these unit vectors (k, D), and without rows of the bank."""
+def embed(params: Params, name: str, texts: Sequence[str], device: torch.device) -> Tensor:
+    """Unit vectors (k, D) of texts by encoder `name`, on the CPU.
+
+    Raises UserError where it is another one than the pictures were embedded with.
+    """
+    encoder, folder = load_encoder(name, params.encoder(name), device, params.towers), DATA / f"embed/{name}/images"
+    if read_folder_header(folder, "embed.nodes/1", params.dataset.buckets).params["encoder"] != encoder.fingerprint:
+        raise UserError(
+            f"{folder}: was made with another {name} than encoders.{name} names now (other weights or parameters);"
+            " bring it back, or run embed_images and what follows again (dvc repro)"
+        )
+    return torch.nn.functional.normalize(encoder.embed_texts(list(texts)).float().cpu(), dim=1)
+
+
+def fit_with(
+    cache: Cache, settings: Settings, model: ConceptBottleneck, vectors: Tensor, dropped: Sequence[int], seed: int
+) -> ConceptBottleneck:
+    """A model fitted anew on the concepts that `model` reads, without rows of the bank, beside unit vectors (k, D).
+
+    The cache is as training saw it, under the run's regime. The vectors are the last k rows of the model's.
+    """
     bank = cache.part(Bank)
-    kept = bank.kept.clone()
+    kept = torch.zeros_like(bank.kept)
+    kept[model.row] = True
     kept[list(dropped)] = False
     more = torch.ones(len(vectors), dtype=torch.bool, device=kept.device)
     wider = replace(
@@ -89,19 +112,40 @@ def fit_with(cache: Cache, settings: Settings, vectors: Tensor, dropped: Sequenc
         kept=torch.cat([kept, more]),
         owners=None,
     )
+    # The choice of `concepts` is made: chosen again, a text might be left out, and others come in for it.
+    settings = settings.model_copy(update={"concepts": None})
     fitted = concept_bottleneck.fit(hide_test(cache.with_part(wider)), settings, seed)
     return cast(ConceptBottleneck, fitted.model)
 
 
+def refit(
+    params: Params, path: str, asked: Restored, cache: Cache, vectors: Tensor, dropped: Sequence[int]
+) -> ConceptBottleneck:
+    """`fit_with` of a run as it was trained: its regime's images and labels, and what val chose."""
+    told = read_regime(path, "train.regime", params.train.regime).apply(cache, params.train.seed)
+    chosen = cast(Settings, settle(asked.settings, asked.config["chosen"][str(asked.seed)]))
+    return fit_with(told, chosen, cast(ConceptBottleneck, asked.model), vectors, dropped, asked.seed)
+
+
+def unused(model: ConceptBottleneck, added: Sequence[str]) -> list[str]:
+    """A line for each added text that no class has a weight for; the texts are the model's last rows."""
+    weight = model.linear.weight[:, model.linear.weight.shape[1] - len(added) :]
+    return [
+        f"no class has a weight for {text!r}: nec leaves it out"
+        for text, used in zip(added, weight.any(0).tolist(), strict=True)
+        if not used
+    ]
+
+
 def describe(effect: Effect, names: Sequence[str]) -> str:
     """The effect in words and as a table, a class a row, the greatest loss first."""
-    right = [(logits.argmax(1) == effect.y).double().numpy() for logits in (effect.before, effect.after)]
+    right = [(logits.argmax(1) == effect.y).numpy() for logits in (effect.before, effect.after)]
     own = (effect.after - effect.before).gather(1, effect.y[:, None])[:, 0] - (effect.after - effect.before).mean(1)
-    gain = right[1] - right[0]
-    drawn = bootstrap(gain[None, None], np.arange(len(gain)), DRAWS, 0)[:, 0]
+    found = paired_difference(right[1], right[0], effect.y.numpy(), effect.groups)
     said = [
-        f"{counted(len(gain), 'picture', 'pictures')} of val: {percent(right[0].mean())} % before,"
-        f" {percent(right[1].mean())} % after: {points(gain.mean())} {points_range(interval(drawn, LEVEL))}",
+        f"{counted(len(effect.y), 'picture', 'pictures')} of val: {percent(right[0].mean())} % before,"
+        f" {percent(right[1].mean())} % after: {points(found.difference)} {points_range(found.over)}"
+        f" (95 % over {counted(found.units, *UNITS[found.unit])})",
         "",
     ]
     rows = []
@@ -129,18 +173,20 @@ def intervene(params: Params, path: str, name: str, removed: Sequence[str], adde
     )
     bank: pa.Table = read_table(DATA / f"bank/{asked.encoder}.parquet", "bank/1", ["concept_idx", "text"])
     dropped = find_rows(bank.sort_by("concept_idx")["text"].to_pylist(), model.row.tolist(), removed)
+    notes: list[str] = []
     if added:
-        encoder = load_encoder(asked.encoder, params.encoder(asked.encoder), choose_device(device))
-        vectors = torch.nn.functional.normalize(encoder.embed_texts(list(added)).float().cpu(), dim=1)
-        chosen = settle(asked.settings, asked.config["chosen"][str(asked.seed)])
-        changed = fit_with(cache, cast(Settings, chosen), vectors, dropped, asked.seed)
+        vectors = embed(params, asked.encoder, added, choose_device(device))
+        changed = refit(params, path, asked, cache, vectors, dropped)
+        notes = unused(changed, added)
     else:
         changed = without(model, dropped)
     images = cache.images("val")
-    effect = Effect(predict(model, cache, images), predict(changed, cache, images), cache.y[images])
+    index = read_table(DATA / "index/images.parquet", "index.images/1", ["path", "group", "status"])
+    groups = group_numbers([cache.paths[image] for image in images.tolist()], groups_of(index))
+    effect = Effect(predict(model, cache, images), predict(changed, cache, images), cache.y[images], groups)
     table = read_table(DATA / "index/classes.parquet", "index.classes/2", ["class_id", "name"])
     names = dict(zip(table["class_id"].to_pylist(), table["name"].to_pylist(), strict=True))
-    return describe(effect, [names[class_id] for class_id in cache.classes])
+    return "\n".join([*notes, describe(effect, [names[class_id] for class_id in cache.classes])])
 
 
 def main() -> None:

@@ -151,6 +151,7 @@ class Pairs(NamedTuple):
 
     text: Tensor  # (n, k, 2) int64: rows of the bank; the same one twice where a text stands alone
     adds: Tensor  # (n, k) float32: to logit a - logit b; 0 where fewer pairs say anything
+    more: Tensor  # (n, k) bool: whether the image has more of the pair than training images on average, or less
 
 
 @torch.no_grad()
@@ -163,7 +164,7 @@ def pairs(restored: Restored, cache: Cache, images: Tensor, classes: Tensor, mos
         told = method.pairs_add(restored.model, restored.settings, cache, some, pair)
         if told is None:
             return None
-        adds, text = told
+        adds, text, more = told
         best = adds.abs().topk(min(most, adds.shape[1])).indices
-        found.append((text[best], adds.gather(1, best)))
+        found.append((text[best], adds.gather(1, best), more.gather(1, best)))
     return Pairs(*map(torch.cat, zip(*found, strict=True)))

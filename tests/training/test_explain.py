@@ -225,5 +225,9 @@ def test_pairs_and_the_biases_add_up_to_the_difference(cache: Cache) -> None:
     said = margin(predict(fitted.model, cache, images), classes)
     torch.testing.assert_close(found.adds.sum(1) + (bias[2] - bias[0]).detach(), said, atol=1e-3, rtol=1e-3)
     assert found.text.shape == (len(images), 10, 2)
+    told = load_method("pair_bottleneck").pairs_add(fitted.model, settings, cache, images, classes)  # type: ignore[attr-defined]
+    for image in range(len(images)):
+        order = told[0][image].abs().argsort(descending=True)
+        assert torch.equal(found.more[image], told[2][image][order])
     assert (found.adds.abs().diff(dim=1) <= 0).all()
     assert pairs(restored("knn", quick_settings("knn"), nn.Module()), cache, images, classes) is None

@@ -73,8 +73,8 @@ class Reasons:
             concepts = [self.best_concepts(*each) for each in adds]
         together = pairs(self.run, seen, images, classes, CONCEPTS) if seen.has(Bank) else None
         if together is not None:
-            adds = zip(together.text.tolist(), together.adds.tolist(), strict=True)
-            concepts = [self.best_pairs(*each) for each in adds]
+            of_pairs = zip(together.text.tolist(), together.adds.tolist(), together.more.tolist(), strict=True)
+            concepts = [self.best_pairs(*each) for each in of_pairs]
         return [{"patches": each, "concepts": other} for each, other in zip(patches, concepts, strict=True)]
 
     def name(self, concept: Row) -> str:
@@ -89,25 +89,28 @@ class Reasons:
             if gain
         ]
 
-
-    def best_pairs(self, rows: Sequence[Sequence[int]], adds: Sequence[float]) -> list[Row]:
+    def best_pairs(self, rows: Sequence[Sequence[int]], adds: Sequence[float], more: Sequence[bool]) -> list[Row]:
         """As best_concepts; the classes are those that own either text."""
         return [
             {
-                "text": name_pair(self.name(self.bank[a]), self.name(self.bank[b])),
+                "text": name_pair(self.name(self.bank[a]), self.name(self.bank[b]), shown),
                 "class_ids": sorted({*self.bank[a]["class_ids"], *self.bank[b]["class_ids"]}),
                 "gain": gain,
             }
-            for (a, b), gain in zip(rows, adds, strict=True)
+            for (a, b), gain, shown in zip(rows, adds, more, strict=True)
             if gain
         ]
 
 
-def name_pair(first: str, second: str) -> str:
-    """How two texts at the same place are named; the same one twice is that text where it shows strongly."""
+def name_pair(first: str, second: str, more: bool) -> str:
+    """How two texts at the same place are named, of which the picture has more than others do, or less.
+
+    The same text twice is how much places differ in it.
+    """
+    amount = "more" if more else "less"
     if first == second:
-        return f"{first}, at some places more than at others"
-    return f"{first} with {second} at the same place"
+        return f"{first}, setting places apart {amount} than on other pictures"
+    return f"{amount} of {first} with {second} at the same place than on other pictures"
 
 
 def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:

@@ -44,6 +44,7 @@ HALVINGS = 16  # where weights come in together, no penalty may give the number
 STEPS = 5000  # for one penalty, at most
 GROWTH = 1.05  # of a step
 CONSTANT = 1e-12  # a variance that is rounding
+ROWS = 4096  # of features, that are in float64 at a time
 
 
 class Sparse(NamedTuple):
@@ -57,17 +58,6 @@ class Sparse(NamedTuple):
     steps: int
 
 
-def sparse_at(features: Tensor, labels: Tensor, classes: int, nec: float) -> tuple[Tensor, Tensor]:
-    """Weight (C, M) and bias (C,) with `nec` non-zero weights a class, of features (n, M) and labels.
-
-    Labels are classes (n,) or probabilities (n, C). NEC is between 95 % of the number and the number, unless weights
-    come in together, or the path ends before: then it is less. nec = inf is the end of the path, hardly penalised; a
-    dense layer whose strength val chooses is `fit_logistic`'s. A class without images has no weight and is never said.
-    """
-    found = sparse_layers(features, labels, classes, [nec])[0]
-    return found.weight, found.bias
-
-
 def sparse_layers(
     features: Tensor,
     labels: Tensor,
@@ -76,8 +66,17 @@ def sparse_layers(
     share: float = SHARE,
     tolerance: float = TOLERANCE,
 ) -> list[Sparse]:
-    """`sparse_at` for several numbers, in one walk along the path."""
-    problem = Problem(features, labels, classes, share, tolerance)
+    """For each wanted number the layer with so many non-zero weights a class, of features (n, M) and labels.
+
+    Labels are classes (n,) or probabilities (n, C). NEC is between 95 % of the number and the number, unless weights
+    come in together, or the path ends before: then it is less. inf is the end of the path, hardly penalised; a dense
+    layer whose strength val chooses is `fit_logistic`'s. A class without images has no weight and is never said.
+    """
+    return walk(Problem(features, labels, classes, share, tolerance), wanted)
+
+
+def walk(problem: "Problem", wanted: Sequence[float]) -> list[Sparse]:
+    """The layers of all wanted numbers, in one walk along the path."""
     order = sorted(range(len(wanted)), key=lambda place: wanted[place])
     found: dict[int, Sparse] = {}
     sparser: Point | None = None
@@ -92,14 +91,6 @@ def sparse_layers(
     for place in order[len(found) :]:
         found[place] = problem.layer(sparser)
     return [found[place] for place in range(len(wanted))]
-
-
-def sparse_path(
-    features: Tensor, labels: Tensor, classes: int, share: float = SHARE, tolerance: float = TOLERANCE
-) -> Iterator[Sparse]:
-    """The layers for penalties from where all weights are zero to `WEAKEST` of it, each `RATIO` of the one before."""
-    problem = Problem(features, labels, classes, share, tolerance)
-    return (problem.layer(point) for point in problem.path())
 
 
 class Masked(nn.Linear):
@@ -128,18 +119,19 @@ def fit_sparse(
     strengths: Sequence[float] = STRENGTHS,
     max_iterations: int = MAX_ITERATIONS,
 ) -> Chosen:
-    """`fit_logistic` on the weights that `sparse_at` keeps, x (n, M) standardised column by column; a layer on x.
+    """`fit_logistic` on the weights that `sparse_layers` keeps, x (n, M) standardised column by column; a layer on x.
 
     History also says what was kept: its NEC, the L1 penalty, and how well the conditions of its optimum are met.
     """
-    found = sparse_layers(x, y, classes, [nec])[0]
+    problem = Problem(x, y, classes, SHARE, TOLERANCE)
+    found = walk(problem, [nec])[0]
     taken = found.weight.any(0)
     taken[0] = True  # a layer has a column at least
     used = taken.nonzero()[:, 0]
-    scale = ColumnScale.measure(x[:, used])
+    scale = problem.scale.only(used)
     said = {"nec": found.nec, "l1_penalty": found.penalty, "violation": found.violation}
     chosen = fit_logistic(
-        *(scale.of(x[:, used]), y, scale.of(x_val[:, used]), y_val, classes, strengths, max_iterations),
+        *(problem.x[:, used], y, scale.of(x_val[:, used]), y_val, classes, strengths, max_iterations),
         linear=Masked(found.weight[:, used] != 0),
     )
     weight, bias = scale.back(chosen.linear.weight * (found.weight[:, used] != 0), chosen.linear.bias)
@@ -150,19 +142,27 @@ def fit_sparse(
 
 
 class ColumnScale(NamedTuple):
-    """What standardises features (n, M) column by column; float64."""
+    """What standardises features (n, M) column by column; float64, of which ROWS rows of them are held at a time."""
 
     mean: Tensor  # (M,)
     scale: Tensor  # (M,)
 
     @classmethod
     def measure(cls, features: Tensor) -> "ColumnScale":
-        variance, mean = torch.var_mean(features.double(), 0, correction=0)
+        chunks, count = features.split(ROWS), len(features)
+        mean = torch.stack([rows.double().sum(0) for rows in chunks]).sum(0) / count
+        variance = torch.stack([(rows.double() - mean).square().sum(0) for rows in chunks]).sum(0) / count
         return cls(mean, variance.clamp(min=CONSTANT).sqrt())
 
     def of(self, features: Tensor) -> Tensor:
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        return ((features.double() - self.mean) / self.scale).to(dtype)
+        found = features.new_empty(features.shape, dtype=torch.promote_types(features.dtype, torch.float32))
+        for rows, into in zip(features.split(ROWS), found.split(ROWS), strict=True):
+            into.copy_((rows.double() - self.mean) / self.scale)
+        return found
+
+    def only(self, columns: Tensor) -> "ColumnScale":
+        """That of these columns (k,) int64."""
+        return ColumnScale(self.mean[columns], self.scale[columns])
 
     def back(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (C, M) and bias (C,) on standardised columns as those on features as they came."""
@@ -197,7 +197,10 @@ class Problem:
         self.share, self.tolerance = share, tolerance
 
     def path(self) -> Iterator[Point]:
-        """From no weight at all, where the shares of the classes are said, downwards."""
+        """From no weight at all, where the shares of the classes are said, to `WEAKEST` of that penalty.
+
+        Each penalty is `RATIO` of the one before.
+        """
         empty = self.x.new_zeros(self.x.shape[1], self.y.shape[1])
         empty[-1] = self.y.mean(0).log()
         top = self.gradient(self.x @ empty, self.x)[:-1].abs().max().item() / self.share

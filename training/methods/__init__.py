@@ -17,8 +17,8 @@ ALSO is left. A method without ALSO takes one encoder alone. `BORROWS` says that
 too, where it is lent some (`Cache.others`). `texts_add(model, settings, cache, images, classes)` says what each text of
 the bank adds to logit a - logit b, (B, M) of images (B,) with a and b in classes (B, 2), or None where the settings
 leave no text (training/explain.py); `pairs_add`, called alike, what each of P pairs of texts adds at the same place,
-(B, P), and which texts these are, (P, 2). A method that finds that this data leaves it nothing to do raises
-`NotPossible`.
+(B, P), which texts these are, (P, 2), and whether the image has more of the pair than training images on average,
+(B, P). A method that finds that this data leaves it nothing to do raises `NotPossible`.
 What val chose of knobs with several values stands in `Fitted.chosen`: folds are fitted again with it
 (training/folds.py). Settings whose choices are no grid of knobs say what they are themselves (`OwnPoints`).
 """

@@ -86,11 +86,15 @@ def farthest_first(K: Tensor, count: int) -> Tensor:
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     bank = cache.part(Bank)
-    standardise, K, row = Standardise(training_globals(cache)[0]), concepts(bank), is_concept(bank).nonzero()[:, 0]
+    vectors, told = training_globals(cache)
+    standardise, K, row = Standardise(vectors), concepts(bank), is_concept(bank).nonzero()[:, 0]
     if settings.concepts is not None:
         some = farthest_first(K, settings.concepts)
         K, row = K[some], row[some]
-    chosen = (fit_dense if settings.nec is None else fit_at_nec)(cache, settings, standardise, K)
+    if settings.nec is None:
+        chosen = fit_dense(cache, settings, standardise, K)
+    else:
+        chosen = fit_at_nec(cache, settings, standardise(vectors) @ K.T, told, standardise, K)
     model = ConceptBottleneck(standardise, K, row, chosen.linear)
     return Fitted(model, chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)
 
@@ -103,13 +107,14 @@ def fit_dense(cache: Cache, settings: Settings, standardise: Standardise, K: Ten
     return chosen._replace(linear=linear_layer((chosen.linear.weight @ turn).detach(), chosen.linear.bias.detach()))
 
 
-def fit_at_nec(cache: Cache, settings: Settings, standardise: Standardise, K: Tensor) -> Chosen:
-    """The last layer with `nec` weights a class."""
+def fit_at_nec(
+    cache: Cache, settings: Settings, said: Tensor, told: Tensor, standardise: Standardise, K: Tensor
+) -> Chosen:
+    """The last layer with `nec` weights a class, of the scores (n V, M) of training images and what is told of each."""
     assert settings.nec is not None
-    vectors, told = training_globals(cache)
     val = cache.images("val")
     return fit_sparse(
-        standardise(vectors) @ K.T,
+        said,
         told,
         standardise(cache.globals(val)) @ K.T,
         cache.y[val],

@@ -37,7 +37,7 @@ from training.loop import EVALUATION_BATCH
 from training.methods import Fitted, NotPossible, Output
 from training.methods.concept_bottleneck import concepts, farthest_first, is_concept
 
-SEEDED = True
+SEEDED = True  # for `span` and `random`; the directions of concepts and of pca are the same under every seed
 READS = frozenset({"tokens", "projection", "concepts"})
 SAMPLE = 512  # training images whose tokens say where the mean is, how far they spread, and what leads
 Kind = Literal["concepts", "pca", "span", "random"]
@@ -80,10 +80,6 @@ class PairBottleneck(nn.Module):
     def pairs(self, tokens: Tensor) -> Tensor:
         """Of tokens (B, T, d) the entries (B, k (k + 1) / 2) of the upper triangle, row by row."""
         return bilinear(tokens.float(), Basis(self.mean, self.directions))
-
-    def shown(self, tokens: Tensor) -> Tensor:
-        """(B, T, k): by how much each place shows each concept more than places do, in deviations."""
-        return (tokens.float() - self.mean) @ self.directions
 
 
 def find_directions(cache: Cache, settings: Settings, seed: int) -> Directions:
@@ -155,10 +151,11 @@ def fit_dense(
 
 def pairs_add(
     model: PairBottleneck, settings: Settings, cache: Cache, images: Tensor, classes: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """What each pair adds to logit a - logit b, (B, P), exactly but for the biases; its two texts in the bank (P, 2).
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What each pair adds to logit a - logit b, (B, P), exactly but for the biases; its two texts in the bank, (P, 2).
 
-    None where directions have no words.
+    And whether the image has more of the pair than training images on average, (B, P) bool: what a pair adds may be due
+    to having less of it. None where directions have no words.
     """
     if not len(model.row):
         return None
@@ -166,7 +163,7 @@ def pairs_add(
     a, b = model.linear.weight[classes].unbind(1)
     size = len(model.row)
     places = torch.triu_indices(size, size, device=x.device).T
-    return (a - b) * x, model.row[places]
+    return (a - b) * x, model.row[places], x > 0
 
 
 def build(state: State, settings: Settings, classes: int) -> PairBottleneck:

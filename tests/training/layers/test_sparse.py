@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,9 +10,24 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from training.layers.sparse import Sparse, fit_sparse, sparse_at, sparse_layers, sparse_path
+from training.layers import sparse
+from training.layers.sparse import SHARE, TOLERANCE, ColumnScale, Problem, Sparse, fit_sparse, sparse_layers
 
 N, M, C = 240, 30, 4
+
+
+def sparse_at(features: Tensor, labels: Tensor, classes: int, nec: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias at one number."""
+    found = sparse_layers(features, labels, classes, [nec])[0]
+    return found.weight, found.bias
+
+
+def sparse_path(
+    features: Tensor, labels: Tensor, classes: int, share: float = SHARE, tolerance: float = TOLERANCE
+) -> Iterator[Sparse]:
+    """The layers of all penalties, the strongest first."""
+    problem = Problem(features, labels, classes, share, tolerance)
+    return (problem.layer(point) for point in problem.path())
 
 
 def planted(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -173,3 +189,42 @@ def test_what_is_kept_is_fitted_anew_under_l2_and_val_chooses_the_strength() -> 
     assert weight.grad[kept].abs().max() < 1e-4
     assert bias.grad.abs().max() < 1e-4
     assert weight.grad[~kept].abs().max() > 1e-2  # so that the mask is what holds them
+
+
+@pytest.mark.parametrize("rows", [4096, 7])
+def test_columns_are_standardised_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """As numpy says at once, far from zero too, where sums of squares would lose all digits; two rows, or none, too."""
+    monkeypatch.setattr(sparse, "ROWS", rows)
+    x = planted(torch.float32)[0] * 1e-2 + 100
+    scale, whole = ColumnScale.measure(x), x.double().numpy()
+    np.testing.assert_allclose(scale.mean.numpy(), whole.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(scale.scale.numpy(), whole.std(0), rtol=1e-9)
+    for some in (x, x[:2], x[:0]):
+        found = scale.of(some)
+        assert found.dtype == torch.float32
+        expected = (some.double().numpy() - whole.mean(0)) / whole.std(0)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    columns = torch.tensor([4, 0])
+    torch.testing.assert_close(scale.only(columns).of(x[:, columns]), scale.of(x)[:, columns], rtol=0, atol=0)
+
+
+def test_no_copy_of_all_features_is_made_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they are standardised once, though a path and a fit beside it read them."""
+    seen: list[tuple[str, int]] = []
+    widen, measure = Tensor.double, ColumnScale.measure.__func__  # type: ignore[attr-defined]
+
+    def count(self: Tensor) -> Tensor:
+        seen.append(("double", self.numel()))
+        return widen(self)
+
+    def count_measure(cls: type[ColumnScale], features: Tensor) -> ColumnScale:
+        seen.append(("measure", len(features)))
+        return measure(cls, features)
+
+    monkeypatch.setattr(sparse, "ROWS", 7)
+    monkeypatch.setattr(Tensor, "double", count)
+    monkeypatch.setattr(ColumnScale, "measure", classmethod(count_measure))
+    x, y = planted(torch.float32)
+    fit_sparse(x, y, x[:80], y[:80], C, 4.0, [0.1])
+    assert max(size for kind, size in seen if kind == "double") < N * M
+    assert [size for kind, size in seen if kind == "measure"] == [N]

@@ -80,10 +80,14 @@ def test_a_planted_pair_is_found_that_no_concept_alone_tells(planted: Planted) -
     pairs = torch.tensor([[0, 1]]).expand(len(test), 2)
     found = pair_bottleneck.pairs_add(model, Settings(), cache, test, pairs)
     assert found is not None
-    adds, texts = found
+    adds, texts, more = found
+    best = adds.abs().argmax(1, keepdim=True)
     assert {tuple(sorted(texts[k].tolist())) for k in adds.abs().argmax(1).tolist()} == {(first, second)}
     of_first = cache.y[test] == 0
     assert (adds.abs().max(1).values > 0).all()
+    # Class 0 has more of the planted pair, class 1 less: that decides for it as much.
+    assert more.gather(1, best)[of_first].float().mean() > 0.9
+    assert more.gather(1, best)[~of_first].float().mean() < 0.1
     assert adds.sum(1)[of_first].mean() > 0
     assert adds.sum(1)[~of_first].mean() < 0
 
@@ -98,6 +102,10 @@ def test_what_pairs_add_is_the_decision_less_the_biases(planted: Planted) -> Non
         found[0].sum(1) + bias[3] - bias[1], logits[:, 3] - logits[:, 1], atol=1e-3, rtol=1e-3
     )
     assert found[1].shape == (21, 2)
+    entries = model.pairs(cache.batch(test).tokens)
+    assert torch.equal(found[2], entries > model.standardise.mean)
+    assert found[2].any()
+    assert not found[2].all()
     bank = cache.part(Bank)
     assert is_concept(bank)[found[1]].all()
     other = fit(cache, directions=6, basis="pca")
