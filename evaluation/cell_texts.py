@@ -8,18 +8,23 @@ Costs   seconds; memory for the patches of these images in float32.
 Agreement. A cell's concepts are c = norm(sum over its patches of sum_k w_k (K_k - K)): w are the labels of the patches
 whose middle lies in it, K is the mean of the bank's kept concepts. A text agrees where its vector is nearer to its own
 cell's c than to another's: that of the same cell in another picture (is it about this picture?), and that of another
-cell of the same picture (is it about this place?). A text that says nothing of either is nearer half of the time. Both
-sides are of one encoder: what it cannot see in a cell, and what its labels get wrong, counts against the text.
+cell of the same picture (is it about this place?). Both sides are of one encoder: what it cannot see in a cell, and
+what its labels get wrong, counts against the text.
 
 Pointing. A text that names one part (evaluation/pointing.py) hits where its cell holds the part's point. It is held
 against a cell of the same picture at random, and against the place alone: how often this cell holds that part in the
 other pictures that show it. Only pictures that show the part are judged.
+
+Which cells a model speaks of says what is foreground, whatever it says of them. So rivals are cells that it spoke of
+too, and a cell counts once, by the mean over its sentences: one and the same sentence about each of them is nearer half
+of the time, and one that names a part hits as often as a random cell and as the place alone, exactly.
 
 Sentences of one picture are right or wrong together: intervals are over pictures, or whole groups.
 
     python -m evaluation.cell_texts --encoder reef
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.explanations import read_parts, read_points
-from evaluation.pointing import PartWords, covers, judged_patches, named_part, others
+from evaluation.pointing import PartWords, covers, judged_patches, named_part
 from evaluation.runs import group_numbers, groups_of
 from evaluation.statistics import DRAWS, UNITS, bootstrap, interval
 from evaluation.words import lay_out, percent, points, points_range
@@ -50,7 +55,7 @@ from training.runs import write_json
 
 SPLIT = "val"
 NEEDED = frozenset({"nodes", "boxes", "concepts", "owners", "labels"})
-CHUNK = 256  # pictures whose patches are looked at at once
+CHUNK = 256  # pictures whose patches are looked at at once, or sentences that are compared with all pictures
 RIVALS = ("the same cell of another picture", "another cell of the same picture")
 
 
@@ -61,6 +66,17 @@ class Said(NamedTuple):
     vectors: Floats  # (T, D), unit length
     image: Ints  # (T,) positions among the pictures
     cell: Ints  # (T,) positions among the cells
+
+    def per_cell(self, shape: tuple[int, ...]) -> Ints:
+        """(n, Q): how many of them are about each cell."""
+        at = np.ravel_multi_index((self.image, self.cell), shape)
+        return np.bincount(at, minlength=math.prod(shape)).reshape(shape)
+
+    def by_cell(self, values: Floats, shape: tuple[int, ...]) -> Floats:
+        """(n, Q): the mean of values (T,) over the sentences about each cell; nan where there is none."""
+        at, count = np.ravel_multi_index((self.image, self.cell), shape), self.per_cell(shape)
+        sums = np.bincount(at, values, minlength=math.prod(shape)).reshape(shape)
+        return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
 
 
 class Grids(NamedTuple):
@@ -77,10 +93,10 @@ class Grids(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A share over sentences, and one or none that it is held against."""
+    """A share over cells, and what it is held against."""
 
     name: str
-    texts: int
+    cells: int
     units: int
     share: float
     rival: float
@@ -106,25 +122,31 @@ def concept_vectors(cache: Cache, images: Tensor, grids: Grids) -> tuple[Tensor,
     return F.normalize(sums, dim=-1), (sums.norm(dim=-1) > 0).numpy()
 
 
-def agreement(said: Said, concepts: Tensor, known: Bools, grids: Grids, seed: int = 0) -> dict[str, Floats]:
-    """By rival, how often each sentence (T,) is nearer to its own cell than to the rival's; ties count half.
+def agreement(said: Said, concepts: Tensor, known: Bools, grids: Grids) -> dict[str, Floats]:
+    """By rival, (n, Q): how often a sentence about the cell is nearer to it than to a rival's; ties count half.
 
-    `concepts` (n, Q, D) and `known` (n, Q) are those of concept_vectors; nan where a sentence has no rival or no cell.
+    `concepts` (n, Q, D) and `known` (n, Q) are those of concept_vectors. Rivals are all cells of the same size in the
+    picture, or the same cell of all others, that are known and that a sentence was written about. It is nan where there
+    is no such rival, and where the cell itself is not such a one.
     """
     vectors, image, cell = torch.from_numpy(said.vectors).float(), said.image, said.cell
+    told = (said.per_cell(known.shape) > 0) & known
     cosines = torch.einsum("td,tqd->tq", vectors, concepts[image]).numpy()  # with the cells of its own picture
-    own, at = cosines[np.arange(len(image)), cell], known[image, cell]
-    there = known[image] & (grids.size == grids.size[cell][:, None])
+    own, at = cosines[np.arange(len(image)), cell], told[image, cell]
+    there = told[image] & (grids.size == grids.size[cell][:, None]) & at[:, None]
     there[np.arange(len(image)), cell] = False
-    wins = {RIVALS[1]: mean_win(own[:, None], cosines, there & at[:, None])}
-    shares, counted = [], []
-    for other in others(len(concepts), seed):
-        rival = (vectors * concepts[other[image], cell]).sum(1).numpy()
-        shares.append(rival)
-        counted.append(known[other[image], cell] & at)
-    none = np.zeros((len(image), 0))
-    rivals, exist = (np.stack(each, axis=1) if each else none for each in (shares, counted))
-    return {RIVALS[0]: mean_win(own[:, None], rivals, exist.astype(bool))} | wins
+    beside = mean_win(own[:, None], cosines, there)
+    elsewhere = np.full(len(image), np.nan)
+    for number in range(known.shape[1]):
+        pictures = np.flatnonzero(told[:, number])
+        cells = concepts[pictures, number]
+        about = np.flatnonzero(at & (cell == number))
+        for rows in np.split(about, range(CHUNK, len(about), CHUNK)):
+            place = np.searchsorted(pictures, image[rows])
+            cosines = (vectors[rows] @ cells.T).numpy()  # with that cell of all pictures
+            other = place[:, None] != np.arange(len(pictures))
+            elsewhere[rows] = mean_win(cosines[~other][:, None], cosines, other)
+    return {name: said.by_cell(wins, known.shape) for name, wins in zip(RIVALS, (elsewhere, beside), strict=True)}
 
 
 def mean_win(own: Floats, rivals: Floats, exist: Bools) -> Floats:
@@ -135,12 +157,12 @@ def mean_win(own: Floats, rivals: Floats, exist: Bools) -> Floats:
 
 
 class Hits(NamedTuple):
-    """Of the m sentences that name a part their picture shows."""
+    """Of the m cells with a sentence that names a part their picture shows."""
 
-    rows: Ints  # (m,) positions among the sentences
+    image: Ints  # (m,) positions among the pictures
     hit: Floats  # 0 or 1
-    random: Floats  # the share of the picture's cells, of one size, that hold the part
-    place: Floats  # the share of other pictures with the part whose same cell holds it
+    random: Floats  # of the picture's cells of one size that were spoken of, the share that holds the part
+    place: Floats  # of other pictures with the part where this cell was spoken of, the share where it holds it, or nan
 
 
 def point_out(said: Said, parts: Mapping[str, PartWords], held: Mapping[str, Floats], grids: Grids) -> dict[str, Hits]:
@@ -150,15 +172,16 @@ def point_out(said: Said, parts: Mapping[str, PartWords], held: Mapping[str, Flo
     """
     named, found = np.array([named_part(text, parts) or "" for text in said.texts]), {}
     for part, holds in held.items():
-        shown = ~np.isnan(holds[:, 0])
-        rows = np.flatnonzero((named == part) & shown[said.image])
-        if not len(rows) or shown.sum() < 2:
+        shown, count = ~np.isnan(holds[:, 0]), said.per_cell(holds.shape)
+        image, cell = np.nonzero((said.by_cell(named == part, holds.shape) > 0) & shown[:, None])
+        if not len(image) or shown.sum() < 2:
             continue
-        image, cell, filled = said.image[rows], said.cell[rows], np.nan_to_num(holds)
-        same = grids.size == grids.size[cell][:, None]  # (m, Q)
-        hit = filled[image, cell]
-        place = (filled.sum(0)[cell] - hit) / (shown.sum() - 1)
-        found[part] = Hits(rows, hit, (filled[image] * same).sum(1) / same.sum(1), place)
+        told = (count > 0) & shown[:, None]
+        filled = np.where(told, holds, 0.0)
+        same = told[image] & (grids.size == grids.size[cell][:, None])  # (m, Q)
+        hit, others = filled[image, cell], told.sum(0)[cell] - 1
+        place = np.where(others > 0, (filled.sum(0)[cell] - hit) / np.maximum(others, 1), np.nan)
+        found[part] = Hits(image, hit, (filled[image] * same).sum(1) / same.sum(1), place)
     return found
 
 
@@ -170,8 +193,8 @@ def held_by(cells: Floats, at: Floats) -> Floats:
 
 
 def judge(name: str, own: Floats, rival: Floats, units: Ints) -> Judged:
-    """The mean of own (T,) and of its rival, those that are nan apart; units (T,) are drawn anew, whole."""
-    known = ~np.isnan(own)
+    """The mean of own (m,) and of its rival, where neither is nan; units (m,) are drawn anew, whole."""
+    known = ~np.isnan(own) & ~np.isnan(rival)
     own, rival, units = own[known], rival[known], units[known]
     if not len(own):
         return Judged(name, 0, 0, float("nan"), float("nan"), (float("nan"), float("nan")))
@@ -184,27 +207,29 @@ def as_text(title: str, agree: Sequence[Judged], hits: Sequence[tuple[Judged, Ju
     """tables.txt."""
 
     def shares(one: Judged) -> list[str]:
-        if not one.texts:
+        if not one.cells:
             return ["", "", ""]
         return [percent(one.rival), points(one.share - one.rival), points_range(one.over)]
 
-    lines = [["a text is nearer to its own cell than to", "texts", "pictures", "%", "chance", "-", "95 %"]]
+    lines = [["a text is nearer to its own cell than to", "cells", "pictures", "%", "chance", "-", "95 %"]]
     lines += [
-        [one.name, str(one.texts), str(one.units), percent(one.share) if one.texts else "", *shares(one)]
+        [one.name, str(one.cells), str(one.units), percent(one.share) if one.cells else "", *shares(one)]
         for one in agree
     ]
     blocks = [title, lay_out(lines)]
     if hits:
-        head = ["its cell holds the part that it names", "texts", "pictures", "%"]
+        head = ["its cell holds the part that it names", "cells", "pictures", "%"]
         lines = [[*head, "random cell", "-", "95 %", "place alone", "-", "95 %"]]
         lines += [
-            [chance.name, str(chance.texts), str(chance.units), percent(chance.share), *shares(chance), *shares(place)]
+            [chance.name, str(chance.cells), str(chance.units), percent(chance.share), *shares(chance), *shares(place)]
             for chance, place in hits
         ]
         blocks.append(lay_out(lines))
     foot = [
         "agreement: with the concepts that label the cell's patches, by the same encoder; pointing: by points of parts"
         " that the data set marks",
+        "of cells that a text was written about, each counted once, against others of these; place alone: where another"
+        " picture with the part has that cell among them",
         "95 % bootstrap intervals of the difference, over pictures or whole groups"
         + ("" if all(one.units >= UNITS for one in agree) else f": fewer than {UNITS} say nothing of others")
         + "; not corrected for the number of rows, and no verdict",
@@ -247,10 +272,12 @@ def judge_cells(data: Path, encoder: str, buckets: int) -> str:
     grids = Grids.of(nodes)
     index = read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     groups = group_numbers([cache.paths[image] for image in images.tolist()], groups_of(index))
-    units = said.image if groups is None else groups[said.image]
+    units = np.arange(len(images)) if groups is None else groups
     concepts, known = concept_vectors(cache, images, grids)
-    half = np.full(len(said.texts), 0.5)
-    agree = [judge(name, wins, half, units) for name, wins in agreement(said, concepts, known, grids).items()]
+    of_cells, half = np.repeat(units, known.shape[1]), np.full(known.size, 0.5)
+    agree = [
+        judge(name, wins.ravel(), half, of_cells) for name, wins in agreement(said, concepts, known, grids).items()
+    ]
 
     hits: list[tuple[Judged, Judged]] = []
     notes = [f"{int((~known[said.image, said.cell]).sum())} of {len(said.texts)} texts are of a cell without a patch"]
@@ -263,7 +290,7 @@ def judge_cells(data: Path, encoder: str, buckets: int) -> str:
     if found:
         every = Hits(*(np.concatenate(each) for each in zip(*found.values(), strict=True)))
         for part, one in [*found.items(), ("all parts", every)]:
-            of = units[one.rows]
+            of = units[one.image]
             hits.append((judge(part, one.hit, one.random, of), judge(part, one.hit, one.place, of)))
     title = (
         f"python -m evaluation.cell_texts --encoder {encoder}: {SPLIT}, {len(said.texts)} texts about cells of"
@@ -274,7 +301,7 @@ def judge_cells(data: Path, encoder: str, buckets: int) -> str:
     content: dict[str, Any] = {
         "encoder": encoder,
         "nodes": nodes,
-        "agreement": [one._asdict() for one in agree if one.texts],
+        "agreement": [one._asdict() for one in agree if one.cells],
         "pointing": [{"random": random._asdict(), "place": place._asdict()} for random, place in hits],
         "fingerprints": {**cache.fingerprints, CELLS: mark},
     }

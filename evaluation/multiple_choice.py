@@ -93,10 +93,15 @@ class Score(NamedTuple):
 
 
 def score(judges: Sequence[Judge], y: Ints, groups: Ints | None, reference: str | None) -> list[Score]:
-    """The judges in their order; y (n,) and groups (n,) of the images, `reference` the name of one of them, or None."""
-    rival = next((judge for judge in judges if judge.name == reference), None)
+    """The judges in their order, of images with y (n,) and groups (n,).
+
+    `reference` is the name of one of them or, where they are called ENCODER.NAME, of one an encoder: each judge is held
+    against that of its own. None where there is none.
+    """
+    rivals = {judge.name: judge for judge in judges}
     found = []
     for judge in judges:
+        rival = rivals.get(f"{judge.encoder}.{reference}") or rivals.get(reference or "")
         alone = paired_difference(judge.right, np.zeros(len(y), bool), y, groups, by_class=judge.by_class)
         paired = None
         if rival is not None and judge is not rival:
@@ -107,24 +112,26 @@ def score(judges: Sequence[Judge], y: Ints, groups: Ints | None, reference: str 
 
 def as_text(title: str, miner: str, own: Score, scores: Sequence[Score], reference: str | None, seed: int) -> str:
     """tables.txt: a row a judge, `own` is that of the miner, and what the table must not be read without."""
-    head = ["", "encoder", f"1 of {OPTIONS}", "95 %", "1 of all"]
+    head = ["", "encoder", f"1 of {OPTIONS}", "95 %", "over", "1 of all"]
     lines = [head if reference is None else [*head, f"- {reference}", "95 %"]]
     for row in (own, *scores):
         judge = row.judge
         line = [judge.name + (" *" if judge.kin else ""), judge.encoder, percent(row.accuracy)]
-        line += ["[{}, {}]".format(*map(percent, row.over)), percent(float(judge.top1.mean()))]
+        line += ["[{}, {}]".format(*map(percent, row.over)), f"{row.alone.units} {row.alone.unit}"]
+        line += [percent(float(judge.top1.mean()))]
         if row.reference is not None and row is not own:
             line += [points(row.reference.difference), points_range(row.reference.over)]
         lines.append([*line, *[""] * (len(lines[0]) - len(line))])
-    units = own.alone
     foot = [
         f"accuracy in % among {OPTIONS} options, the true class and the {OPTIONS - 1} wrong ones that {miner} likes"
         f" best, in an order drawn by seed {seed}; guessing gets {percent(1 / OPTIONS)}; 1 of all: among all classes",
-        f"95 % bootstrap intervals over {units.units} {units.unit}; nothing is corrected for the number of rows, and no"
+        "95 % bootstrap intervals over the units that a row names; nothing is corrected for the number of rows, and no"
         " verdict rests on them",
         "the miner's own accuracy is its 1 of all: no other wrong options are harder for it; so they are harder for it"
         " than for others, and by how much cannot be told from this table",
     ]
+    if reference is not None and all(row.judge.name != reference for row in scores):
+        foot.append(f"- {reference}: that of the same encoder")
     if any(row.judge.kin for row in scores):
         foot.append(
             "* the encoder that mined the options, or a run that stands on it: they are against it (hard negatives"

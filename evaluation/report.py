@@ -252,7 +252,7 @@ def report(
     near, odd = near_pairs(data, index, open_test), odd_sizes(index, open_test)
     needed = {image_id for image_id, _ in pictures} | near.pop("image_ids") | odd.pop("image_ids")
     thumbs = read_thumbs(data, buckets, needed)
-    opening = opened.record(data, index, shown) if open_test else None
+    opening = opened.record(data, index, shown.name, shown.mark) if open_test else None
     used = {encoder for planned in params.train.runs.values() for encoder in (planned.encoder, *planned.also)}
     state = take_state(data, runs, [encoder for encoder in params.encoders if encoder in used])
     before = last_state(state, data)

@@ -3,13 +3,14 @@
 Reads   predictions of runs of train.runs, or of the rows of a study in folds (--study); data/index/. Of an encoder that
         mines (--encoder) its vectors of pictures and class names, of a run that mines (--run) its predictions, of
         options that were mined elsewhere (--options) that file.
-Writes  data/studies/foci/NAME/{options.parquet (options/1), tables.txt, tables.json}, NAME after the miner and what is
-        judged. With --open-test also data/studies/test_was_opened.json.
-Costs   seconds; memory for the logits of one seed of one run at a time.
+Writes  data/studies/foci/NAME/{options.parquet (options/1), tables.txt, tables.json}, NAME after the miner, what is
+        judged, and the seed. With --open-test also data/studies/test_was_opened.json.
+Costs   seconds; memory for what one run predicted with all its seeds, one run at a time.
 
 Judged is the half of val that chose nothing; with --study each image of train and val by the fit that never saw it;
-test with --open-test alone, which is written down as the report writes it down. options.parquet is for others too: a
-model that is asked in words is given `names` in their order, and is right where it names number `answer` (from 0).
+test with --open-test alone, which is written down as the report writes it down, for the miner as for who is judged.
+options.parquet is for others too: a model that is asked in words is given `names` in their order, and is right where it
+names number `answer` (from 0).
 
 What the figures mean, and why options are against their own miner, stands in evaluation/multiple_choice.py.
 
@@ -24,7 +25,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from evaluation.out_of_fold import FOLD, read_row, rows_in_folds
 from evaluation.runs import NotMade, Run, check_same_images, group_numbers, groups_of, read_json, read_logits, read_run
 from fieldmark.command import UserError, counted, run, stage_parser
 from fieldmark.params import Params, load_params
-from fieldmark.store import fingerprint, make_table, read_header, read_table, write_table, write_text
+from fieldmark.store import Header, fingerprint, make_table, read_header, read_table, write_table, write_text
 from tools.predict import DATA, say
 from training.data import read_cache
 from training.layers.texts import class_text
@@ -49,6 +50,7 @@ from training.runs import write_json
 FOLDER = DATA / "studies/foci"
 SCHEMA = "options/1"
 INDEX_CLASSES = DATA / "index/classes.parquet"
+KNOWN = {"miner": str, "stands_on": list, "split": str, "seed": int}  # what the header of options says
 
 
 class Asked(NamedTuple):
@@ -88,29 +90,35 @@ def read_asked(index: pa.Table, classes: pa.Table, split: str, judged: Run) -> A
     return Asked(split, paths, [known[path] for path in paths], judged.y[of_split], judged.classes, names)
 
 
-def by_names(encoder: str, buckets: int, paths: Sequence[str]) -> tuple[Floats, list[str], list[str]]:
-    """Cosines (n, C) of pictures with the names of classes, these classes, and the fingerprints of what was read."""
-    cache = read_cache(DATA, encoder, buckets, frozenset({"globals", "names", "owners"}))
-    place = {path: number for number, path in enumerate(cache.paths)}
-    images = torch.tensor([place[path] for path in paths])
-    cosines = cache.globals(images) @ class_text(cache).T
-    return cosines.numpy(), cache.classes, sorted(cache.fingerprints.values())
-
-
 class Miner(NamedTuple):
-    """Who mines, by what it says of the n pictures (n, C)."""
+    """Who mines, before any answer about the pictures is read."""
 
-    said_as: str  # for people
-    stands_on: list[str]
-    logits: Floats
-    marks: list[str]  # fingerprints of what they were made from
+    name: str
+    mark: str  # the fingerprint of what it answers from
+    ask: Callable[[], Mined]
 
 
-    def ask(self, asked: Asked, seed: int) -> Mined:
-        options = mix(mine(self.logits, asked.y), asked.image_ids, asked.classes, seed)
-        says = answer(self.logits, options)
-        mined = Mined(self.said_as, self.stands_on, asked.split, seed, options, says, "")
-        return mined._replace(mark=fingerprint(SCHEMA, mined.header, self.marks))
+def ask(said_as: str, stands_on: list[str], mark: str, logits: Floats, asked: Asked, seed: int) -> Mined:
+    """Questions by what a miner says of the n pictures: logits (n, C)."""
+    options = mix(mine(logits, asked.y), asked.image_ids, asked.classes, seed)
+    mined = Mined(said_as, stands_on, asked.split, seed, options, answer(logits, options), "")
+    return mined._replace(mark=fingerprint(SCHEMA, mined.header, [mark]))
+
+
+def by_names(encoder: str, buckets: int, asked: Asked, seed: int) -> Miner:
+    """By the cosines of pictures with the names of classes."""
+    cache = read_cache(DATA, encoder, buckets, frozenset({"globals", "names", "owners"}))
+    if cache.classes != asked.classes:
+        raise UserError(f"{DATA / 'index'}: holds other classes than runs answer; run them again (dvc repro)")
+    name, mark = f"{encoder} by class names", fingerprint(SCHEMA, {}, sorted(cache.fingerprints.values()))
+
+    def mined() -> Mined:
+        place = {path: number for number, path in enumerate(cache.paths)}
+        images = torch.tensor([place[path] for path in asked.paths])
+        logits = cache.globals(images) @ class_text(cache).T
+        return ask(name, [encoder], mark, logits.numpy(), asked, seed)
+
+    return Miner(name, mark, mined)
 
 
 def write_options(path: Path, mined: Mined, asked: Asked) -> None:
@@ -131,12 +139,29 @@ def write_options(path: Path, mined: Mined, asked: Asked) -> None:
     write_table(make_table(SCHEMA, rows), path, SCHEMA, mined.header, mined.mark)
 
 
-def read_options(path: Path, asked: Asked) -> Mined:
-    """Options that were mined before, of the pictures that are asked about.
+def read_known(path: Path, split: str) -> Header:
+    """What a file of options says of itself. Raises UserError where that is not KNOWN, or it is of another split."""
+    header = read_header(path, SCHEMA)
+    known = header.params
+    if {name: type(value) for name, value in known.items()} != KNOWN:
+        raise UserError(
+            f"{path}: params in its header are not {', '.join(KNOWN)}; take a file that tools.foci wrote, or write"
+            " these"
+        )
+    if known["split"] != split:
+        raise UserError(
+            f"{path}: has options of {known['split']}, and {split} is judged; {FOLD} goes with --study, test with"
+            " --open-test, val with neither"
+        )
+    return header
+
+
+def read_options(path: Path, header: Header, asked: Asked) -> Mined:
+    """Options that were mined before, of the pictures that are asked about; `header` is that of read_known.
 
     Raises UserError where a picture or a class is not there, or its true class is not the one that the file has.
     """
-    header, table = read_header(path, SCHEMA), read_table(path, SCHEMA)
+    table = read_table(path, SCHEMA)
     place = {class_id: number for number, class_id in enumerate(asked.classes)}
     rows = {row["image_id"]: row for row in table.to_pylist()}
     options, says = [], []
@@ -152,8 +177,7 @@ def read_options(path: Path, asked: Asked) -> Mined:
             )
         options.append(shown[:-1])
         says.append(shown[-1])
-    known = header.params
-    return Mined(**known, options=np.array(options), says=np.array(says), mark=header.fingerprint)
+    return Mined(**header.params, options=np.array(options), says=np.array(says), mark=header.fingerprint)
 
 
 class Judged(NamedTuple):
@@ -183,6 +207,8 @@ def read_runs(params: Params, path: str, names: Sequence[str], index: pa.Table) 
     found = [read_run(DATA, name, planned[name].encoder) for name in chosen]
     for one in found:
         if isinstance(one, NotMade):
+            if names:
+                raise UserError(f"{one.name}: is not trained: {one.reason}; name another run")
             say(f"{one.name}: is left out: {one.reason}")
     runs = [one for one in found if isinstance(one, Run)]
     if not runs:
@@ -217,13 +243,17 @@ def judge_all(
     """What each says, as ENCODER.NAME where `several` encoders have rows of the same names."""
     for one in judged:
         of_split = one.run.split == asked.split
-        said = [logits[of_split] for logits in one.logits(study, index)]
+        said = [
+            (answer(logits[of_split], mined.options) == asked.y, logits[of_split].argmax(axis=1) == asked.y)
+            for logits in one.logits(study, index)
+        ]
+        right, top1 = (np.stack(each) for each in zip(*said, strict=True))
         yield Judge(
             f"{one.run.encoder}.{one.run.name}" if several else one.run.name,
             one.run.encoder,
             bool(set(one.stands_on) & set(mined.stands_on)),
-            np.stack([answer(logits, mined.options) == asked.y for logits in said]),
-            np.stack([logits.argmax(axis=1) == asked.y for logits in said]),
+            right,
+            top1,
             one.run.by_class,
         )
 
@@ -231,19 +261,25 @@ def judge_all(
 def find_miner(
     params: Params, arguments: argparse.Namespace, judged: Sequence[Judged], asked: Asked, index: pa.Table
 ) -> Miner:
+    seed = arguments.seed or 0
+    if arguments.options is not None:
+        path = Path(arguments.options)
+        header = read_known(path, asked.split)
+        return Miner(header.params["miner"], header.fingerprint, lambda: read_options(path, header, asked))
     if arguments.run is not None:
         one = find_run(params, arguments, judged, index)
-        of_split = one.run.split == asked.split
-        logits = next(one._replace(run=one.run._replace(seeds=[one.run.model_seed])).logits(arguments.study, index))
-        return Miner(f"run {one.run.name}", one.stands_on, logits[of_split], [one.run.mark])
+        run, best = one.run, one._replace(run=one.run._replace(seeds=[one.run.model_seed]))
+
+        def mined() -> Mined:
+            logits = next(best.logits(arguments.study, index))[run.split == asked.split]
+            return ask(f"run {run.name}", one.stands_on, run.mark, logits, asked, seed)
+
+        return Miner(run.name, run.mark, mined)
     encoder = arguments.encoder or next(iter(params.encoders), None)
     if encoder not in params.encoders:
         known = ", ".join(params.encoders) or "none is there; name a run by --run"
         raise UserError(f"--encoder {encoder}: is no encoder with texts in {arguments.params}; name one of {known}")
-    logits, classes, marks = by_names(encoder, params.dataset.buckets, asked.paths)
-    if classes != asked.classes:
-        raise UserError(f"{DATA / 'index'}: holds other classes than runs answer; run them again (dvc repro)")
-    return Miner(f"{encoder} by class names", [encoder], logits, marks)
+    return by_names(encoder, params.dataset.buckets, asked, seed)
 
 
 def find_run(params: Params, arguments: argparse.Namespace, judged: Sequence[Judged], index: pa.Table) -> Judged:
@@ -258,21 +294,43 @@ def find_run(params: Params, arguments: argparse.Namespace, judged: Sequence[Jud
     return rows[0]
 
 
+def check_together(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option that another one makes idle."""
+    if arguments.run is not None and arguments.study is None and arguments.encoder is not None:
+        raise UserError(
+            f"--encoder {arguments.encoder}: run {arguments.run} mines by what it predicted; leave --encoder or --run"
+            " out"
+        )
+    for name in ("encoder", "seed"):
+        if arguments.options is not None and getattr(arguments, name) is not None:
+            raise UserError(f"--{name}: options of --options were mined before; leave --{name} or --options out")
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """What was typed, for whoever reads the tables elsewhere: of files their names alone."""
+    words = sys.argv[1:]
+    for path in (arguments.params, arguments.options):
+        if path is not None:
+            words = [word.replace(path, Path(path).name) for word in words]
+    return f"python -m tools.foci {shlex.join(words)}".rstrip()
+
+
 def main() -> None:
     parser = stage_parser(__doc__)
     by = "mined by an encoder's class names (default: the first encoder); with --run and --study, the row's encoder"
     parser.add_argument("--encoder", metavar="NAME", help=by)
-    miner = parser.add_mutually_exclusive_group()
-    miner.add_argument("--run", metavar="NAME", help="mined by a run of train.runs, or a row of the study")
-    miner.add_argument("--options", type=Path, metavar="FILE", help="options that were mined before (options/1)")
+    mines = parser.add_mutually_exclusive_group()
+    mines.add_argument("--run", metavar="NAME", help="mined by a run of train.runs, or a row of the study")
+    mines.add_argument("--options", metavar="FILE", help="options that were mined before (options/1)")
     said = "a run that is judged, or a row of the study, as often as there are some (default: all)"
     parser.add_argument("--judge", action="append", default=[], metavar="NAME", help=said)
-    parser.add_argument("--seed", type=int, default=0, help="draws the order of options (default: 0)")
+    parser.add_argument("--seed", type=int, help="draws the order of options (default: 0)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--study", metavar="NAME", help="judge the rows of a study in folds, out of fold")
     opens = "judge test pictures; data/studies/test_was_opened.json remembers it"
     where.add_argument("--open-test", action="store_true", help=opens)
     arguments = parser.parse_args()
+    check_together(arguments)
     params = load_params(arguments.params)
     index = read_table(DATA / "index/images.parquet", "index.images/1")
     classes = read_table(INDEX_CLASSES, "index.classes/2")
@@ -285,28 +343,27 @@ def main() -> None:
         split = FOLD
     first = judged[0].run
     asked = read_asked(index, classes, split, first)
-    if arguments.options is None:
-        mined = find_miner(params, arguments, judged, asked, index).ask(asked, arguments.seed)
-    else:
-        mined = read_options(arguments.options, asked)
+    miner = find_miner(params, arguments, judged, asked, index)
     if arguments.open_test:
-        for one in judged:
-            opened.record(DATA, index, one.run)
+        for name, mark in [(miner.name, miner.mark), *((one.run.name, one.run.mark) for one in judged)]:
+            opened.record(DATA, index, name, mark)
+    mined = miner.ask()
 
     several = len({one.run.encoder for one in judged}) > 1 and study is not None
     judges = list(judge_all(judged, mined, asked, study, index, several))
     right = (mined.says == asked.y)[None]
-    reference = next((one.name for one in judges if one.name == params.report.reference), None)
+    named = params.report.reference
+    reference = named if any(one.run.name == named for one in judged) else None
     groups = group_numbers(asked.paths, groups_of(index))
     [own] = score([Judge(mined.miner, "", True, right, right)], asked.y, groups, None)
     scores = score(judges, asked.y, groups, reference)
 
-    name = "-".join([re.sub(r"[^a-z0-9_.]+", "-", mined.miner.lower()), *([study] if study else []), split])
-    folder = FOLDER / name
+    said = re.sub(r"[^a-z0-9_.]+", "-", mined.miner.lower())
+    folder = FOLDER / "-".join([said, *([study] if study else []), split, f"seed-{mined.seed}"])
     pictures, of = counted(len(asked.paths), "picture", "pictures"), len(set(asked.y.tolist()))
     where_judged = f"study {study}, out of fold" if study else split
-    title = f"python -m tools.foci {shlex.join(sys.argv[1:])}".rstrip()
-    title += f", code {describe_commit() or 'unknown'}: {where_judged}, {pictures} of {of} classes"
+    title = f"{command_line(arguments)}, code {describe_commit() or 'unknown'}"
+    title += f": {where_judged}, {pictures} of {of} classes"
     text = as_text(title, mined.miner, own, scores, reference, mined.seed)
     write_options(folder / "options.parquet", mined, asked)
     write_json(folder / "tables.json", as_json(own, scores))

@@ -54,7 +54,7 @@ def test_texts_of_their_own_cell_agree_and_shuffled_ones_do_not() -> None:
     rng = np.random.default_rng(0)
     shuffled = said._replace(vectors=said.vectors[rng.permutation(len(said.vectors))])
     for name, wins in agreement(shuffled, concepts, np.ones((60, 4), bool), GRIDS).items():
-        found = judge(name, wins, np.full(len(wins), 0.5), said.image)
+        found = judge(name, wins.ravel(), np.full(wins.size, 0.5), np.repeat(np.arange(60), 4))
         assert found.over[0] < 0 < found.over[1]
 
 
@@ -68,23 +68,55 @@ def test_a_text_of_the_picture_but_of_no_place_agrees_with_the_picture_alone() -
     assert found[RIVALS[1]] == pytest.approx(0.5)  # each cell once above and once below each other one
 
 
+def test_one_sentence_about_every_cell_that_was_spoken_of_is_at_chance() -> None:
+    # Of 9 cells 4 are foreground, not the same in each picture; these are near to the sentence, the rest is not.
+    grids, rng = Grids.of([3]), np.random.default_rng(0)
+    image = np.repeat(np.arange(80), 4)
+    cell = np.stack([rng.choice(9, 4, replace=False, p=np.arange(1, 10) / 45) for _ in range(80)]).ravel()
+    generator = torch.Generator().manual_seed(0)
+    concepts = torch.randn(80, 9, 16, generator=generator)
+    concepts[image, cell, 0] += 3
+    concepts = F.normalize(concepts, dim=-1)
+    # About what is nearest to it, more is said.
+    often = 1 + 2 * (concepts[image, cell, 0] > 0.6).long().numpy()
+    image, cell = np.repeat(image, often), np.repeat(cell, often)
+    said = Said(["a tail"] * len(image), np.tile(np.eye(16)[0], (len(image), 1)), image, cell)
+    known = np.ones((80, 9), bool)
+    for wins in agreement(said, concepts, known, grids).values():
+        np.testing.assert_array_equal(np.isnan(wins), said.per_cell((80, 9)) == 0)
+        assert np.nanmean(wins) == pytest.approx(0.5, abs=1e-9)
+    # The tail lies in one of the foreground cells. A text that names it in each knows nothing of where.
+    held = np.zeros((80, 9))
+    held[np.arange(80), [rng.choice(cell[image == one]) for one in range(80)]] = 1
+    hits = point_out(said, FISH, {"tail": held}, grids)["tail"]
+    assert len(hits.hit) == 320
+    assert hits.hit.mean() == pytest.approx(hits.random.mean()) == pytest.approx(hits.place.mean()) == 0.25
+
+
 def test_agreement_is_what_a_loop_counts() -> None:
     said, concepts = planted_texts(images=7, noise=4.0)
-    known = np.random.default_rng(0).random((7, 4)) < 0.8
+    rng = np.random.default_rng(0)
+    known, kept = rng.random((7, 4)) < 0.8, rng.permutation(28)[:20]
+    kept = np.concatenate([kept, kept[:5]])  # of some cells two sentences, of some none
+    vectors = F.normalize(torch.from_numpy(said.vectors[kept]) + torch.from_numpy(rng.random((25, 16))).float(), dim=-1)
+    said = Said([""] * 25, vectors.numpy(), said.image[kept], said.cell[kept])
+    told = {(image, cell) for image, cell in zip(said.image.tolist(), said.cell.tolist(), strict=True)}
+    told = {place for place in told if known[place]}
     found = agreement(said, concepts, known, GRIDS)
-    for text, (image, cell) in enumerate(zip(said.image, said.cell, strict=True)):
-        own = float(torch.from_numpy(said.vectors[text]) @ concepts[image, cell])
+    for image, cell in np.ndindex(7, 4):
+        sentences = vectors[torch.from_numpy((said.image == image) & (said.cell == cell))]
         for name, rivals in (
-            (RIVALS[0], [(other, cell) for other in range(7) if other != image]),  # six others: all are asked
+            (RIVALS[0], [(other, cell) for other in range(7) if other != image]),
             (RIVALS[1], [(image, other) for other in range(4) if other != cell]),
         ):
             wins = [
-                own > float(torch.from_numpy(said.vectors[text]) @ concepts[place])
+                float(sentence @ concepts[image, cell]) > float(sentence @ concepts[place])
+                for sentence in sentences
                 for place in rivals
-                if known[place] and known[image, cell]
+                if {place, (image, cell)} <= told
             ]
             expected = np.mean(wins) if wins else np.nan
-            np.testing.assert_allclose(found[name][text], expected, atol=1e-6)
+            np.testing.assert_allclose(found[name][image, cell], expected, atol=1e-6)
 
 
 def test_ties_count_half_and_no_rival_counts_nothing() -> None:
@@ -117,23 +149,27 @@ def test_a_text_hits_where_its_cell_holds_the_part() -> None:
     at = np.array([[[0.9, 0.1]], [[0.8, 0.2]], [[0.1, 0.9]], [[np.nan, np.nan]]], np.float32)
     held = {"tail": held_by(GRIDS.boxes, at), "eye": held_by(GRIDS.boxes, np.full((4, 1, 2), np.nan, np.float32))}
     np.testing.assert_array_equal(held["tail"][:3], [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
-    texts = ["a fish with a forked tail", "a fish with a tail", *["a tail"] * 3, "a fish with an eye", "blue"]
-    image, cell = np.array([0, 1, 2, 2, 3, 0, 0]), np.array([1, 0, 2, 1, 1, 1, 1])
-    found = point_out(Said(texts, np.zeros((7, 2)), image, cell), FISH, held, GRIDS)
+    texts = ["a forked tail", "a fish with a tail", *["a tail"] * 4, "a fish with an eye", "blue"]
+    image, cell = np.array([0, 1, 2, 2, 3, 0, 0, 0]), np.array([1, 0, 2, 1, 1, 1, 1, 3])
+    found = point_out(Said(texts, np.zeros((8, 2)), image, cell), FISH, held, GRIDS)
     assert list(found) == ["tail"]  # no picture shows an eye
     tail = found["tail"]
-    assert tail.rows.tolist() == [0, 1, 2, 3]  # the last picture shows none
-    assert tail.hit.tolist() == [1, 0, 1, 0]
-    assert tail.random.tolist() == [0.25] * 4
-    # Of the two other pictures with a tail, how many have it in that cell.
-    assert tail.place.tolist() == [0.5, 0, 0, 1]
+    # The last picture shows none; what is said twice of the first one's cell counts once.
+    assert tail.image.tolist() == [0, 1, 2, 2]
+    assert tail.hit.tolist() == [1, 0, 0, 1]
+    # Of the cells that were spoken of: 2 of the first picture, 1 of the next, 2 of the third.
+    assert tail.random.tolist() == [0.5, 0, 0.5, 0.5]
+    # Of the others with a tail where something is said of that cell, how many have it there; of two cells, none is.
+    np.testing.assert_array_equal(tail.place, [0, np.nan, 1, np.nan])
 
 
 def test_cells_of_several_grids_are_rivals_of_their_size_alone() -> None:
     grids = Grids.of([2, 3])
     assert len(grids.boxes) == 13
     held = {"tail": held_by(grids.boxes, np.array([[[0.9, 0.1]], [[0.9, 0.1]]], np.float32))}
-    said = Said(["a tail", "a tail"], np.zeros((2, 2)), np.array([0, 0]), np.array([1, 6]))
+    image, cell = np.divmod(np.arange(26), 13)
+    said = Said(["blue"] * 26, np.zeros((26, 2)), image, cell)
+    said.texts[1] = said.texts[6] = "a tail"
     found = point_out(said, FISH, held, grids)["tail"]
     assert found.hit.tolist() == [1, 1]
     np.testing.assert_allclose(found.random, [1 / 4, 1 / 9])
@@ -164,5 +200,6 @@ def test_the_command_reads_what_the_stages_write(tmp_path: Path) -> None:
 def test_few_pictures_are_said_to_be_few() -> None:
     said, concepts = planted_texts(images=5)
     wins = agreement(said, concepts, np.ones((5, 4), bool), GRIDS)
-    judged = [judge(name, own, np.full(len(own), 0.5), said.image) for name, own in wins.items()]
+    images = np.repeat(np.arange(5), 4)
+    judged = [judge(name, own.ravel(), np.full(20, 0.5), images) for name, own in wins.items()]
     assert "fewer than 20 say nothing of others" in as_text("title", judged, [], [])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from evaluation.changes import STATES, State, compare, dump, last_state, parse, remember, take_state
+from evaluation.page import FOLDER, environment
 from evaluation.runs import Run, read_run
+from evaluation.words import percent, points
 from fieldmark.store import read_table
 from tests.evaluation.reported import rewrite, write_answers, write_run
 from tests.training.cache import ENCODER
@@ -96,6 +98,20 @@ def test_only_images_and_runs_of_both_are_compared() -> None:
     # Nothing in common: another data set.
     assert compare(replace(before, images=["7", "8", "9"]), after).runs == {}
     json.dumps(asdict(found), allow_nan=False)
+
+
+def test_the_page_names_the_first_images_and_counts_the_rest() -> None:
+    # An encoder that is new may change thousands.
+    images = [f"{number:04d}.png" for number in range(3021)]
+    before = replace(NOTHING, names={"a": "A"}, images=images, labels=["a"] * 3021, seeds={"run": 1})
+    before = replace(before, right={"run": [0] * 3000 + [1] * 20 + [0]})
+    after = replace(before, right={"run": [1] * 3000 + [0] * 20 + [0]})
+    template = environment(FOLDER, {"percent": percent, "points": points}).get_template("changes.html.jinja")
+    html = template.render(changes=compare(before, after), changed_names=before.names, generic="*")
+    assert html.count("<code>0") == 20
+    assert "<code>0019.png</code> and 2980 more (<code>python -m tools.changes --all</code> names them).</p>" in html
+    assert html.count("<code>30") == 20  # of twenty all are named
+    assert "<code>3019.png</code>.</p>" in html
 
 
 def test_money_is_that_of_answers_that_came_since(data: Path) -> None:

@@ -115,3 +115,24 @@ def test_tables_say_who_is_near_to_the_miner() -> None:
     alone = as_text("title", "dino", own, score(judges[1:], y, None, None), None, 0)
     assert "hard negatives chosen by CLIP" not in alone
     assert "- probe" not in alone
+
+
+def test_each_row_names_what_its_interval_is_over() -> None:
+    y, half = np.arange(40) % 12, (np.arange(40) % 2 == 0)[None]
+    [own] = score([Judge("clip by names", "", True, half, half)], y, None, None)
+    judges = [Judge("unseen", "clip", True, half, half, by_class=True), Judge("probe", "clip", True, half, half)]
+    lines = as_text("title", "clip by names", own, score(judges, y, None, None), None, 0).splitlines()
+    assert [" ".join(line.split()[-3:-1]) for line in lines[3:6]] == ["40 images", "12 classes", "40 images"]
+
+
+def test_each_encoder_has_its_own_reference() -> None:
+    y, right, wrong = np.arange(40) % 12, np.ones((1, 40), bool), np.zeros((1, 40), bool)
+    half = (np.arange(40) % 2 == 0)[None]
+    judges = [
+        Judge(f"{encoder}.{name}", encoder, False, own, own)
+        for encoder, name, own in (("a", "probe", half), ("a", "x", right), ("b", "x", right), ("b", "probe", wrong))
+    ]
+    judges.append(Judge("c.x", "c", False, right, right))  # has none
+    found = [one.reference and one.reference.difference for one in score(judges, y, None, "probe")]
+    assert found == [None, 0.5, 1.0, None, None]
+    assert all(one.reference is None for one in score(judges, y, None, None))

@@ -1,6 +1,7 @@
 """The command on runs that were really trained on a planted cache: who mines, what is judged, what is written down."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ OPENED = Path("data/studies/test_was_opened.json")
 PLAN = Plan(classes=6, train=6, val=8, test=4, nodes=4, noise=4.0)
 
 
-def write_params(classes: int = PLAN.classes) -> None:
+def write_params() -> None:
     params: dict[str, Any] = {
         "domain": {"noun": "fish", "group": "fish"},
         "dataset": {"root": "images", "buckets": PLAN.buckets},
@@ -70,7 +71,7 @@ def judged(name: str) -> dict[str, Any]:
 def test_an_encoder_mines_as_its_zero_shot_run_does(project: Path) -> None:
     run_module("tools.foci")
     run_module("tools.foci", "--run", "zero_shot")
-    named, by_run = "tiny-by-class-names-val", "run-zero_shot-val"
+    named, by_run = "tiny-by-class-names-val-seed-0", "run-zero_shot-val-seed-0"
     options = read_table(FOLDER / named / "options.parquet", "options/1")
     assert options.equals(read_table(FOLDER / by_run / "options.parquet", "options/1"))
     index = {
@@ -100,13 +101,21 @@ def test_an_encoder_mines_as_its_zero_shot_run_does(project: Path) -> None:
 
 def test_options_can_be_shared_and_are_checked(project: Path) -> None:
     run_module("tools.foci", "--seed", "4")
-    first = (FOLDER / "tiny-by-class-names-val/options.parquet").read_bytes()
+    name = "tiny-by-class-names-val-seed-4"
+    first = (FOLDER / name / "options.parquet").read_bytes()
     theirs = project / "theirs.parquet"
     theirs.write_bytes(first)
-    run_module("tools.foci", "--options", str(theirs), "--judge", "linear_probe")
-    assert (FOLDER / "tiny-by-class-names-val/options.parquet").read_bytes() == first
-    assert list(judged("tiny-by-class-names-val")) == ["linear_probe"]
-    assert "drawn by seed 4" in (FOLDER / "tiny-by-class-names-val/tables.txt").read_text()
+    params = str(project / "params.yaml")
+    run_module("tools.foci", "--options", str(theirs), "--judge", "linear_probe", "--params", params)
+    assert (FOLDER / name / "options.parquet").read_bytes() == first
+    assert list(judged(name)) == ["linear_probe"]
+    text = (FOLDER / name / "tables.txt").read_text()
+    assert "drawn by seed 4" in text
+    # Tables go to others too: no folder of this machine is in them.
+    assert "--options theirs.parquet --judge linear_probe --params params.yaml, code" in text
+    # Another order does not replace the one that was handed out.
+    run_module("tools.foci", "--seed", "1")
+    assert (FOLDER / name / "options.parquet").read_bytes() == first
 
     table, header = read_table(theirs, "options/1"), read_header(theirs, "options/1")
     changed = table.to_pylist()
@@ -117,15 +126,32 @@ def test_options_can_be_shared_and_are_checked(project: Path) -> None:
     write_table(table[1:], theirs, "options/1", header.params, header.fingerprint)
     with pytest.raises(UserError, match=r"has no options for .* \(val\); mine them"):
         run_module("tools.foci", "--options", str(theirs))
+    for change in ({"note": "x"}, {"seed": "4"}):
+        write_table(table, theirs, "options/1", header.params | change, header.fingerprint)
+        with pytest.raises(UserError, match=r"params in its header are not miner, stands_on, split, seed"):
+            run_module("tools.foci", "--options", str(theirs))
+    write_table(table, theirs, "options/1", header.params | {"split": "test"}, header.fingerprint)
+    with pytest.raises(UserError, match=r"theirs.parquet: has options of test, and val is judged"):
+        run_module("tools.foci", "--options", str(theirs))
 
 
 def test_test_is_judged_on_request_alone_and_written_down(project: Path) -> None:
     run_module("tools.foci", "--open-test", "--judge", "linear_probe")
-    options = read_table(FOLDER / "tiny-by-class-names-test/options.parquet", "options/1")
+    options = read_table(FOLDER / "tiny-by-class-names-test-seed-0/options.parquet", "options/1")
     assert options.num_rows == PLAN.classes * PLAN.test
-    [opening] = json.loads(OPENED.read_text())
-    assert opening["run"] == "linear_probe"
-    assert len(opening["images"].split()) == options.num_rows
+    openings = json.loads(OPENED.read_text())
+    assert [opening["run"] for opening in openings] == ["tiny by class names", "linear_probe"]
+    assert all(len(opening["images"].split()) == options.num_rows for opening in openings)
+    # A run that mines answers too, and so does whoever mined before: written down before that is read.
+    run_module("tools.foci", "--open-test", "--run", "zero_shot", "--judge", "linear_probe")
+    assert [opening["run"] for opening in json.loads(OPENED.read_text())[2:]] == ["zero_shot"]
+    header = read_header(FOLDER / "run-zero_shot-test-seed-0/options.parquet", "options/1")
+    theirs = header.params | {"miner": "somebody"}
+    write_table(options[1:], Path("theirs.parquet"), "options/1", theirs, "a fingerprint")
+    with pytest.raises(UserError, match=r"has no options for .* \(test\)"):
+        run_module("tools.foci", "--open-test", "--options", "theirs.parquet", "--judge", "linear_probe")
+    [opening] = json.loads(OPENED.read_text())[3:]
+    assert (opening["run"], opening["fingerprint"]) == ("somebody", "a fingerprint")
 
 
 def test_rows_of_a_study_are_judged_out_of_fold(project: Path) -> None:
@@ -155,17 +181,31 @@ def test_rows_of_a_study_are_judged_out_of_fold(project: Path) -> None:
             config = {"encoder": ENCODER, "regime": regime, "control": control, "classes": classes}
             (folder / "config.json").write_text(json.dumps(config))
     run_module("tools.foci", "--study", "small")
-    found = judged("tiny-by-class-names-small-fold")
+    found = judged("tiny-by-class-names-small-fold-seed-0")
     assert found["good"]["accuracy"] == found["good"]["top1"] == 1
     # Its one wrong class is not always among the options; where it is not, the four are equal and the first is taken.
     assert found["bad"]["top1"] == 0
     assert found["bad"]["accuracy"] < 0.5
     run_module("tools.foci", "--study", "small", "--run", "bad")
-    mined = figures("run-bad-small-fold")
+    mined = figures("run-bad-small-fold-seed-0")
     assert mined["miner"]["accuracy"] == 0
-    assert judged("run-bad-small-fold")["bad"]["accuracy"] == 0
+    assert judged("run-bad-small-fold-seed-0")["bad"]["accuracy"] == 0
     with pytest.raises(UserError, match=r"--judge nobody: is no row of study small in folds; name one of bad, good"):
         run_module("tools.foci", "--study", "small", "--judge", "nobody")
+
+    # With several encoders each row is held against the reference of its own.
+    for folder in list(Path("data/studies/small").iterdir()):
+        folder = folder.rename(folder.with_name(folder.name.replace(".bad.", ".linear_probe.")))
+        other = folder.with_name(folder.name.replace(ENCODER, "other"))
+        shutil.copytree(folder, other)
+        config = json.loads((folder / "config.json").read_text()) | {"encoder": "other"}
+        (other / "config.json").write_text(json.dumps(config))
+    run_module("tools.foci", "--study", "small")
+    name = "tiny-by-class-names-small-fold-seed-0"
+    assert {row: found["paired"] is not None for row, found in judged(name).items()} == {
+        f"{encoder}.{row}": row == "good" for encoder in (ENCODER, "other") for row in ("good", "linear_probe")
+    }
+    assert "- linear_probe: that of the same encoder" in (FOLDER / name / "tables.txt").read_text()
 
 
 def test_what_is_not_there_is_named(project: Path) -> None:
@@ -173,3 +213,17 @@ def test_what_is_not_there_is_named(project: Path) -> None:
         run_module("tools.foci", "--encoder", "nobody")
     with pytest.raises(UserError, match=r"nobody: is no run of train.runs in params.yaml; name one of zero_shot, li"):
         run_module("tools.foci", "--judge", "nobody")
+
+
+def test_no_option_is_dropped_in_silence(project: Path) -> None:
+    with pytest.raises(UserError, match=r"--encoder tiny: run zero_shot mines by what it predicted"):
+        run_module("tools.foci", "--run", "zero_shot", "--encoder", "tiny")
+    for option, value in (("--encoder", "tiny"), ("--seed", "0")):
+        with pytest.raises(UserError, match=rf"{option}: options of --options were mined before"):
+            run_module("tools.foci", "--options", "theirs.parquet", option, value)
+    config = Path("data/runs/linear_probe/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"not_possible": "there is too little"}))
+    with pytest.raises(UserError, match=r"linear_probe: is not trained: there is too little; name another run"):
+        run_module("tools.foci", "--judge", "linear_probe", "--judge", "zero_shot")
+    run_module("tools.foci")
+    assert list(judged("tiny-by-class-names-val-seed-0")) == ["zero_shot"]
