@@ -170,7 +170,8 @@ def read_options(path: Path, header: Header, asked: Asked) -> Mined:
         if row is None:
             raise UserError(f"{path}: has no options for {at} ({asked.split}); mine them: leave --options out")
         shown = [place.get(class_id, -1) for class_id in (*row["options"], row["miner_says"])]
-        if len(set(shown[:-1])) != OPTIONS or -1 in shown or shown[row["answer"]] != own:
+        at_answer = shown[:-1][row["answer"] : row["answer"] + 1] if row["answer"] >= 0 else []
+        if not len(shown[:-1]) == len(set(shown[:-1])) == OPTIONS or -1 in shown or at_answer != [own]:
             raise UserError(
                 f"{path}: {at}: its options are not {OPTIONS} classes of {INDEX_CLASSES} with its own at `answer`; the"
                 " file is of other data, or was changed"

@@ -118,11 +118,13 @@ def test_options_can_be_shared_and_are_checked(project: Path) -> None:
     assert (FOLDER / name / "options.parquet").read_bytes() == first
 
     table, header = read_table(theirs, "options/1"), read_header(theirs, "options/1")
-    changed = table.to_pylist()
-    changed[0]["answer"] = (changed[0]["answer"] + 1) % 4
-    write_table(make_table("options/1", changed), theirs, "options/1", header.params, header.fingerprint)
-    with pytest.raises(UserError, match=r"its options are not 4 classes of .* with its own at `answer`"):
-        run_module("tools.foci", "--options", str(theirs))
+    right = table.to_pylist()[0]["answer"]
+    for wrong in ((right + 1) % 4, 4, 9, -1):
+        changed = table.to_pylist()
+        changed[0]["answer"] = wrong
+        write_table(make_table("options/1", changed), theirs, "options/1", header.params, header.fingerprint)
+        with pytest.raises(UserError, match=r"its options are not 4 classes of .* with its own at `answer`"):
+            run_module("tools.foci", "--options", str(theirs))
     write_table(table[1:], theirs, "options/1", header.params, header.fingerprint)
     with pytest.raises(UserError, match=r"has no options for .* \(val\); mine them"):
         run_module("tools.foci", "--options", str(theirs))
