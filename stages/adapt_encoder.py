@@ -305,8 +305,8 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
     encoder = load_encoder(settings.base, base, choose_device(device))
     everything, training = read_images(), read_images("train")
     identity, home = identity_of(encoder, settings), params.dataset.folder
-    index, known = ({image_id: image.class_id for image_id, image in each.items()} for each in (everything, training))
-    if not refit and is_kept(folder, identity, index, known, known):
+    index, shown = [{image_id: image.class_id for image_id, image in each.items()} for each in (everything, training)]
+    if not refit and is_kept(folder, identity, index, learnable=shown, choosable=shown):
         print(f"{folder}: kept; {changes(folder)}")
         return
     data = gather(name, settings, training, home)
