@@ -22,7 +22,7 @@ STEPS = {
     "attributes": "the true attributes",
     "images": "the means of all images of the pool",
 }
-CLAIMS = {
+CLAIMS: dict[tuple[str, ...], str] = {
     OWNERLESS: "that the texts say something of their own classes",
     CONTENTLESS: "that the texts say more of these pictures than random or unrelated ones, whoever owns them,",
 }  # by what is to be beaten
@@ -164,13 +164,17 @@ def questions(file: FileResult) -> Block:
 def claim(against: tuple[str, ...], rows: Sequence[Row]) -> list[str]:
     """In which questions that have these controls to beat a file does, and why others have no verdict."""
     rows = [row for row in rows if row.against == against]
-    yes = [row.name for row in rows if row.shown]
+    if not rows:
+        return []
+    yes, why = [row.name for row in rows if row.shown], no_verdict(rows)
+    if not any(row.judged for row in rows):
+        return [f"{CLAIMS[against]} has no verdict: {why}"]
     found = f"shown in: {'; '.join(yes)}" if yes else "shown in no question"
-    return [f"{CLAIMS[against]} is {found}{no_verdict(rows)}"] if rows else []
+    return [f"{CLAIMS[against]} is {found}" + (f"; others have no verdict: {why}" if why else "")]
 
 
 def no_verdict(rows: Sequence[Row]) -> str:
-    """Why there is none of some rows."""
+    """Why some rows have none; empty where all have one."""
     why = [f"fewer than {UNITS} classes"] if any(row.few_units for row in rows) else []
     if any(row.few_draws for row in rows):
         draws = min(row.draws[name] for row in rows for name in row.against)
@@ -179,7 +183,7 @@ def no_verdict(rows: Sequence[Row]) -> str:
             f"{counted(draws, 'draw', 'draws')} of a control, all of which a file that says nothing beats in one case"
             f" of {draws + 1} ({option} {FEWEST_DRAWS} or more)"
         )
-    return f"; no verdict: {'; '.join(why)}" if why else ""
+    return "; ".join(why)
 
 
 def bottleneck_lines(file: FileResult) -> list[str]:
@@ -256,7 +260,8 @@ def ranks(file: FileResult) -> Block:
         )  # fmt: skip
     deepest = next((each["rank"] for each in file.ranks if each["row"].shown), None)
     found = {None: "at no rank", 0: "down to the class itself"}.get(deepest, f"down to rank {deepest}")
-    lines = [f"texts tell taxa of one next rank apart {found}; at 0 images{no_verdict([e['row'] for e in file.ranks])}"]
+    why = no_verdict([each["row"] for each in file.ranks])
+    lines = [f"texts tell taxa of one next rank apart {found}; at 0 images", *([f"no verdict: {why}"] if why else [])]
     if file.unasked:
         left = ", ".join("the class itself" if rank == 0 else f"rank {rank}" for rank in file.unasked)
         lines.append(f"left out: {left}; in a split of the classes no image has another taxon beside its own")
