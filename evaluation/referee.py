@@ -26,19 +26,21 @@ from evaluation.statistics import DRAWS, LEVEL, Paired, bootstrap, holm, interva
 from fieldmark.concepts.selection import discriminability
 from training.layers.blocks import Span, Standardise
 from training.layers.gaussian import Spread
+from training.layers.logistic import L2_WITHOUT_VAL
 from training.layers.ridge import Rows, basis_of_rows, judge_left_out
-from training.layers.sparse import sparse_layers
-from training.layers.text_map import ALIKE, TextMap, least_error
+from training.layers.sparse import fit_sparse
+from training.layers.text_map import ALIKE, PENALTIES, TextMap, least_error
+from training.methods import prior_lda
 from training.methods.prior_lda import TEACHERS, trust
 from training.methods.prototypes import class_means
 from training.metrics import Bools, Floats, Ints
 from training.regimes import by_draw
 
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of a map, as in prior_lda
-SHRINKAGES = (0.1, 0.3, 0.6)  # of the covariance, as in prior_lda
+SHRINKAGES = tuple(prior_lda.Settings().shrinkage)  # of the covariance
 PENALTIES_OF_ROWS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a dense layer, as shares of the mean spread
 FIT, SETTINGS = 0.5, 0.1  # shares of the classes, where roles are drawn
 FEWEST = 2  # classes that choose, or are told apart
+FEWEST_DRAWS = round(1 / LEVEL) - 1  # of a control: a file that says nothing beats R draws in one of R + 1 cases
 OWNERLESS = ("shuffled", "permuted")  # controls that keep all vectors and change whose they are
 CONTENTLESS = ("random", "unrelated")  # controls for what reads vectors and no owners
 
@@ -142,7 +144,6 @@ class Placed(NamedTuple):
 
     weights: Tensor  # a (C, T)
     ratio: float  # tr(S) / tr(R)
-    explained: float  # the share of the spread of p that the map explains of classes left out
     penalty: float
     text_map: TextMap | None = None
 
@@ -154,12 +155,10 @@ def place(taught: Taught, texts: Tensor, asked: Tensor | None = None) -> Placed:
     """
     count = len(taught.gram)
     text_map = TextMap(texts[taught.roles.fit], torch.eye(count))
-    spread = taught.gram.trace().item() / count * (count / (count - 1)) ** 2
     errors = {penalty: left_out_error(text_map, taught.gram, penalty) for penalty in PENALTIES}
     penalty = min(errors, key=errors.__getitem__)
     weights = text_map.predict(texts if asked is None else asked, penalty)
-    error = errors[penalty]
-    return Placed(weights, taught.within / max(error, ALIKE), 1 - error / max(spread, ALIKE), penalty, text_map)
+    return Placed(weights, taught.within / max(errors[penalty], ALIKE), penalty, text_map)
 
 
 def left_out_error(text_map: TextMap, gram: Tensor, penalty: float) -> float:
@@ -173,7 +172,7 @@ def nowhere(taught: Taught, classes: int) -> Placed:
     count = len(taught.gram)
     error = taught.gram.trace().item() / count * (count / (count - 1)) ** 2
     weights = torch.zeros(classes, count, dtype=torch.float64)
-    return Placed(weights, taught.within / max(error, ALIKE), 0.0, 0.0)
+    return Placed(weights, taught.within / max(error, ALIKE), 0.0)
 
 
 def logits(asked: Asked, placed: Placed) -> Tensor:
@@ -187,7 +186,7 @@ def logits(asked: Asked, placed: Placed) -> Tensor:
 
 
 def hits(asked: Asked, placed: Placed) -> Tensor:
-    """(D, n) float32: whether each image is told right; where several classes are equal, none of them is told."""
+    """(D, n) float32: whether each image is told right; classes that are equal share the hit (`right`)."""
     return right(logits(asked, placed), asked.y)
 
 
@@ -252,16 +251,31 @@ class Row(NamedTuple):
     others: dict[str, float]  # accuracy by control
     over: dict[str, Paired]  # texts - control
     reach: dict[str, float]  # the best draw of a control that draws
+    draws: dict[str, int]  # of each control
     against: tuple[str, ...]  # the controls that the verdict is about
     p: float  # the largest of `against`, corrected for all rows of the file
 
     @property
+    def few_units(self) -> bool:
+        return not all(self.over[name].judged for name in self.against)
+
+    @property
+    def few_draws(self) -> bool:
+        """Whether a file that says nothing beats every draw of a control of `against` too often, by chance."""
+        return min(self.draws[name] for name in self.against) < FEWEST_DRAWS
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are enough units and draws for a verdict."""
+        return not (self.few_units or self.few_draws)
+
+    @property
     def shown(self) -> bool:
         """Whether texts beat each of `against`, in the mean by the corrected p and every single draw of it."""
-        over = [self.over[name] for name in self.against]
         return (
-            self.p < LEVEL
-            and all(each.judged and each.difference > 0 for each in over)
+            self.judged
+            and self.p < LEVEL
+            and all(self.over[name].difference > 0 for name in self.against)
             and all(self.accuracy > self.reach[name] for name in self.against)
         )
 
@@ -276,7 +290,7 @@ def judge(
 
     y (n,) classes of all images; part by question, which images it asks about in which split. A p over classes is that
     of chance signs (evaluation/statistics.py). A file that says nothing is one more draw of its own controls, so that
-    it beats R draws of one by chance in 1 of R + 1 cases, whatever the p.
+    it beats R draws of one by chance in 1 of R + 1 cases, whatever the p: under FEWEST_DRAWS there is no verdict.
     """
     rows = []
     for name, (answers, against) in questions.items():
@@ -292,7 +306,8 @@ def judge(
         reach = {other: float(answers[other].draws.max()) for other in names}
         p = max(over[other].p for other in against)
         ends = interval(means[:, 0], 0.95)
-        rows.append(Row(name, accuracy_of(own, counted), (max(ends[0], 0.0), ends[1]), others, over, reach, against, p))
+        within, draws = (max(ends[0], 0.0), ends[1]), {other: len(answers[other].draws) for other in names}
+        rows.append(Row(name, accuracy_of(own, counted), within, others, over, reach, draws, against, p))
     corrected = holm([row.p for row in rows])
     return [row._replace(p=p) for row, p in zip(rows, corrected, strict=True)]
 
@@ -437,29 +452,48 @@ def by_rank(said: Tensor, y: Tensor, chains: Tensor) -> list[tuple[Tensor, Tenso
     return found
 
 
+def fewer_texts(texts: Texts, most: int) -> Texts:
+    """At most so many of the texts, from all classes in turn, of each class those of the lowest sha256 first."""
+    if len(texts.K) <= most:
+        return texts
+    key = by_draw(0)
+    order = torch.tensor(sorted(range(len(texts.K)), key=lambda place: key(texts.texts[place])))
+    own = texts.own[order]
+    turn = own.long().cumsum(0).masked_fill(~own, len(own) + 1).amin(1)  # the first in which a class takes it
+    chosen = order[turn.argsort(stable=True)[:most]].sort().values
+    return Texts(tuple(texts.texts[place] for place in chosen.tolist()), texts.K[chosen], texts.own[chosen])
+
+
 class Bottleneck(NamedTuple):
-    """A linear layer over concept scores at each wanted number of them: logits (n, C), and the numbers reached."""
+    """A linear layer over concept scores at each wanted number of them: logits (n, C).
+
+    Of the sparse ones also the numbers reached, and how far from an optimum their choice ended (layers/sparse.py).
+    """
 
     logits: list[Tensor]
     nec: list[float]
+    violation: list[float]
 
 
 def bottleneck(train: Tensor, y: Tensor, query: Tensor, K: Tensor, classes: int, wanted: Sequence[float]) -> Bottleneck:
     """Classes from likeness to concepts K (M, D) alone, as training/methods/concept_bottleneck.py scores them.
 
     train (m, D) and query (n, D) global vectors, y (m,). `wanted` ascends; a number that M does not exceed, as inf, is
-    every concept: a ridge whose penalty leaving images out chooses. Who owns a concept is not read.
+    every concept: a ridge whose penalty leaving images out chooses. What L1 keeps is fitted anew as that method does,
+    but at one strength, L2_WITHOUT_VAL, since no image is left to choose it. Who owns a concept is not read.
     """
     standardise = Standardise(train)
     x, asked = standardise(train) @ K.T, standardise(query) @ K.T
     fewer = [nec for nec in wanted if nec < len(K)]
-    sparse = sparse_layers(x, y, classes, fewer) if fewer else []
-    said = [asked @ layer.weight.T + layer.bias for layer in sparse]
+    sparse = [fit_sparse(x, y, x[:0], y[:0], classes, nec, (L2_WITHOUT_VAL,)) for nec in fewer]
+    with torch.no_grad():
+        said = [layer.linear(asked) for layer in sparse]
     if rest := len(wanted) - len(fewer):
         span = torch.linalg.svd(K.T, full_matrices=False)
         turn = span.U * span.S  # of M concepts, min(M, D) dimensions
         said += [dense(standardise(train) @ turn, y, standardise(query) @ turn, classes)] * rest
-    return Bottleneck(said, [layer.nec for layer in sparse])
+    reached, off = ([layer.history[0][what] for layer in sparse] for what in ("nec", "violation"))
+    return Bottleneck(said, reached, off)
 
 
 def dense(x: Tensor, y: Tensor, query: Tensor, classes: int) -> Tensor:
@@ -478,9 +512,10 @@ def dense(x: Tensor, y: Tensor, query: Tensor, classes: int) -> Tensor:
 
 
 def most_telling(K: Tensor, own: Tensor, means: Tensor, scale: float, most: int) -> Tensor:
-    """(M,) bool: the `most` texts of each class that tell it best, by discriminability (concepts/selection.py).
+    """(M,) bool: of each class the `most` texts that tell classes apart best (discriminability; concepts/selection.py).
 
-    K (M, D), own (M, C), means (C, D) of the images that train. The same for texts and for what stands in their place.
+    It does not ask whether a text tells its own class. K (M, D), own (M, C), means (C, D) of the images that train. The
+    same for texts and for what stands in their place.
     """
     gain = torch.from_numpy(discriminability((K @ means.T).double().numpy(), scale))
     chosen = torch.zeros(len(K), dtype=torch.bool)

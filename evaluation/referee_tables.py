@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation.referee import Answers, Row
+from evaluation.referee import CONTENTLESS, FEWEST_DRAWS, OWNERLESS, SHRINKAGES, Answers, Row
 from evaluation.statistics import LEVEL, UNITS, Paired
 from evaluation.words import lay_out, percent, points, points_range, written_p
 from evaluation.worth import Worth
 from fieldmark.command import counted, name_some, printable
+from training.layers.logistic import L2_WITHOUT_VAL
+from training.layers.sparse import TOLERANCE
 
 OVER = ("random", "shuffled", "permuted", "names", "none")  # controls whose differences are shown
 COLUMNS = ("random", "shuffled", "permuted", "unrelated", "names", "names + texts", "none")
@@ -20,6 +22,10 @@ STEPS = {
     "attributes": "the true attributes",
     "images": "the means of all images of the pool",
 }
+CLAIMS: dict[tuple[str, ...], str] = {
+    OWNERLESS: "that the texts say something of their own classes",
+    CONTENTLESS: "that the texts say more of these pictures than random or unrelated ones, whoever owns them,",
+}  # by what is to be beaten
 MISSING = {"told": "map", "attributes": "content", "images": "what attributes do not say, or no map carries"}
 
 
@@ -30,6 +36,7 @@ class Setting(NamedTuple):
     features: str
     roles: list[tuple[int, ...]]  # by split, the numbers of classes that teach, choose and are reported on
     draws: int
+    bottleneck_draws: int
     images: int  # that are asked about
     told: int  # of the pool
     shrinkage: list[float]  # that were chosen
@@ -54,7 +61,11 @@ class FileResult(NamedTuple):
     missing: dict[str, Any] | None = None
     ranks: Sequence[dict[str, Any]] = ()
     worth: Sequence[Worth] = ()
+    unasked: Sequence[int] = ()  # ranks of which a split of the classes has no image that could be asked
     nec: Sequence[float] = ()  # effective concepts a class that the bottleneck has, where so many were wanted
+    violation: float = 0.0  # the largest of a sparse layer's choice, of texts and of controls
+    distinct: int = 0  # kept texts, one of several classes counted once
+    choices: int = 0  # of these that the bottleneck chooses among
 
 
 class Side(NamedTuple):
@@ -83,7 +94,7 @@ def blocks(page: Page) -> list[Block]:
         found.append(coverage(file))
         found += [worth_table(file)] if file.worth else [questions(file), concepts(file)]
         found += [missing(file.missing)] if file.missing else []
-        found += [ranks(file)] if file.ranks else []
+        found += [ranks(file)] if file.ranks or file.unasked else []
     return [*found, *([sides(page.sides)] if page.sides else [])]
 
 
@@ -95,10 +106,11 @@ def about(setting: Setting) -> Block:
         None,
         [
             f"vectors: {setting.features}; {splits}: {fit} teach, {settings} choose, {report} are told apart (chance"
-            f" {percent(1 / report)} %); {setting.draws} draws",
+            f" {percent(1 / report)} %); {setting.draws} draws, {setting.bottleneck_draws} of a bottleneck's controls",
             f"{setting.images} images of train and val are asked about, {setting.told} others may be told; no test"
             " image is opened",
-            f"shrinkage chosen: {', '.join(map(str, setting.shrinkage))} of 0.1, 0.3, 0.6 (0.1 and 0.6 are its edges)",
+            f"shrinkage chosen: {', '.join(map(str, setting.shrinkage))} of {', '.join(map(str, SHRINKAGES))}"
+            f" ({min(SHRINKAGES)} and {max(SHRINKAGES)} are its edges)",
             *([f"no more than {setting.per_class} kept texts a class"] if setting.per_class else []),
         ],
     )
@@ -132,15 +144,11 @@ def questions(file: FileResult) -> Block:
         line += [percent(row.others[name]) if name in row.others else "" for name in names]
         line += [said(row.over.get(name)) for name in over]
         table.append([*line, written_p(row.p), verdict(row)])
-    units = min(min(each.units for each in row.over.values()) for row in file.rows)
-    few = f"; fewer than {UNITS} classes: no verdict" if units < UNITS else ""
-    yes = [row.name for row in file.rows if row.shown]
-    summary = f"shown in: {'; '.join(yes)}" if yes else "shown in no question"
     return (
         f"{file.name}: what its texts reach",
         table,
         [
-            f"that the texts say something of their classes is {summary}{few}",
+            *(line for against in CLAIMS for line in claim(against, file.rows)),
             "differences in points with 95 % intervals over classes and splits (over draws where there is one split);"
             " says yes: better than every draw of shuffled and of permuted (of random and of unrelated in a bottleneck,"
             f" which does not read whose a text is), and p under {LEVEL}, corrected (Holm) for {len(file.rows)}"
@@ -148,13 +156,59 @@ def questions(file: FileResult) -> Block:
             "random: random unit vectors; shuffled: the same vectors between classes; permuted: a class has another's;"
             " unrelated: texts about other things; names: class names alone; none: no text, images of other classes"
             " alone (in a bottleneck the leading directions of its images)",
-            *([f"NEC reached by the texts: {', '.join(f'{nec:.1f}' for nec in file.nec)}"] if file.nec else []),
+            *bottleneck_lines(file),
         ],
     )
 
 
+def claim(against: tuple[str, ...], rows: Sequence[Row]) -> list[str]:
+    """In which questions that have these controls to beat a file does, and why others have no verdict."""
+    rows = [row for row in rows if row.against == against]
+    if not rows:
+        return []
+    yes, why = [row.name for row in rows if row.shown], no_verdict(rows)
+    if not any(row.judged for row in rows):
+        return [f"{CLAIMS[against]} has no verdict: {why}"]
+    found = f"shown in: {'; '.join(yes)}" if yes else "shown in no question"
+    return [f"{CLAIMS[against]} is {found}" + (f"; others have no verdict: {why}" if why else "")]
+
+
+def no_verdict(rows: Sequence[Row]) -> str:
+    """Why some rows have none; empty where all have one."""
+    why = [f"fewer than {UNITS} classes"] if any(row.few_units for row in rows) else []
+    if any(row.few_draws for row in rows):
+        draws = min(row.draws[name] for row in rows for name in row.against)
+        option = "--bottleneck-draws" if rows[0].against == CONTENTLESS else "--draws"
+        why.append(
+            f"{counted(draws, 'draw', 'draws')} of a control, all of which a file that says nothing beats in one case"
+            f" of {draws + 1} ({option} {FEWEST_DRAWS} or more)"
+        )
+    return "; ".join(why)
+
+
+def bottleneck_lines(file: FileResult) -> list[str]:
+    """How the sparse layers were fitted, where there are any."""
+    lines = []
+    if file.choices < file.distinct:
+        lines.append(
+            f"a bottleneck chooses among {file.choices} of {file.distinct} distinct texts, for there are no more"
+            " unrelated ones"
+        )
+    if file.nec:
+        lines.append(
+            f"NEC reached by the texts: {', '.join(f'{nec:.1f}' for nec in file.nec)}; L1 chooses the weights, and they"
+            f" are fitted anew at an L2 strength of {L2_WITHOUT_VAL}"
+        )
+    if file.violation > TOLERANCE:
+        lines.append(
+            f"a sparse layer's choice ended {file.violation:.2g} of its penalty off an optimum, more than the"
+            f" {TOLERANCE:g} that is asked: its NEC and accuracy may be off"
+        )
+    return lines
+
+
 def verdict(row: Row) -> str:
-    if not all(row.over[name].judged for name in row.against):
+    if not row.judged:
         return "no verdict"
     return "yes" if row.shown else "not shown"
 
@@ -206,38 +260,53 @@ def ranks(file: FileResult) -> Block:
         )  # fmt: skip
     deepest = next((each["rank"] for each in file.ranks if each["row"].shown), None)
     found = {None: "at no rank", 0: "down to the class itself"}.get(deepest, f"down to rank {deepest}")
-    return f"{file.name}: by rank", table, [f"texts tell taxa of one next rank apart {found}; at 0 images"]
+    why = no_verdict([each["row"] for each in file.ranks])
+    lines = [f"texts tell taxa of one next rank apart {found}; at 0 images", *([f"no verdict: {why}"] if why else [])]
+    if file.unasked:
+        left = ", ".join("the class itself" if rank == 0 else f"rank {rank}" for rank in file.unasked)
+        lines.append(f"left out: {left}; in a split of the classes no image has another taxon beside its own")
+    return f"{file.name}: by rank", table if file.ranks else None, lines
 
 
 def worth_table(file: FileResult) -> Block:
-    table = [["images a class", "texts, %", "shuffled, %", "none, %", "worth, images", "95 %", "shuffled are worth"]]
+    head = ["images a class", "texts, %", "shuffled, %", "none, %", "worth, images", "95 %"]
+    table = [[*head, "shuffled are worth", "texts - shuffled", "95 %"]]
     for row in file.worth:
         figures = [percent(value) for value in (row.texts, row.shuffled, row.none)]
-        found = [images(row.images), f"[{images(row.interval[0])}, {images(row.interval[1])}]"]
-        found.append(images(row.shuffled_images))
+        found = [images(row.images), images_range(row.interval), images(row.shuffled_images)]
+        found += [images(row.over), images_range(row.over_interval)]
         last = row is file.worth[-1]  # where the curve ends, it cannot say what lies behind
-        table.append([f"{row.k:g}", *figures, *([""] * 3 if last else found)])
-    first = file.worth[0]
+        table.append([f"{row.k:g}", *figures, *([""] * len(found) if last else found)])
+    first, end = file.worth[0], file.worth[-1].k
+    than = f"their lead over the same texts shuffled is {images(first.over)} images {images_range(first.over_interval)}"
     return (
         f"{file.name}: what its texts are worth",
         table,
         [
-            f"beside no image the texts are worth {in_words(first)} a class",
+            f"beside no image the texts are worth {in_words(first, end)} a class; {than}",
             "worth: by how many more images a class nothing but images reaches the same accuracy; in straight lines"
-            " between the numbers of images above",
+            f" between the numbers of images above; more: than the {end:g} at which the curve without texts ends",
         ],
     )
 
 
 def images(value: float) -> str:
-    return "more" if value == float("inf") else f"{value:z.2f}"
+    return {float("inf"): "more", float("-inf"): "less"}.get(value) or f"{value:z.2f}"
 
 
-def in_words(row: Worth) -> str:
+def images_range(ends: tuple[float, float]) -> str:
+    return f"[{images(ends[0])}, {images(ends[1])}]"
+
+
+def in_words(row: Worth, end: float) -> str:
+    """What texts are worth beside no image, on a curve that ends at so many images."""
     low, high = row.interval
+    if row.images == float("inf"):
+        least = "" if low == float("inf") else f", {images(low)} at the least (95 %)"
+        return f"more images than the {end:g}{least}"
     if high < 1:
-        return f"less than one image ({images(row.images)} [{images(low)}, {images(high)}])"
-    return f"{images(row.images)} images [{images(low)}, {images(high)}]"
+        return f"less than one image ({images(row.images)} {images_range(row.interval)})"
+    return f"{images(row.images)} images {images_range(row.interval)}"
 
 
 def sides(found: Sequence[Side]) -> Block:
@@ -278,7 +347,7 @@ def finite(row: Worth) -> dict[str, Any]:
     def known(value: Any) -> Any:
         if isinstance(value, tuple):
             return [known(each) for each in value]
-        return None if value == float("inf") else value
+        return None if value in (float("inf"), float("-inf")) else value
 
     return {name: known(value) for name, value in row._asdict().items()}
 
@@ -290,7 +359,12 @@ def as_json(page: Page) -> dict[str, Any]:
         found = file._asdict()
         found.pop("answers")
         rows = [
-            {**row._asdict(), "over": {name: one._asdict() for name, one in row.over.items()}, "shown": row.shown}
+            {
+                **row._asdict(),
+                "over": {name: one._asdict() for name, one in row.over.items()},
+                "judged": row.judged,
+                "shown": row.shown,
+            }
             for row in file.rows
         ]
         levels = [

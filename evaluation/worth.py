@@ -27,6 +27,8 @@ class Worth(NamedTuple):
     images: float  # k' - k
     interval: tuple[float, float]
     shuffled_images: float  # what texts of other classes are worth
+    over: float  # what texts are worth more than these; 0 where the curve reaches neither
+    over_interval: tuple[float, float]
 
 
 def images_for(ks: Sequence[float], curve: Floats, reached: Floats) -> Floats:
@@ -59,12 +61,18 @@ def worth(ks: Sequence[float], arms: Mapping[str, Sequence[Answers]], y: Ints, p
     drawn = bootstrap(told, y, DRAWS, 0, part).reshape(-1, 3, len(ks))
     rows = []
     for place, k in enumerate(ks):
-        each = [images_for(ks, mean[None, 2], mean[name, place, None])[0] - k for name in (0, 1)]
-        spread = images_for(ks, drawn[:, 2], drawn[:, 0, place]) - k
-        ends = interval_of(spread)
+        own, others = (images_for(ks, mean[None, 2], mean[name, place, None]) - k for name in (0, 1))
+        spread, beside = (images_for(ks, drawn[:, 2], drawn[:, name, place]) - k for name in (0, 1))
         texts, shuffled, none = (float(value) for value in mean[:, place])
-        rows.append(Worth(k, texts, shuffled, none, float(each[0]), ends, float(each[1])))
+        over, ends = float(lead(own, others)[0]), interval_of(lead(spread, beside))
+        rows.append(Worth(k, texts, shuffled, none, float(own[0]), interval_of(spread), float(others[0]), over, ends))
     return rows
+
+
+def lead(own: Floats, others: Floats) -> Floats:
+    """own - others, numbers of images (B,): 0 where both are more than the curve has, which cannot part them."""
+    both = np.isinf(own) & np.isinf(others)
+    return np.where(both, 0.0, own) - np.where(both, 0.0, others)
 
 
 def interval_of(values: Floats) -> tuple[float, float]:

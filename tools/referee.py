@@ -5,7 +5,10 @@ Reads   FILE ..., each a concept file in any layout of fieldmark/concepts/files.
         they are there; data/controls/unrelated.txt; `domain`, `clean` and `encoders.E` of params.yaml.
 Writes  a page to stdout; with --markdown and --json files. Vectors of texts are kept in .cache/referee/E.parquet.
 Costs   a pass of the text tower for each kept text that is new, then a minute or two for the first file on two quiet
-        cores and less for each further one. It asks no language model, and opens no test picture.
+        cores and less for each further one; with --bottleneck-draws 19, as a verdict on a bottleneck takes, it fits 39
+        bottlenecks a file where it fits 7. Memory: 8 bytes x draws x classes that are told apart x images that are
+        asked about, for each split and number of images (cub100: 40 MB in all; it grows as the square of the number of
+        classes). It asks no language model, and opens no test picture.
 
 Texts are cleaned as the pipeline cleans them. Images of train and val are parted in two halves, class by class: one
 tells what images look like (all of it in the teaching classes, k images of a class that is told apart), about the other
@@ -29,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -42,7 +46,7 @@ from evaluation.taxonomy import Taxonomy, lineages_of
 from evaluation.worth import Worth, worth
 from fieldmark import store
 from fieldmark.checkout import cache_folder
-from fieldmark.command import UserError, encoder_parser, name_some, run
+from fieldmark.command import UserError, encoder_parser, run
 from fieldmark.concepts import gate
 from fieldmark.concepts.cleaning import clean_class
 from fieldmark.concepts.files import read_concept_file
@@ -65,8 +69,8 @@ from training.regimes import by_draw, read_classes
 SHOTS: tuple[int, ...] = (0, 1, 2)  # images a class
 WORTH: tuple[int | None, ...] = (0, 1, 2, 4, 8, None)  # None: all of the half
 NEC = (5.0, 10.0, float("inf"))  # effective concepts a class
-PER_CLASS = 10  # texts a class that a bottleneck chooses among, those that tell it best
-FEW_DRAWS = 3  # of a control of the bottleneck, which takes seconds where the map takes thousandths
+PER_CLASS = 10  # texts a class that a bottleneck reads, those that tell classes apart best
+FEW_DRAWS = 3  # of a control of the bottleneck, which takes seconds where the map takes thousandths; no verdict
 CONTROLS = ("random", "shuffled", "permuted", "unrelated")
 ZERO_SHOT = "zero-shot, 0 images"
 Row = dict[str, Any]
@@ -85,8 +89,10 @@ class ConceptFile(NamedTuple):
         return [row for row in self.rows if row["kept"]]
 
 
-def read_file(path: Path, classes: list[Row], params: Params, names: Names, most: int | None) -> ConceptFile:
-    """Read and clean a file; of the kept texts of a class at most `most`, those of the lowest sha256.
+def read_file(
+    path: Path, name: str, classes: list[Row], params: Params, names: Names, most: int | None
+) -> ConceptFile:
+    """Read and clean a file, `name` on the page; of the kept texts of a class at most `most`, of the lowest sha256.
 
     Raises UserError where nothing of it is kept.
     """
@@ -107,7 +113,16 @@ def read_file(path: Path, classes: list[Row], params: Params, names: Names, most
     naming = {
         which: shares(names, [row for row in rows if row["kept"] or which == "all"]) for which in ("all", "kept")
     }
-    return ConceptFile(path.name, rows, sum(map(bool, texts.values())), naming)
+    return ConceptFile(name, rows, sum(map(bool, texts.values())), naming)
+
+
+def called(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths by which they differ. Raises UserError where one stands there twice."""
+    parts = [path.absolute().parts for path in paths]
+    if repeated := [path.name for path, own in zip(paths, parts, strict=True) if parts.count(own) > 1]:
+        raise UserError(f"{repeated[0]}: stands there twice; name each file once")
+    length = next(length for length in itertools.count(1) if len({own[-length:] for own in parts}) == len(parts))
+    return ["/".join(own[-length:]) for own in parts]
 
 
 def shares(names: Names, rows: list[Row]) -> dict[str, float]:
@@ -120,12 +135,16 @@ def embed(
 ) -> tuple[dict[str, np.ndarray], float]:
     """The unit vector (D,) of each text by the text tower of an encoder, and the encoder's scale of cosines.
 
-    Texts that are known are not embedded anew.
+    Texts that are known are not embedded anew. Raises UserError where the images were embedded by another one.
     """
     from fieldmark.encoders.clip import load_encoder  # brings libraries that take seconds
     from fieldmark.encoders.texts import SCHEMA, embed_texts
 
     encoder = load_encoder(name, params.encoder(name), device, params.towers)
+    images = DATA / f"embed/{name}/images"
+    made_by = store.read_folder_header(images, "embed.nodes/1", params.dataset.buckets).params["encoder"]
+    if made_by != encoder.fingerprint:
+        raise UserError(f"{images}: was made by another encoder {name}; run embed_images again (dvc repro)")
     kept = cache_folder() / f"referee/{name}.parquet"
     known = made_before(kept, SCHEMA, encoder.fingerprint)
     found = {
@@ -316,21 +335,42 @@ def show(images: Images, roles: Sequence[Roles], named: bool) -> Shown:
 
 
 class Layers(NamedTuple):
-    """A bottleneck by each set of vectors: hits (1, n) by wanted number, and the numbers that were reached."""
+    """A bottleneck: hits (1, n) by wanted number, the numbers that were reached, how far they are off an optimum."""
 
     hits: list[Tensor]
     nec: list[float]
+    violation: list[float]
 
 
 def layers_of(shown: Shown, K: Tensor) -> Layers:
     made = referee.bottleneck(shown.train, shown.y, shown.query, K, len(shown.classes), NEC)
-    return Layers([referee.right(said.T[None], shown.truth) for said in made.logits], made.nec)
+    return Layers([referee.right(said.T[None], shown.truth) for said in made.logits], made.nec, made.violation)
+
+
+class Bottlenecks(NamedTuple):
+    """The questions of the bottleneck, and how its layers were made."""
+
+    questions: dict[str, tuple[dict[str, Answers], tuple[str, ...]]]
+    nec: list[float]  # reached by the texts
+    violation: float  # the largest, of controls too
+    choices: int  # texts that it chose among
 
 
 def ask_bottleneck(
-    shown: Shown, texts: Texts, unrelated: Tensor, apart: Mapping[str, Layers], scale: float, count: int
-) -> tuple[dict[str, tuple[dict[str, Answers], tuple[str, ...]]], list[float]]:
-    """Questions of the bottleneck; `apart` are the layers that are the same for every file."""
+    shown: Shown,
+    texts: Texts,
+    unrelated: Tensor,
+    apart: Mapping[str, Layers],
+    scale: float,
+    count: int,
+    draws: int,
+) -> Bottlenecks:
+    """Questions of the bottleneck; `apart` are the layers that are the same for every file.
+
+    Texts and controls choose among as many vectors, each of which stands there once: of a file that has more texts than
+    there are unrelated ones, some are left out.
+    """
+    texts = referee.fewer_texts(texts, len(unrelated))
     means = torch.zeros(len(shown.classes), shown.train.shape[1]).index_add(0, shown.y, shown.train)
     means /= torch.bincount(shown.y, minlength=len(means))[:, None]
     own = texts.own[:, shown.classes]
@@ -340,7 +380,7 @@ def ask_bottleneck(
         return layers_of(shown, K[chosen])
 
     made = {"texts": [layers(texts.K)], "random": [], "unrelated": [], **{name: [one] for name, one in apart.items()}}
-    for draw in range(FEW_DRAWS):
+    for draw in range(draws):
         generator = torch.Generator().manual_seed(draw)
         made["random"].append(layers(random_units(texts.K, generator)))
         made["unrelated"].append(layers(strangers_of(texts.K, unrelated, generator)))
@@ -351,7 +391,8 @@ def ask_bottleneck(
             for name, each in made.items()
         }
         questions[f"bottleneck, NEC {nec:g}".replace("inf", "all")] = answers, referee.CONTENTLESS
-    return questions, made["texts"][0].nec
+    off = [value for each in made.values() for one in each for value in one.violation]
+    return Bottlenecks(questions, made["texts"][0].nec, max(off, default=0.0), len(texts.K))
 
 
 def random_units(K: Tensor, generator: torch.Generator) -> Tensor:
@@ -461,13 +502,17 @@ def carrying(splits: Sequence[Split], placed: Sequence[Placed], images: Images, 
 
 def deepest_rank(
     splits: Sequence[Split], answered: Answered, images: Images, taxonomy: Taxonomy | None
-) -> list[Row]:
-    """A row a rank, the class itself first: texts against their shuffled control, among taxa of the same next rank."""
+) -> tuple[list[Row], list[int]]:
+    """A row a rank, the class itself first: texts against their shuffled control, among taxa of the same next rank.
+
+    Also the ranks that are left out: those of which a split has no image that has other taxa beside its own.
+    """
     if taxonomy is None:
-        return []
+        return [], []
     cache, chains = images.cache, torch.from_numpy(taxonomy.chains)
     count, y = len(images.pool), cache.y.numpy()
     rows: list[Row] = []
+    unasked = []
     for rank in range(taxonomy.ranks):
         told: dict[str, list[list[Tensor]]] = {"texts": [[]], "shuffled": [[] for _ in answered.shuffled[0]]}
         asked = []
@@ -484,6 +529,7 @@ def deepest_rank(
             for draw, (hit, _) in enumerate(each[1:]):
                 told["shuffled"][draw].append(hit[None, beside_it])
         if not all(len(part) for part in asked):
+            unasked.append(rank)
             continue
         answers = {name: referee.gather(each, asked, count) for name, each in told.items()}
         [row] = referee.judge(
@@ -492,7 +538,7 @@ def deepest_rank(
         taxa = len(np.unique(taxonomy.chains[taxonomy.chains[:, rank] >= 0, rank]))
         rows.append({"rank": rank, "taxa": taxa, "row": row})
     corrected = holm([row["row"].p for row in rows])
-    return [{**row, "row": row["row"]._replace(p=p)} for row, p in zip(rows, corrected, strict=True)]
+    return [{**row, "row": row["row"]._replace(p=p)} for row, p in zip(rows, corrected, strict=True)], unasked
 
 
 def judge_gate(cache: Cache, texts: Texts) -> Row:
@@ -506,14 +552,14 @@ def judge_gate(cache: Cache, texts: Texts) -> Row:
     return gate.judge(side("train"), side("choose"), texts.K.double().numpy(), owners)
 
 
-def worth_of(answered: Answered, images: Images, part: np.ndarray) -> list[Worth]:
-    """Of the questions of the map and of prior_lda; all images of the pool count as their mean number a class."""
-    of_pool = np.bincount(images.cache.y[images.pool].numpy()).mean()
+def worth_of(answered: Answered, splits: Sequence[Split], y: np.ndarray, part: np.ndarray) -> list[Worth]:
+    """Of the questions of the map and of prior_lda; all images of the pool count as their mean number a class asked."""
+    of_pool = torch.cat([split.asked[None].counts for split in splits]).mean().item()
     answers = [each for name, (each, _) in answered.questions.items() if name != ZERO_SHOT]
-    asked = [(float(of_pool) if k is None else float(k), each) for k, each in zip(WORTH, answers, strict=True)]
+    asked = [(of_pool if k is None else float(k), each) for k, each in zip(WORTH, answers, strict=True)]
     below = [(k, each) for k, each in asked[:-1] if k < of_pool] + asked[-1:]
     arms = {arm: [each[arm] for _, each in below] for arm in ("texts", "shuffled", "none")}
-    return worth([k for k, _ in below], arms, images.cache.y.numpy(), part)
+    return worth([k for k, _ in below], arms, y, part)
 
 
 def compare(
@@ -551,28 +597,31 @@ def main() -> None:
     parser.add_argument("--fit", type=Path, metavar="FILE", help="the classes that teach, one a line: one split")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="the classes that choose, with --fit")
     parser.add_argument("--draws", type=int, default=20, metavar="N", help="of images and of controls (default: 20)")
+    said = f"of the controls of a bottleneck; {referee.FEWEST_DRAWS} give a verdict (default: {FEW_DRAWS})"
+    parser.add_argument("--bottleneck-draws", type=int, default=FEW_DRAWS, metavar="N", help=said)
     parser.add_argument("--per-class", type=int, metavar="N", help="judge by no more than N kept texts a class")
     parser.add_argument("--worth", action="store_true", help="say how many images a class texts are worth, no more")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page as Markdown, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, too")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     arguments = parser.parse_args()
-    for option in ("splits", "draws", "per_class"):
+    for option in ("splits", "draws", "bottleneck_draws", "per_class"):
         if (value := getattr(arguments, option)) is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')}: {value} is none; name 1 or more")
-    repeated = [path.name for path, times in Counter(arguments.files).items() if times > 1]
-    if repeated:
-        raise UserError(f"{name_some(repeated)}: stands there twice; name each file once")
+    ends = called(arguments.files)
+    names = arguments.features.split(",")
+    try:
+        settings = FeatureSettings(features=names)
+    except ValidationError as error:
+        raise UserError(f"--features: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     keep_memory()
     params = load_params(arguments.params)
     params.encoder(arguments.encoder)
-    names = arguments.features.split(",")
-    settings = FeatureSettings(features=names)
     rows = store.read_table(DATA / "index/classes.parquet", "index.classes/2").to_pylist()
     card = domain_words(params.domain.noun, params.domain.group, *params.domain.attributes)
     files = [
-        read_file(path, rows, params, Names(rows, card), arguments.per_class)
-        for path in tqdm(arguments.files, desc="clean", unit="file")
+        read_file(path, end, rows, params, Names(rows, card), arguments.per_class)
+        for path, end in zip(tqdm(arguments.files, desc="clean", unit="file"), ends, strict=True)
     ]
     cache = read_images(params, arguments.encoder, names)
     roles = choose_roles(cache.classes, arguments.splits, arguments.fit, arguments.settings)
@@ -629,17 +678,18 @@ def judge_files(
         part = dict.fromkeys(answered.questions, asked)
         found: Row = {}
         if arguments.worth:
-            found["worth"] = worth_of(answered, images, asked)
+            found["worth"] = worth_of(answered, splits, y, asked)
         else:
-            asked_of = ask_bottleneck(shown, texts, strangers, apart, scale, count)
-            answered.questions.update(asked_of[0])
-            found["nec"] = asked_of[1]
-            part |= dict.fromkeys(asked_of[0], referee.part_of([shown.images], count))
+            asked_of = ask_bottleneck(shown, texts, strangers, apart, scale, count, arguments.bottleneck_draws)
+            answered.questions.update(asked_of.questions)
+            found |= {"nec": asked_of.nec, "violation": asked_of.violation, "choices": asked_of.choices}
+            found["distinct"] = len(texts.K)
+            part |= dict.fromkeys(asked_of.questions, referee.part_of([shown.images], count))
             found["rows"] = referee.judge(answered.questions, y, part, groups_of(cache))
             found["gate"] = gate.say(judge_gate(cache, texts))
             found["carrying"] = carrying(splits, answered.placed, images, texts)
             found["missing"] = None if attributes is None else missing(splits, images, voices.own, attributes)
-            found["ranks"] = deepest_rank(splits, answered, images, taxonomy)
+            found["ranks"], found["unasked"] = deepest_rank(splits, answered, images, taxonomy)
         results.append(
             FileResult(
                 name=file.name,
@@ -659,6 +709,7 @@ def judge_files(
         features=",".join(settings.features),
         roles=[tuple(map(len, one)) for one in roles],
         draws=arguments.draws,
+        bottleneck_draws=arguments.bottleneck_draws,
         images=int((asked >= 0).any(0).sum()),
         told=int(images.pool.sum()),
         shrinkage=sorted({value for split in splits for value in split.shrinkage.values()}),

@@ -7,8 +7,9 @@
     folder   CLASS.txt, one text a line
 
 What a file holds says which it is, never its name. All is UTF-8. A class is called by its folder, class_id or name, as
-in concepts.import; where that fits none, by what is its name but for case, hyphens, underscores and a number before it
-(001.Black_footed_Albatross). A class may have no text; a key that is no class is an error.
+in concepts.import; where that fits none, by what is its name but for case, hyphens, underscores and a number before a
+word (001.Black_footed_Albatross; the numbers of 737-400 are its name). A class may have no text; a key that is no class
+is an error.
 """
 
 import csv
@@ -26,7 +27,7 @@ from fieldmark.store import class_id_of, nfc
 Pairs = list[tuple[str, Any]]  # class and texts, as they stand there
 WHERE = "a concept file"  # in place of the key of params.yaml that concepts.import names
 FORMS = "JSON {class: [text, ...]}, CSV with the columns class and text, or a folder of CLASS.txt"
-NUMBER = re.compile(r"^\d+[ ._-]+")
+NUMBER = re.compile(r"^\d+[ ._-]+(?=[^\W\d_])")
 
 
 def read_concept_file(path: Path, classes: list[Row]) -> Texts:
@@ -108,5 +109,5 @@ def match(path: Path, pairs: Pairs, classes: list[Row]) -> Texts:
 
 
 def plain(name: str) -> str:
-    """A name without what files write differently: case, hyphens, underscores, a number before it."""
+    """A name without what files write differently: case, hyphens, underscores, a number before a word."""
     return comparable(NUMBER.sub("", name.strip()))

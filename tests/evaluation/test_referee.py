@@ -16,7 +16,9 @@ from tests.training.cache import Plan
 from training.class_texts import text_blocks
 from training.data import Cache
 from training.data.nodes import Globals, Nodes
+from training.layers.blocks import Standardise
 from training.layers.features import Features, FeatureSettings
+from training.layers.sparse import sparse_layers
 from training.loop import predict
 from training.methods import prior_lda, transfer_lda
 from training.regimes import Shots, by_draw, hide_test, restrict_classes
@@ -248,3 +250,34 @@ def test_the_bottleneck_finds_the_concepts_that_tell_and_needs_no_more() -> None
     own[torch.arange(24), torch.arange(24) % 8] = True
     means = torch.stack([x[y == label].mean(0) for label in range(8)])
     assert referee.most_telling(K, own, means, 10.0, 1).nonzero()[:, 0].tolist() == list(range(8))
+
+
+def test_what_l1_keeps_in_a_bottleneck_is_fitted_anew() -> None:
+    """Without the shrinkage of L1, the same concepts say more of what they were fitted to."""
+    K = torch.linalg.qr(normal(24, 24))[0].float()
+    y = torch.arange(8).repeat(30)
+    x = K[y] + 0.7 * torch.randn(len(y), 24, generator=torch.Generator().manual_seed(1))
+    made = referee.bottleneck(x, y, x, K, 8, [1.0])
+    scores = Standardise(x)(x) @ K.T
+    shrunken = sparse_layers(scores, y, 8, [1.0])[0]
+    before = scores @ shrunken.weight.T + shrunken.bias
+    assert made.nec == [shrunken.nec]
+    assert made.violation == [shrunken.violation]
+    assert F.cross_entropy(made.logits[0], y) < 0.9 * F.cross_entropy(before, y)
+
+
+def test_a_long_file_is_cut_to_as_many_texts_from_all_classes_in_turn() -> None:
+    own = torch.zeros(40, 4, dtype=torch.bool)
+    own[torch.arange(40), torch.tensor([0] * 30 + [1] * 6 + [2] * 3 + [3])] = True
+    own[0, 3] = True  # a text of two classes
+    texts = Texts(tuple(map(str, range(40))), normal(40, 5).float(), own)
+    assert referee.fewer_texts(texts, 40) is texts
+    fewer = referee.fewer_texts(texts, 14)
+    assert len(set(fewer.texts)) == len(fewer.K) == 14
+    kept = [int(text) for text in fewer.texts]
+    torch.testing.assert_close(fewer.K, texts.K[kept])
+    assert torch.equal(fewer.own, own[kept])
+    assert 0 in kept  # one of the two texts of its shortest class
+    counts = fewer.own.sum(0).tolist()
+    assert counts[2:] == [3, 2]  # all that these have
+    assert max(counts[:2]) <= 6  # five turns, and the one that it shares

@@ -77,3 +77,14 @@ def test_a_name_of_two_classes_is_refused(tmp_path: Path) -> None:
     twice = [{"class_id": "robin-eu", "name": "Robin"}, {"class_id": "robin-us", "name": "Robin"}]
     with pytest.raises(UserError, match="'robin': is the name of robin-eu, robin-us"):
         read_concept_file(path, twice)
+
+
+def test_the_numbers_of_an_aircraft_are_its_name(tmp_path: Path) -> None:
+    craft = [{"class_id": f"{name}-1a2b", "name": name} for name in ("747-100", "737-400")]
+    path = tmp_path / "concepts.json"
+    path.write_text('{"737_400": ["two engines"], "747-100": ["a hump"]}')
+    assert read_concept_file(path, craft) == {"747-100-1a2b": ["a hump"], "737-400-1a2b": ["two engines"]}
+    for stranger in ("787-100", "100", "717 400"):
+        path.write_text(json.dumps({stranger: ["two engines"]}))
+        with pytest.raises(UserError, match=f"'{stranger}': is no folder, class_id or name"):
+            read_concept_file(path, craft)
