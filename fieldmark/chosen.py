@@ -29,6 +29,11 @@ def read_images(split: str | None = None) -> dict[str, Image]:
     return {row["image_id"]: Image(row["path"], row["class_id"]) for row in rows if split in (None, row["split"])}
 
 
+def named_in(file: str) -> list[str] | None:
+    """The lines of a file of classes, as an identity holds them; None for data/none, which names none."""
+    return None if file == NONE else sorted(set(read_lines(Path(file))))
+
+
 def choose_classes(file: str, known: set[str], key: str) -> list[str]:
     """The classes that a file names, one a line by folder or class_id; of data/none all that are known.
 

@@ -26,9 +26,7 @@ has another class. A run that is interrupted begins again.
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +34,9 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from fieldmark import store
-from fieldmark.chosen import Image, choose_classes, hold_out, of_classes, read_images
+from fieldmark.chosen import Image, choose_classes, hold_out, named_in, of_classes, read_images
 from fieldmark.command import UserError, key_parser, run
 from fieldmark.encoders import tuning
 from fieldmark.encoders.alignment import (
@@ -53,16 +50,14 @@ from fieldmark.encoders.alignment import (
 from fieldmark.encoders.base import choose_device
 from fieldmark.encoders.checkpoints import Seen, check_writable, folder_of, is_kept, write_encoder, write_folder
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
-from fieldmark.listing import read_lines
 from fieldmark.memory import keep_memory
-from fieldmark.params import NONE, Adapt, Params, load_params
-from fieldmark.pictures.epochs import iterate_batches, shuffled
+from fieldmark.params import Adapt, Params, load_params
+from fieldmark.pictures.epochs import iterate_batches
 from fieldmark.pictures.views import Source
 
 CONCEPTS = Path("data/concepts/concepts.parquet")
 # Raised when the same inputs and settings give another encoder.
 RULES = 1
-TIMED_STEPS = 3  # of --dry-run, after a first one
 
 
 class Data(NamedTuple):
@@ -114,8 +109,8 @@ def gather(name: str, settings: Adapt, images: dict[str, Image], folder: Path) -
 
 def identity_of(encoder: LoadedEncoder, settings: Adapt) -> dict[str, Any]:
     """What a folder is kept for: all it follows from but images and texts."""
-    chosen = None if settings.classes == NONE else sorted(set(read_lines(Path(settings.classes))))
-    return {"base": encoder.fingerprint, "settings": settings.model_dump(), "classes": chosen, "rules": RULES}
+    classes = named_in(settings.classes)
+    return {"base": encoder.fingerprint, "settings": settings.model_dump(), "classes": classes, "rules": RULES}
 
 
 def embed_pictures(encoder: LoadedEncoder, pixels: Tensor) -> Tensor:
@@ -195,32 +190,16 @@ def adapt(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> lis
     optimizer = tuning.make_optimizer(
         tuned.inner, tuned.projections, settings.learning_rate, settings.projection_rate, settings.weight_decay
     )
-    steps = settings.epochs * -(-len(data.learned) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    reached, kept = accuracy_of(encoder, data.held_out, data, scale, settings.batch_size), tuning.snapshot(tuned.all)
-    history: list[dict[str, Any]] = [{"epoch": 0, "loss": None, "val_accuracy": reached}]
-    with tqdm(total=settings.epochs * len(data.learned), desc=f"adapt {name}", unit="img") as progress:
-        for epoch in range(settings.epochs):
-            total = 0.0
-            order = shuffled(data.learned, settings.seed, epoch)
-            for batch, pixels in iterate_batches(order, encoder, epoch + 1, settings.batch_size):
-                loss = loss_of(encoder, batch, pixels, data, scale, epoch, settings.seed)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(tuned.all, tuning.MAX_NORM)
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * len(batch)
-                progress.update(len(batch))
-                progress.set_postfix_str(f"loss {loss.item():.3f}, held out {reached:.3f}")
-            reached = accuracy_of(encoder, data.held_out, data, scale, settings.batch_size)
-            history.append({"epoch": epoch + 1, "loss": total / len(order), "val_accuracy": reached})
-            best = tuning.best_of(history)
-            if best is history[-1]:
-                kept = tuning.snapshot(tuned.all)
-            if epoch + 1 - best["epoch"] >= settings.patience:
-                break
-    tuning.restore(tuned.all, kept)
+
+    def accuracy() -> float:
+        return accuracy_of(encoder, data.held_out, data, scale, settings.batch_size)
+
+    def loss(batch: list[Source], pixels: Tensor, epoch: int) -> Tensor:
+        return loss_of(encoder, batch, pixels, data, scale, epoch, settings.seed)
+
+    history = tuning.run_epochs(
+        f"adapt {name}", data.learned, encoder, optimizer, tuned.all, settings, loss, accuracy, "held out", accuracy()
+    )
     tuning.end_tuning(encoder.model)
     return history
 
@@ -258,20 +237,18 @@ def provenance_of(
 def preview(encoder: LoadedEncoder, data: Data, settings: Adapt, name: str) -> str:
     """What a run would do, for --dry-run, from a few steps that are thrown away."""
     tuned = begin(encoder, settings, name)
-    order = shuffled(data.learned, settings.seed, 0)[: (TIMED_STEPS + 1) * settings.batch_size]
-    scale, times = encoder.logit_scale / settings.temperature, [perf_counter()]
-    for batch, pixels in iterate_batches(order, encoder, 1, settings.batch_size):
-        loss_of(encoder, batch, pixels, data, scale, 0, settings.seed).backward()
-        times.append(perf_counter())
-    step = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[1] - times[0]
-    steps = settings.epochs * -(-len(data.learned) // settings.batch_size)
+    scale = encoder.logit_scale / settings.temperature
+
+    def loss(batch: list[Source], pixels: Tensor) -> Tensor:
+        return loss_of(encoder, batch, pixels, data, scale, 0, settings.seed)
+
+    time = tuning.say_time(data.learned, encoder, encoder.device, settings, loss)
     count = sum(each.numel() for each in tuned.all)
     sentences = sum(map(len, data.sentences.values()))
     return (
         f"{len(data.learned)} pictures of {len(data.texts.classes)} classes to learn from, {len(data.held_out)} of"
         f" {len(data.held_texts.classes)} others to choose by, {sentences} sentences; {count:,} numbers tuned\n"
-        f"time: about {timedelta(seconds=round(step * steps))} for {settings.epochs} epochs"
-        f" ({step:.2f} s a step of {settings.batch_size} on {encoder.device}), and passes of those held out"
+        f"{time}, and passes of those held out"
     )
 
 

@@ -20,18 +20,15 @@ what adapt_encoder writes is; --refit tunes again. A run that is interrupted beg
     python -m stages.finetune --name birds-cnn --dry-run
 """
 
-from datetime import timedelta
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from fieldmark import store
-from fieldmark.chosen import INDEX, Image, choose_classes, of_classes, read_images
+from fieldmark.chosen import INDEX, Image, choose_classes, named_in, of_classes, read_images
 from fieldmark.command import UserError, key_parser, run
 from fieldmark.encoders import tuning
 from fieldmark.encoders.base import choose_device
@@ -39,15 +36,13 @@ from fieldmark.encoders.checkpoints import Seen, as_tower, folder_of, is_kept, w
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.towers import LoadedTower
 from fieldmark.labels.splits import read_split
-from fieldmark.listing import read_lines
 from fieldmark.memory import keep_memory
-from fieldmark.params import NONE, Encoder, Finetune, Params, load_params
-from fieldmark.pictures.epochs import iterate_batches, shuffled
+from fieldmark.params import Encoder, Finetune, Params, load_params
+from fieldmark.pictures.epochs import iterate_batches
 from fieldmark.pictures.views import Source
 
 # Raised when the same inputs and settings give another tower.
 RULES = 1
-TIMED_STEPS = 3  # of --dry-run, after a first one
 
 
 class Data(NamedTuple):
@@ -113,33 +108,17 @@ def finetune(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> l
     optimizer = tuning.make_optimizer(
         tuned.inner, outer, settings.learning_rate, settings.head_rate, settings.weight_decay
     )
-    steps = settings.epochs * -(-len(data.learned) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    reached, kept = 0.0, tuning.snapshot(everything)
-    history: list[dict[str, Any]] = []
-    with tqdm(total=settings.epochs * len(data.learned), desc=f"finetune {name}", unit="img") as progress:
-        for epoch in range(settings.epochs):
-            total = 0.0
-            order = shuffled(data.learned, settings.seed, epoch)
-            for batch, pixels in iterate_batches(order, tower, epoch + 1, settings.batch_size):
-                labels = torch.tensor([data.label[source.image_id] for source in batch], device=tower.device)
-                loss = cross_entropy(logits_of(tower, head, pixels), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(everything, tuning.MAX_NORM)
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * len(batch)
-                progress.update(len(batch))
-                progress.set_postfix_str(f"loss {loss.item():.3f}, val {reached:.3f}")
-            reached = accuracy_of(tower, head, data, settings.batch_size)
-            history.append({"epoch": epoch + 1, "loss": total / len(order), "val_accuracy": reached})
-            best = tuning.best_of(history)
-            if best is history[-1]:
-                kept = tuning.snapshot(everything)
-            if epoch + 1 - best["epoch"] >= settings.patience:
-                break
-    tuning.restore(everything, kept)
+
+    def loss(batch: list[Source], pixels: Tensor, _: int) -> Tensor:
+        labels = torch.tensor([data.label[source.image_id] for source in batch], device=tower.device)
+        return cross_entropy(logits_of(tower, head, pixels), labels)
+
+    def accuracy() -> float:
+        return accuracy_of(tower, head, data, settings.batch_size)
+
+    history = tuning.run_epochs(
+        f"finetune {name}", data.learned, tower, optimizer, everything, settings, loss, accuracy, "val"
+    )
     tuning.end_tuning(tower.model)
     return history
 
@@ -165,19 +144,16 @@ def provenance_of(
 def preview(tower: LoadedTower, data: Data, settings: Finetune, name: str) -> str:
     """What a run would do, for --dry-run, from a few steps that are thrown away."""
     tuned, head = begin(tower, data, settings, name)
-    order = shuffled(data.learned, settings.seed, 0)[: (TIMED_STEPS + 1) * settings.batch_size]
-    times = [perf_counter()]
-    for _, pixels in iterate_batches(order, tower, 1, settings.batch_size):
-        logits_of(tower, head, pixels).sum().backward()
-        times.append(perf_counter())
-    step = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[1] - times[0]
-    steps = settings.epochs * -(-len(data.learned) // settings.batch_size)
+
+    def loss(_: list[Source], pixels: Tensor) -> Tensor:
+        return logits_of(tower, head, pixels).sum()
+
+    time = tuning.say_time(data.learned, tower, tower.device, settings, loss)
     count = sum(each.numel() for each in tuned.all)
     return (
         f"{len(data.learned)} pictures of {len(data.classes)} classes to learn from, {len(data.choosing)} to choose by;"
         f" {count:,} numbers of the tower tuned\n"
-        f"time: about {timedelta(seconds=round(step * steps))} for {settings.epochs} epochs"
-        f" ({step:.2f} s a step of {settings.batch_size} on {tower.device}), and passes of those that choose"
+        f"{time}, and passes of those that choose"
     )
 
 
@@ -194,8 +170,8 @@ def make(params: Params, name: str, device: str, *, refit: bool, dry_run: bool) 
     tower = as_tower(encoder, f"params.yaml: finetune.{name}.base")
     everything, training, choosing = read_images(), read_images("train"), read_split(INDEX, "choose")
     shown = {each: image for each, image in everything.items() if each in training or each in choosing}
-    chosen = None if settings.classes == NONE else sorted(set(read_lines(Path(settings.classes))))
-    identity = {"base": tower.fingerprint, "settings": settings.model_dump(), "classes": chosen, "rules": RULES}
+    named = named_in(settings.classes)
+    identity = {"base": tower.fingerprint, "settings": settings.model_dump(), "classes": named, "rules": RULES}
     classes = [{image_id: image.class_id for image_id, image in each.items()} for each in (everything, training, shown)]
     if not refit and is_kept(folder, identity, *classes):
         print(f"{folder}: kept")

@@ -16,8 +16,10 @@ A tuned encoder stays in evaluation mode: no dropout, and batch norms keep the s
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,15 +28,20 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 
 from fieldmark.command import UserError
 from fieldmark.encoders.maps import find_visual
+from fieldmark.params import Adapt, Finetune
+from fieldmark.pictures.epochs import iterate_batches, shuffled
+from fieldmark.pictures.views import Preprocessor, Source
 
 # Where timm keeps the blocks of a tower, or its stages.
 TIMM_BLOCKS = ("blocks", "layers", "stages")
 # Coefficients and epsilon of AdamW as the public code of AdaptCLIPZS has them [code].
 BETAS, EPSILON = (0.9, 0.98), 1e-6
 MAX_NORM = 1.0  # of the gradient
+TIMED_STEPS = 3  # of a preview, after a first one
 Weight = tuple[nn.Module, str]  # a module, and the name of a parameter that it holds itself
 
 
@@ -170,6 +177,75 @@ def make_optimizer(
 def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The epoch of the best accuracy on what chooses, the first among equals."""
     return max(history, key=lambda row: row["val_accuracy"])
+
+
+def run_epochs(
+    title: str,
+    learned: list[Source],
+    encoder: Preprocessor,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    settings: Adapt | Finetune,
+    loss_of: Callable[[list[Source], Tensor, int], Tensor],
+    accuracy: Callable[[], float],
+    chosen_by: str,
+    before: float | None = None,
+) -> list[dict[str, Any]]:
+    """Tune parameters in place, as they were after the best epoch; the epochs, as in history.csv.
+
+    `loss_of` takes a batch, its pixels and the number of the epoch. `chosen_by` names what `accuracy` is of. Where
+    `before` is given, it is the accuracy of epoch 0, which can be the best.
+    """
+    steps = settings.epochs * -(-len(learned) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    reached, kept = before or 0.0, snapshot(parameters)
+    history: list[dict[str, Any]] = []
+    if before is not None:
+        history.append({"epoch": 0, "loss": None, "val_accuracy": before})
+    with tqdm(total=settings.epochs * len(learned), desc=title, unit="img") as progress:
+        for epoch in range(settings.epochs):
+            total = 0.0
+            order = shuffled(learned, settings.seed, epoch)
+            for batch, pixels in iterate_batches(order, encoder, epoch + 1, settings.batch_size):
+                loss = loss_of(batch, pixels, epoch)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(batch)
+                progress.update(len(batch))
+                progress.set_postfix_str(f"loss {loss.item():.3f}, {chosen_by} {reached:.3f}")
+            reached = accuracy()
+            history.append({"epoch": epoch + 1, "loss": total / len(order), "val_accuracy": reached})
+            best = best_of(history)
+            if best is history[-1]:
+                kept = snapshot(parameters)
+            if epoch + 1 - best["epoch"] >= settings.patience:
+                break
+    restore(parameters, kept)
+    return history
+
+
+def say_time(
+    learned: list[Source],
+    encoder: Preprocessor,
+    device: torch.device,
+    settings: Adapt | Finetune,
+    loss_of: Callable[[list[Source], Tensor], Tensor],
+) -> str:
+    """How long the epochs take, from a few steps that are thrown away."""
+    order = shuffled(learned, settings.seed, 0)[: (TIMED_STEPS + 1) * settings.batch_size]
+    times = [perf_counter()]
+    for batch, pixels in iterate_batches(order, encoder, 1, settings.batch_size):
+        loss_of(batch, pixels).backward()
+        times.append(perf_counter())
+    step = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[1] - times[0]
+    steps = settings.epochs * -(-len(learned) // settings.batch_size)
+    return (
+        f"time: about {timedelta(seconds=round(step * steps))} for {settings.epochs} epochs"
+        f" ({step:.2f} s a step of {settings.batch_size} on {device})"
+    )
 
 
 def snapshot(parameters: list[nn.Parameter]) -> list[Tensor]:
