@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -52,6 +53,7 @@ MENDABLE = {"truncated", "invalid"}
 # What OpenAI's Batch API costs of the price of a call [mem].
 BATCH_PRICE = 0.5
 ASKING = "asking"  # begins the names of the threads that ask
+SETTLE_LOOK_S = 0.01  # seconds between two looks at whether they are done
 # What a server on this machine costs that llm.prices does not name.
 FREE = Price(input=0.0, output=0.0)
 Row = dict[str, Any]
@@ -279,11 +281,11 @@ def settle(pool: ThreadPoolExecutor) -> None:
     """Wait for the calls under way in a pool of threads ASKING. They are paid for: no second signal cuts that short."""
     while True:
         try:
-            pool.shutdown(cancel_futures=True)
-            # A signal while the pool starts a thread leaves the thread at work and the pool unaware of it.
-            for thread in threading.enumerate():
-                if thread.name.startswith(ASKING):
-                    thread.join()
+            pool.shutdown(wait=False, cancel_futures=True)
+            # A signal while the pool starts a thread leaves the thread at work and the pool unaware of it, and one that
+            # interrupts Thread.join has Python 3.11 take the thread for ended: so neither of the two is asked.
+            while any(thread.name.startswith(ASKING) for thread in threading.enumerate()):
+                time.sleep(SETTLE_LOOK_S)
             return
         except KeyboardInterrupt:
             continue

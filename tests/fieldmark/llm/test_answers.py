@@ -335,6 +335,18 @@ class KeysAll:
         return True
 
 
+def test_a_second_ctrl_c_does_not_cut_the_wait_short() -> None:
+    """One that comes while a thread is waited for: Thread.join would take that thread for ended."""
+    pool, answered = ThreadPoolExecutor(1, ASKING), []
+    pool.submit(lambda: answered.append(time.sleep(0.5)))
+    main = threading.main_thread().ident or 0
+    impatient = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
+    impatient.start()
+    settle(pool)
+    impatient.join()
+    assert answered == [None]
+
+
 def test_a_thread_that_its_pool_lost_sight_of_ends_before_the_journal_does() -> None:
     """A Ctrl-C in the moment in which a pool starts a thread leaves the thread out of those that it waits for."""
     pool, answered = ThreadPoolExecutor(1, ASKING), []
