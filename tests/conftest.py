@@ -23,6 +23,7 @@ from tests.project import CONV, PARAMS, VIT, draw, save_model
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # An example that takes long says that the machine is busy, and nothing of the code.
 settings.register_profile("fieldmark", deadline=None)
 settings.load_profile("fieldmark")
