@@ -144,6 +144,16 @@ def read_class_table(folder: Path) -> list[Row]:
     return rows
 
 
+def merge_classes(classes: list[Row], table: list[Row]) -> list[Row]:
+    """The rows of both, one a class; what classes.csv says goes first."""
+    rows = {nfc(row["class_id"]): row for row in classes}
+    for row in table:
+        given = {key: value for key, value in row.items() if value}
+        row = rows.get(nfc(row["class_id"]), {})
+        rows[nfc(given["class_id"])] = row | given | ({"class_id": row["class_id"]} if row else {})
+    return list(rows.values())
+
+
 def check_listing(listing: Listing, root: str) -> None:
     """Match what the tables beside the images name with the images, in place, and take groups out of the classes.
 
@@ -173,9 +183,12 @@ def match_parts(listing: Listing, path: Path) -> None:
     """Keep the parts of images that are listed, and warn of others. Raises UserError where two paths are the same."""
     paths: dict[str, str] = {}
     for row in listing.images:
-        other = paths.setdefault(nfc(row["path"]), row["path"])
-        if other != row["path"]:
-            raise UserError(f"{path.parent}: the images {Same(other, row['path'])}; remove or rename one")
+        key = nfc(row["path"])
+        if key in paths:
+            same = f"the images {Same(paths[key], row['path'])}; remove or rename one"
+            what = f"the image {row['path']!r} is listed twice; correct it" if paths[key] == row["path"] else same
+            raise UserError(f"{path.parent}: {what}")
+        paths[key] = row["path"]
     unknown = [part for part in listing.parts if nfc(part["path"]) not in paths]
     if unknown:
         name = unknown[0]["path"]
