@@ -144,6 +144,16 @@ def read_class_table(folder: Path) -> list[Row]:
     return rows
 
 
+def merge_classes(classes: list[Row], table: list[Row]) -> list[Row]:
+    """The rows of both, one a class; what classes.csv says goes first."""
+    rows = {nfc(row["class_id"]): row for row in classes}
+    for row in table:
+        given = {key: value for key, value in row.items() if value}
+        row = rows.get(nfc(row["class_id"]), {})
+        rows[nfc(given["class_id"])] = row | given | ({"class_id": row["class_id"]} if row else {})
+    return list(rows.values())
+
+
 def check_listing(listing: Listing, root: str) -> None:
     """Match what the tables beside the images name with the images, in place, and take groups out of the classes.
 

@@ -13,13 +13,12 @@ classes.txt names and some class lies in is a superclass and no class, unless an
 its parts in parts/ too, and its numbers of images are texts with dashes.
 """
 
-import math
 from pathlib import Path
 
+from fieldmark.annotations import fields, look_up, numbers
 from fieldmark.command import UserError
-from fieldmark.listing import Listing, Row, Spelling, read_class_table, read_lines, readable
+from fieldmark.listing import Listing, Row, Spelling, merge_classes, read_class_table, read_lines, readable
 from fieldmark.params import Dataset
-from fieldmark.store import nfc
 
 # What train_test_split.txt says of an image.
 SPLIT = {"1": "train", "0": "test"}
@@ -104,43 +103,6 @@ def describe(names: dict[str, str], above: dict[str, str], used: set[str], path:
             # A group may have the name of a class in it.
             other = [each for each in groups if each != readable(name)]
             rows[name] |= {"superclass": other[0] if other else None, "lineage": groups[::-1]}
-    return list(rows.values())
-
-
-def fields(path: Path, count: int) -> list[list[str]]:
-    """The lines of a table without header: `count` fields between spaces, the last with whatever spaces it holds."""
-    rows = []
-    for number, line in enumerate(read_lines(path), start=1):
-        row = line.split(maxsplit=count - 1)
-        if len(row) != count:
-            raise UserError(f"{path}: line {number} has not {count} fields: {line[:80]!r}; correct it")
-        rows.append([each.strip() for each in row])
-    return rows
-
-
-def numbers(path: Path, row: list[str]) -> list[float]:
-    try:
-        found = [float(value) for value in row]
-    except ValueError as error:
-        raise UserError(f"{path}: {' '.join(row)[:80]!r}: {error}; correct it") from None
-    if not all(map(math.isfinite, found)):
-        raise UserError(f"{path}: {' '.join(row)[:80]!r}: is no place in pixels; correct it")
-    return found
-
-
-def look_up(table: dict[str, str], key: str, path: Path) -> str:
-    if key not in table:
-        raise UserError(f"{path}: has no line for {key}; the files of this folder do not belong together")
-    return table[key]
-
-
-def merge_classes(classes: list[Row], table: list[Row]) -> list[Row]:
-    """The rows of both, one a class; what classes.csv says goes first."""
-    rows = {nfc(row["class_id"]): row for row in classes}
-    for row in table:
-        given = {key: value for key, value in row.items() if value}
-        row = rows.get(nfc(row["class_id"]), {})
-        rows[nfc(given["class_id"])] = row | given | ({"class_id": row["class_id"]} if row else {})
     return list(rows.values())
 
 
