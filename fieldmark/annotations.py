@@ -1,6 +1,6 @@
-"""What annotations of data sets come in: lists of fields between spaces, boxes in XML, MATLAB's files; and their counts.
+"""What annotations come in: lists of fields between spaces, boxes in XML, MATLAB's files; and how many were published.
 
-Every reader raises UserError, one line that names the file, for what is missing or cannot be read. None opens a picture.
+Every reader raises UserError, one line that names the file, for what is missing or cannot be read. None opens an image.
 """
 
 import math
@@ -88,8 +88,12 @@ def read_voc(path: Path) -> list[Thing]:
         raise UserError(f"{path}: is not XML ({error}); take it from the archive again") from None
     things = []
     for entry in tree.iter("object"):
-        sides = [entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-        things.append(Thing((entry.findtext("name") or "").strip(), numbers(path, [side or "" for side in sides])))
+        found = {side: entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")}
+        missing = [side for side, text in found.items() if not (text or "").strip()]
+        if missing:
+            raise UserError(f"{path}: an object has no {missing[0]}; take it from the archive again")
+        name = (entry.findtext("name") or "").strip()
+        things.append(Thing(name, numbers(path, [str(text).strip() for text in found.values()])))
     return things
 
 

@@ -183,9 +183,12 @@ def match_parts(listing: Listing, path: Path) -> None:
     """Keep the parts of images that are listed, and warn of others. Raises UserError where two paths are the same."""
     paths: dict[str, str] = {}
     for row in listing.images:
-        other = paths.setdefault(nfc(row["path"]), row["path"])
-        if other != row["path"]:
-            raise UserError(f"{path.parent}: the images {Same(other, row['path'])}; remove or rename one")
+        key = nfc(row["path"])
+        if key in paths:
+            same = f"the images {Same(paths[key], row['path'])}; remove or rename one"
+            what = f"the image {row['path']!r} is listed twice; correct it" if paths[key] == row["path"] else same
+            raise UserError(f"{path.parent}: {what}")
+        paths[key] = row["path"]
     unknown = [part for part in listing.parts if nfc(part["path"]) not in paths]
     if unknown:
         name = unknown[0]["path"]

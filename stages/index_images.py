@@ -1,6 +1,6 @@
 """List every image and class of a data set: what is there, in which split, and what is broken, double or leaking.
 
-Reads   what `dataset.root` names, laid out as `dataset.format` says (fieldmark/formats/: imagefolder, cub, manifest),
+Reads   what `dataset.root` names, laid out as `dataset.format` says (fieldmark/formats/, a module a layout),
         and `dataset.val_list`, a file that names validation images: a path (or, in cub, a number) a line.
 Writes  data/index/images.parquet, classes.parquet, parts.parquet, attributes.parquet, near_duplicates.parquet,
         metrics.json (counts and health) and data/thumbs/ (192-px WebP a picture: all that report needs of the images).
@@ -267,6 +267,8 @@ def scale_to_image(listing: Listing, root: str) -> None:
             listing.warnings.append(f"{said}; a box is cut at the border, a point counts as not visible")
     for part in placed:
         row = by_path[part["path"]]
+        if part.get("box"):
+            part["box"] = shares(part["box"], row)
         if reaches_out([part["x"], part["y"]], row):
             part.update(x=None, y=None, visible=False)
         else:
