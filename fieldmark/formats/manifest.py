@@ -118,6 +118,9 @@ def text(value: Any) -> str | None:
 
 def inside(path: str, where: str) -> str:
     """A path in its one form. Raises UserError where it is absolute or leads out of the folder of images."""
+    # Most are in it already, and of a million of them this saves minutes.
+    if path.isprintable() and not {":", "\\"} & set(path) and not {"", ".", ".."} & set(path.split("/")):
+        return path
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
         raise UserError(f"{where}: path {path!r} is absolute; make it relative to the folder dataset.images names")
     parts = PurePosixPath(path).parts
