@@ -3,9 +3,9 @@
 root (fgvc-aircraft-2013b) has data/images/ID.jpg and, of each of train, val and test, data/images_variant_SPLIT.txt,
 images_family_SPLIT.txt and images_manufacturer_SPLIT.txt (an id, which is a text: 0787226, and a label with spaces);
 data/images_box.txt (id xmin ymin xmax ymax) where it is there; and classes.csv. A class is a variant; its family, or
-its manufacturer where the family has the same name, is its superclass, and both are its lineage. Pixels are counted
-from 1 [publisher's README], yet some boxes begin at 0 [seen]: the index cuts them at the border. The README counts 102
-variants and 10,200 images, the files 100 and 10,000 [code: torchvision].
+its manufacturer where the family has the same name, is its superclass, and both are its lineage. Its README counts
+pixels from 1, yet some boxes begin at 0: the index cuts them at the border; that xmax and ymax lie in the box is
+MATLAB's custom [mem]. The README counts 102 variants and 10,200 images, the files 100 and 10,000 [code].
 
 The last 20 rows of pixels of every picture are a banner with its photographer. `python -m tools.cut_banner` writes the
 data set without them, with BANNER to say so; boxes stay valid, since they count from the top. It is warned of pictures

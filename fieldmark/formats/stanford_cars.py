@@ -3,8 +3,8 @@
 root/cars_train/IMAGE, root/cars_test/IMAGE, devkit/cars_meta.mat (class_names) and devkit/cars_train_annos.mat; and
 cars_test_annos_withlabels.mat, a download of its own, in root or in devkit/ [code]: the file of test boxes in devkit/
 has no labels. Annotations are a structure of bbox_x1, bbox_y1, bbox_x2, bbox_y2, class and fname, classes and pixels
-counted from 1 [seen in the files]; that x2 and y2 lie in the box is MATLAB's custom [mem]. Picture names repeat in
-train and test. Read beside: classes.csv.
+counted from 1, as its files show; that x2 and y2 lie in the box is MATLAB's custom [mem]. Picture names repeat in train
+and test. Read beside: classes.csv.
 
 The files name no makes. The superclass is the first word of a class's name, or the first two of TWO_WORDS [design].
 The other archive that goes about, car_ims/ with cars_annos.mat, is not read.
