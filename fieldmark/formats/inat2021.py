@@ -11,7 +11,8 @@ its family. `supercategory`, 11 groups such as Birds, is no rank and is not read
 are none are left out; a date at midnight has no time. Whether common names are ever empty is not known.
 
 The whole file is read at once, 2.3 kB of memory a picture (bench/index_json.py): 6 GB for train.json. So that DVC does
-not read millions of pictures, put the JSON files into a folder of their own, and name that of the pictures in `dataset.images`.
+not read millions of pictures, put the JSON files into a folder of their own, and name that of the pictures in
+`dataset.images`.
 """
 
 from pathlib import Path
