@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -171,12 +171,13 @@ def check_published(listing: Listing, folder: Path, *published: Published) -> No
 
 def missing_files(folder: Path, paths: Iterable[str]) -> list[str]:
     """The paths that name no file, by one look into each folder."""
-    there: dict[PurePosixPath, set[str]] = {}
+    there: dict[str, set[str]] = {}
     gone = []
-    for path in map(PurePosixPath, paths):
-        if path.parent not in there:
-            inside = folder / path.parent
-            there[path.parent] = set(os.listdir(inside)) if inside.is_dir() else set()
-        if path.name not in there[path.parent]:
-            gone.append(path.as_posix())
+    for path in paths:
+        parent, _, name = path.rpartition("/")
+        if parent not in there:
+            inside = folder / parent
+            there[parent] = set(os.listdir(inside)) if inside.is_dir() else set()
+        if name not in there[parent]:
+            gone.append(path)
     return gone

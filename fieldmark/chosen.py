@@ -19,14 +19,15 @@ class Image(NamedTuple):
 
     path: str  # relative to the data set's folder
     class_id: str
+    box: list[float] | None = None  # as in the index
 
 
 def read_images(split: str | None = None) -> dict[str, Image]:
     """The usable images of the index by image_id, or those of one of its splits."""
-    table = store.read_table(INDEX, "index.images/1", ["image_id", "path", "class_id", "split", "status"])
+    table = store.read_table(INDEX, "index.images/1", ["image_id", "path", "class_id", "split", "status", "box"])
     table = table.filter(pc.field("status") == "ok").sort_by("image_id")
-    rows = table.to_pylist()
-    return {row["image_id"]: Image(row["path"], row["class_id"]) for row in rows if split in (None, row["split"])}
+    rows = [row for row in table.to_pylist() if split in (None, row["split"])]
+    return {row["image_id"]: Image(row["path"], row["class_id"], row["box"]) for row in rows}
 
 
 def named_in(file: str) -> list[str] | None:

@@ -51,6 +51,10 @@ class Domain(Block):
     not_shown: list[str] = []
 
 
+# Formats whose tables may stand apart from the pictures, or be one file.
+TABLES_APART = ("manifest", "coco", "inat2021", "fathomnet2025", "camtrap_dp")
+
+
 class Dataset(Block):
     format: str = "imagefolder"
     root: str
@@ -69,7 +73,7 @@ class Dataset(Block):
         root = Path(self.root)
         if self.images is not None:
             return Path(self.images)
-        return root.parent if self.format == "manifest" and not root.is_dir() else root
+        return root.parent if self.format in TABLES_APART and not root.is_dir() else root
 
 
 class Reef(Block):
@@ -647,8 +651,9 @@ def check_contradictions(path: str, params: Params) -> None:
     if params.report.run is not None and params.report.run not in params.train.runs:
         known = ", ".join(params.train.runs)
         refuse("report.run", f"{params.report.run!r} is not under `train.runs`", f"choose one of: {known}, or null")
-    if params.dataset.images is not None and params.dataset.format != "manifest":
-        refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
+    if params.dataset.images is not None and params.dataset.format not in TABLES_APART:
+        what = f"is for the formats {', '.join(TABLES_APART)}; others find images under root"
+        refuse("dataset.images", what, "set it to null")
     regions = params.embed.regions
     if regions is not None:
         key, own = "embed.regions.count", WINDOWS[regions.crops]

@@ -53,7 +53,7 @@ from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.memory import keep_memory
 from fieldmark.params import Adapt, Params, load_params
 from fieldmark.pictures.epochs import iterate_batches
-from fieldmark.pictures.views import Source
+from fieldmark.pictures.views import Source, source_of
 
 CONCEPTS = Path("data/concepts/concepts.parquet")
 # Raised when the same inputs and settings give another encoder.
@@ -99,7 +99,7 @@ def gather(name: str, settings: Adapt, images: dict[str, Image], folder: Path) -
 
     def sources(names: list[str]) -> list[Source]:
         found = of_classes(images, names)
-        return [Source(image_id, folder / image.path) for image_id, image in found.items()]
+        return [source_of(folder, image_id, image.path, image.box) for image_id, image in found.items()]
 
     return Data(
         sources(learned), sources(held), {image_id: image.class_id for image_id, image in images.items()},

@@ -44,8 +44,9 @@ from fieldmark.llm.questions import Question, ask, foresee, write_metrics
 from fieldmark.llm.replay import replay
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import Params, load_params
-from fieldmark.pictures.boxes import Box, Region, box_of, cut_windows
-from fieldmark.pictures.decode import BadImage, open_rgb
+from fieldmark.pictures.boxes import Box, box_of, cut_windows, region_of
+from fieldmark.pictures.cuts import Place, place_of
+from fieldmark.pictures.decode import BadImage, open_place
 
 STAGE = "describe_images"
 IMAGES = Path("data/index/images.parquet")
@@ -117,12 +118,12 @@ def cell_items(cells: list[Cell], prompt: Prompt, params: Params) -> list[Item]:
     ]
 
 
-def data_url(path: Path, px: int, quality: int, box: Box | None = None) -> str:
+def data_url(place: Place, px: int, quality: int, box: Box | None = None) -> str:
     """A picture, or a box of it, as a JPEG data URL, at most `px` on its long side, without metadata.
 
     Raises BadImage.
     """
-    image = open_rgb(path)
+    image, _ = open_place(*place)
     if box is not None:
         image = image.crop(region_of(box, image.size))
     image.thumbnail((px, px), Image.Resampling.LANCZOS)
@@ -131,19 +132,12 @@ def data_url(path: Path, px: int, quality: int, box: Box | None = None) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def region_of(box: Box, size: tuple[int, int]) -> Region:
-    """The pixels of a box, at least one a side."""
-    (x0, y0, x1, y1), (width, height) = box, size
-    left, top = min(round(x0 * width), width - 1), min(round(y0 * height), height - 1)
-    return left, top, max(left + 1, round(x1 * width)), max(top + 1, round(y1 * height))
-
-
-def with_image(item: Item, paths: dict[str, Path]) -> list[Message]:
+def with_image(item: Item, places: dict[str, Place]) -> list[Message]:
     """An item's messages as they are sent. Raises Unaskable where the image cannot be opened."""
     *before, last = item.messages
     text, image = last["content"]
     try:
-        url = data_url(paths[image["image_id"]], image["px"], image["jpeg_quality"], box_of(image.get("box")))
+        url = data_url(places[image["image_id"]], image["px"], image["jpeg_quality"], box_of(image.get("box")))
     except BadImage as error:
         raise Unaskable(f"the image cannot be opened: {error}") from None
     return [*before, {**last, "content": [text, {"type": "image_url", "image_url": {"url": url}}]}]
@@ -212,17 +206,19 @@ def main() -> None:
     for table in (IMAGES, CLASSES):
         refuse_old_index(table, params.dataset, args.params)
     upstream = store.read_header(IMAGES, "index.images/1").fingerprint
-    images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status"]).to_pylist()
+    images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status", "box"]).to_pylist()
     classes_mark = store.read_header(CLASSES, "index.classes/2").fingerprint
     classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
 
-    paths = {row["image_id"]: params.dataset.folder / row["path"] for row in images if row["status"] == "ok"}
-    items = items_of(sorted(paths), prompt, params) if params.describe.enabled else []
+    folder, usable = params.dataset.folder, [row for row in images if row["status"] == "ok"]
+    paths = {row["image_id"]: folder / row["path"] for row in usable}
+    places = {row["image_id"]: place_of(folder, row["path"], row["box"]) for row in usable}
+    items = items_of(sorted(places), prompt, params) if params.describe.enabled else []
     questions = {"images": Question(prompt, items)}
     # Without cells nothing of the second prompt is read, and everything is as it was before there were any.
     cells, cell_prompt = list[Cell](), None
     if params.describe.enabled and params.describe.nodes:
-        cells, cell_prompt = cells_of(sorted(paths), params.describe.nodes), load_prompt(params.describe.cell_prompt)
+        cells, cell_prompt = cells_of(sorted(places), params.describe.nodes), load_prompt(params.describe.cell_prompt)
         questions["cells"] = Question(cell_prompt, cell_items(cells, cell_prompt, params))
     if params.llm.mode == "import" and params.describe.enabled:
         raise UserError(
@@ -234,7 +230,7 @@ def main() -> None:
         if args.dry_run:
             print(foresee(STAGE, questions, params.llm, ANSWERS))
             return
-        asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: with_image(item, paths))
+        asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: with_image(item, places))
         answered = dict(asked)
     else:
         if args.dry_run:

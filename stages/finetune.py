@@ -39,7 +39,7 @@ from fieldmark.labels.splits import read_split
 from fieldmark.memory import keep_memory
 from fieldmark.params import Encoder, Finetune, Params, load_params
 from fieldmark.pictures.epochs import iterate_batches
-from fieldmark.pictures.views import Source
+from fieldmark.pictures.views import Source, source_of
 
 # Raised when the same inputs and settings give another tower.
 RULES = 1
@@ -64,7 +64,7 @@ def gather(name: str, settings: Finetune, shown: dict[str, Image], choosing: dic
     classes = choose_classes(settings.classes, known, key)
     place = {each: number for number, each in enumerate(classes)}
     images = of_classes(shown, classes)
-    sources = {image_id: Source(image_id, folder / image.path) for image_id, image in images.items()}
+    sources = {image_id: source_of(folder, image_id, image.path, image.box) for image_id, image in images.items()}
     chosen = [source for image_id, source in sources.items() if image_id in choosing]
     if not chosen:
         raise UserError(f"{key}: none of them has an image in the half of val that chooses; raise dataset.val_fraction")

@@ -7,6 +7,9 @@ Writes  data/index/images.parquet, classes.parquet, parts.parquet, attributes.pa
         Warnings go to stderr, first of all where test is contaminated.
 Costs   one decode an image: about 5 ms on one core at 500 px.
 
+A row is a file, or a box of one where the layout says so: its path is then `FILE#ID` and its picture what lies in the
+box (fieldmark/pictures/cuts.py). Each such row is decoded by itself.
+
 Byte-equal files: one is `ok` (test before val before train, then the lowest path), the others are `duplicate`; in two
 classes, all are `conflict` and none is used. Where the data name no test images, each class's lowest round(f n) by
 sha256(seed, group or image_id) are test, f `dataset.test_fraction`; where they name no validation images, the same of
@@ -39,7 +42,8 @@ from fieldmark.formats import read_listing
 from fieldmark.listing import SPLITS, Listing, Row, hint, list_classes, read_lines
 from fieldmark.params import Dataset, Params, load_params
 from fieldmark.pictures import health
-from fieldmark.pictures.decode import BadImage, dhash, hash_file, map_ahead, open_file, open_rgb
+from fieldmark.pictures.cuts import image_id_of, is_cut, part_of, place_of
+from fieldmark.pictures.decode import BadImage, dhash, hash_file, map_ahead, open_file, open_place
 from fieldmark.pictures.sequences import mark_sequences, read_time, seconds
 
 INDEX = Path("data/index")
@@ -48,17 +52,31 @@ THUMB_PX = 192
 OUTSIDE_PX = 1
 
 
+def refuse_marks(rows: list[Row], root: str) -> None:
+    """Raises UserError for a path that says `FILE#ID`, a box of a file, and has no box."""
+    for row in rows:
+        if is_cut(row["path"]) and not row.get("box"):
+            remedy = "give the row its box, or rename the file"
+            raise UserError(f"{root}: {row['path']!r} names a box of a file by its `#`, and has none; {remedy}")
+
+
 def hash_files(root: Path, rows: list[Row]) -> None:
-    """Fill image_id, the sha256 of the bytes, or status and error of a file that cannot be read."""
+    """Fill image_id, the sha256 of the bytes (and of the box: cuts.py), or status and error of an unreadable file."""
+    of_file = defaultdict(list)
+    for row in rows:
+        of_file[place_of(root, row["path"], row.get("box")).file].append(row)
 
-    def digest(row: Row) -> None:
+    def digest(file: Path) -> None:
         try:
-            with open_file(root / row["path"]) as file:
-                row["image_id"] = hash_file(file)
+            with open_file(file) as opened:
+                found = hash_file(opened)
+            for row in of_file[file]:
+                row["image_id"] = image_id_of(found, part_of(row["path"], row.get("box")))
         except BadImage as error:
-            row.update(image_id=None, status="broken", error=str(error))
+            for row in of_file[file]:
+                row.update(image_id=None, status="broken", error=str(error))
 
-    for _ in map_ahead(digest, rows, workers=os.cpu_count() or 1, ahead=256):
+    for _ in map_ahead(digest, of_file, workers=os.cpu_count() or 1, ahead=256):
         pass
 
 
@@ -86,10 +104,12 @@ def mark_duplicates(rows: list[Row]) -> None:
 
 def look_at(root: Path, row: Row) -> bytes | None:
     """Decode one image: fill width, height, dhash and taken and return its thumbnail, or mark the row broken."""
+    place = place_of(root, row["path"], row.get("box"))
     # Before the picture is held: metadata may take as much memory as pixels.
-    taken = seconds(row.get("captured_at") or read_time(root / row["path"]))
+    taken = seconds(row.get("captured_at") or read_time(place.file))
     try:
-        image = open_rgb(root / row["path"])
+        image, size = open_place(*place)
+        check_stated(row.get("stated"), size)
     except BadImage as error:
         row.update(status="broken", error=str(error))
         return None
@@ -98,6 +118,16 @@ def look_at(root: Path, row: Row) -> bytes | None:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80, method=4)
     return buffer.getvalue()
+
+
+def check_stated(stated: tuple[int, int] | None, size: tuple[int, int]) -> None:
+    """Raises BadImage where a file is of another shape than the table says that has its boxes: they lie elsewhere.
+
+    A picture that was made smaller or larger as a whole, and rounded to whole pixels, is of the same shape.
+    """
+    if stated is None or abs(stated[0] * size[1] - stated[1] * size[0]) <= max(*stated, *size):
+        return
+    raise BadImage(f"is {size[0]} x {size[1]} pixels; the table of its boxes says {stated[0]} x {stated[1]}")
 
 
 def hold_out(rows: list[Row], split: str, fraction: float, hash_of: Callable[[Row], str]) -> None:
@@ -305,6 +335,7 @@ def index(params: Params) -> dict[str, Any]:
         row["class_id"] = store.class_id_of(row["name"])
     for attribute in listing.attributes:
         attribute["class_id"] = store.class_id_of(attribute["class_id"])
+    refuse_marks(rows, dataset.root)
     name_validation(rows, Path(dataset.val_list))
     hash_files(dataset.folder, rows)
     mark_duplicates(rows)

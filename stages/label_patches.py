@@ -37,6 +37,7 @@ from fieldmark.labels.labelling import (
 from fieldmark.labels.pixels import pixel_density
 from fieldmark.labels.splits import read_split
 from fieldmark.params import Labels, Params, load_params
+from fieldmark.pictures.cuts import MARK
 
 INDEX = Path("data/index/images.parquet")
 EMBED = Path("data/embed")
@@ -149,10 +150,7 @@ def read_labelling(name: str, params: Params) -> Labelling:
     if settings.density == "pixel":
         made_by["thumbs"] = store.read_folder_header(THUMBS, "thumbs/1", buckets).fingerprint
     train = read_split(INDEX, "train") if leans_on_images(settings) else {}
-    boxes = None
-    if settings.inside_object:
-        boxes = store.read_table(INDEX, "index.images/1", ["image_id", "box", "status"])
-        boxes = boxes.filter(pc.field("status") == "ok")
+    boxes = read_objects() if settings.inside_object else None
     return Labelling(
         concepts=torch.from_numpy(store.vectors_of(bank).astype(np.float32)),
         numbers=bank.column("concept_idx").to_numpy(),
@@ -162,6 +160,13 @@ def read_labelling(name: str, params: Params) -> Labelling:
         boxes=boxes,
         made_by=made_by,
     )
+
+
+def read_objects() -> pa.Table:
+    """The usable images with the boxes of their objects; not those that are a box of a file, in which none is known."""
+    table = store.read_table(INDEX, "index.images/1", ["image_id", "path", "box", "status"])
+    cut = pc.match_substring_regex(table.column("path"), MARK)
+    return table.filter(pc.and_(pc.equal(table.column("status"), "ok"), pc.invert(cut)))
 
 
 def main() -> None:

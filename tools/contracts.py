@@ -57,10 +57,10 @@ NODE = "its number within the view; 0 is the whole picture"
 ABOUT = {
     "index.images/1": About(
         "data/index/images.parquet",
-        "A file of the data set, usable or not.",
+        "A file of the data set, or a box of one, usable or not.",
         {
-            "path": "from the folder of the images",
-            "image_id": "sha256 of the file's bytes; equal files share it; null where it cannot be read",
+            "path": "from the folder of the images; `FILE#ID`: the picture is that box of FILE, as all else is",
+            "image_id": "sha256 of the file's bytes (of these and of the box); equal files share it; null: unreadable",
             "class_id": "of index.classes",
             "split": "train, val or test",
             "width": "pixels, after the picture's own orientation",
@@ -69,7 +69,7 @@ ABOUT = {
             "error": "why it is not used",
             "dhash": "64-bit difference hash, for near duplicates",
             "duplicate_of": "the path of the equal file that is used",
-            "box": "x0, y0, x1, y1 of the object in [0, 1], where the data set has it",
+            "box": "x0, y0, x1, y1 of the object in [0, 1], where known; of `FILE#ID` the box within FILE",
             "group": "track, camera or site; a sequence by the image_id of its first picture",
             "captured_at": "as the manifest says",
             "latitude": "degrees",

@@ -52,6 +52,7 @@ from fieldmark.llm.imported import read_own
 from fieldmark.llm.prompts import Message, load_prompt
 from fieldmark.llm.questions import Question
 from fieldmark.params import Params, load_params, places_of
+from fieldmark.pictures.cuts import Place, file_of
 from fieldmark.pictures.decode import BadImage, hash_file, open_file, open_rgb
 from fieldmark.pictures.views import Source
 from stages import describe_images, generate_concepts
@@ -126,14 +127,15 @@ class Doctor:
         listing = read_listing(dataset)
         self.count = len(listing.images)
         self.classes = leave_out_imageless(list_classes(listing), dataset)
-        path = dataset.folder / listing.images[0]["path"]
+        path = dataset.folder / file_of(listing.images[0]["path"])
         try:
             open_rgb(path)
         except BadImage as error:
             raise UserError(f"{path}: {error}; look at it: most pictures should be good") from None
         # Evenly from all of them: the first may be of one size.
         few = (TIMED_BATCHES + 1) * max(each.batch_size for each in params.image_encoders.values())
-        self.sources = usable([dataset.folder / row["path"] for row in listing.images[:: max(1, self.count // few)]])
+        some = dict.fromkeys(file_of(row["path"]) for row in listing.images[:: max(1, self.count // few)])
+        self.sources = usable([dataset.folder / file for file in some])
         sizes = Counter(row["name"] for row in listing.images)
         fewest = min(sizes, key=lambda name: sizes[name])
         named = len({row["split"] for row in listing.images} - {None})
@@ -222,14 +224,14 @@ class Doctor:
         if not self.sources:
             raise UserError("there is no picture to ask about; see `data set` above")
         prompt = load_prompt(params.describe.prompt)
-        paths = {source.image_id: source.path for source in self.sources}
+        places = {source.image_id: Place(source.path) for source in self.sources}
         [item] = describe_images.items_of([self.sources[0].image_id], prompt, params)
         questions = [Question(prompt, [item] * self.count)]
         if cells := describe_images.cells_of([self.sources[0].image_id], params.describe.nodes):
             of_cells = load_prompt(params.describe.cell_prompt)
             [first, *_] = describe_images.cell_items(cells, of_cells, params)
             questions.append(Question(of_cells, [first] * self.count * len(cells)))
-        return self.ask("describe_images", questions, lambda item: describe_images.with_image(item, paths))
+        return self.ask("describe_images", questions, lambda item: describe_images.with_image(item, places))
 
     def ask(self, stage: str, questions: list[Question], attach: Callable[[Item], list[Message]]) -> str:
         """Ask the first question of a stage, if calls are allowed; say what it cost, and what all cost at most.

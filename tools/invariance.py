@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from evaluation.runs import NotMade, Run, check_same_images, group_numbers, grou
 from fieldmark.command import UserError, counted, run, stage_parser
 from fieldmark.memory import keep_memory
 from fieldmark.params import Params, load_params
+from fieldmark.pictures.cuts import object_of, part_of
 from fieldmark.pictures.transforms import UNCHANGED, Transform, motion_of, moved_box
 from fieldmark.store import read_table, write_text
 from stages.label_patches import Labelling
@@ -168,11 +169,16 @@ def choose_pictures(runs: Sequence[Run], most: int | None) -> Judged:
     places = sorted(sorted(places, key=lambda place: rows[first.paths[place]]["image_id"])[:most])
     chosen = [rows[first.paths[place]] for place in places]
     return Judged(
-        [Picture(row["path"], row["group"], row["box"]) for row in chosen],
+        [picture_of(row) for row in chosen],
         [row["image_id"] for row in chosen],
         [(row["width"], row["height"]) for row in chosen],
         Images(first.y[places], group_numbers([row["path"] for row in chosen], groups), first.by_class),
     )
+
+
+def picture_of(row: dict[str, Any]) -> Picture:
+    path, box = row["path"], row["box"]
+    return Picture(path, row["group"], object_of(path, box), part_of(path, box))
 
 
 def what_is_read(params: Params, runs: Sequence[Restored]) -> dict[str, frozenset[str]]:

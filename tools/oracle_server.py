@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 from fieldmark.command import UserError, counted, run, stage_parser
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.boxes import Box, box_of
+from fieldmark.pictures.cuts import Place
 from fieldmark.reef.species import VOCABULARY, phrases
 from fieldmark.store import read_table, sha256
 from stages.describe_images import JPEG_QUALITY, cells_of, data_url
@@ -156,7 +157,7 @@ def read_pictures(params: Params) -> dict[str, Picture]:
             path, class_id = params.dataset.folder / row["path"], row["class_id"]
             whole = Picture(row["image_id"], class_id, names[class_id], marks[class_id], boxes.get(row["path"], {}))
             for cell in (None, *(cell.box for cell in cells)):
-                url = data_url(path, params.describe.image_px, JPEG_QUALITY, cell)
+                url = data_url(Place(path), params.describe.image_px, JPEG_QUALITY, cell)
                 if (key := sha256(url)) in found:
                     raise UserError(f"{path}: as it is sent, it equals another picture or cell: the oracle cannot tell")
                 found[key] = whole._replace(cell=cell)

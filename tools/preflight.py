@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fieldmark.command import UserError, run, stage_parser
-from fieldmark.params import NONE, Params, load_params
+from fieldmark.params import NONE, TABLES_APART, Params, load_params
 from tools.profiles import changed_since
 
 # Drawn by draw_reef while the demo is on: it need not be there before.
@@ -50,7 +50,7 @@ SHOWN = 20
 def named_paths(params: Params) -> Iterator[tuple[str, str, str]]:
     """Each path that params.yaml names: its key, itself, and what must stand there: a file, a folder, or either."""
     dataset = params.dataset
-    yield "dataset.root", dataset.root, "file or folder" if dataset.format == "manifest" else "folder"
+    yield "dataset.root", dataset.root, "file or folder" if dataset.format in TABLES_APART else "folder"
     if dataset.images is not None:
         yield "dataset.images", dataset.images, "folder"
     yield "dataset.val_list", dataset.val_list, "file"

@@ -65,6 +65,13 @@ def scale_region(region: Region, size: tuple[int, int], reduced: tuple[int, int]
     return left, top, right, max(top + 1, round(bottom * reduced[1] / height))
 
 
+def region_of(box: Box, size: tuple[int, int]) -> Region:
+    """The pixels of a box, at least one a side."""
+    (x0, y0, x1, y1), (width, height) = box, size
+    left, top = min(round(x0 * width), width - 1), min(round(y0 * height), height - 1)
+    return left, top, max(left + 1, round(x1 * width)), max(top + 1, round(y1 * height))
+
+
 def grid_cells(box: Box, height: int, width: int, rows: int, columns: int, *, flip: bool) -> list[Box]:
     """The boxes of rows x columns cells pooled from height x width tokens that cover `box`, row by row.
 

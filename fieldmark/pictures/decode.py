@@ -23,6 +23,7 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
+from fieldmark.pictures.boxes import Box, region_of, scale_region
 from fieldmark.pictures.metadata import HEAD_BYTES, STEPS, format_of, hide_metadata
 
 # A picture of more pixels is refused as a decompression bomb before it is decoded, which takes up to 24 bytes a pixel.
@@ -35,6 +36,8 @@ BLOCK_BYTES = 2**20
 # write ten scans or so.
 MAX_SCANNED = 60 * MAX_PIXELS
 SCAN = b"\xff\xda"
+# A part of a file is not taken for thinner than this share of it when it is asked how far the file may be reduced.
+SMALLEST_PART = 2**-16
 # What shows through where a picture is transparent: mid-grey, so that neither dark nor light subjects vanish.
 BACKGROUND = (128, 128, 128)
 IMAGE_SUFFIXES = {
@@ -156,6 +159,21 @@ def open_reduced(path: str | Path | IO[bytes], side: float = math.inf) -> tuple[
             except Exception as error:
                 reason = error
     raise bad_image(reason) from None
+
+
+def open_part(file: IO[bytes], part: Box | None, side: float = math.inf) -> tuple[Image.Image, tuple[int, int]]:
+    """open_reduced of a part of a file, at least a pixel a side, whose own size is the true one; None: of all of it."""
+    if part is None:
+        return open_reduced(file, side)
+    image, size = open_reduced(file, side / max(min(part[2] - part[0], part[3] - part[1]), SMALLEST_PART))
+    region = region_of(part, size)
+    return image.crop(scale_region(region, size, image.size)), (region[2] - region[0], region[3] - region[1])
+
+
+def open_place(path: str | Path, part: Box | None) -> tuple[Image.Image, tuple[int, int]]:
+    """open_rgb of a part of a file, or of all of it, and the size of the file in pixels."""
+    image, size = open_reduced(path)
+    return (image if part is None else image.crop(region_of(part, size))), size
 
 
 def bad_image(error: Exception) -> BadImage:

@@ -6,7 +6,7 @@ the same image always has the same views. A view may be cut further into windows
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,8 +20,9 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.params import Embed, Regions
 from fieldmark.pictures import regions
-from fieldmark.pictures.boxes import Box, Region, box_of, cut_windows, in_image, middle, scale_region, visible_box
-from fieldmark.pictures.decode import MAX_PIXELS, BadImage, hash_file, open_file, open_reduced
+from fieldmark.pictures.boxes import Box, Region, cut_windows, in_image, middle, scale_region, visible_box
+from fieldmark.pictures.cuts import image_id_of, object_of, place_of
+from fieldmark.pictures.decode import MAX_PIXELS, BadImage, hash_file, open_file, open_part
 
 # The area of a view's random crop, as a share of the largest square that fits into the picture.
 VIEW_AREA = (0.5, 1.0)
@@ -51,6 +52,7 @@ class Source(NamedTuple):
     path: Path
     box: Box | None = None  # of its object, where the data have one
     size: tuple[int, int] | None = None  # width and height, where the index has them
+    part: Box | None = None  # of the file, where the picture is not all of it (cuts.py)
 
 
 class View(NamedTuple):
@@ -70,10 +72,18 @@ def read_sources(folder: Path) -> list[Source]:
     columns = ["image_id", "path", "status", "box", "width", "height"]
     table = store.read_table("data/index/images.parquet", "index.images/1", columns)
     return [
-        Source(row["image_id"], folder / row["path"], box_of(row["box"]), (row["width"], row["height"]))
+        source_of(folder, row["image_id"], row["path"], row["box"], (row["width"], row["height"]))
         for row in table.to_pylist()
         if row["status"] == "ok"
     ]
+
+
+def source_of(
+    folder: Path, image_id: str, path: str, box: Sequence[float] | None, size: tuple[int, int] | None = None
+) -> Source:
+    """A row of the index as a source: its box is that of its object, or of the picture within the file."""
+    place = place_of(folder, path, box)
+    return Source(image_id, place.file, object_of(path, box), size, place.part)
 
 
 def view_region(image_id: str, number: int, width: int, height: int) -> tuple[Region, bool]:
@@ -97,17 +107,17 @@ def needed_side(encoder: Preprocessor, settings: Embed, zoom: float = 1.0) -> fl
 
 
 def open_indexed(source: Source, side: float) -> tuple[Image.Image, tuple[int, int]]:
-    """An image that the index calls usable, decoded at full size or less (decode.open_reduced), and its true size.
+    """An image that the index calls usable, decoded at full size or less (decode.open_part), and its true size.
 
     Raises UserError where its bytes are not those that were indexed, or can no longer be read.
     """
     remedy = "run index_images again (dvc repro)"
     try:
         with open_file(source.path) as file:
-            if hash_file(file) != source.image_id:
+            if image_id_of(hash_file(file), source.part) != source.image_id:
                 raise UserError(f"{source.path}: has changed since it was indexed; {remedy}")
             file.seek(0)
-            return open_reduced(file, side)
+            return open_part(file, source.part, side)
     except BadImage as error:
         reason = str(error).removeprefix("cannot be read: ")
         raise UserError(f"{source.path}: could be read when it was indexed, not now ({reason}); {remedy}") from None

@@ -14,6 +14,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.llm.answers import summarise
 from fieldmark.llm.journal import journal_path
+from fieldmark.pictures.cuts import Place
 from fieldmark.pictures.decode import BadImage
 from stages.describe_images import ANSWERS, CELLS, DESCRIPTIONS, JPEG_QUALITY, METRICS, data_url, main
 from tests.fieldmark.llm.workspace import KEY, Row, Workspace, answers
@@ -191,7 +192,7 @@ def test_no_encoded_picture_outlives_its_call(workspace: Workspace, server: Open
             # Noise hardly compresses: what is held shows.
             path = Path("data/photos", row["path"])
             Image.effect_noise((300 + count, 300), 100).save(path)
-            size = len(data_url(path, 300, JPEG_QUALITY))
+            size = len(data_url(Place(path), 300, JPEG_QUALITY))
         workspace.blocks["describe"] = {"enabled": True, "image_px": 300 + count}
         workspace.write()
         tracemalloc.start()
@@ -211,10 +212,10 @@ def test_a_data_url_is_upright_and_never_enlarged(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    payload = base64.b64decode(data_url(tmp_path / "turned.jpg", 512, 90).partition(",")[2])
+    payload = base64.b64decode(data_url(Place(tmp_path / "turned.jpg"), 512, 90).partition(",")[2])
     assert Image.open(io.BytesIO(payload)).size == (40, 100)
     with pytest.raises(BadImage):
-        data_url(tmp_path / "none.jpg", 512, 90)
+        data_url(Place(tmp_path / "none.jpg"), 512, 90)
 
 
 def test_no_key_is_stored(server: OpenAIServer, workspace: Workspace) -> None:

@@ -10,7 +10,8 @@ Of new pictures there is no truth.json.
 The run says what is in a picture and not where. So the box of an annotation is that of the object where the data set
 has it, else the whole picture, in truth and prediction alike: average precision of these files judges names, never
 places. An image's id is its place among all usable images by path, a category's that of its class, both from 1: files
-of two splits or runs have the same ids. Memory: an image's row in JSON, about 1 kB.
+of two splits or runs have the same ids. A picture that is a box of a file (`FILE#ID`) is an image of its own here, of
+that name and of the size of the box. Memory: an image's row in JSON, about 1 kB.
 """
 
 import json
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fieldmark import store
+from fieldmark.pictures.cuts import object_of
 from tools.exports.index import Index, Row, check_folder, unique_names
 from tools.exports.predictions import Said, Source
 
@@ -32,7 +34,7 @@ NOT_MARKED, HIDDEN, SEEN = 0, 1, 2  # COCO's v of a keypoint
 
 def box_of(image: Row) -> list[float]:
     """x, y, width and height in pixels: of the object where the index has it, else of the picture."""
-    x0, y0, x1, y1 = image["box"] or (0, 0, 1, 1)
+    x0, y0, x1, y1 = object_of(image["path"], image["box"]) or (0, 0, 1, 1)
     width, height = image["width"], image["height"]
     return [round(side, 2) for side in (x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height)]
 
@@ -127,5 +129,5 @@ def write_coco(data: Path, out: Path, index: Index, source: Source, said: Sequen
     contents = ({**shared, "annotations": truth}, {**shared, "annotations": predicted}, results)
     for name, content in list(zip(NAMES, contents, strict=True))[0 if known else 1 :]:
         store.write_text(out / name, json.dumps(content, ensure_ascii=False) + "\n")
-    boxed = sum(each.image["box"] is not None for each in said)
+    boxed = sum(object_of(each.image["path"], each.image["box"]) is not None for each in said)
     return f"{len(said)} images of {len(categories)} categories, {boxed} with a box of the object, {len(names)} parts"

@@ -33,6 +33,7 @@ from xml.sax.saxutils import escape
 
 from fieldmark import store
 from fieldmark.command import counted
+from fieldmark.pictures.cuts import file_of
 from tools.exports.index import Index, Row, check_file
 from tools.exports.predictions import Said, Source
 
@@ -115,7 +116,7 @@ def occurrence(said: Said, classes: dict[str, Row], source: Source, media: str |
         "identificationVerificationStatus": HUMAN if label else MACHINE,
         "identificationRemarks": f"probability {own:.4f} by {source}, calibrated on val",
         "previousIdentifications": "" if agreed else f"{name} (probability {said.probability:.4f} by {source})",
-        "associatedMedia": media + quote(image["path"]) if media else "",
+        "associatedMedia": media + quote(file_of(image["path"])) if media else "",
         "license": image["licence"] or "",
         "dynamicProperties": json.dumps({k: v for k, v in about.items() if v is not None}, ensure_ascii=False),
     }

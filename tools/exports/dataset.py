@@ -12,9 +12,11 @@ test, each of at most 500 MB of pictures. A row an image, sorted by image_id:
 Pictures belong to whoever took them. A picture goes in where its own licence lets anyone pass it on: a Creative Commons
 licence or the public domain (`may_be_shared`). Others, and those that name none, are rows without a picture, unless
 --with-images says that you may pass them on. Files go in as they are, with what their cameras wrote into them, places
-too; nothing is decoded. Memory: a hundred pictures, and the texts of the images of a file.
+too; nothing is decoded, but for a picture that is a box of a file (`FILE#ID`), which goes in as a PNG. Memory: a
+hundred pictures, and the texts of the images of a file.
 """
 
+import io
 import json
 import re
 from collections import Counter
@@ -30,7 +32,8 @@ from tqdm import tqdm
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.listing import SPLITS
-from fieldmark.pictures.decode import BadImage, open_file
+from fieldmark.pictures.cuts import image_id_of, place_of
+from fieldmark.pictures.decode import BadImage, open_file, open_part
 from tools.exports.index import Index, Row, check_folder, unique_names
 from tools.exports.markdown import render
 
@@ -99,16 +102,20 @@ def read_descriptions(data: Path, image_ids: list[str]) -> dict[str, str]:
 
 
 def read_picture(folder: Path, image: Row) -> bytes:
-    """The file of an image. Raises UserError where it is not the one that was indexed."""
-    path = folder / image["path"]
+    """The file of an image, or the part of it that is one. Raises UserError where it is not what was indexed."""
+    path, part = place_of(folder, image["path"], image["box"])
     try:
         with open_file(path) as file:
             content = file.read()
+        if image_id_of(store.sha256(content), part) != image["image_id"]:
+            raise UserError(f"{path}: is not the file that was indexed; run index_images again (dvc repro)")
+        if part is None:
+            return content
+        buffer = io.BytesIO()
+        open_part(io.BytesIO(content), part)[0].save(buffer, "PNG")
+        return buffer.getvalue()
     except (BadImage, OSError) as error:
         raise UserError(f"{path}: {error}; {RESTORE}") from None
-    if store.sha256(content) != image["image_id"]:
-        raise UserError(f"{path}: is not the file that was indexed; run index_images again (dvc repro)")
-    return content
 
 
 def shards(folder: Path, index: Index, *, all_pictures: bool) -> dict[str, list[Row]]:
@@ -123,7 +130,7 @@ def shards(folder: Path, index: Index, *, all_pictures: bool) -> dict[str, list[
                 size = 0
             filled[-1].append(row)
             if all_pictures or may_be_shared(row["licence"]):
-                size += size_of(folder / row["path"])
+                size += size_of(place_of(folder, row["path"], row["box"]).file)
         for number, rows in enumerate(filled):
             files[f"data/{split}-{number:05d}-of-{len(filled):05d}.parquet"] = rows
     return files

@@ -34,7 +34,7 @@ from fieldmark.graphs.patches import SCHEMA as GRAPHS
 from fieldmark.graphs.patches import graph_rows
 from fieldmark.moments import Basis
 from fieldmark.params import Embed, Graphs, Params
-from fieldmark.pictures.decode import bad_image, open_reduced
+from fieldmark.pictures.decode import bad_image, open_part
 from fieldmark.pictures.transforms import UNCHANGED, Transform, transformed
 from fieldmark.pictures.views import Outputs, Source, View, cut_views, open_indexed
 from stages import embed_tokens, label_patches, pool_tokens
@@ -267,7 +267,7 @@ class Features:
 
         def decode(side: float) -> tuple[Image.Image, tuple[int, int]]:
             file.seek(0)
-            return open_reduced(file, side)
+            return open_part(file, source.part, side)
 
         # Some files of /proc state no size, and a read from them waits.
         if os.fstat(file.fileno()).st_size == 0:
@@ -353,7 +353,7 @@ def label(labelling: Labelling, nodes: pa.Table, looked: Iterable[Looked], quest
         boxes = [{"image_id": each.image_id, "box": each.picture.box} for each in looked]
         labelling = labelling._replace(boxes=pa.Table.from_pylist(boxes, BOXED))
     if labelling.settings.density == "pixel":
-        webp = [{"image_id": each.image_id, "webp": thumbnail(question.file(each.picture))} for each in looked]
+        webp = [{"image_id": each.image_id, "webp": thumbnail(question, each.picture)} for each in looked]
         thumbs = store.make_table("thumbs/1", webp)
     return labelling.label(nodes, thumbs)
 

@@ -29,7 +29,7 @@ class Page:
     def add(self, looked: Sequence[Looked], rows: Sequence[Row]) -> None:
         """The rows of pictures, with a thumbnail of each that can be decoded."""
         for each, row in zip(looked, rows[: SHOWN - len(self.rows)], strict=False):
-            webp = None if row["error"] else thumbnail(self.question.file(each.picture))
+            webp = None if row["error"] else thumbnail(self.question, each.picture)
             self.rows.append(row | {"webp": None if webp is None else encode(webp)})
 
     def write(self, path: Path, run: str, said: str, names: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The pictures that are asked about: one file, all of a folder, or the rows of a manifest; and their files, opened."""
 
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -9,7 +9,8 @@ from fieldmark.command import UserError, counted
 from fieldmark.formats import manifest
 from fieldmark.formats.imagefolder import visible
 from fieldmark.listing import Spelling
-from fieldmark.pictures.boxes import box_of
+from fieldmark.pictures.boxes import Box, box_of
+from fieldmark.pictures.cuts import file_of, image_id_of, object_of, part_of
 from fieldmark.pictures.decode import IMAGE_SUFFIXES, BadImage, hash_file, map_ahead, open_file
 from fieldmark.pictures.views import Source, View
 from stages.index_images import look_at
@@ -24,7 +25,8 @@ class Picture(NamedTuple):
 
     path: str  # as answers name it: below the folder as that was given, or as the manifest has it
     group: str | None = None
-    box: list[float] | None = None  # of the object, x0 y0 x1 y1 in [0,1] of the picture
+    box: Sequence[float] | None = None  # of the object, x0 y0 x1 y1 in [0,1] of the picture
+    part: Box | None = None  # of the file, where the picture is not all of it: the path is `FILE#ID` then
 
 
 class Question(NamedTuple):
@@ -35,7 +37,7 @@ class Question(NamedTuple):
     passed_over: int = 0  # files in a folder that are no pictures by their names
 
     def file(self, picture: Picture) -> Path:
-        return self.folder / picture.path
+        return self.folder / (picture.path if picture.part is None else file_of(picture.path))
 
 
 def read_question(asked: str) -> Question:
@@ -76,8 +78,9 @@ def files_below(folder: Path) -> Iterator[str]:
 def list_manifest(path: Path) -> Question:
     """The rows of a manifest, whose paths start from its own folder.
 
-    Columns: path; group and box where there are any, as in fieldmark/formats/manifest.py. Others are not read. Raises
-    UserError for a file that is not readable, has no row, or has a row without a path or with a box that is none.
+    Columns: path; group and box where there are any, as in fieldmark/formats/manifest.py, a row `FILE#ID` too. Others
+    are not read. Raises UserError for a file that is not readable, has no row, or has a row without a path or with a
+    box that is none.
     """
     pictures, spelling = [], Spelling(path.parent)
     for _, where, row in manifest.numbered(path, manifest.read_rows(path, ["path"], "the path")):
@@ -85,7 +88,8 @@ def list_manifest(path: Path) -> Question:
         if name is None:
             raise UserError(f"{where}: path is empty; fill it in, or remove the row")
         box = manifest.box_of(row.get("box"), where)
-        pictures.append(Picture(spelling.on_disk(name), manifest.text(row.get("group")), box))
+        group = manifest.text(row.get("group"))
+        pictures.append(Picture(spelling.on_disk(name), group, object_of(name, box), part_of(name, box)))
     if not pictures:
         raise UserError(f"{path}: names no picture")
     return Question(path.parent, pictures)
@@ -109,8 +113,8 @@ def look(
         image_id = ""
         try:
             with open_file(path := question.file(picture)) as file:
-                image_id = hash_file(file)
-                source = Source(image_id, path, box_of(picture.box))
+                image_id = image_id_of(hash_file(file), picture.part)
+                source = Source(image_id, path, box_of(picture.box), part=picture.part)
                 views = () if image_id in stored else prepare(file, source)
                 return Looked(picture, image_id, views)
         except BadImage as error:
@@ -119,6 +123,6 @@ def look(
     return map_ahead(look_at_one, question.pictures, os.cpu_count() or 1, ahead)
 
 
-def thumbnail(file: Path) -> bytes | None:
+def thumbnail(question: Question, picture: Picture) -> bytes | None:
     """A picture as a WebP of 192 px, as index_images makes it; None where it is broken."""
-    return look_at(file.parent, {"path": file.name})
+    return look_at(question.folder, {"path": picture.path, "box": picture.part})

@@ -100,13 +100,13 @@ def test_a_reduced_decode_shows_the_same(
     source = save(tmp_path / "large.jpg", smooth(1604, 1203), quality=90)
     maps = peak(10, 20).expand(2, 1, -1, -1)
     opened = []
-    whole = views.open_reduced
+    whole = views.open_part
 
     def spy(*words: object) -> tuple[Image.Image, tuple[int, int]]:
         opened.append(whole(*words))  # type: ignore[arg-type]
         return opened[-1]
 
-    monkeypatch.setattr(views, "open_reduced", spy)
+    monkeypatch.setattr(views, "open_part", spy)
     reduced = zoomed_views(source, encoder, maps)
     monkeypatch.setattr(views, "OVERSAMPLING", 1000)
     full = zoomed_views(source, encoder, maps)

@@ -1,0 +1,64 @@
+"""A picture that is a box of a file: a row of the index whose path is `FILE#ID`, as an annotation of COCO is.
+
+Such a row's `box` says which part of FILE it is, in shares of the upright file. All else that is said of it (width,
+height, dhash, thumbnail, nodes, moments, texts) is of what lies inside: nothing is known of an object within that. Its
+image_id is the sha256 of the file's own sha256 and of the box, so that a corrected box is another picture.
+
+ID holds none of `.`, `/` and `#`: a file `a#1.jpg` is a file, and `a.jpg#1` a box of `a.jpg`.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fieldmark.pictures.boxes import Box, box_of
+from fieldmark.store import sha256
+
+# What stands behind FILE in the path of a box of it; RE2 and Python read it alike.
+MARK = r"[^/]#[^#./]+$"
+NOT_IN_ID = re.compile(r"[#./%]")
+
+
+class Place(NamedTuple):
+    """Where a picture is: a file, or a part of it."""
+
+    file: Path
+    part: Box | None = None
+
+
+def is_cut(path: str) -> bool:
+    return re.search(MARK, path) is not None
+
+
+def file_of(path: str) -> str:
+    """The path of the file in which the picture of a row of the index lies."""
+    return path[: path.rindex("#")] if is_cut(path) else path
+
+
+def cut_path(file: str, number: object) -> str:
+    """The path of a box of a file; what an ID cannot hold is written as in an address (%2E for a dot)."""
+    return f"{file}#{NOT_IN_ID.sub(lambda found: f'%{ord(found[0]):02X}', str(number))}"
+
+
+def part_of(path: str, box: Sequence[float] | None) -> Box | None:
+    """Which part of its file the picture of a row is; None: all of it."""
+    return box_of(box) if is_cut(path) else None
+
+
+def object_of(path: str, box: Sequence[float] | None) -> Box | None:
+    """The box of the object in the picture of a row, where one is known."""
+    return None if is_cut(path) else box_of(box)
+
+
+def place_of(folder: Path, path: str, box: Sequence[float] | None) -> Place:
+    part = part_of(path, box)
+    return Place(folder / (path if part is None else file_of(path)), part)
+
+
+def image_id_of(digest: str, part: Box | None) -> str:
+    """The image_id of a picture, from the sha256 of its file: that itself where the picture is all of the file."""
+    # As the index stores it: what is read back gives the same.
+    return digest if part is None else sha256(f"{digest} {np.array(part, dtype='<f4').tobytes().hex()}")
