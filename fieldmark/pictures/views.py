@@ -66,13 +66,13 @@ class View(NamedTuple):
 
 
 def read_sources(folder: Path) -> list[Source]:
-    """The usable images of the index."""
+    """The usable images of the index that have a picture: documents have none."""
     columns = ["image_id", "path", "status", "box", "width", "height"]
     table = store.read_table("data/index/images.parquet", "index.images/1", columns)
     return [
         Source(row["image_id"], folder / row["path"], box_of(row["box"]), (row["width"], row["height"]))
         for row in table.to_pylist()
-        if row["status"] == "ok"
+        if row["status"] == "ok" and row["width"] is not None
     ]
 
 
