@@ -72,6 +72,9 @@ COLUMNS: dict[str, list[pa.Field]] = {
     ],
     "index.attributes/1": [required("class_id", TEXT), required("attribute", TEXT), required("value", TEXT)],
     "index.near_duplicates/1": [required("path", TEXT), required("other", TEXT), required("bits", INT)],
+    "index.links/1": [
+        required("src", TEXT), required("dst", TEXT), required("weight", FLOAT), required("kind", TEXT),
+    ],
     "thumbs/1": [required("image_id", TEXT), required("webp", pa.binary())],
     "llm.answers/1": [
         required("item_key", TEXT), required("subject_id", TEXT), required("sample", INT), required("prompt_sha", TEXT),
@@ -138,6 +141,7 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("image_id", TEXT), required("view", pa.int16()), required("src", items(pa.int16())),
         required("dst", items(pa.int16())), required("spatial", items(HALF)), required("semantic", items(HALF)),
     ],
+    "links/1": [required("src", TEXT), required("dst", TEXT), required("weight", FLOAT), required("kind", TEXT)],
 }
 # The columns that order a schema's rows.
 KEYS: dict[str, list[str]] = {
@@ -146,6 +150,7 @@ KEYS: dict[str, list[str]] = {
     "index.parts/1": ["path", "part"],
     "index.attributes/1": ["class_id", "attribute", "value"],
     "index.near_duplicates/1": ["path", "other"],
+    "index.links/1": ["dst", "src", "kind"],
     "thumbs/1": ["image_id"],
     "llm.answers/1": ["subject_id", "sample", "item_key"],
     "descriptions/1": ["image_id", "rank"],
@@ -162,6 +167,7 @@ KEYS: dict[str, list[str]] = {
     "labels/1": ["image_id", "view", "node"],
     "options/1": ["image_id"],
     "graphs/1": ["image_id", "view"],
+    "links/1": ["dst", "src", "kind"],
 }
 
 
@@ -404,6 +410,11 @@ def read_table(path: str | Path, schema: str, columns: list[str] | None = None) 
         return pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise broken(path, error) from None
+
+
+def are_documents(index: str | Path) -> bool:
+    """Whether the rows of data/index/images.parquet are documents of a text graph: none of them has a picture."""
+    return bool(read_header(index, "index.images/1").params.get("format") == "text_graph")
 
 
 def iterate_groups(path: str | Path, schema: str, columns: list[str]) -> Iterator[pa.Table]:
