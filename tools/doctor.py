@@ -49,6 +49,7 @@ from fieldmark.listing import Row, list_classes
 from fieldmark.llm.answers import Item, PlannedCalls, check_limits, cost, estimate, price_of
 from fieldmark.llm.client import Client, public_url, server_of
 from fieldmark.llm.imported import read_own
+from fieldmark.llm.pictures import as_sent
 from fieldmark.llm.prompts import Message, load_prompt
 from fieldmark.llm.questions import Question
 from fieldmark.params import Params, load_params, places_of
@@ -229,7 +230,7 @@ class Doctor:
             of_cells = load_prompt(params.describe.cell_prompt)
             [first, *_] = describe_images.cell_items(cells, of_cells, params)
             questions.append(Question(of_cells, [first] * self.count * len(cells)))
-        return self.ask("describe_images", questions, lambda item: describe_images.with_image(item, paths))
+        return self.ask("describe_images", questions, lambda item: as_sent(item, paths))
 
     def ask(self, stage: str, questions: list[Question], attach: Callable[[Item], list[Message]]) -> str:
         """Ask the first question of a stage, if calls are allowed; say what it cost, and what all cost at most.
