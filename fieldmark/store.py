@@ -142,6 +142,7 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("image_id", TEXT), required("view", pa.int16()), required("src", items(pa.int16())),
         required("dst", items(pa.int16())), required("spatial", items(HALF)), required("semantic", items(HALF)),
     ],
+    "links/1": [required("src", TEXT), required("dst", TEXT), required("weight", FLOAT), required("kind", TEXT)],
 }
 # The columns that order a schema's rows.
 KEYS: dict[str, list[str]] = {
@@ -167,6 +168,7 @@ KEYS: dict[str, list[str]] = {
     "labels/1": ["image_id", "view", "node"],
     "options/1": ["image_id"],
     "graphs/1": ["image_id", "view"],
+    "links/1": ["dst", "kind", "src"],
 }
 
 
