@@ -50,6 +50,7 @@ from fieldmark.llm.subjects import (
     pair_items,
     text_items,
     texts_of,
+    told_of_class,
 )
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import NONE, Ask, Params, load_params
@@ -284,6 +285,7 @@ def write_texts(
     mask = NameMask(Keys.of(sources.classes, card), domain.noun) if settings.mask else None
     rows, masked = texts_in(answers, prompt.guesses, mask)
     content: dict[str, Any] = {"subject": prompt.subject, "guesses": prompt.guesses, "mask": settings.mask}
+    content |= {"told": bool(told_of_class(prompt))}
     content |= {"domain": domain.model_dump(), "rules": MASK_RULES} if settings.mask else {}
     upstream = [mark, store.read_header(CLASSES, "index.classes/2").fingerprint]
     store.write_table(store.make_table(TEXTS, rows), path, TEXTS, content, store.fingerprint(TEXTS, content, upstream))

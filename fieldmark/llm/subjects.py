@@ -46,11 +46,16 @@ def class_values(classes: Sequence[Row]) -> dict[str, Values]:
     }
 
 
+def told_of_class(prompt: Prompt) -> list[str]:
+    """The variables by which a prompt about images or texts is told their class."""
+    return sorted(TELLS_THE_CLASS & set(prompt.variables)) if prompt.subject in ("image", "text") else []
+
+
 def check_blind(prompt: Prompt, splits: Collection[str], key: str) -> None:
     """Raise UserError where a prompt about images or texts is told their class, and others than training images are
     asked about; `key` of params.yaml names the question."""
-    told = sorted(TELLS_THE_CLASS & set(prompt.variables))
-    if prompt.subject in ("image", "text") and told and set(splits) != {"train"}:
+    told = told_of_class(prompt)
+    if told and set(splits) != {"train"}:
         raise UserError(
             f"params.yaml: {key}.splits: {prompt.path} is told the class ({', '.join(told)}), which no text of a val or"
             " test image may know; write splits: [train], or take that out of the prompt"
@@ -96,7 +101,7 @@ def image_items(
     show: Callable[[list[Message], str], list[Message]],
 ) -> list[Item]:
     """One item an image and sample. `images`: the class_id of each image_id; `show` adds the picture to messages."""
-    if TELLS_THE_CLASS & set(prompt.variables):
+    if told_of_class(prompt):
         values = class_values(classes)
         texts = {class_id: prompt.render(card | values[class_id]) for class_id in sorted(set(images.values()))}
     else:
@@ -115,7 +120,7 @@ def text_items(
 ) -> list[Item]:
     """One item a text and sample. `texts`, `images` (class_ids) and `neighbours` (of each, the nearest first) by
     image_id; those without neighbours are left out where the prompt uses them."""
-    told = bool(TELLS_THE_CLASS & set(prompt.variables))
+    told = told_of_class(prompt)
     near = NEIGHBOURS in prompt.variables
     values = class_values(classes) if told else {}
     rendered = {}
