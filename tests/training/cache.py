@@ -32,7 +32,7 @@ ALL = frozenset(
     {
         *{"nodes", "boxes", "kinds", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
         *{"descriptions", "projection", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout"},
-        *{"rollout", "parts", "attributes", "cell_descriptions"},
+        *{"rollout", "parts", "attributes", "cell_descriptions", "links/near", "asked/guess"},
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -58,11 +58,14 @@ class Plan:
     noise: float = 0.6  # of a vector that carries the cue; 1 leaves as much noise as cue
     concepts: int = 3  # a class, plus two generic ones
     top: int = 4
+    links: int = 6  # into each image; every third image has two fewer where ragged
+    linked: float = 0.75  # the share of an image's links that come from its own class
     rings: int = 0  # gains an image; 0 leaves the column null
     object: bool = True  # whether node 1 is the object, which says as little as any patch; else a cell of the grid
     shown: int = 4  # the concepts that stand for an image; every third image has two fewer where ragged
     sentences: int = 0  # that describe the first image, or all
     described: Literal["first", "all"] = "first"
+    told: bool = False  # whether what a question was answered tells the class: four first guesses of five are right
     ragged: bool = True
     buckets: int = 3
     seed: int = 0
@@ -158,6 +161,8 @@ def write_cache(folder: Path, plan: Plan) -> None:
     write_moments(folder, ENCODER, "isqrt", plan.dimension + 6, plan.seed)
     write_projection(folder, prototypes, moment_prototypes(plan.classes, plan.dimension + 4, plan.seed))
     write_again(folder, "zoom", plan.dimension + 4, plan.seed)
+    write_links(folder, "near", plan)
+    write_asked(folder, "guess", plan, images, prototypes)
 
 
 def write_bank(
@@ -384,6 +389,65 @@ def write_tokens(folder: Path, plan: Plan, images: Sequence[dict[str, Any]]) -> 
     ids = [image["image_id"] for image in images]
     target, made_by = folder / f"embed/{ENCODER}/tokens", {"encoder": marks["embed"]}
     write_buckets(target, "embed.tokens/1", rows, ids, plan.buckets, made_by, marks["tokens"])
+
+
+def write_links(folder: Path, name: str, plan: Plan) -> None:
+    """Links of a NAME between images of any split: `plan.linked` of those into an image come from its own class."""
+    rng = np.random.default_rng(plan.seed + 2)
+    index = read_table(folder / "index/images.parquet", "index.images/1", ["image_id", "class_id"]).to_pylist()
+    images = [row for row in index if row["image_id"]]
+    rows = []
+    for place, image in enumerate(images):
+        count = max(plan.links - 2 * (plan.ragged and place % 3 == 0), 0)
+        others = [other for other in images if other is not image]
+        own = [other for other in others if other["class_id"] == image["class_id"]]
+        heard = {rng.choice(own if rng.random() < plan.linked else others)["image_id"] for _ in range(count)}
+        rows += [
+            {"src": source, "dst": image["image_id"], "weight": rng.uniform(0.2, 1), "kind": "knn"}
+            for source in sorted(heard)
+        ]
+    mark = fingerprint("links", {"name": name, "seed": plan.seed})
+    write_table(make_table("links/1", rows), folder / f"links/{name}.parquet", "links/1", {}, mark)
+
+
+def write_asked(
+    folder: Path, name: str, plan: Plan, images: Sequence[dict[str, Any]], prototypes: np.ndarray
+) -> None:
+    """Answers to a question of a NAME: `reasons`, two texts an image, and `guesses`, three classes by their names.
+
+    Where ragged, every third image has one reason, and as its last guess no class, and every eleventh no answer.
+    """
+    rng = np.random.default_rng(plan.seed + 3)
+    names = [f"Class-{number:02d}" for number in range(plan.classes)]
+    rows, texts = [], []
+    for place, image in enumerate(images):
+        order = rng.permutation(plan.classes)
+        if plan.told:
+            order = np.concatenate([[image["label"]], order[order != image["label"]]])
+            order = order[[1, 0, *range(2, plan.classes)]] if rng.random() < 0.2 else order
+        few = plan.ragged and place % 3 == 0
+        guesses = [names[number] for number in order[:3]]
+        guesses = [*guesses[:-1], "a shoe"] if few else guesses
+        reasons = [f"reason {number} of image {place}" for number in range(1 if few else 2)]
+        if plan.ragged and place % 11 == 10:
+            guesses, reasons = [], []
+        for text in reasons:
+            vector = unit(rng.standard_normal(plan.dimension))
+            vector = around(prototypes[image["label"]], plan.noise, rng) if plan.told else vector
+            texts.append({"text_id": sha256(text), "text": text, "kind": "asked", "n_tokens": 3, "truncated": False,
+                          "vector": vector})  # fmt: skip
+        of_image = {"subject_id": image["image_id"], "sample": 0}
+        rows += [
+            {**of_image, "field": field, "rank": rank, "text": text}
+            for field, said in (("guesses", guesses), ("reasons", reasons))
+            for rank, text in enumerate(said)
+        ]
+    mark = fingerprint("asked", {"name": name, "seed": plan.seed})
+    made_by = {"subject": "image", "guesses": "guesses", "mask": True, "told": False}
+    write_table(make_table("asked/1", rows), folder / f"asked/{name}/texts.parquet", "asked/1", made_by, mark)
+    made_by = {"encoder": fingerprint("embed", {"encoder": ENCODER}), "logit_scale": SCALE}
+    path = folder / f"asked/{name}/vectors/{ENCODER}.parquet"
+    write_table(with_vectors("embed.text/1", texts), path, "embed.text/1", made_by, mark)
 
 
 def bucket_files(folder: Path) -> list[Path]:

@@ -12,6 +12,17 @@ def rows_of(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def spans(start: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The places (E,) that rows (B,) of a ragged table have, one row after the other, and which of 0 .. B-1 has each.
+
+    start (n + 1,): row i has the places start[i] .. start[i + 1].
+    """
+    first = start[rows]
+    count = start[rows + 1] - first
+    owner = torch.repeat_interleave(count)
+    return torch.arange(len(owner), device=start.device) - (count.cumsum(0) - count - first)[owner], owner
+
+
 class SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
