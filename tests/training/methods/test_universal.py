@@ -31,6 +31,7 @@ from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.kinds import Kinds
 from training.data.labels import Labels
+from training.data.links import Incoming, Links
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
 from training.data.parts import ObjectParts
@@ -450,6 +451,10 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         cache = cache.change(Kinds, kinds=kinds)
     if "attributes" in parts:
         cache = cache.change(Attributes, table=cache.part(Attributes).table.roll(1, dims=0))
+    if "links" in parts:
+        incoming = cache.part(Links).incoming
+        turned = {name: Incoming(edges.start, edges.source.roll(1), edges.weight) for name, edges in incoming.items()}
+        cache = cache.change(Links, incoming=turned)
     return cache.change(Edges, count=torch.zeros_like(cache.part(Edges).count)) if "edges" in parts else cache
 
 
