@@ -95,6 +95,7 @@ WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "pll_fg": {"lr": [3e-3], "weight_decay": [3.0]},
     "cate": {"lr": [3e-3]},
     "proden": {"lr": [1e-2], "weight_decay": [1.0], "epochs": 20},
+    "link_gnn": {"lr": [1e-2], "epochs": 40},
     "ma_cnn": {"lr": [3e-2], "parts": 8},
     "part_rcnn": {"lr": [3e-3], "parts": 8},
     "trd": {
