@@ -102,7 +102,8 @@ class Memory(nn.Module):
 
     @classmethod
     def from_state(cls, state: State, settings: LinkSettings) -> Self:
-        return cls(settings, *(state[name] for name in ("key", "start", "source", "weight")), int(state["views"]))
+        key, start, source, weight = (state[name] for name in ("key", "start", "source", "weight"))
+        return cls(settings, key, start, source, weight, int(state["views"]))
 
     def entering(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The edges (E,) into a batch: the row of the memory that sends, the place in the batch, and the weight.

@@ -57,10 +57,10 @@ class BaseProbe(WithProbe):
 class Settings(LinkSettings):
     with_probe: Annotated[BaseProbe, BeforeValidator(as_probe)] = BaseProbe()  # what is corrected; true: probes
     correct: list[Alpha] = Field(
-        default=[0.0, 0.5, 0.8, 0.95], min_length=1
+        default=[0.5, 0.8, 0.95, 0.0], min_length=1
     )  # shares of what a node hears of mistakes that val chooses from; 0 corrects nothing
     smooth: list[Alpha] = Field(
-        default=[0.0, 0.5, 0.8, 0.95], min_length=1
+        default=[0.5, 0.8, 0.95, 0.0], min_length=1
     )  # shares of what a node hears of classes that val chooses from; 0 smooths nothing
     steps: Count = 20  # how far both go
 

@@ -94,7 +94,8 @@ def test_in_training_an_image_is_told_without_its_own_label(planted: Planted) ->
     told = F.one_hot(cache.y, len(cache.classes)).float()
     lied = told.clone()
     lied[image] = 0.6 * told[image] + 0.4 * told[image].roll(1)  # the same class is likeliest: folds are the same
-    settings = Settings(**SMALL | {"with_probe": {"method": "ridge", "settings": {"penalty": [1.0]}}, "epochs": 0})
+    probe = {"method": "ridge", "settings": {"penalty": [1.0]}}
+    settings = Settings(**SMALL | {"with_probe": probe, "epochs": 0, "dropout": 0.0})
     assert settings.with_probe is not None
     offsets = []
     for target in (told, lied):
