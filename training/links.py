@@ -38,9 +38,17 @@ def links_word(settings: LinkSettings) -> str:
     return f"{WORD}/{settings.links}"
 
 
+TRANSDUCTIVE = "transductive"
+
+
 def is_transductive(settings: Block) -> bool:
     """Whether images that are judged send too: said wherever a number of such a run stands."""
     return isinstance(settings, LinkSettings) and settings.sources == "all"
+
+
+def named(name: str, transductive: bool) -> str:
+    """The name of a run, or of a row, as it stands beside a number."""
+    return f"{name} ({TRANSDUCTIVE})" if transductive else name
 
 
 class Around(NamedTuple):
