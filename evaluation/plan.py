@@ -25,7 +25,7 @@ from training.data import CPU, files_of
 from training.data.part import word_of
 from training.hashes import hash_data
 from training.inputs import ROOT, Reading, code_of, reading_of
-from training.links import is_transductive
+from training.links import check_links, is_transductive
 from training.looks import check_looks
 from training.methods import (
     check_also,
@@ -406,6 +406,7 @@ def read_entry(
     for encoder in encoders:
         check_texts(file, "encoders", params, method, settings, encoder)
     check_also(file, f"{key}.also", method, settings, variant.also)
+    check_links(file, key, params.links, settings)
     if variant.labels:
         labels = read_block(file, f"{key}.labels", variant.labels, Labels)
         if "labels" not in reads_of(method, settings):

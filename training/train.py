@@ -47,7 +47,7 @@ from training.hashes import hash_file
 from training.inputs import Reading, reading_of
 from training.knobs import say_knobs
 from training.layers.states import state_of
-from training.links import TRANSDUCTIVE, is_transductive, named
+from training.links import TRANSDUCTIVE, check_links, is_transductive, named
 from training.looks import check_looks, plan_look
 from training.loop import choose_device, predict, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
@@ -90,6 +90,7 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
     settings = read_settings(path, key, given.method, given.settings)
     check_texts(path, f"{key}.encoder", params, given.method, settings, given.encoder)
     check_also(path, f"{key}.also", given.method, settings, given.also)
+    check_links(path, key, params.links, settings)
     regime = read_regime(path, "train.regime", params.train.regime)
     if isinstance(regime, Folds):
         raise UserError(f"{path}: train.regime: folds are of a study, not of one run; put them in studies/NAME.yaml")

@@ -106,7 +106,8 @@ def test_three_files_of_one_table(project: Path) -> None:
 def test_what_is_transductive_is_said_beside_its_numbers(project: Path) -> None:
     every = {"spread_all": {"method": "label_propagation", "settings": {"sources": "all"}}}
     methods, controls = ["linear_probe", "label_propagation"], ["none", "links_removed"]
-    plan, grid = planned(project, methods=methods, controls=controls, regimes=["full"], variants=every)
+    near = {"links": {"near": {"kind": "group", "vectors": "data/none", "texts": "data/none"}}}
+    plan, grid = planned(project, near, methods=methods, controls=controls, regimes=["full"], variants=every)
     run_study(plan, grid, 1)
     text = compare(plan, grid)
     words = "spread_all is transductive, linear_probe is not"

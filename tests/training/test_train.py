@@ -136,7 +136,13 @@ def test_a_transductive_run_says_so_where_its_numbers_stand(
 ) -> None:
     write_cache(tmp_path / "data", Plan())
     runs = "    heard: {method: label_propagation, encoder: tiny}\n"
-    params.write_text(PARAMS + runs + runs.replace("heard", "spread").replace("}", ", settings: {sources: all}}"))
+    links = "links: {near: {kind: group, vectors: data/none, texts: data/none}}\n"
+    both = runs + runs.replace("heard", "spread").replace("}", ", settings: {sources: all}}")
+    params.write_text(PARAMS + both)
+    said = r"runs\.heard\.settings\.links: reads links/near, and `links` of params\.yaml has no near; add it \(docs/"
+    with pytest.raises(UserError, match=said):
+        plan_run(str(params), load_params(params), "heard")
+    params.write_text(links + PARAMS + both)
     loaded = load_params(params)
     for name, transductive in (("heard", False), ("spread", True)):
         train(loaded, str(params), name, tmp_path / "data")
