@@ -2,7 +2,7 @@
 
 Reads   data/index/images.parquet and its images with status ok as `dataset` says, data/index/classes.parquet (to find
         names in answers), the prompt `describe.prompt`, where cells are asked about `describe.cell_prompt`, params:
-        domain, dataset, llm, describe.
+        domain, dataset, llm, describe; of a text graph nodes.csv in `dataset.root`.
 Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image and one a cell, failed ones too;
         data/descriptions/descriptions.parquet (descriptions/1): the sentences; names of classes, superclasses and
         lineages, and `aliases`, are masked (fieldmark/concepts/names.py; the report says what is left of them);

@@ -16,7 +16,7 @@ BESIDE = ["data/studies", "data/towers"]
 KEPT = [
     "data/images.dvc", "data/images/train/a/1.jpg", "data/concepts.json", "data/concepts/mine.json", "data/photos.csv",
     "data/descriptions/mine.csv", "data/none", "data/demo/species.yaml", "data/controls/unrelated.txt",
-    "data/.gitignore", "dvc.lock", "data/adapted/README.md",
+    "data/.gitignore", "dvc.lock", "data/adapted/README.md", "data/links/README.md",
 ]  # fmt: skip
 
 

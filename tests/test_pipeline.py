@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from fieldmark import store
 from tests.checkout import command, edit_params
 from tests.openai_server import OpenAIServer
 
@@ -234,6 +235,48 @@ def test_a_probe_on_a_tower_alone_is_in_the_report(made: Path, tmp_path: Path) -
     plan = json.loads((folder / "data/inputs/on_a_tower.json").read_text())
     assert set(plan["files"]) == {"embed/cnn/images", "index/images.parquet", "index/classes.parquet"}
     assert refitted(folder) == set()
+
+
+def links_of(folder: Path) -> dict[str, set[str]]:
+    """Who sends to each image."""
+    found: dict[str, set[str]] = {}
+    for row in store.read_table(folder / "data/links/near.parquet", "links/1").to_pylist():
+        found.setdefault(row["dst"], set()).add(row["src"])
+    return found
+
+
+@pytest.mark.slow
+def test_links_follow_vectors_and_nothing_else(made: Path, tmp_path: Path) -> None:
+    """They train nothing anew that does not read them, run once, and keep their bytes where another split is drawn."""
+    folder = tmp_path / "links"
+    shutil.copytree(made, folder, symlinks=True)
+
+    def add_links(params: Any) -> None:
+        params["demo"] = {}
+        params["links"]["near"] = {"kind": "knn", "vectors": "data/embed/reef/images", "texts": "data/none", "k": 3}
+
+    edit_params(folder, add_links)
+    said = command("dvc", "repro", cwd=folder).stdout
+    assert set(re.findall(r"Running stage '([\w@-]+)'", said)) == {"link_images@near", "plan_runs"}
+    assert "Running stage" not in command("dvc", "repro", cwd=folder).stdout
+    path, before = folder / "data/links/near.parquet", links_of(folder)
+    content = path.read_bytes()
+    edit_params(folder, lambda params: params["dataset"].update(val_fraction=0.4))
+    assert "Running stage 'link_images@near'" in command("dvc", "repro", "link_images@near", cwd=folder).stdout
+    assert path.read_bytes() == content
+    edit_params(folder, lambda params: params["select"].update(per_class=2))
+    assert "Running stage" not in command("dvc", "repro", "link_images@near", cwd=folder).stdout
+    source = sorted((folder / "data/reef/train").glob("*/*.jpg"))[0]
+    source.with_name("extra.jpg").write_bytes(source.read_bytes() + b"\0")
+    command("dvc", "repro", "link_images@near", cwd=folder)
+    after = links_of(folder)
+    [new] = set(after) - set(before)
+    changed = {image_id for image_id, sends in before.items() if after[image_id] != sends}
+    assert changed == {image_id for image_id in before if new in after[image_id]}
+    assert 0 < len(changed) < len(before) / 4
+    source.with_name("extra.jpg").unlink()
+    command("dvc", "repro", "link_images@near", cwd=folder)
+    assert path.read_bytes() == content
 
 
 def looked_again(said: str) -> int:

@@ -82,7 +82,9 @@ def test_what_is_planted() -> None:
     assert draw(seed=1)[0] != nodes
 
 
-def test_the_chain(notes: Path, no_picture: None, run_stage: RunStage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chain(
+    notes: Path, no_picture: None, set_params: SetParams, run_stage: RunStage, capsys: pytest.CaptureFixture[str]
+) -> None:
     with (notes / "nodes.csv").open() as file:
         rows = {row["id"]: row for row in csv.DictReader(file)}
     run_stage("index_images")
@@ -134,6 +136,10 @@ def test_the_chain(notes: Path, no_picture: None, run_stage: RunStage, capsys: p
     assert metrics["train"]["accuracy"] > 0.3  # of six classes, with a text tower of random weights
     with pytest.raises(UserError, match="images: is of pictures, and documents have none; let runs read"):
         run_stage("training.train", "--run", "pictures")
+    alone = {name: block for name, block in SETTINGS_OF_ALL.items() if name != "train"}
+    set_params(**alone, train={"runs": {"probe": SETTINGS_OF_ALL["train"]["runs"]["probe"]}})
+    run_stage("evaluation.report")
+    assert "There are none: the data set is of documents" in Path("data/report/index.html").read_text()
 
 
 def test_a_document_more_is_one_row_more(notes: Path, run_stage: RunStage) -> None:
@@ -171,6 +177,8 @@ def test_what_needs_pictures_is_refused(set_params: SetParams, block: dict[str, 
         set_params(dataset={"format": "text_graph"}, **block)
 
 
-def test_predict_says_that_it_asks_about_pictures(notes: Path, run_stage: RunStage) -> None:
+def test_tools_that_are_for_pictures_say_so(notes: Path, run_stage: RunStage) -> None:
     with pytest.raises(UserError, match="this project runs on documents of a text graph, and only pictures are asked"):
         run_stage("tools.predict", "notes/nodes.csv")
+    with pytest.raises(UserError, match="is of documents, and --to coco is of pictures; choose one of: card, dataset"):
+        run_stage("tools.export", "--to", "coco", "--run", "probe", "out")

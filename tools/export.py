@@ -42,6 +42,8 @@ NEEDS = {
     "safetensors": "encoder", "webdataset": "encoder", "pyg": "encoder", "coco": "run", "darwin-core": "run",
     "card": "run", "dataset": None,
 }  # fmt: skip
+# What a data set of documents can be written as.
+OF_DOCUMENTS = ("card", "dataset")
 TAKES = {
     "view": ("safetensors", "webdataset", "pyg"),
     "thumbs": ("webdataset",),
@@ -147,6 +149,9 @@ def read_arguments() -> Arguments:
 def main() -> None:
     arguments = read_arguments()
     params = load_params(arguments.params)
+    if params.dataset.format == "text_graph" and arguments.to not in OF_DOCUMENTS:
+        what = f"the data set is of documents, and --to {arguments.to} is of pictures"
+        raise UserError(f"{arguments.params}: dataset.format: {what}; choose one of: {', '.join(OF_DOCUMENTS)}")
     try:
         said = EXPORTS[arguments.to](params, arguments)
     except OSError as error:
