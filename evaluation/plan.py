@@ -22,8 +22,10 @@ from fieldmark.params import NAME, Block, Count, Labels, Params, read_block, rea
 from fieldmark.store import canonical_json, class_id_of, read_table, sha256
 from training.controls import Control, read_control
 from training.data import CPU, files_of
+from training.data.part import word_of
 from training.hashes import hash_data
 from training.inputs import ROOT, Reading, check_questions, code_of, reading_of
+from training.links import check_links, is_transductive
 from training.looks import check_looks
 from training.methods import (
     check_also,
@@ -177,6 +179,11 @@ class Plan:
     def folder(self) -> Path:
         return self.data / "studies" / self.name
 
+    def is_transductive(self, method: str) -> bool:
+        """Whether images that are judged send to each other in runs of that row; of the rival, in any it may be."""
+        names = self.study.rival if method == RIVAL else [method]
+        return any(is_transductive(self.entries[name].settings) for name in names)
+
     def searched(self, cell: Cell) -> bool:
         """Whether its settings come from development classes."""
         return isinstance(cell.regime, Shots)
@@ -185,8 +192,7 @@ class Plan:
         """Whether its method looks at any of what is changed."""
         if cell.method == RIVAL:
             return False  # it has no runs under controls
-        entry = self.entries[cell.method]
-        return bool(changed & reads_of(entry.method, entry.settings))
+        return looks_at(self.entries[cell.method], changed)
 
     def anew(self, cell: Cell) -> bool:
         """Whether its bank, and with it labels, are made in memory from the images that its regime shows."""
@@ -198,7 +204,7 @@ class Plan:
             control.label: [
                 name
                 for name, entry in self.entries.items()
-                if control.changes and control.changes.isdisjoint(reads_of(entry.method, entry.settings))
+                if control.changes and not looks_at(entry, control.changes)
             ]
             for control in self.study.controls
         }
@@ -255,6 +261,12 @@ class Plan:
     def mark(self, cell: Cell) -> str:
         seeds = {"seed": cell.seed, "draw": cell.draw}
         return sha256(canonical_json(["study.run/2", self.identity(cell) | seeds]))
+
+
+def looks_at(entry: Entry, changed: frozenset[str]) -> bool:
+    """Whether a method looks at any of these parts, in the words of READS: `links` are every NAME of them."""
+    reads = reads_of(entry.method, entry.settings)
+    return bool(changed & (reads | frozenset(map(word_of, reads))))
 
 
 def load_other_labels() -> Any:
@@ -395,6 +407,7 @@ def read_entry(
     for encoder in encoders:
         check_texts(file, "encoders", params, method, settings, encoder)
     check_also(file, f"{key}.also", method, settings, variant.also)
+    check_links(file, key, params.links, settings)
     if variant.labels:
         labels = read_block(file, f"{key}.labels", variant.labels, Labels)
         if "labels" not in reads_of(method, settings):

@@ -25,7 +25,7 @@ from training.restore import Restored, restore
 
 PLAN = Plan(train=6, val=6, test=2, rings=2, sentences=2)
 SMALL = {"epochs": 1, "hidden": 16, "weight_decay": [0.1], "precision": "fp32", "start_l2": 0.1}
-FEW = {"l2": [0.1, 0.01], "text_scale": [1.0, 3.0], "alpha": [3.0], "lr": [0.01]}  # points of grids
+FEW = {"l2": [0.1, 0.01], "text_scale": [1.0, 3.0], "alpha": [0.9], "lr": [0.01]}  # points of grids
 RIDGE = {"method": "ridge", "settings": {"features": ["nodes"]}}
 KERNELS = [{"method": "rbf_ridge", "settings": {"transform": transform}} for transform in ("none", "signed_sqrt")]
 # Beside a run of each method: those whose model depends on more than its defaults.
@@ -73,6 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_params(folder: Path, of_runs: dict[str, Any], **train: Any) -> None:
     content = {
         "domain": {"noun": "fish", "group": "fish"},
+        "links": {"near": {"kind": "group", "vectors": "data/none", "texts": "data/none"}},
         "dataset": {"root": "data/raw", "buckets": PLAN.buckets},
         "llm": {"model": "none"},
         "encoders": {ENCODER: {"model": "none"}, "wide": {"model": "none"}},

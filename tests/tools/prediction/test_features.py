@@ -11,7 +11,7 @@ import torch
 from fieldmark.command import UserError
 from fieldmark.params import Params, load_params
 from tests.tools.conftest import Write, run_module
-from tools.prediction.features import Features
+from tools.prediction.features import Features, tables_of
 from tools.prediction.pictures import look, read_question
 from training.data import CPU, Cache, read_cache
 
@@ -139,3 +139,9 @@ def test_a_run_that_reads_descriptions_is_given_none(asked: Path) -> None:
     batch = seen(features).batch(torch.arange(24))
     assert batch.d.shape == (24, 0, 16)
     assert batch.dm.shape == (24, 0)
+
+
+def test_a_run_that_reads_links_is_asked_about_no_new_picture() -> None:
+    said = "links/near: is read by this run, and cannot be made of a new picture; ask another run"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        tables_of("tiny", {"globals", "links/near"})
