@@ -74,12 +74,16 @@ class Memory(nn.Module):
     source: Tensor  # (E,) int64: rows of the memory
     weight: Tensor  # (E,) float32
     degree: Tensor  # (M,) float32: the sum of the weights of the edges into each
+    views: Tensor  # (): of the cache that it is of
 
-    def __init__(self, settings: LinkSettings, key: Tensor, start: Tensor, source: Tensor, weight: Tensor) -> None:
+    def __init__(
+        self, settings: LinkSettings, key: Tensor, start: Tensor, source: Tensor, weight: Tensor, views: int
+    ) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.one_view = settings, views == 1
         for name, value in {"key": key, "start": start, "source": source, "weight": weight}.items():
             self.register_buffer(name, value)
+        self.register_buffer("views", torch.tensor(views))
         self.register_buffer("degree", summed(weight, owners(start), len(key)), persistent=False)
 
     @classmethod
@@ -89,13 +93,13 @@ class Memory(nn.Module):
         sending = senders(cache, settings)
         key = part.key[sending.to(part.key.device)].to(cache.device)
         edges = key.new_zeros(0)
-        memory = cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float())
-        source, row, weight = memory.entering(cache.batch(sending))
-        return cls(settings, key, starts(row, len(key)), source, weight)
+        memory = cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float(), cache.views)
+        source, row, weight = memory.entering(cache.only({links_word(settings)}).batch(sending))
+        return cls(settings, key, starts(row, len(key)), source, weight, cache.views)
 
     @classmethod
     def from_state(cls, state: State, settings: LinkSettings) -> Self:
-        return cls(settings, *(state[name] for name in ("key", "start", "source", "weight")))
+        return cls(settings, *(state[name] for name in ("key", "start", "source", "weight")), int(state["views"]))
 
     def entering(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The edges (E,) into a batch: the row of the memory that sends, the place in the batch, and the weight.
@@ -114,17 +118,23 @@ class Memory(nn.Module):
             place, row, weight = place[near], row[near], weight[near]
         return place, row, weight
 
+    def rows_of(self, batch: Batch) -> Tensor | None:
+        """The rows (B,) of a batch's images; None where one is not of the memory."""
+        row = torch.searchsorted(self.key, batch.key).clamp(max=max(len(self.key) - 1, 0))
+        inside = len(self.key) > 0 and bool((self.key[row] == batch.key).all())
+        return row if inside else None
+
     def around(self, batch: Batch, hops: int, fanout: int | None = None, own: bool = False) -> Around:
         """All that reaches the images of a batch in `hops` >= 1 steps.
 
         Of the links into each node at most `fanout` are drawn anew, where it is given; the weights of these grow, so
-        that the sum over them is right in the mean. `own`: the images of the batch send too, under the vectors that
-        they have in the batch, and stand there once; they all have to be of the memory.
+        that the sum over them is right in the mean. `own`: where all images of the batch are of the memory, they send
+        as they stand in the batch and are not found a second time; their vectors have to be those of the memory.
         """
         size = len(batch.key)
         node = torch.full_like(self.key, -1)  # of each row of the memory
-        if own:
-            inside = torch.searchsorted(self.key, batch.key)
+        inside = self.rows_of(batch) if own else None
+        if inside is not None:
             node[inside] = torch.arange(size, device=inside.device)
             edge, receiver = spans(self.start, inside)
             source, weight, degree = self.source[edge], self.weight[edge], [self.degree[inside]]
