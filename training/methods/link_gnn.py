@@ -29,8 +29,8 @@ from training.layers.blocks import Dropout, silent
 from training.layers.convolutions import Conv, LinkNetwork, Norm
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.states import State, within
-from training.link_heads import OverLinks, vectors_of_senders
-from training.links import LinkSettings, Memory, links_word
+from training.link_heads import OverLinks
+from training.links import LinkSettings, Memory, links_word, senders
 from training.methods import Fitted, Output
 from training.offset import probe_also_reads, with_reads
 from training.token_heads import Beside, BesideSettings, fit_head
@@ -91,7 +91,7 @@ class LinkGNN(nn.Module):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features, memory = Features.measure(cache, settings), Memory.of(cache, settings)
-    vectors = vectors_of_senders(cache, settings, features)
+    vectors = features.of(cache, senders(cache, settings))
     return fit_head(
         cache,
         settings,
