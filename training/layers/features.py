@@ -33,7 +33,7 @@ class FeatureSettings(Block):
 
     features: list[Annotated[str, AfterValidator(require_feature)]] = Field(
         default=["global"], min_length=1
-    )  # vectors put side by side: global; nodes, their mean and maximum; a key of `moments`; again/NAME; descriptions
+    )  # side by side: global; nodes (mean, maximum); a key of `moments`; again/NAME; descriptions; asked/NAME/FIELD
     transform: Transform = "none"  # of each vector before: none, signed_sqrt (sign(x) sqrt|x|, then unit length)
 
 
