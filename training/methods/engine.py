@@ -12,14 +12,15 @@ as the one below it, or by the last.
 
 What differs: nodes are images (or documents) and links those of the data set, where the paper walks at random through
 the graph and pools what it met; ours is all that reaches an image, and the mean over those that it hears itself
-[design]. In the authors' code an image that has left is overwritten where a later rung of it disagrees with its
-neighbour; here what answers is found from all rungs at once. Early exit decides who answers and saves no time: the
-states are there, and the rungs of an image's neighbours are needed whether or not it has left.
+[design]. In the authors' code an image that has left is overwritten where a later rung disagrees with the one
+below it; here the first agreement answers. What images that send hold on each rung is found once for all that are
+judged, so that an image costs its own states and links, rung by rung, and no more rungs are climbed once all images of
+a batch have left.
 """
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, NamedTuple, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, NamedTuple, Self, cast
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -33,7 +34,7 @@ from training.layers.convolutions import Conv, make_convolution
 from training.layers.hops import Hop
 from training.layers.nodes import training_sample
 from training.layers.states import State, within
-from training.links import LinkSettings, Memory, links_word, senders
+from training.links import Heard, LinkSettings, Memory, links_word, senders
 from training.loop import EVALUATION_BATCH, Positive
 from training.methods import Fitted, Output
 from training.offset import PROBE_WORDS
@@ -132,27 +133,25 @@ class Rung(nn.Module):
         self.widen = make_convolution(settings.conv, inner, width, settings.heads)
         self.dropout = Dropout(settings.dropout)
 
-    def forward(self, x: Tensor, below: Tensor | None, rows: Tensor, hops: Sequence[Hop]) -> Tensor:
-        """(hops[1].count, k), of the batch and whoever is near enough to be asked for by the next rung.
+    def enter(self, x: Tensor, below: Tensor | None) -> Tensor:
+        """u (n, k), of states x (n, d) and what the rung below made of these nodes, (n, k)."""
+        u: Tensor = self.project(self.scale(x))
+        if self.alpha is None or below is None:
+            return u
+        gate = torch.sigmoid(self.alpha / self.temperature)
+        return gate * u + (1 - gate) * below
 
-        x (B, d) are the states of the batch, rows (m,) whose states come behind them, and below (B + m, k) what the
-        rung below made of all of these.
-        """
-        u = self.project(self.scale(torch.cat([x, self.sent[rows]])))
-        if self.alpha is not None and below is not None:
-            gate = torch.sigmoid(self.alpha / self.temperature)
-            u = gate * u + (1 - gate) * below
-        first, second = hops
-        passed: Tensor = self.widen(self.dropout(F.relu(self.narrow(u, first))), second)
-        return passed
+    def pass_on(self, u: Tensor, hop: Hop) -> Tensor:
+        """(hop.count, k / 2): the first of the two convolutions."""
+        return self.dropout(F.relu(self.narrow(u, hop)))
 
 
-def first_to_agree(said: Tensor) -> Tensor:
-    """(B,): of the rungs' classes (L, B), the first rung that says what the one below it said; else the last."""
-    agree = torch.ones_like(said, dtype=torch.bool)  # the last answers where none agrees
-    agree[:-1] = said[:-1] == said.roll(1, dims=0)[:-1]
-    agree[0] = len(said) == 1
-    return agree.int().argmax(0)
+def agreed(said: Sequence[Tensor]) -> Tensor:
+    """(B,): of rungs' logits (B, C), the first rung that names the class that the one below it named; else how many."""
+    classes = torch.stack([logits.argmax(-1) for logits in said])
+    agree = torch.ones(len(said) + 1, classes.shape[1], dtype=torch.int, device=classes.device)
+    agree[0], agree[1:-1] = 0, classes[1:] == classes[:-1]
+    return agree.argmax(0)
 
 
 def mean_around(h: Tensor, hop: Hop) -> Tensor:
@@ -174,28 +173,75 @@ class Engine(nn.Module):
         exits = len(self.rungs) if settings.early_exit else 1
         self.dropout = Dropout(settings.dropout)
         self.classify = nn.ModuleList(silent(2 * settings.hidden, classes) for _ in range(exits))
+        self.found: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rung, what those that send hold (`held`)
 
     def forward(self, batch: Batch) -> Output:
-        logits = self.beside(batch, self.climb(batch))  # (exits, B, C)
         if self.training:
-            lower = [F.cross_entropy(each, batch.target) for each in logits[:-1]]
-            return Output(logits[-1], {"exits": torch.stack(lower).sum()} if lower else {}, None)
-        leave = first_to_agree(logits.argmax(-1))
-        return Output(logits[leave, torch.arange(len(leave), device=leave.device)], {}, None)
+            *lower, last = self.beside(batch, torch.stack(list(self.climb(batch))))
+            each = [F.cross_entropy(logits, batch.target) for logits in lower]
+            return Output(last, {"exits": torch.stack(each).sum()} if each else {}, None)
+        said, z = [], None
+        for logits in self.climb(batch):
+            z = self.beside(batch, torch.zeros_like(logits)) if z is None else z
+            said.append(z + logits)
+            if (agreed(said) < len(said)).all():
+                break
+        leave = agreed(said).clamp(max=len(said) - 1)
+        return Output(torch.stack(said)[leave, torch.arange(len(leave), device=leave.device)], {}, None)
 
-    def climb(self, batch: Batch) -> Tensor:
-        """(exits, B, C): what each rung says that has a Linear, the lowest first."""
-        around = self.memory.around(batch, 2 * len(self.rungs) + 1)
+    def climb(self, batch: Batch) -> Iterator[Tensor]:
+        """What each rung says (B, C) that has a Linear, the lowest first."""
+        first = len(self.rungs) - len(self.classify)
+        for number, (h, hop) in enumerate(self.reach(batch) if self.training else self.look_up(batch)):
+            if number >= first:
+                whole = torch.cat([h[: hop.count], mean_around(h, hop)], dim=-1)
+                yield self.classify[number - first](self.dropout(whole)).float()
+
+    @property
+    def ladder(self) -> list[Rung]:
+        return [cast(Rung, rung) for rung in self.rungs]
+
+    def reach(self, batch: Batch) -> Iterator[tuple[Tensor, Hop]]:
+        """Of each rung h of the batch and of all that it hears, and the hop between; with gradients all the way."""
+        around = self.memory.around(batch, 2 * len(self.rungs) + 1, own=self.memory.one_view)
         *hops, last = around.hops()
-        said, h = [], None
-        silent_rungs = len(self.rungs) - len(self.classify)
-        for number, (rung, x) in enumerate(zip(self.rungs, states_of(batch, self.settings), strict=True)):
-            needed = len(hops[2 * number].degree) - len(x)
-            h = rung(x, h, around.rows[:needed], hops[2 * number : 2 * number + 2])
-            if number >= silent_rungs:
-                whole = torch.cat([h[: last.count], mean_around(h[: len(last.degree)], last)], dim=-1)
-                said.append(self.classify[number - silent_rungs](self.dropout(whole)))
-        return torch.stack(said)
+        h = None
+        for number, (rung, x) in enumerate(zip(self.ladder, states_of(batch, self.settings), strict=True)):
+            first, second = hops[2 * number : 2 * number + 2]
+            rows = around.rows[: len(first.degree) - len(x)]
+            u = rung.enter(torch.cat([x, rung.sent[rows]]), h)
+            h = rung.widen(rung.pass_on(u, first), second)
+            yield h[: len(last.degree)], last
+
+    def look_up(self, batch: Batch) -> Iterator[tuple[Tensor, Hop]]:
+        """The same at evaluation, where what those that send hold is found once for all batches."""
+        heard, h = Heard(self.memory, batch), None
+        for rung, x, (u, inner, sent) in zip(self.ladder, states_of(batch, self.settings), self.held(), strict=True):
+            own = rung.enter(x, h)
+            own = rung.pass_on(heard.beside(own, u), heard.hop)
+            h = rung.widen(heard.beside(own, inner), heard.hop)
+            yield heard.beside(h, sent), heard.hop
+
+    @torch.no_grad()
+    def held(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each rung u, what the first convolution makes of it, and h of the images that send, M rows each."""
+        if not self.found:
+            whole, h = self.memory.whole(), None
+            for rung in self.ladder:
+                u = rung.enter(rung.sent, h)
+                inner = rung.pass_on(u, whole)
+                h = rung.widen(inner, whole)
+                self.found.append((u, inner, h))
+        return self.found
+
+    def train(self, mode: bool = True) -> Self:
+        """Weights may have changed since: what they gave is found anew."""
+        self.found = []
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.found = []
+        return super()._apply(fn, recurse)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

@@ -18,7 +18,7 @@ from training.data.moments import Moments
 from training.layers.states import state_of
 from training.loop import assess_split, predict, total_loss
 from training.methods import engine
-from training.methods.engine import Engine, Settings, first_to_agree, mean_around
+from training.methods.engine import Engine, Settings, agreed, mean_around
 
 Planted = Callable[[Plan], Cache]
 STATES = ["isqrt", "pooled", "global"]
@@ -127,29 +127,37 @@ def leave_by_loop(said: list[list[int]]) -> list[int]:
     return answer
 
 
+def as_logits(classes: list[list[int]]) -> list[Tensor]:
+    """Of rungs, logits (B, 3) that name these classes."""
+    return [F.one_hot(torch.tensor(rung), 3).float() for rung in classes]
+
+
+def answers(classes: list[list[int]]) -> list[int]:
+    leave = agreed(as_logits(classes)).clamp(max=len(classes) - 1).tolist()
+    return [classes[rung][image] for image, rung in enumerate(leave)]
+
+
 def test_an_image_leaves_once_and_is_never_overwritten() -> None:
     """The third image agrees at the second rung, and again, about another class, at the last."""
     classes = [[0, 1, 2, 0], [1, 1, 2, 1], [1, 2, 0, 2], [1, 2, 0, 0]]
-    table = torch.tensor(classes)
-    answer = table.gather(0, first_to_agree(table)[None])[0].tolist()
-    assert answer == leave_by_loop(classes) == [1, 1, 2, 0]
-    drawn = torch.randint(0, 3, (5, 200), generator=torch.Generator().manual_seed(0))
-    assert drawn.gather(0, first_to_agree(drawn)[None])[0].tolist() == leave_by_loop(drawn.tolist())
+    assert answers(classes) == leave_by_loop(classes) == [1, 1, 2, 0]
+    drawn = torch.randint(0, 3, (5, 200), generator=torch.Generator().manual_seed(0)).tolist()
+    assert answers(drawn) == leave_by_loop(drawn)
 
 
-def test_who_never_agrees_is_answered_by_the_last_rung_and_one_rung_answers_all() -> None:
-    assert first_to_agree(torch.tensor([[0, 1], [1, 0], [0, 1]])).tolist() == [2, 2]
-    assert first_to_agree(torch.tensor([[0, 1]])).tolist() == [0, 0]
+def test_who_never_agrees_has_not_left() -> None:
+    assert agreed(as_logits([[0, 1], [1, 1], [0, 1]])).tolist() == [3, 1]
+    assert agreed(as_logits([[0, 1]])).tolist() == [1, 1]
 
 
 def test_exits_answer_by_their_rungs_and_the_last_one_is_the_whole_ladder(cache: Cache) -> None:
     model, batch = fitted(cache, early_exit=True), cache.batch(cache.images("test"))
     with torch.no_grad():
-        by_rung = model.climb(batch)
-    assert by_rung.shape[0] == len(STATES)
-    leave = first_to_agree(by_rung.argmax(-1))
+        by_rung = list(model.climb(batch))
+    assert len(by_rung) == len(STATES)
+    leave = agreed(by_rung)
     assert len(leave.unique()) > 1
-    expected = torch.stack([by_rung[rung, image] for image, rung in enumerate(leave.tolist())])
+    expected = torch.stack([by_rung[min(rung, 2)][image] for image, rung in enumerate(leave.tolist())])
     assert torch.equal(said(model, cache), expected)
     # The same weights with no other exit than the last.
     state = {name: value for name, value in state_of(model).items() if not name.startswith("classify.")}
@@ -157,6 +165,30 @@ def test_exits_answer_by_their_rungs_and_the_last_one_is_the_whole_ladder(cache:
     whole = engine.build(state, quick_settings("engine", states=STATES), len(cache.classes))
     whole.load_state_dict(state)
     assert torch.equal(said(whole.eval(), cache), by_rung[-1])
+
+
+def test_no_rung_is_climbed_above_the_one_where_all_have_left(cache: Cache) -> None:
+    model = fitted(cache, early_exit=True)
+    climbed: list[int] = []
+    for number, head in enumerate(model.classify):
+        head.register_forward_hook(lambda *_, number=number: climbed.append(number))
+    for image in cache.images("test"):
+        batch = cache.batch(image[None])
+        climbed.clear()
+        model(batch)
+        rungs = climbed.copy()
+        with torch.no_grad():
+            leave = int(agreed(list(model.climb(batch))))
+        assert rungs == list(range(min(leave + 1, len(STATES))))
+
+
+def test_what_is_looked_up_is_what_is_reached(cache: Cache) -> None:
+    """Training goes all the way to whoever sends; evaluation takes what these hold as it was found once."""
+    model, batch = fitted(cache, dropout=0.0, early_exit=True), cache.batch(cache.images("test"))
+    with torch.no_grad():
+        looked_up = torch.stack(list(model.climb(batch)))
+        reached = torch.stack(list(model.train().climb(batch)))
+    torch.testing.assert_close(looked_up, reached, atol=1e-4, rtol=1e-4)
 
 
 def test_every_exit_is_trained(cache: Cache) -> None:

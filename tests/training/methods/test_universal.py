@@ -126,7 +126,7 @@ OTHERWISE["pmrc"] += [{"regions": "maps"}]
 OTHERWISE["pair_bottleneck"] = [{"basis": "pca"}, {"basis": "span"}]
 OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
 STATES = ["global", "cls", "again/zoom", "descriptions", "asked/guess/reasons"]
-OTHERWISE["engine"] += [{"states": [name]} for name in STATES]
+OTHERWISE["engine"] += [{"states": [name, "pooled"]} for name in STATES]
 OTHERWISE["tape"] += [{"guesses": "asked/guess/guesses"}]
 # Every probe can read a second look, and what was said of an image.
 SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}, {"features": ["asked/guess/reasons"]}]
