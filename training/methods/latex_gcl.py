@@ -37,7 +37,7 @@ from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache, feature_words
 from training.data.asked import asked_word, texts_said
 from training.data.links import WORD
-from training.layers.blocks import Standardise, linear_from_state
+from training.layers.blocks import Span, Standardise, linear_from_state, linear_layer
 from training.layers.convolutions import Conv, LinkNetwork
 from training.layers.features import CHUNK, Features, FeatureSettings, parts_of, view_of
 from training.layers.logistic import Chosen, ProbeSettings, as_probabilities, fit_probe, require_val
@@ -285,8 +285,10 @@ def classify(cache: Cache, features: Features, encoder: Encoder, settings: Setti
         f, x = encoded(images, view)
         return last_input(scale(f), x, settings.beside)
 
-    chosen = fit_probe(cache, settings, vectors)
-    return LatexGCL(features, encoder, scale, chosen.linear, settings.beside), chosen
+    span = Span(torch.cat([vectors(cache.images("train"), view) for view in range(cache.views)]))
+    chosen = fit_probe(cache, settings, lambda images, view: span.into(vectors(images, view)))
+    linear = linear_layer(span.back(chosen.linear.weight.detach()), chosen.linear.bias.detach())
+    return LatexGCL(features, encoder, scale, linear, settings.beside), chosen
 
 
 def build(state: State, settings: Settings, classes: int) -> LatexGCL:
