@@ -85,6 +85,8 @@ class Settings(LinkSettings, BesideSettings):
     def _fit_together(self) -> Self:
         if not self.names:
             raise ValueError("features, explanation and guesses are all switched off; leave one of them")
+        if self.conv is None and self.sources == "all":
+            raise ValueError("sources: who may send over links, and conv: null reads none; leave sources out")
         if self.conv == "gat" and self.hidden % self.heads:
             raise ValueError(f"heads: {self.heads} of them do not divide hidden: {self.hidden}")
         return self

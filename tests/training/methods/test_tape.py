@@ -172,9 +172,10 @@ def test_links_that_carry_the_class_help_and_others_do_not(planted: Planted) -> 
         {"guesses": "asked/guess"},
         {"explanation": []},
         {"conv": "gat", "hidden": 30},
+        {"conv": None, "sources": "all"},
     ],
 )
 def test_settings_that_do_not_fit_are_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"switched off|asked/NAME/FIELD|at least 1|do not divide"):
+    with pytest.raises(ValidationError, match=r"switched off|asked/NAME/FIELD|at least 1|do not divide|reads none"):
         Settings(**given)
 
