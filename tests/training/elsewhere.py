@@ -48,6 +48,10 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"nodes": "tokens", "texts": 0, **WITH_PROBE},
     ],
     "concept_bottleneck": [{}, {"nec": 2}],
+    "latex_gcl": [
+        {"sources": "all"},
+        {"augment": "words", "features": ["descriptions"], "words": ["asked/guess/reasons"], "beside": True},
+    ],
     "link_gnn": [{}, {"conv": "gat"}, {"conv": "gcn", "fanout": 2, "sources": "all", **WITH_PROBE}],
     "sgc": [{}, {"sources": "all", "features": ["pooled"]}],
     "label_propagation": [{}, {"sources": "all"}],
@@ -56,6 +60,11 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     "relational_proxies": [
         {"boxes": True},
         {"faults": ("scrambled_crops", "untrained_proxies", "crop_positions", "shared_batch_norm", "constant_rate")},
+    ],
+    "tape": [
+        {},
+        {"conv": None, "texts": "both"},
+        {"conv": "gat", "guesses": "asked/guess/guesses", "explanation": ["asked/guess/reasons"], **WITH_PROBE},
     ],
     "transfg": [{}, {"select": "attention"}],
 }

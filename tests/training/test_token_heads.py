@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fieldmark.command import UserError
 from tests.training.cache import Plan
-from tests.training.methods.test_universal import HEADS, WITH_THE_CUE, quick, quick_settings
+from tests.training.methods.test_universal import HEADS, LOCAL, WITH_THE_CUE, quick, quick_settings
 from training.data import Cache
 from training.data.nodes import Nodes
 from training.loop import assess_split, predict
@@ -32,7 +32,7 @@ def test_a_head_beside_a_probe_begins_as_the_probe(cache: Cache, method: str) ->
     assert fitted.chosen["with_probe.penalty"] == 1.0
 
 
-@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("method", [method for method in HEADS if method in LOCAL])
 def test_a_head_beside_a_probe_learns_what_the_probe_leaves(planted: Callable[[Plan], Cache], method: str) -> None:
     """The global vector tells pairs of classes apart, one cell which of a pair it is."""
     cache = in_pairs(planted(Plan(cue="both", train=40, val=15, test=40, noise=0.5)))

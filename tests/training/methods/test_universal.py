@@ -61,7 +61,7 @@ LINKED = [method for method in METHODS if issubclass(load_method(method).Setting
 LOCAL = [
     method
     for method in LOOPED
-    if load_method(method).READS & {"nodes", "tokens"} and method not in ("tip_adapter", *PROBES)
+    if load_method(method).READS & {"nodes", "tokens"} and method not in ("tip_adapter", "engine", *PROBES)
 ] + ["pair_bottleneck"]
 # 4 means hold no 32 images, nor do 4 that share the spread of other classes, nor do 4 beside texts that outvote them,
 # nor weighted means of cosines with texts (labo), nor what neighbours are told (label_propagation).
@@ -85,6 +85,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     "notes_graph": {"text": "description"},
     "pll_fg": {"vote": True},
     "correct_smooth": {"with_probe": {"method": "ridge", "settings": FEATURES}, "correct": [0.5], "smooth": [0.5]},
+    "tape": FEATURES | {"texts": "both", "explanation": ["asked/guess/reasons"]},
+    "engine": {"states": ["cls/rollout", "nodes", "pooled"], "early_exit": True},
 }
 BESIDE = {"method": "ridge", "settings": {"features": ["global", "pooled"]}}
 # Settings under which it reads what it cannot read under those.
@@ -95,6 +97,7 @@ OTHERWISE: dict[str, list[dict[str, Any]]] = {
 # Settings under which 160 images are enough to find the cue in one of 12 cells (test 12).
 WITH_THE_CUE: dict[str, dict[str, Any]] = {
     "efficient_probing": {"lr": [1e-2]},
+    "engine": {"lr": [1e-2]},
     "s3n": {"lr": [3e-2], "weight_decay": [1.0], "hidden": 256},
     "swinfc": {"lr": [1e-2], "weight_decay": [3.0]},
     "pll_fg": {"lr": [3e-3], "weight_decay": [3.0]},
@@ -122,6 +125,9 @@ OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for met
 OTHERWISE["pmrc"] += [{"regions": "maps"}]
 OTHERWISE["pair_bottleneck"] = [{"basis": "pca"}, {"basis": "span"}]
 OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
+STATES = ["global", "cls", "again/zoom", "descriptions", "asked/guess/reasons"]
+OTHERWISE["engine"] += [{"states": [name, "pooled"]} for name in STATES]
+OTHERWISE["tape"] += [{"guesses": "asked/guess/guesses"}]
 # Every probe can read a second look, and what was said of an image.
 SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}, {"features": ["asked/guess/reasons"]}]
 OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
