@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fieldmark.params import Block, Count
 from training.data import Batch, Cache
+from training.data.cache import Fields
 from training.data.links import WORD, Links
 from training.layers.gather import spans
 from training.layers.states import State
@@ -73,18 +74,23 @@ class Memory(nn.Module):
         """Of the images that may send under these settings."""
         part = cache.part(Links)
         key = part.key[senders(cache, settings).to(part.key.device)].to(cache.device)
-        edges = key.new_zeros(0)
-        memory = cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float())
+        memory = cls.of_keys(settings, key)
         source, row, weight = memory.entering(cache.batch(senders(cache, settings)))
         count = torch.bincount(row, minlength=len(key))
         start = torch.cat([count.new_zeros(1), count.cumsum(0)])
         return cls(settings, key, start, source, weight)
 
     @classmethod
+    def of_keys(cls, settings: LinkSettings, key: Tensor) -> Self:
+        """Of images by their ascending keys (M,), for what is heard directly: without links among them."""
+        edges = key.new_zeros(0)
+        return cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float())
+
+    @classmethod
     def from_state(cls, state: State, settings: LinkSettings) -> Self:
         return cls(settings, *(state[name] for name in ("key", "start", "source", "weight")))
 
-    def entering(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def entering(self, batch: Fields) -> tuple[Tensor, Tensor, Tensor]:
         """The edges (E,) into a batch: the row of the memory that sends, the place in the batch, and the weight.
 
         They stand by place, the nearest first: at most `neighbours` a place, and none from an image to itself.

@@ -93,7 +93,7 @@ def as_probe(value: Any) -> Any:
 
 
 # What READS and ALSO of a method name for the probe beside it: what is seen of an image, and not what was said of it.
-PROBE_WORDS = feature_words() - {"again", "descriptions"}
+PROBE_WORDS = feature_words() - {"again", "descriptions", "links"}
 # The knob of a method that can stand beside a probe.
 ProbeBeside = Annotated[WithProbe | None, BeforeValidator(as_probe)]
 

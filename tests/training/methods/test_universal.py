@@ -31,6 +31,7 @@ from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.kinds import Kinds
 from training.data.labels import Labels
+from training.data.links import Links
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
 from training.data.parts import ObjectParts
@@ -118,6 +119,7 @@ OTHERWISE["pair_bottleneck"] = [{"basis": "pca"}, {"basis": "span"}]
 OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
 # Every probe can read a second look, and what was said of an image.
 SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}]
+BY_LINKS = {"features": ["inherited/near"]}  # an image that is described inherits nothing
 OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
 
 
@@ -448,6 +450,14 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
         kinds = cache.part(Kinds).kinds.clone()
         kinds[:, -1] = 0
         cache = cache.change(Kinds, kinds=kinds)
+    if "links" in parts and cache.has(Links):
+        # Who is heard, by another image each; of whom an image hears nothing, still nothing.
+        part = cache.part(Links)
+        incoming = {
+            name: edges._replace(source=edges.source.flip(0), weight=edges.weight.flip(0))
+            for name, edges in part.incoming.items()
+        }
+        cache = cache.change(Links, incoming=incoming)
     if "attributes" in parts:
         cache = cache.change(Attributes, table=cache.part(Attributes).table.roll(1, dims=0))
     return cache.change(Edges, count=torch.zeros_like(cache.part(Edges).count)) if "edges" in parts else cache
@@ -505,6 +515,10 @@ def test_what_it_declares_to_read_changes_it(whole: Cache, of_whole: OfWhole, pl
         if not found and lacking is not None:
             changed = change(lacking, frozenset({part}))
             found = not torch.equal(predicted(method, changed, OF_UNSEEN[method]), told)
+        if not found and part == "links":
+            one = planted(Plan(classes=3, train=8, val=4, test=4, sentences=2))  # the first image alone is described
+            changed = change(one, frozenset({part}))
+            found = not torch.equal(predicted(method, changed, BY_LINKS), predicted(method, one, BY_LINKS))
         assert found, part
 
 
