@@ -91,6 +91,7 @@ bench: setup
 clean:
 	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/inputs data/runs
 	rm -rf data/again data/first_looks data/report data/reef
+	rm -f data/links/*.parquet
 	rm -f data/concepts/concepts.parquet data/descriptions/descriptions.parquet data/descriptions/cells.parquet
 	rm -rf "$${FIELDMARK_CACHE:-.cache}/arrays"
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,6 +39,7 @@ class Listing:
     classes: list[Row] = field(default_factory=list)  # class_id (the name as given), and any of CLASS_COLUMNS
     parts: list[Row] = field(default_factory=list)
     attributes: list[Row] = field(default_factory=list)
+    links: list[Row] = field(default_factory=list)  # src and dst (paths), weight, kind
     in_pixels: bool = False
     passed_over: list[str] = field(default_factory=list)  # files that are no images, or not where images stand
     empty: list[str] = field(default_factory=list)  # class folders without an image

@@ -9,7 +9,7 @@ import difflib
 import re
 import reprlib
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -31,6 +31,8 @@ NONE = "data/none"
 PLANS, PLAN_STAGE = "inputs", "plan_first_looks"
 # Where adapt_encoder and finetune write, a folder each.
 ADAPTED = "data/adapted"
+# What describe_images says of images, and text graphs of documents.
+DESCRIPTIONS = "data/descriptions/descriptions.parquet"
 FORMATS = Path(__file__).parent / "formats"
 TOWERS = Path(__file__).parent / "encoders/towers"
 
@@ -357,6 +359,19 @@ class Graphs(Block):
     neighbours: Count = 5
 
 
+class Links(Block):
+    """Which images, or documents, are linked.
+
+    `vectors` and `texts` are files that DVC has to see a change of; data/none where the kind reads none.
+    """
+
+    kind: Literal["knn", "text", "group", "given"]
+    vectors: str
+    texts: str
+    names: list[str] = []
+    k: Count = 20
+
+
 class Run(Block):
     """One run of `train`: a method over what was cached of an encoder or tower, and of others beside it (`also`).
 
@@ -417,6 +432,7 @@ class Params(Block):
     select: Select = Select()
     labels: Labels = Labels()
     graphs: Graphs = Graphs()
+    links: dict[str, Links] = {}
     train: Train
     report: Report = Report()
 
@@ -553,6 +569,27 @@ def known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
     return [field.alias or name for name, field in getattr(block, "model_fields", {}).items()]
 
 
+def check_links(key: str, links: Links, params: Params, refuse: Callable[[str, str, str], None]) -> None:
+    """That `links` names what its kind reads, and what some stage makes."""
+    texts = DESCRIPTIONS if links.kind == "text" else NONE
+    if links.texts != texts:
+        refuse(f"{key}.texts", f"{links.texts!r} is nothing that kind {links.kind} reads", f"write {texts}")
+    folders = {f"data/embed/{name}/images": list[str]() for name in params.image_encoders}
+    folders |= {f"data/embed/{name}/moments": list(names) for name, names in params.moments.items()}
+    of_texts = {f"data/embed/{name}/text.parquet": list[str]() for name in params.encoders}
+    known = folders if links.kind == "knn" else of_texts if links.kind == "text" else {NONE: list[str]()}
+    if links.vectors not in known:
+        what = f"{links.vectors!r} is nothing that kind {links.kind} reads, or that a stage makes"
+        refuse(f"{key}.vectors", what, f"choose one of: {', '.join(known)}")
+    names = known[links.vectors]
+    if names and not links.names:
+        refuse(f"{key}.names", "is empty", f"name vectors of `moments`, some of: {', '.join(names)}")
+    for name in links.names:
+        if name not in names or links.names.count(name) > 1:
+            remedy = f"choose from: {', '.join(names)}, each once" if names else "take it out"
+            refuse(f"{key}.names", f"{name!r} is none of the vectors in {links.vectors}", remedy)
+
+
 def check_contradictions(path: str, params: Params) -> None:
     """What each value alone cannot show: names that point nowhere, parts that exclude each other."""
 
@@ -629,6 +666,10 @@ def check_contradictions(path: str, params: Params) -> None:
                 refuse(f"{key}.layer", "the pooled vector is of no layer", "take it out")
             if moment.kind not in ("isqrt", "bilinear") and moment.directions is not None:
                 refuse(f"{key}.directions", f"{moment.kind} is not measured along directions", "take it out")
+    for name, links in params.links.items():
+        if not NAME.fullmatch(name):
+            refuse(f"links.{name}", "is used as a file name", "use lower-case letters, digits, - and _")
+        check_links(f"links.{name}", links, params, refuse)
     for name in params.controls:
         if name not in params.encoders:
             known = ", ".join(params.encoders)

@@ -72,6 +72,9 @@ COLUMNS: dict[str, list[pa.Field]] = {
     ],
     "index.attributes/1": [required("class_id", TEXT), required("attribute", TEXT), required("value", TEXT)],
     "index.near_duplicates/1": [required("path", TEXT), required("other", TEXT), required("bits", INT)],
+    "index.links/1": [
+        required("src", TEXT), required("dst", TEXT), required("weight", FLOAT), required("kind", TEXT),
+    ],
     "thumbs/1": [required("image_id", TEXT), required("webp", pa.binary())],
     "llm.answers/1": [
         required("item_key", TEXT), required("subject_id", TEXT), required("sample", INT), required("prompt_sha", TEXT),
@@ -147,6 +150,7 @@ KEYS: dict[str, list[str]] = {
     "index.parts/1": ["path", "part"],
     "index.attributes/1": ["class_id", "attribute", "value"],
     "index.near_duplicates/1": ["path", "other"],
+    "index.links/1": ["dst", "src", "kind"],
     "thumbs/1": ["image_id"],
     "llm.answers/1": ["subject_id", "sample", "item_key"],
     "descriptions/1": ["image_id", "rank"],
@@ -163,7 +167,7 @@ KEYS: dict[str, list[str]] = {
     "labels/1": ["image_id", "view", "node"],
     "options/1": ["image_id"],
     "graphs/1": ["image_id", "view"],
-    "links/1": ["dst", "kind", "src"],
+    "links/1": ["dst", "src", "kind"],
 }
 
 

@@ -3,8 +3,8 @@
 Reads   what `dataset.root` names, laid out as `dataset.format` says (fieldmark/formats/: imagefolder, cub, manifest),
         and `dataset.val_list`, a file that names validation images: a path (or, in cub, a number) a line.
 Writes  data/index/images.parquet, classes.parquet, parts.parquet, attributes.parquet, near_duplicates.parquet,
-        metrics.json (counts and health) and data/thumbs/ (192-px WebP a picture: all that report needs of the images).
-        Warnings go to stderr, first of all where test is contaminated.
+        links.parquet (edges that the data give), metrics.json (counts and health) and data/thumbs/ (192-px WebP a
+        picture: all that report needs of the images). Warnings go to stderr, first of all where test is contaminated.
 Costs   one decode an image: about 5 ms on one core at 500 px.
 
 Byte-equal files: one is `ok` (test before val before train, then the lowest path), the others are `duplicate`; in two
@@ -317,6 +317,7 @@ def index(params: Params) -> dict[str, Any]:
     tables = {
         "index.images/1": rows, "index.classes/2": classes, "index.parts/1": listing.parts,
         "index.attributes/1": listing.attributes, "index.near_duplicates/1": near_duplicates,
+        "index.links/1": listing.links,
     }
     made_by = {
         "format": dataset.format, "test_fraction": dataset.test_fraction, "val_fraction": dataset.val_fraction,

@@ -114,6 +114,16 @@ ABOUT = {
         "Two usable images that look alike.",
         {"path": "of index.images", "other": "of index.images", "bits": "in which their dhashes differ"},
     ),
+    "index.links/1": About(
+        "data/index/links.parquet",
+        "An edge of a text graph; of pictures the table is empty.",
+        {
+            "src": "the path of the document that it leads from, in index.images",
+            "dst": "the path of the one that it leads to",
+            "weight": "how much it counts, 1 where the data do not say",
+            "kind": "as the data call it, or `given`",
+        },
+    ),
     "thumbs/1": About(
         "data/thumbs/bNNN.parquet",
         "The thumbnail of a usable image: all that the report needs of the pictures.",
@@ -307,6 +317,18 @@ ABOUT = {
             "dst": "node that it leads to",
             "spatial": "weight by distance in the picture, 0 where that rule made none",
             "semantic": "weight by cosine, 0 where that rule made none",
+        },
+    ),
+    "links/1": About(
+        "data/links/NAME.parquet",
+        "A link between two images or documents, of whatever split: a message flows from `src` to `dst`. Of kinds\n"
+        "`knn` and `text`, `src` is one of the k nearest to `dst`. The header's `params` say under `sources` which\n"
+        "files the vectors came from, and what these said of themselves.",
+        {
+            "src": "image_id of who sends",
+            "dst": "image_id of who receives",
+            "weight": "the cosine (knn, text), 1 (group), or what the data give",
+            "kind": "knn, text, group, or what the data call it (`given` where they do not)",
         },
     ),
     "options/1": About(

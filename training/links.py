@@ -19,6 +19,7 @@ from training.data import Batch, Cache
 from training.data.cache import Fields
 from training.data.links import WORD, Links
 from training.layers.gather import spans
+from training.layers.hops import Hop, starts
 from training.layers.states import State
 
 
@@ -41,18 +42,29 @@ def is_transductive(settings: Block) -> bool:
 
 
 class Around(NamedTuple):
-    """The images of a batch, and those from which something reaches them in `hops` steps.
+    """The images of a batch, and those from which something reaches them in `len(edges)` steps.
 
     Nodes 0 .. B-1 are the batch; then come rows of the memory, by how many steps away they are. `nodes[d]` of all
     nodes are at most d steps away, and `edges[d]` of all edges enter these: of L layers, layer l = 1 .. L has to find
-    the first nodes[L - l] nodes, from the first edges[L - l] edges.
+    the first nodes[L - l] nodes, from the first edges[L - l] edges (`hops`).
     """
 
     rows: Tensor  # (m,) int64: of the memory
     edges_in: Tensor  # (2, E) int64: sender and receiver, by node
-    weight: Tensor  # (E,) float32
+    weight: Tensor  # (E,) float32, 0 or more
+    degree: Tensor  # (B + m,) float32: the sum of the weights of all that a node hears, whatever is sampled of it
     nodes: list[int]  # by steps, 0 .. hops
     edges: list[int]  # by steps, 0 .. hops - 1
+
+    def hops(self) -> list[Hop]:
+        """What each layer passes, the first layer first; layers that pass the same share one."""
+        found: dict[tuple[int, int, int], Hop] = {}
+        layers = [(self.nodes[d + 1], self.nodes[d], self.edges[d]) for d in reversed(range(len(self.edges)))]
+        for key in layers:
+            nodes, count, edges = key
+            (sender, receiver), weight = self.edges_in[:, :edges], self.weight[:edges]
+            found.setdefault(key, Hop(sender, receiver, weight, self.degree[:nodes], count))
+        return [found[key] for key in layers]
 
 
 class Memory(nn.Module):
@@ -62,73 +74,135 @@ class Memory(nn.Module):
     start: Tensor  # (M + 1,) int64: edges start[i] .. start[i + 1] enter image i
     source: Tensor  # (E,) int64: rows of the memory
     weight: Tensor  # (E,) float32
+    degree: Tensor  # (M,) float32: the sum of the weights of the edges into each
+    views: Tensor  # (): of the cache that it is of
 
-    def __init__(self, settings: LinkSettings, key: Tensor, start: Tensor, source: Tensor, weight: Tensor) -> None:
+    def __init__(
+        self, settings: LinkSettings, key: Tensor, start: Tensor, source: Tensor, weight: Tensor, views: int
+    ) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.one_view = settings, views == 1
         for name, value in {"key": key, "start": start, "source": source, "weight": weight}.items():
             self.register_buffer(name, value)
+        self.register_buffer("views", torch.tensor(views))
+        self.register_buffer("degree", summed(weight, owners(start), len(key)), persistent=False)
 
     @classmethod
     def of(cls, cache: Cache, settings: LinkSettings) -> Self:
         """Of the images that may send under these settings."""
         part = cache.part(Links)
-        key = part.key[senders(cache, settings).to(part.key.device)].to(cache.device)
-        memory = cls.of_keys(settings, key)
-        source, row, weight = memory.entering(cache.batch(senders(cache, settings)))
-        count = torch.bincount(row, minlength=len(key))
-        start = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        return cls(settings, key, start, source, weight)
+        sending = senders(cache, settings)
+        key = part.key[sending.to(part.key.device)].to(cache.device)
+        memory = cls.of_keys(settings, key, cache.views)
+        source, row, weight = memory.entering(cache.only({links_word(settings)}).batch(sending))
+        return cls(settings, key, starts(row, len(key)), source, weight, cache.views)
 
     @classmethod
-    def of_keys(cls, settings: LinkSettings, key: Tensor) -> Self:
+    def of_keys(cls, settings: LinkSettings, key: Tensor, views: int) -> Self:
         """Of images by their ascending keys (M,), for what is heard directly: without links among them."""
         edges = key.new_zeros(0)
-        return cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float())
+        return cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float(), views)
 
     @classmethod
     def from_state(cls, state: State, settings: LinkSettings) -> Self:
-        return cls(settings, *(state[name] for name in ("key", "start", "source", "weight")))
+        return cls(settings, *(state[name] for name in ("key", "start", "source", "weight")), int(state["views"]))
 
     def entering(self, batch: Fields) -> tuple[Tensor, Tensor, Tensor]:
         """The edges (E,) into a batch: the row of the memory that sends, the place in the batch, and the weight.
 
-        They stand by place, the nearest first: at most `neighbours` a place, and none from an image to itself.
+        They stand by place, the nearest first: at most `neighbours` a place, and none from an image to itself. A weight
+        below 0 (a cosine of what is not alike) is 0.
         """
         word = links_word(self.settings)
         source, row = batch.of(word)
-        weight = batch.of(word.replace(WORD, "link_weight", 1))
+        weight = batch.of(word.replace(WORD, "link_weight", 1)).clamp(min=0)
         place = torch.searchsorted(self.key, source).clamp(max=max(len(self.key) - 1, 0))
         heard = (self.key[place] == source) & (source != batch.key[row]) if len(self.key) else source < 0
         place, row, weight = place[heard], row[heard], weight[heard]
         if self.settings.neighbours is not None:
-            count = torch.bincount(row, minlength=len(batch.key))
-            rank = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-            near = rank < self.settings.neighbours
+            near = ranks(row, len(batch.key)) < self.settings.neighbours
             place, row, weight = place[near], row[near], weight[near]
         return place, row, weight
 
-    def around(self, batch: Batch, hops: int) -> Around:
-        """All that reaches the images of a batch in `hops` >= 1 steps."""
-        source, row, weight = self.entering(batch)
+    def rows_of(self, batch: Batch) -> Tensor | None:
+        """The rows (B,) of a batch's images; None where one is not of the memory."""
+        row = torch.searchsorted(self.key, batch.key).clamp(max=max(len(self.key) - 1, 0))
+        inside = len(self.key) > 0 and bool((self.key[row] == batch.key).all())
+        return row if inside else None
+
+    def around(self, batch: Batch, hops: int, fanout: int | None = None, own: bool = False) -> Around:
+        """All that reaches the images of a batch in `hops` >= 1 steps.
+
+        Of the links into each node at most `fanout` are drawn anew, where it is given; the weights of these grow, so
+        that the sum over them is right in the mean. `own`: where all images of the batch are of the memory, they send
+        as they stand in the batch and are not found a second time; their vectors have to be those of the memory.
+        """
         size = len(batch.key)
         node = torch.full_like(self.key, -1)  # of each row of the memory
+        inside = self.rows_of(batch) if own else None
+        if inside is not None:
+            node[inside] = torch.arange(size, device=inside.device)
+            edge, receiver = spans(self.start, inside)
+            source, weight, degree = self.source[edge], self.weight[edge], [self.degree[inside]]
+        else:
+            source, receiver, weight = self.entering(batch)
+            degree = [summed(weight, receiver, size)]
         rows, senders_in, receivers, weights = [self.key.new_zeros(0)], [], [], []
-        nodes, edges, receiver = [size], [], row
+        nodes, edges = [size], [0]
         for hop in range(hops):
+            if fanout is not None:
+                source, receiver, weight = sample(source, receiver, weight, fanout, nodes[-1])
             new = torch.unique(source[node[source] < 0])
             node[new] = torch.arange(nodes[-1], nodes[-1] + len(new), device=new.device)
             rows.append(new)
             senders_in.append(node[source])
             receivers.append(receiver)
             weights.append(weight)
+            degree.append(self.degree[new])
             nodes.append(nodes[-1] + len(new))
-            edges.append(len(source) + (edges[-1] if edges else 0))
+            edges.append(edges[-1] + len(source))
             if hop + 1 < hops:
                 edge, place = spans(self.start, new)
                 source, weight, receiver = self.source[edge], self.weight[edge], node[new][place]
         ends = torch.stack([torch.cat(senders_in), torch.cat(receivers)])
-        return Around(torch.cat(rows), ends, torch.cat(weights), nodes, edges)
+        return Around(torch.cat(rows), ends, torch.cat(weights), torch.cat(degree), nodes, edges[1:])
+
+    def whole(self) -> Hop:
+        """All links among the images that send: one step, from and to all of them."""
+        return Hop(self.source, owners(self.start), self.weight, self.degree, len(self.key))
+
+
+def owners(start: Tensor) -> Tensor:
+    """(E,): which node each edge enters, of start (n + 1,)."""
+    return torch.repeat_interleave(start[1:] - start[:-1])
+
+
+def summed(weight: Tensor, owner: Tensor, count: int) -> Tensor:
+    """(count,): the sum of the weights (E,) of each owner."""
+    return weight.new_zeros(count).index_add_(0, owner, weight)
+
+
+def ranks(owner: Tensor, count: int) -> Tensor:
+    """(E,): how many edges of the same owner stand before each; those of one owner, 0 .. count-1, stand together."""
+    return torch.arange(len(owner), device=owner.device) - starts(owner, count)[owner]
+
+
+def sample(
+    source: Tensor, receiver: Tensor, weight: Tensor, fanout: int, nodes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At most `fanout` of the edges into each of `nodes` receivers, drawn without putting back, in their order.
+
+    Of k edges each weighs k / fanout of what it did.
+    """
+    count = torch.bincount(receiver, minlength=nodes)
+    if not len(receiver) or int(count.max()) <= fanout:
+        return source, receiver, weight
+    drawn = torch.rand(len(receiver), dtype=torch.float64, device=receiver.device)
+    order = (receiver + drawn).argsort()
+    kept = torch.empty_like(receiver, dtype=torch.bool)
+    kept[order] = ranks(receiver, nodes) < fanout  # receivers stand together, so that their order is that of `order`
+    grown = (count / fanout).clamp(min=1).to(weight.dtype)[receiver]
+    return source[kept], receiver[kept], (weight * grown)[kept]
 
 
 def senders(cache: Cache, settings: LinkSettings) -> Tensor:

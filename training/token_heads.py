@@ -94,15 +94,17 @@ def fit_head(
     build: Callable[[Beside], nn.Module],
     weights: Mapping[str, float] | None = None,
     retell: Retell | None = None,
+    own_also: frozenset[str] = frozenset(),
 ) -> Fitted:
     """Train a head, beside its rival where settings name one; `build` makes a fresh one and draws on the CPU.
 
-    `own_reads` are the parts that it reads itself, `weights` those of its losses; `retell` as in fit_epochs.
+    `own_reads` are the parts that it reads itself, and `own_also` those of other encoders; `weights` those of its
+    losses; `retell` as in fit_epochs.
     """
     if settings.with_probe is None:
-        told = reduce(cache, own_reads, frozenset())
+        told = reduce(cache, own_reads, own_also)
         return fit_epochs(lambda: build(Beside(None)), told, settings, seed, weights, retell)
     rival = fit_rival(cache, settings.with_probe)
-    told = reduce(rival.told(cache), own_reads, frozenset())
+    told = reduce(rival.told(cache), own_reads, own_also)
     fitted = fit_epochs(lambda: build(Beside(rival.offset())), told, settings, seed, weights, retell)
     return replace(fitted, chosen={**fitted.chosen, **rival.chosen})

@@ -117,7 +117,7 @@ def test_running_twice_gives_the_same_bytes(
     run_stage("index_images")
     assert first == [{name: content for name, (content, _) in snapshot(folder).items()} for folder in folders]
     assert set(first[0]) == {
-        *(f"{name}.parquet" for name in ("images", "classes", "parts", "attributes", "near_duplicates")),
+        *(f"{name}.parquet" for name in ("images", "classes", "parts", "attributes", "near_duplicates", "links")),
         "metrics.json",
     }
     assert set(first[1]) == {f"b{bucket:03d}.parquet" for bucket in range(4)}

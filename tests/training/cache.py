@@ -405,7 +405,8 @@ def write_links(folder: Path, name: str, plan: Plan) -> None:
             for source in sorted(heard)
         ]
     mark = fingerprint("links", {"name": name, "seed": plan.seed})
-    write_table(make_table("links/1", rows), folder / f"links/{name}.parquet", "links/1", {}, mark)
+    made_by: dict[str, Any] = {"kind": "knn", "k": plan.links, "sources": {}}
+    write_table(make_table("links/1", rows), folder / f"links/{name}.parquet", "links/1", made_by, mark)
 
 
 def bucket_files(folder: Path) -> list[Path]:

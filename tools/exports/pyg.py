@@ -2,7 +2,6 @@
 
 A graph has x (N, D), pos (N, 2), kind (N,), edge_index (2, E), edge_attr (E, 2), y (1,), image_id and split, as
 tools/exports/graphs.py has them; numbers are float32. Each edge stands in both directions, without loops.
-torch_geometric is no dependency of the pipeline: `pip install torch-geometric`.
 """
 
 import json

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from fieldmark.links import refuse_stale
 from fieldmark.store import read_table
 from training.data.arrays import Arrays
 from training.data.part import Part
@@ -110,7 +111,9 @@ def keys_of(image_ids: Sequence[str]) -> np.ndarray:
 
 
 def kept_links(source: EncoderFiles, name: str) -> Incoming:
+    """Raises UserError where the vectors that made these links are others by now."""
     path = source.folder / f"links/{name}.parquet"
+    refuse_stale(path, source.folder)
     kept = source.keep("links", [path], lambda zeros: read_links(path, source.image_ids))
     return Incoming(*(torch.from_numpy(kept[field]) for field in Incoming._fields))
 

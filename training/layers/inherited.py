@@ -64,7 +64,7 @@ class Inherited(nn.Module):
         links = replace(cache.only({links_word(settings)}), also=()).batch(train)
         while True:
             there = text.any(1)
-            found = cls(Memory.of_keys(settings, links.key[there]), text[there])
+            found = cls(Memory.of_keys(settings, links.key[there], cache.views), text[there])
             reached = torch.where(there[:, None], text, found.heard(links))
             if torch.equal(reached.any(1), there):
                 return found
