@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from training.data import Batch, Cache
+from training.data import Cache
+from training.data.cache import Fields
 from training.layers.convolutions import LinkNetwork
 from training.layers.features import Features
 from training.layers.nodes import in_precision
@@ -37,7 +38,7 @@ class OverLinks(nn.Module):
         self.register_buffer("vectors", vectors)
         self.found: list[Tensor] = []  # what the memory's images hold before each layer, at evaluation
 
-    def forward(self, batch: Batch, x: Tensor) -> Tensor:
+    def forward(self, batch: Fields, x: Tensor) -> Tensor:
         if self.training:
             around = self.memory.around(batch, len(self.network.layers), self.fanout, own=self.memory.one_view)
             reached = torch.cat([x, self.vectors[around.rows]]) if len(around.rows) else x

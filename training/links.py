@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fieldmark.params import Block, Count
-from training.data import Batch, Cache
+from training.data import Cache
 from training.data.cache import Fields
 from training.data.links import WORD, Links
 from training.layers.gather import spans
@@ -124,13 +124,13 @@ class Memory(nn.Module):
             place, row, weight = place[near], row[near], weight[near]
         return place, row, weight
 
-    def rows_of(self, batch: Batch) -> Tensor | None:
+    def rows_of(self, batch: Fields) -> Tensor | None:
         """The rows (B,) of a batch's images; None where one is not of the memory."""
         row = torch.searchsorted(self.key, batch.key).clamp(max=max(len(self.key) - 1, 0))
         inside = len(self.key) > 0 and bool((self.key[row] == batch.key).all())
         return row if inside else None
 
-    def around(self, batch: Batch, hops: int, fanout: int | None = None, own: bool = False) -> Around:
+    def around(self, batch: Fields, hops: int, fanout: int | None = None, own: bool = False) -> Around:
         """All that reaches the images of a batch in `hops` >= 1 steps.
 
         Of the links into each node at most `fanout` are drawn anew, where it is given; the weights of these grow, so
