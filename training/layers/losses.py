@@ -40,6 +40,24 @@ def info_nce(positive: Tensor, negatives: Tensor) -> Tensor:
     return torch.cat([positive[:, None], negatives], dim=1).logsumexp(1) - positive
 
 
+def contrast_views(a: Tensor, b: Tensor, temperature: float, alike: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE of two views of n images: 1/2 [NCE(a -> b) + NCE(b -> a)], the mean over images.
+
+        NCE(a -> b)_i = -log( e^(cos(a_i, b_i) / t) / sum over j of e^(cos(a_i, b_j) / t) )
+
+    a, b (n, d), of any length. `alike` (n, n) bool, symmetric: pairs i, j that are no negatives of each other, such as
+    two images of one class; an image and its own other view count whatever it says. log n where all vectors are equal.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        cosine = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T / temperature
+    itself = torch.arange(len(a), device=a.device)
+    if alike is not None:
+        alike = alike.clone()
+        alike[itself, itself] = False
+        cosine = cosine.masked_fill(alike, float("-inf"))
+    return (F.cross_entropy(cosine, itself) + F.cross_entropy(cosine.T, itself)) / 2
+
+
 def nearest(h: Tensor, mask: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distances in float32: of each node to its nearest proxy (B, n), and of each proxy to its node (B, P).
 

@@ -14,6 +14,7 @@ from training.layers.losses import (
     assignment_logits,
     capped_chamfer,
     chamfer,
+    contrast_views,
     hausdorff,
     kl_from_normal,
     likeliest_class,
@@ -39,6 +40,64 @@ def test_kl_is_zero_for_the_normal_and_has_its_closed_form() -> None:
     expected = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0)).mean()
     torch.testing.assert_close(kl_from_normal(mean, log_variance, mask), expected)
     assert expected > 0
+
+
+def test_contrast_of_views_equals_a_loop() -> None:
+    """Both directions; images 0, 2 and 3 are alike, so that they are no negatives of each other."""
+    a, b, t = 3 * torch.randn(5, 4, generator=GENERATOR), torch.randn(5, 4, generator=GENERATOR), 0.3
+    alike = torch.zeros(5, 5, dtype=torch.bool)
+    alike[torch.tensor([[0], [2], [3]]), torch.tensor([0, 2, 3])] = True
+    for mask in (None, alike):
+        terms = []
+        for one, other in ((a, b), (b, a)):
+            for i in range(5):
+                cosine = [float(F.cosine_similarity(one[i], other[j], dim=0)) / t for j in range(5)]
+                kept = [value for j, value in enumerate(cosine) if j == i or mask is None or not mask[i, j]]
+                terms.append(math.log(sum(math.exp(value) for value in kept)) - cosine[i])
+        torch.testing.assert_close(float(contrast_views(a, b, t, mask)), sum(terms) / 10, atol=1e-5, rtol=1e-5)
+
+
+def test_contrast_is_small_where_views_agree_and_log_n_where_all_are_equal() -> None:
+    apart = torch.eye(6)
+    assert contrast_views(apart, apart, 0.05) < 1e-6
+    assert contrast_views(apart, apart.roll(1, dims=0), 0.05) > 10
+    equal = torch.ones(6, 3)
+    torch.testing.assert_close(float(contrast_views(equal, equal, 0.5)), math.log(6))
+    assert contrast_views(equal[:1], equal[:1], 0.5) == 0
+
+
+def test_contrast_does_not_mind_sides_or_order() -> None:
+    a, b = torch.randn(7, 4, generator=GENERATOR), torch.randn(7, 4, generator=GENERATOR)
+    alike = torch.tensor([0, 1, 0, 2, 1, 2, 3])[:, None] == torch.tensor([0, 1, 0, 2, 1, 2, 3])
+    said, order = contrast_views(a, b, 0.5, alike), torch.randperm(7, generator=GENERATOR)
+    torch.testing.assert_close(contrast_views(b, a, 0.5, alike), said)
+    torch.testing.assert_close(contrast_views(a[order], b[order], 0.5, alike[order][:, order]), said)
+
+
+def test_a_pair_that_is_alike_has_no_gradient() -> None:
+    a = torch.randn(3, 4, generator=GENERATOR)
+    b = torch.randn(3, 4, generator=GENERATOR).requires_grad_()
+    alike = torch.zeros(3, 3, dtype=torch.bool)
+    alike[0, 1] = alike[1, 0] = True
+    # What image 0 alone says to b: of its own view and of image 2's, but of image 1's nothing.
+    [gradient] = torch.autograd.grad(row_of(a, b, alike), b)
+    assert gradient[1].abs().sum() == 0
+    assert gradient[0].abs().sum() > 0
+    assert gradient[2].abs().sum() > 0
+
+
+def row_of(a: Tensor, b: Tensor, alike: Tensor) -> Tensor:
+    """The part of the loss in which image 0 looks at the other side: what is left when the other rows hold still."""
+    moving = torch.cat([a[:1].requires_grad_(), a[1:]])
+    [seen] = torch.autograd.grad(contrast_views(moving, b, 0.5, alike), moving, create_graph=True)
+    return (seen[0] * torch.arange(1.0, 5)).sum()
+
+
+def test_contrast_is_of_full_precision_under_autocast() -> None:
+    a, b = torch.randn(9, 16, generator=GENERATOR), torch.randn(9, 16, generator=GENERATOR)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = contrast_views(a, b, 0.01)
+    assert torch.equal(narrow, contrast_views(a, b, 0.01))
 
 
 def test_chamfer_equals_scipy_and_is_zero_for_the_same_graph() -> None:
