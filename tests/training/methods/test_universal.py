@@ -123,6 +123,7 @@ OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
 SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}]
 BY_LINKS = {"features": ["inherited/near"]}  # an image that is described inherits nothing
 OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
+OTHERWISE["gaga"] += [{"annotations": "descriptions"}]
 
 
 def quick(method: str, cache: Cache, seed: int = 0, **knobs: object) -> Fitted:
