@@ -48,7 +48,7 @@ repro: profile
 
 # Ask again what was refused, invalid or failed; answers that are there cost nothing.
 retry: profile
-	dvc repro --single-item --force generate_concepts describe_images
+	dvc repro --single-item --force generate_concepts describe_images ask
 	@$(MAKE) --no-print-directory repro
 
 # The runs of studies/NAME.yaml that are not there yet; then its tables.
@@ -92,6 +92,7 @@ clean:
 	rm -rf data/index data/thumbs data/embed data/bank data/labels data/graphs data/inputs data/runs
 	rm -rf data/again data/first_looks data/report data/reef
 	rm -f data/links/*.parquet
+	rm -rf data/asked/*/texts.parquet data/asked/*/vectors
 	rm -f data/concepts/concepts.parquet data/descriptions/descriptions.parquet data/descriptions/cells.parquet
 	rm -rf "$${FIELDMARK_CACHE:-.cache}/arrays"
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ from fieldmark.store import canonical_json, class_id_of, read_table, sha256
 from training.controls import Control, read_control
 from training.data import CPU, files_of
 from training.hashes import hash_data
-from training.inputs import ROOT, Reading, code_of, reading_of
+from training.inputs import ROOT, Reading, check_questions, code_of, reading_of
 from training.looks import check_looks
 from training.methods import (
     check_also,
@@ -357,6 +357,7 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
         entry, reading = entries[cell.method], plan.reading(cell)
         key = f"{'variants' if cell.method in study.variants else 'methods'}.{cell.method}"
         check_looks(file, key, params.train.first_looks, reading, cell.regime)
+        check_questions(file, key, params.ask, reading)
         paths |= reading.files.keys()
         parts, other_labels = reading.needs | reading.also_reads, bool(entry.variation.labels) or plan.anew(cell)
         code[cell.row] = mark_code(reading.methods, parts, cell.control, other_labels)

@@ -136,6 +136,20 @@ class Describe(Block):
     cell_sentences: Count = 2
 
 
+class Ask(Block):
+    """A question of one's own. What it is asked about stands in the prompt's front matter (`subject`)."""
+
+    prompt: str
+    links: str
+    neighbours: Count = 3
+    splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)] = ["train", "val", "test"]
+    pairs: Literal["siblings", "all"] = "siblings"
+    count: Count = 5
+    samples: Count = 1
+    image_px: Annotated[int, Field(ge=64)] = 512
+    mask: bool = True
+
+
 def read_switch(value: Any) -> Any:
     """`on` or `off` as a text: in YAML 1.1, which other programs may write, the words stand for true and false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -420,6 +434,7 @@ class Params(Block):
     llm: Llm
     concepts: Concepts = Concepts()
     describe: Describe = Describe()
+    ask: dict[str, Ask] = {}
     clean: Clean = Clean()
     encoders: Annotated[dict[str, Encoder], Field(min_length=1)]
     towers: dict[str, Tower] = {}
@@ -605,7 +620,7 @@ def check_contradictions(path: str, params: Params) -> None:
         refuse("dataset.format", what, f"choose one of: {', '.join(formats)}")
     blocks: list[tuple[str, Iterable[str]]] = [
         ("encoders", params.encoders), ("towers", params.towers), ("train.runs", params.train.runs),
-        ("train.first_looks", params.train.first_looks),
+        ("train.first_looks", params.train.first_looks), ("ask", params.ask),
     ]  # fmt: skip
     for block, names in blocks:
         for name in names:

@@ -88,6 +88,10 @@ COLUMNS: dict[str, list[pa.Field]] = {
         required("image_id", TEXT), required("cell", INT), required("x0", FLOAT), required("y0", FLOAT),
         required("x1", FLOAT), required("y1", FLOAT), required("rank", INT), required("text", TEXT),
     ],
+    "asked/1": [
+        required("subject_id", TEXT), required("sample", INT), required("field", TEXT), required("rank", INT),
+        required("text", TEXT),
+    ],
     "concepts/1": [
         required("concept_id", TEXT), required("text", TEXT), pa.field("class_id", TEXT), required("kind", TEXT),
         pa.field("part", TEXT), required("rank", INT), required("kept", pa.bool_()), pa.field("drop_reason", TEXT),
@@ -155,6 +159,7 @@ KEYS: dict[str, list[str]] = {
     "llm.answers/1": ["subject_id", "sample", "item_key"],
     "descriptions/1": ["image_id", "rank"],
     "descriptions.cells/1": ["image_id", "cell", "rank"],
+    "asked/1": ["subject_id", "sample", "field", "rank"],
     "concepts/1": ["class_id", "kind", "rank", "concept_id", "item_key"],
     "embed.nodes/1": ["image_id", "view", "node"],
     "embed.tokens/1": ["image_id", "view", "layer"],

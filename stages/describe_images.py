@@ -28,8 +28,6 @@ is, whatever part of it an encoder sees.
     python -m stages.describe_images --dry-run
 """
 
-import base64
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -40,19 +38,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 
 from fieldmark import informative, store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
-from fieldmark.llm.answers import SCHEMA, Item, Unaskable, check_coverage, keep_answers
-from fieldmark.llm.prompts import Message, Prompt, load_prompt
+from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
+from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part
+from fieldmark.llm.prompts import Prompt, load_prompt
 from fieldmark.llm.questions import Question, ask, foresee, write_metrics
 from fieldmark.llm.replay import replay
+from fieldmark.llm.said import tidy
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import Params, load_params
-from fieldmark.pictures.boxes import Box, Region, box_of, cut_windows
-from fieldmark.pictures.decode import BadImage, open_rgb
+from fieldmark.pictures.boxes import Box, cut_windows
 
 STAGE = "describe_images"
 IMAGES = Path("data/index/images.parquet")
@@ -62,9 +60,6 @@ DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
 CELLS = Path("data/descriptions/cells.parquet")
 METRICS = Path("data/descriptions/metrics.json")
 CELL_SCHEMA = "descriptions.cells/1"
-JPEG_QUALITY = 90
-# In characters; a model that repeats itself writes no end of them.
-LONGEST_SENTENCE = 2_000
 Row = dict[str, Any]
 
 
@@ -96,19 +91,10 @@ def whole_pictures(path: Path) -> pa.Table:
 
 
 def items_of(image_ids: list[str], prompt: Prompt, params: Params) -> list[Item]:
-    """One item an image, its image at the end of the last message. The text is the same object in every item."""
-    values = {**params.domain.model_dump(), "sentences": params.describe.sentences}
-    *before, last = prompt.render(values)
-    text = {"type": "text", "text": last["content"]}
-    return [
-        Item(image_id, 0, [*before, {"role": last["role"], "content": [text, image_part(image_id, params)]}])
-        for image_id in image_ids
-    ]
-
-
-def image_part(image_id: str, params: Params) -> dict[str, Any]:
-    """What stands for an image in an item: its content and how it is resized."""
-    return {"type": "image", "image_id": image_id, "px": params.describe.image_px, "jpeg_quality": JPEG_QUALITY}
+    """One item an image, its image at the end of the last message."""
+    messages = prompt.render({**params.domain.model_dump(), "sentences": params.describe.sentences})
+    px = params.describe.image_px
+    return [Item(image_id, 0, with_part(messages, image_part(image_id, px))) for image_id in image_ids]
 
 
 class Cell(NamedTuple):
@@ -133,60 +119,15 @@ def cells_of(image_ids: list[str], nodes: Sequence[int]) -> list[Cell]:
 
 def cell_items(cells: list[Cell], prompt: Prompt, params: Params) -> list[Item]:
     """One item a cell; its box stands beside the image that it is cut from."""
-    *before, last = prompt.render({**params.domain.model_dump(), "sentences": params.describe.cell_sentences})
-    text = {"type": "text", "text": last["content"]}
-    return [
-        Item(
-            cell.subject,
-            0,
-            [
-                *before,
-                {
-                    "role": last["role"],
-                    "content": [text, {**image_part(cell.image_id, params), "box": list(map(float, cell.box))}],
-                },
-            ],
-        )
-        for cell in cells
-    ]
-
-
-def data_url(path: Path, px: int, quality: int, box: Box | None = None) -> str:
-    """A picture, or a box of it, as a JPEG data URL, at most `px` on its long side, without metadata.
-
-    Raises BadImage.
-    """
-    image = open_rgb(path)
-    if box is not None:
-        image = image.crop(region_of(box, image.size))
-    image.thumbnail((px, px), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, exif=b"")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def region_of(box: Box, size: tuple[int, int]) -> Region:
-    """The pixels of a box, at least one a side."""
-    (x0, y0, x1, y1), (width, height) = box, size
-    left, top = min(round(x0 * width), width - 1), min(round(y0 * height), height - 1)
-    return left, top, max(left + 1, round(x1 * width)), max(top + 1, round(y1 * height))
-
-
-def with_image(item: Item, paths: dict[str, Path]) -> list[Message]:
-    """An item's messages as they are sent. Raises Unaskable where the image cannot be opened."""
-    *before, last = item.messages
-    text, image = last["content"]
-    try:
-        url = data_url(paths[image["image_id"]], image["px"], image["jpeg_quality"], box_of(image.get("box")))
-    except BadImage as error:
-        raise Unaskable(f"the image cannot be opened: {error}") from None
-    return [*before, {**last, "content": [text, {"type": "image_url", "image_url": {"url": url}}]}]
+    messages = prompt.render({**params.domain.model_dump(), "sentences": params.describe.cell_sentences})
+    px = params.describe.image_px
+    return [Item(cell.subject, 0, with_part(messages, image_part(cell.image_id, px, cell.box))) for cell in cells]
 
 
 def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None) -> tuple[list[Row], int]:
     """Rows of descriptions/1 from the answers that are ok, and how many class names were masked in them.
 
-    Of an answer that a model gave the first `most` sentences (None: all); none is longer than LONGEST_SENTENCE.
+    Of an answer that a model gave the first `most` sentences (None: all), none longer than said.LONGEST.
     """
     rows, masked = [], 0
     for answer in answers:
@@ -194,8 +135,7 @@ def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None)
             continue
         said = json.loads(answer["response_json"])["sentences"]
         said = said[:most] if answer["source"] in ("live", "batch") else said
-        sentences = [store.nfc(" ".join(sentence[:LONGEST_SENTENCE].split())) for sentence in said]
-        for rank, sentence in enumerate(filter(None, sentences)):
+        for rank, sentence in enumerate(filter(None, map(tidy, said))):
             text, found = mask.apply(sentence)
             masked += found
             rows.append({"image_id": answer["subject_id"], "rank": rank, "text": text})
@@ -270,7 +210,7 @@ def main() -> None:
         if args.dry_run:
             print(foresee(STAGE, questions, params.llm, ANSWERS))
             return
-        asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: with_image(item, paths))
+        asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: as_sent(item, paths))
         answered = dict(asked)
     else:
         if args.dry_run:

@@ -14,13 +14,12 @@ Costs   one forward pass of the text tower a text: seconds for thousands. --dry-
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fieldmark import store
 from fieldmark.command import UserError, encoder_parser, run
 from fieldmark.encoders.base import choose_device
-from fieldmark.encoders.clip import LoadedEncoder, load_encoder
-from fieldmark.encoders.texts import SCHEMA, embed_texts, preview
+from fieldmark.encoders.clip import load_encoder
+from fieldmark.encoders.texts import SCHEMA, embed_texts, kept_texts, preview
 from fieldmark.params import load_params
 
 CONCEPTS = Path("data/concepts/concepts.parquet")
@@ -43,18 +42,6 @@ def read_texts() -> dict[str, str]:
     return kinds
 
 
-def read_kept(path: Path, kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
-    """The embed.text rows of `kinds` that are there already and that this encoder made."""
-    columns = store.arrow_schema(SCHEMA, encoder.dimension)
-    if not path.is_file() or store.read_header(path, SCHEMA).params["encoder"] != encoder.fingerprint:
-        return columns.empty_table()
-    table = store.read_table(path, SCHEMA)
-    table = table.filter(pc.is_in(table.column("text"), pa.array(list(kinds))))
-    # What was a concept may be a description now.
-    kind = pa.array([kinds[text] for text in table.column("text").to_pylist()], pa.string())
-    return table.set_column(columns.get_field_index("kind"), "kind", kind).cast(columns)
-
-
 def main() -> None:
     parser = encoder_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -65,7 +52,7 @@ def main() -> None:
     kinds = read_texts()
     encoder = load_encoder(arguments.encoder, settings, choose_device(arguments.device), params.towers)
     path = EMBED / arguments.encoder / "text.parquet"
-    kept = read_kept(path, kinds, encoder)
+    kept = kept_texts(path, kinds, encoder)
     held = set(kept.column("text").to_pylist())
     missing = {text: kind for text, kind in kinds.items() if text not in held}
     if arguments.dry_run:

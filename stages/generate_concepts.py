@@ -31,12 +31,12 @@ Too few classes with an answer (llm.min_coverage) are an error, after the file i
 import difflib
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from fieldmark import store
 from fieldmark.command import UserError, name_some, run, stage_parser
+from fieldmark.concepts.siblings import siblings_of
 from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
 from fieldmark.llm.imported import EDITS, Own, read_own, row_of, start_edit
 from fieldmark.llm.prompts import load_prompt
@@ -50,7 +50,6 @@ CLASSES = Path("data/index/classes.parquet")
 ANSWERS = Path("data/concepts/answers.parquet")
 METRICS = Path("data/concepts/metrics.json")
 GENERIC = "*"  # no class_id: those match [a-z0-9_-]+
-MOST_SIBLINGS = 20
 Row = dict[str, Any]
 
 
@@ -74,7 +73,7 @@ def questions_of(classes: list[Row], own: list[Own], params: Params) -> Question
         questions["generic"] = Question(prompt, [Item(GENERIC, 0, prompt.render(card))])
     if settings.contrast:
         prompt = load_prompt(settings.contrast_prompt)
-        family = siblings_of(classes)
+        family = family_of(classes)
         values = {class_id: about[class_id] | family[class_id] for class_id in about if class_id in family}
         items = [Item(class_id, 0, prompt.render(each)) for class_id, each in values.items()]
         if items:
@@ -86,23 +85,14 @@ def without_own(classes: list[Row], own: list[Own]) -> list[Row]:
     return [row for row in classes if not any(row["class_id"] in each.texts for each in own)]
 
 
-def siblings_of(classes: list[Row]) -> dict[str, dict[str, Any]]:
-    """The superclass and the names of the other classes in it, for each class that has any, by class_id.
-
-    Raises UserError where none has.
-    """
-    names = defaultdict(set)
-    for row in classes:
-        names[row["superclass"]].add(row["name"])
-    family = {}
-    for row in classes:
-        siblings = sorted(names[row["superclass"]] - {row["name"]})
-        if row["superclass"] and siblings:
-            family[row["class_id"]] = {"superclass": row["superclass"], "siblings": siblings[:MOST_SIBLINGS]}
-    if not family:
+def family_of(classes: list[Row]) -> dict[str, dict[str, Any]]:
+    """The superclass and the siblings of each class that has any, by class_id. Raises UserError where none has."""
+    siblings = siblings_of(classes)
+    if not siblings:
         remedy = "name theirs in the column `superclass` of classes.csv, or set it to false"
         raise UserError(f"params.yaml: concepts.contrast: no two classes of {CLASSES} share a superclass; {remedy}")
-    return family
+    superclass = {row["class_id"]: row["superclass"] for row in classes}
+    return {key: {"superclass": superclass[key], "siblings": names} for key, names in siblings.items()}
 
 
 def check_imported(classes: list[Row], own: list[Own], params: Params) -> None:

@@ -44,7 +44,8 @@ def checkout(target: Path) -> Path:
     made_here = shutil.ignore_patterns(".git", ".venv", "*cache*", "tmp", "config.local", "dvc.lock")
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        tracked = {ROOT / "data": {"adapted", "demo", "controls", "none"}, ROOT / "data/adapted": {"README.md"}}
+        tracked = {ROOT / "data": {"adapted", "asked", "demo", "controls", "none"}}
+        tracked |= {ROOT / "data" / name: {"README.md"} for name in ("adapted", "asked")}
         outputs = set(names) - tracked.get(Path(folder), set(names))
         return {*made_here(folder, names), *outputs} - {"cache.py"}
 

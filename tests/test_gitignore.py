@@ -16,7 +16,7 @@ BESIDE = ["data/studies", "data/towers"]
 KEPT = [
     "data/images.dvc", "data/images/train/a/1.jpg", "data/concepts.json", "data/concepts/mine.json", "data/photos.csv",
     "data/descriptions/mine.csv", "data/none", "data/demo/species.yaml", "data/controls/unrelated.txt",
-    "data/.gitignore", "dvc.lock", "data/adapted/README.md",
+    "data/.gitignore", "dvc.lock", "data/adapted/README.md", "data/asked/README.md",
 ]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_outputs_are_ignored_and_what_people_keep_is_not(tmp_path: Path) -> None
 
 def test_nothing_is_ignored_that_no_stage_writes() -> None:
     for entry in entries():
-        # What stands in data/adapted, but not its README.
+        # What stands in data/adapted and data/asked, but not their READMEs.
         assert re.fullmatch(r"/data/[\w/.]+(/\*)?", entry), entry
         assert any(f"/{out}/".startswith(f"{entry.removesuffix('/*')}/") for out in [*outputs(), *BESIDE]), entry
 

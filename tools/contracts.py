@@ -130,11 +130,12 @@ ABOUT = {
         {"image_id": IMAGE, "webp": "a WebP picture of 192 pixels at most"},
     ),
     "llm.answers/1": About(
-        "data/concepts/answers.parquet, data/descriptions/answers.parquet",
+        "data/concepts/answers.parquet, data/descriptions/answers.parquet, data/asked/NAME/answers.parquet",
         "What came of one question to a model, failed ones too.",
         {
             "item_key": "hash of what was asked and of whom",
-            "subject_id": "a class_id, an image_id, or that of a cell: IMAGE_ID#X0,Y0,X1,Y1; `*` for texts of no class",
+            "subject_id": "a class_id, two with a space between, an image_id, or that of a cell: IMAGE_ID#X0,Y0,X1,Y1;"
+            " `*` for texts of no class",
             "sample": "which of several answers to one question",
             "prompt_sha": "sha256 of the prompt's file",
             "status": "ok, refused, invalid, truncated or error",
@@ -168,6 +169,19 @@ ABOUT = {
             "y1": "bottom",
             "rank": "its place in what was said of the cell",
             "text": "the sentence",
+        },
+    ),
+    "asked/1": About(
+        "data/asked/NAME/texts.parquet",
+        "A string of an answer to a question of your own, NAME under `ask` in params.yaml. The header's `params` name\n"
+        "the prompt's `subject`, the field that holds `guesses` of classes, whether other fields were masked (`mask`)\n"
+        "and whether the prompt was `told` the class of an image or text, so that its texts know the label.",
+        {
+            "subject_id": "of what was asked about: an image_id, a class_id, or two class_ids with a space between",
+            "sample": "of several answers",
+            "field": "where it stands in the answer: the keys that lead there, with a dot between them",
+            "rank": "its place, from 0, among what stands there",
+            "text": "on one line; names of classes masked but in guesses",
         },
     ),
     "concepts/1": About(
@@ -254,12 +268,12 @@ ABOUT = {
         },
     ),
     "embed.text/1": About(
-        "data/embed/ENCODER/text.parquet",
+        "data/embed/ENCODER/text.parquet, data/asked/NAME/vectors/ENCODER.parquet",
         "A text in the space of the images.",
         {
             "text_id": "sha256 of the text",
             "text": "the text itself",
-            "kind": "name, concept or description",
+            "kind": "name, concept, description or asked",
             "n_tokens": "that the text has",
             "truncated": "whether it has more than the encoder reads",
             "vector": "of unit length",

@@ -9,7 +9,8 @@ Costs   about a minute: each encoder and tower is loaded and embeds a few pictur
 
 What is tried: the environment (packages, threads, GPU), the data set (preflight, layout, one picture decoded), the
 runs, each encoder and tower (weights, a batch, its rate), the disk (for the pictures that there are, without `tokens`),
-the model that is asked (key, response format, price), and DVC's remote where one is set. Ends with 1 if any fails.
+the model that is asked (key, response format, price), the prompts of `ask`, and DVC's remote where one is set. Ends
+with 1 if any fails.
 
     python -m tools.doctor
     python -m tools.doctor --no-call
@@ -50,12 +51,13 @@ from fieldmark.listing import Row, list_classes
 from fieldmark.llm.answers import Item, PlannedCalls, check_limits, cost, estimate, price_of
 from fieldmark.llm.client import Client, public_url, server_of
 from fieldmark.llm.imported import read_own
+from fieldmark.llm.pictures import as_sent
 from fieldmark.llm.prompts import Message, load_prompt
 from fieldmark.llm.questions import Question
 from fieldmark.params import Params, load_params, places_of
 from fieldmark.pictures.decode import BadImage, hash_file, open_file, open_rgb
 from fieldmark.pictures.views import Source
-from stages import describe_images, generate_concepts
+from stages import ask, describe_images, generate_concepts
 from stages.index_images import leave_out_imageless
 from stages.pool_tokens import find_asked, length_of, measure
 from tools import preflight
@@ -93,6 +95,8 @@ class Doctor:
         yield "concepts", self.concepts
         if self.params.describe.enabled:
             yield "descriptions", self.descriptions
+        for name in self.params.ask:
+            yield f"question {name}", lambda name=name: self.question(name)  # type: ignore[misc]
         yield "remote", self.remote
 
     def environment(self) -> str:
@@ -231,7 +235,13 @@ class Doctor:
             of_cells = load_prompt(params.describe.cell_prompt)
             [first, *_] = describe_images.cell_items(cells, of_cells, params)
             questions.append(Question(of_cells, [first] * count * len(cells)))
-        return self.ask("describe_images", questions, lambda item: describe_images.with_image(item, paths))
+        return self.ask("describe_images", questions, lambda item: as_sent(item, paths))
+
+    def question(self, name: str) -> str:
+        """That a question of one's own fits its prompt; nobody is asked, for its subjects may not be there yet."""
+        prompt = ask.load_question(name, self.params.ask[name])
+        price = f"python -m stages.ask --ask {name} --dry-run"
+        return f"{prompt.path} asks about each {prompt.subject}; what it costs: {price}, where the index is there"
 
     def ask(self, stage: str, questions: list[Question], attach: Callable[[Item], list[Message]]) -> str:
         """Ask the first question of a stage, if calls are allowed; say what it cost, and what all cost at most.

@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fieldmark.command import UserError, counted, run, stage_parser
+from fieldmark.llm.pictures import JPEG_QUALITY, data_url
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.boxes import Box, box_of
 from fieldmark.reef.species import VOCABULARY, phrases
 from fieldmark.store import read_table, sha256
-from stages.describe_images import JPEG_QUALITY, cells_of, data_url
+from stages.describe_images import cells_of
 
 INDEX, CLASSES = Path("data/index"), "index.classes/2"
 RECORDINGS = Path("data/demo/answers/concepts.jsonl")

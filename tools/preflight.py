@@ -61,6 +61,8 @@ def named_paths(params: Params) -> Iterator[tuple[str, str, str]]:
     yield "concepts.generic_prompt", params.concepts.generic_prompt, "file"
     yield "concepts.contrast_prompt", params.concepts.contrast_prompt, "file"
     yield "describe.prompt", params.describe.prompt, "file"
+    for name, question in params.ask.items():
+        yield f"ask.{name}.prompt", question.prompt, "file"
     for block, tuned in (("adapt", params.adapt), ("finetune", params.finetune)):
         for name, each in tuned.items():
             yield f"{block}.{name}.classes", each.classes, "file"

@@ -11,10 +11,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fieldmark.command import UserError
 from fieldmark.params import Block
 from fieldmark.sources import imports_of
 from training.controls import Control
 from training.data import INDEX, files_of, kind_of
+from training.data.asked import is_asked
 from training.methods import also_reads_of, method_file, methods_of, reads_of
 from training.regimes import Regime, with_globals
 
@@ -47,6 +49,14 @@ def reading_of(
         files |= files_of(other, also_reads)
     files, methods = dict(sorted(files.items())), methods_of(method, settings)
     return Reading(methods, encoder, reads, needs, tuple(also), also_reads, files)
+
+
+def check_questions(path: str, key: str, known: Collection[str], reading: Reading) -> None:
+    """Raise UserError where a run that stands under `key` reads what no question, a key of `ask`, is answered."""
+    for word in sorted(filter(is_asked, reading.reads | reading.also_reads)):
+        if word.partition("/")[2] not in known:
+            what = f"reads {word}, which is no name under ask ({', '.join(known) or 'none is there'})"
+            raise UserError(f"{path}: {key}.settings: {what}; add it there")
 
 
 def code_of(main: Path, methods: Collection[str], parts: Collection[str], control: Control) -> dict[str, str]:

@@ -29,10 +29,12 @@ from fieldmark.params import Block
 from fieldmark.store import sha256
 from training.data import Batch, Cache, Part, feature_words
 from training.data.again import is_again
+from training.data.asked import is_asked
 from training.data.nodes import Globals
 from training.folds import HELD_OUT, settle
 from training.layers.logistic import as_probabilities
 from training.layers.states import State, within
+from training.links import LinkSettings
 from training.loop import EVALUATION_BATCH, predict
 from training.methods import NotPossible, also_reads_of, borrows_others, load_method, method_names, reads_of
 from training.metrics import fit_temperature
@@ -44,7 +46,8 @@ PREFIX = "with_probe."  # of what the probe's full fit chose, in Fitted.chosen
 
 def is_probe(method: str) -> bool:
     """Whether a method is of the probe family: fitted whole, on vectors that `features` names and nothing else."""
-    takes = "features" in load_method(method).Settings.model_fields
+    settings = load_method(method).Settings
+    takes = "features" in settings.model_fields and not issubclass(settings, LinkSettings)
     return takes and feature_words() >= load_method(method).READS and not borrows_others(method)
 
 
@@ -69,8 +72,9 @@ class WithProbe(Block):
             if again := sorted(filter(is_again, reads_of(info.data["method"], block))):
                 why = "and a probe beside a method has to tell training images that it was not fitted to"
                 raise ValueError(f"{again[0]} cannot be among them: its first look was fitted to all of these, {why}")
-            if "descriptions" in reads_of(info.data["method"], block):
-                raise ValueError("descriptions cannot be among them: a probe beside a method reads what an image shows")
+            reads = reads_of(info.data["method"], block)
+            if said := sorted(word for word in reads if word == "descriptions" or is_asked(word)):
+                raise ValueError(f"{said[0]} cannot be among them: a probe beside a method reads what an image shows")
         return settings
 
     def __hash__(self) -> int:
@@ -93,7 +97,7 @@ def as_probe(value: Any) -> Any:
 
 
 # What READS and ALSO of a method name for the probe beside it: what is seen of an image, and not what was said of it.
-PROBE_WORDS = feature_words() - {"again", "descriptions", "links"}
+PROBE_WORDS = feature_words() - {"again", "asked", "descriptions", "links"}
 # The knob of a method that can stand beside a probe.
 ProbeBeside = Annotated[WithProbe | None, BeforeValidator(as_probe)]
 

@@ -9,34 +9,52 @@ each dimension and s the standard deviation within classes [design]. All that is
 image's path. Only training images are looked at, and nothing is made for a class that has none.
 
 With `texts` the vector of `descriptions` in x is not interpolated (LA-TAG [web]): it is that of a text which a language
-model wrote of image i for the purpose (`ask`: prompts/oversample.md, mixup.md or combine.md), beside interpolated
+model wrote of image i for the purpose (`ask` with prompts/oversample.md, mixup.md or combine.md), beside interpolated
 vectors of what the image shows. The texts of an image take turns too; an image without one begins nothing.
 """
 
 import hashlib
-from typing import Annotated, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fieldmark.command import UserError
-from fieldmark.params import Block, Count
+from fieldmark.params import Count
 from training.data import Cache
-from training.layers.features import Features
+from training.data.asked import asked_word, is_asked, texts_said
+from training.layers.features import Features, FeatureSettings, feature_reads, view_of
 from training.layers.logistic import Positive, as_probabilities
 
 BLOCK = 2**24  # distances found at a time
+CHUNK = 2048  # images whose texts are read at a time
 
 
-class SynthesisSettings(Block):
+class SynthesisSettings(FeatureSettings):
     """The knobs of methods that make training images."""
 
     balance: Annotated[float, Field(gt=0, le=10)] = 1.0  # images that every class is raised to, times the largest class
     k: Count = 3  # nearest images of the same class that one is interpolated with
     weight: Positive = 0.5  # of a synthetic image in the loss, where a real one weighs 1
     jitter: Positive = 0.3  # of the copies of a class's only image, in standard deviations within classes
+    texts: str | None = None  # asked/NAME/FIELD, in the place of `descriptions` among `features`; null: none
+
+    @model_validator(mode="after")
+    def _texts_stand_for_descriptions(self) -> Self:
+        if self.texts is not None:
+            asked_word(self.texts)
+            if not is_asked(self.texts) or "descriptions" not in self.features:
+                raise ValueError("texts: asked/NAME/FIELD stands for `descriptions`, which `features` has to name")
+        return self
+
+
+def synthesis_reads(settings: SynthesisSettings) -> frozenset[str]:
+    """What they read of what READS names."""
+    texts = frozenset[str]() if settings.texts is None else frozenset({asked_word(settings.texts)})
+    return feature_reads(settings) | texts
 
 
 class Draw(NamedTuple):
@@ -56,10 +74,12 @@ def draw(
     settings: SynthesisSettings,
     seed: int,
     usable: Tensor | None = None,
+    names: Sequence[str] = (),
 ) -> Draw:
     """What to interpolate: vectors (n, F) of training images, their class label (n,), a path each.
 
-    usable (n,) bool: the images that may be i. Raises UserError where a class that lacks images has none.
+    usable (n,) bool: the images that may be i. Raises UserError where a class, one of `names`, lacks images and has
+    none of these.
     """
     count = torch.bincount(label.cpu())
     wanted = max(1, round(settings.balance * int(count.max())))
@@ -75,20 +95,20 @@ def draw(
             continue
         if not len(members):
             raise UserError(
-                f"class {class_label} of training has no image that a text was written of; ask again (make retry), or"
-                " set texts: null"
+                f"no training image of class {names[class_label]} has a text that was written for it; ask again (make"
+                " retry), or set texts: null"
             )
         place = torch.arange(lacking)
         base.append(members[place % len(members)])
         turn.append(place // len(members))
     nothing = torch.zeros(0, dtype=torch.int64)
     i, turns = torch.cat([nothing, *base]), torch.cat([nothing, *turn])
-    names = [f"{seed} {paths[row]} {again}" for row, again in zip(i.tolist(), turns.tolist(), strict=True)]
+    seeds = [f"{seed} {paths[row]} {again}" for row, again in zip(i.tolist(), turns.tolist(), strict=True)]
     choices = there[i].sum(1)
-    picked = torch.tensor([int(drawn(f"{name} neighbour") * 2**32) for name in names], dtype=torch.int64)
+    picked = torch.tensor([int(drawn(f"{each} neighbour") * 2**32) for each in seeds], dtype=torch.int64)
     j = torch.where(choices > 0, near[i, picked % choices.clamp(min=1)], i)
-    u = torch.tensor([drawn(f"{name} u") for name in names], dtype=torch.float32)
-    return Draw(i, j, u, turns, names)
+    u = torch.tensor([drawn(f"{each} u") for each in seeds], dtype=torch.float32)
+    return Draw(i, j, u, turns, seeds)
 
 
 def drawn(name: str) -> float:
@@ -155,8 +175,38 @@ def synthesise(cache: Cache, features: Features, x: Tensor, settings: SynthesisS
     label = told.argmax(1)
     paths = [cache.paths[image] for image in train.tolist()]
     views = x.unflatten(0, (cache.views, -1))
-    made = draw(views[0], label, paths, settings, seed)
-    vectors = torch.cat([interpolate(view, label, made, settings.jitter) for view in views])
+    texts = None if settings.texts is None else Written.read(cache, settings.texts, train)
+    usable = None if texts is None else texts.count > 0
+    made = draw(views[0], label, paths, settings, seed, usable, cache.classes)
+    vectors = [interpolate(view, label, made, settings.jitter) for view in views]
+    if texts is not None and len(made.base):
+        for view, rows in enumerate(vectors):
+            texts.put_into(rows, cache, features, train[made.base], made, view)
     base, other, u = (each.to(x.device) for each in made[:3])
     said = told[base] + u[:, None] * (told[other] - told[base])
-    return Synthetic(vectors, torch.cat([said] * cache.views), made)
+    return Synthetic(torch.cat(vectors), torch.cat([said] * cache.views), made)
+
+
+class Written(NamedTuple):
+    """The texts that were written of n training images."""
+
+    text: Tensor  # (n, S, D), those that there are first
+    count: Tensor  # (n,) int64
+
+    @classmethod
+    def read(cls, cache: Cache, feature: str, train: Tensor) -> Self:
+        _, name, field = feature.split("/", 2)
+        read = [texts_said(cache.batch(some), name, field) for some in train.split(CHUNK)]
+        return cls(torch.cat([text for text, _ in read]), torch.cat([mask.sum(1) for _, mask in read]))
+
+    def put_into(
+        self, x: Tensor, cache: Cache, features: Features, images: Tensor, made: Draw, view: int
+    ) -> None:
+        """Write what was written of the images (m,) that m synthetic ones begin with over their `descriptions` in x."""
+        for rows in torch.arange(len(images)).split(features.chunk):
+            base = made.base[rows].to(x.device)
+            text = self.text[base, made.turn[rows].to(x.device) % self.count[base]]
+            batch = view_of(cache, images[rows], view)
+            batch = batch.changed(d=text[:, None], dm=torch.ones_like(text[:, :1], dtype=torch.bool))
+            columns = features.columns("descriptions", batch)
+            x[rows.to(x.device), columns] = features(batch)[:, columns]

@@ -43,7 +43,7 @@ from fieldmark.store import fingerprint, write_atomic, write_text
 from training.controls import Control, Request, apply_control, read_control
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.hashes import hash_file
-from training.inputs import Reading, reading_of
+from training.inputs import Reading, check_questions, reading_of
 from training.knobs import say_knobs
 from training.layers.states import state_of
 from training.looks import check_looks, plan_look
@@ -94,6 +94,7 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
     control = read_control(path, "train.control", params.train.control)
     reading = reading_of(given.method, settings, given.encoder, given.also, control, regime)
     check_looks(path, key, params.train.first_looks, reading, regime)
+    check_questions(path, key, params.ask, reading)
     return PlannedRun(name, given.method, settings, regime, control, reading)
 
 

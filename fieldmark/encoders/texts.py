@@ -3,9 +3,11 @@
 import io
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from time import perf_counter
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
@@ -37,6 +39,18 @@ def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
         "truncated": [truncated for _, truncated in counts],
         "vector": store.vector_column((raw / norms).numpy()),
     }).cast(store.arrow_schema(SCHEMA, encoder.dimension))
+
+
+def kept_texts(path: Path, kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
+    """The embed.text rows of texts, given with the kind of each, that are there already and that this encoder made."""
+    columns = store.arrow_schema(SCHEMA, encoder.dimension)
+    if not path.is_file() or store.read_header(path, SCHEMA).params["encoder"] != encoder.fingerprint:
+        return columns.empty_table()
+    table = store.read_table(path, SCHEMA)
+    table = table.filter(pc.is_in(table.column("text"), pa.array(list(kinds), pa.string())))
+    # What was a concept may be a description now.
+    kind = pa.array([kinds[text] for text in table.column("text").to_pylist()], pa.string())
+    return table.set_column(columns.get_field_index("kind"), "kind", kind).cast(columns)
 
 
 def preview(missing: dict[str, str], kept: int, encoder: LoadedEncoder) -> str:

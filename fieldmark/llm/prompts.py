@@ -4,6 +4,8 @@
 purpose: what it is for
 variables: [name, noun]        # all that the sections use
 schema: {type: object, ...}    # JSON schema of the answer
+subject: image                 # of a question of your own: what it is asked about (subjects.py)
+guesses: labels                # of one that asks for classes: where they stand in the answer (said.py: field)
 ---
 # system
 ...
@@ -32,6 +34,8 @@ Message = dict[str, Any]
 FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)---\s*\n(.*)", re.DOTALL)
 HEADING = re.compile(r"^# (system|user|assistant)[ \t]*$", re.MULTILINE)
 KEYS = {"purpose", "variables", "schema"}
+OF_ONES_OWN = {"subject", "guesses"}  # may be left out
+SUBJECTS = ("class", "pair", "image", "text")
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -54,6 +58,8 @@ class Prompt:
     variables: tuple[str, ...]
     schema: dict[str, Any]
     sections: tuple[tuple[str, str], ...]
+    subject: str | None = None
+    guesses: str | None = None
 
     @property
     def name(self) -> str:
@@ -91,6 +97,8 @@ def load_prompt(path: str | Path) -> Prompt:
         tuple(front["variables"]),
         front["schema"],
         split_sections(path, match[2]),
+        front.get("subject"),
+        front.get("guesses"),
     )
     check_variables(prompt)
     return prompt
@@ -103,15 +111,36 @@ def read_front_matter(path: str | Path, text: str) -> dict[str, Any]:
         raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{path}: the front matter is nested too deeply to be read; correct it") from None
-    if not isinstance(front, dict) or set(front) != KEYS:
+    if not isinstance(front, dict) or not KEYS <= set(front) <= KEYS | OF_ONES_OWN:
         found = ", ".join(map(str, front)) if isinstance(front, dict) else "something else"
-        raise UserError(f"{path}: the front matter holds {found}; it must hold {', '.join(sorted(KEYS))} and no more")
+        must, may = (", ".join(sorted(keys)) for keys in (KEYS, OF_ONES_OWN))
+        raise UserError(f"{path}: the front matter holds {found}; it must hold {must}, may hold {may}, and no more")
     if not isinstance(front["purpose"], str):
         raise UserError(f"{path}: purpose: is not a text")
     if not (isinstance(front["variables"], list) and all(isinstance(name, str) for name in front["variables"])):
         raise UserError(f"{path}: variables: is not a list of names")
+    if front.get("subject") not in (None, *SUBJECTS):
+        raise UserError(f"{path}: subject: {front['subject']!r} is none of {', '.join(SUBJECTS)}")
     check_schema(path, front["schema"], "schema")
+    if "guesses" in front and not holds_texts(front["schema"], front["guesses"]):
+        what = f"{front['guesses']!r} is no text of `schema`"
+        raise UserError(f"{path}: guesses: {what}; write the keys that lead to one as KEY or KEY.KEY")
     return front
+
+
+def holds_texts(schema: dict[str, Any], field: Any) -> bool:
+    """Whether answers that fit a checked schema hold texts in a field, in lists or not."""
+    if not isinstance(field, str):
+        return False
+    for key in field.split("."):
+        schema = within_lists(schema).get("properties", {}).get(key, {})
+    return within_lists(schema).get("type") == "string"
+
+
+def within_lists(schema: dict[str, Any]) -> dict[str, Any]:
+    while "items" in schema:
+        schema = schema["items"]
+    return schema
 
 
 def split_sections(path: str | Path, body: str) -> tuple[tuple[str, str], ...]:

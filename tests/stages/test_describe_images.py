@@ -15,8 +15,9 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.llm.answers import summarise
 from fieldmark.llm.journal import journal_path
+from fieldmark.llm.pictures import JPEG_QUALITY, data_url
 from fieldmark.pictures.decode import BadImage
-from stages.describe_images import ANSWERS, CELLS, DESCRIPTIONS, JPEG_QUALITY, METRICS, data_url, main
+from stages.describe_images import ANSWERS, CELLS, DESCRIPTIONS, METRICS, main
 from tests.fieldmark.llm.workspace import KEY, Row, Workspace, answers
 from tests.openai_server import OpenAIServer, content, refusal
 from tests.training.cache import with_vectors

@@ -32,7 +32,7 @@ ALL = frozenset(
     {
         *{"nodes", "boxes", "kinds", "pooled", "moments/isqrt", "labels", "edges", "names", "concepts", "owners"},
         *{"descriptions", "projection", "again/zoom", "tokens", "tokens/rollout", "cls", "cls/rollout"},
-        *{"rollout", "parts", "attributes", "cell_descriptions", "links/near"},
+        *{"rollout", "parts", "attributes", "cell_descriptions", "links/near", "asked/guess"},
     }
 )
 GRID, HEADS, LAYERS = (3, 4), 2, (1, 2)  # of tokens; rollout stands in the row of the first layer
@@ -65,6 +65,7 @@ class Plan:
     shown: int = 4  # the concepts that stand for an image; every third image has two fewer where ragged
     sentences: int = 0  # that describe the first image, or all
     described: Literal["first", "all"] = "first"
+    told: bool = False  # whether what a question was answered tells the class: four first guesses of five are right
     ragged: bool = True
     buckets: int = 3
     seed: int = 0
@@ -161,6 +162,7 @@ def write_cache(folder: Path, plan: Plan) -> None:
     write_projection(folder, prototypes, moment_prototypes(plan.classes, plan.dimension + 4, plan.seed))
     write_again(folder, "zoom", plan.dimension + 4, plan.seed)
     write_links(folder, "near", plan)
+    write_asked(folder, "guess", plan, images, prototypes)
 
 
 def write_bank(
@@ -407,6 +409,46 @@ def write_links(folder: Path, name: str, plan: Plan) -> None:
     mark = fingerprint("links", {"name": name, "seed": plan.seed})
     made_by: dict[str, Any] = {"kind": "knn", "k": plan.links, "sources": {}}
     write_table(make_table("links/1", rows), folder / f"links/{name}.parquet", "links/1", made_by, mark)
+
+
+def write_asked(
+    folder: Path, name: str, plan: Plan, images: Sequence[dict[str, Any]], prototypes: np.ndarray
+) -> None:
+    """Answers to a question of a NAME: `reasons`, two texts an image, and `guesses`, three classes by their names.
+
+    Where ragged, every third image has one reason, and as its last guess no class, and every eleventh no answer.
+    """
+    rng = np.random.default_rng(plan.seed + 3)
+    names = [f"Class-{number:02d}" for number in range(plan.classes)]
+    rows, texts = [], []
+    for place, image in enumerate(images):
+        order = rng.permutation(plan.classes)
+        if plan.told:
+            order = np.concatenate([[image["label"]], order[order != image["label"]]])
+            order = order[[1, 0, *range(2, plan.classes)]] if rng.random() < 0.2 else order
+        few = plan.ragged and place % 3 == 0
+        guesses = [names[number] for number in order[:3]]
+        guesses = [*guesses[:-1], "a shoe"] if few else guesses
+        reasons = [f"reason {number} of image {place}" for number in range(1 if few else 2)]
+        if plan.ragged and place % 11 == 10:
+            guesses, reasons = [], []
+        for text in reasons:
+            vector = unit(rng.standard_normal(plan.dimension))
+            vector = around(prototypes[image["label"]], plan.noise, rng) if plan.told else vector
+            texts.append({"text_id": sha256(text), "text": text, "kind": "asked", "n_tokens": 3, "truncated": False,
+                          "vector": vector})  # fmt: skip
+        of_image = {"subject_id": image["image_id"], "sample": 0}
+        rows += [
+            {**of_image, "field": field, "rank": rank, "text": text}
+            for field, said in (("guesses", guesses), ("reasons", reasons))
+            for rank, text in enumerate(said)
+        ]
+    mark = fingerprint("asked", {"name": name, "seed": plan.seed})
+    made_by = {"subject": "image", "guesses": "guesses", "mask": True, "told": False}
+    write_table(make_table("asked/1", rows), folder / f"asked/{name}/texts.parquet", "asked/1", made_by, mark)
+    made_by = {"encoder": fingerprint("embed", {"encoder": ENCODER}), "logit_scale": SCALE}
+    path = folder / f"asked/{name}/vectors/{ENCODER}.parquet"
+    write_table(with_vectors("embed.text/1", texts), path, "embed.text/1", made_by, mark)
 
 
 def bucket_files(folder: Path) -> list[Path]:

@@ -7,12 +7,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training.data import Cache
+from training.data.asked import texts_said
 from training.layers.features import Features, FeatureSettings
 from training.regimes import LongTail, hide_test
-from training.synthesis import SynthesisSettings, draw, interpolate, neighbours, spread_within, synthesise
+from training.synthesis import (
+    SynthesisSettings,
+    draw,
+    interpolate,
+    neighbours,
+    spread_within,
+    synthesis_reads,
+    synthesise,
+)
 
 Planted = Callable[[Plan], Cache]
 SIZES = [9, 4, 2, 1, 0, 6]
@@ -120,3 +131,47 @@ def test_no_image_that_does_not_train_has_a_part_in_it(planted: Planted) -> None
     gone = replace(cache, split=np.where(rest, "unused", cache.split), y=torch.where(torch.tensor(rest), 0, cache.y))
     for one, other in zip(made(gone), (x, told), strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_was_written_of_an_image_stands_for_the_description_of_what_begins_with_it(planted: Planted) -> None:
+    whole = planted(Plan(classes=4, train=16, val=6, test=5, views=2, sentences=2, described="all"))
+    cache = LongTail(imbalance=8).apply(whole, 0)
+    settings = SynthesisSettings(features=["pooled", "descriptions", "global"], texts="asked/guess/reasons")
+    features = Features.measure(cache, settings)
+    x = features.of_training(cache)
+    found = synthesise(cache, features, x, settings, 0)
+    plain = synthesise(cache, features, x, settings.model_copy(update={"texts": None}), 0)
+    train = cache.images("train")
+    there = texts_said(cache.batch(train), "guess", "reasons")[1].sum(1)
+    assert not there.all()  # of some images nothing was written: they begin nothing
+    assert there[found.made.base].all()
+    standardise = features.standardise[1]
+    half = len(found.x) // 2
+    for place, (base, turn) in enumerate(zip(found.made.base.tolist(), found.made.turn.tolist(), strict=True)):
+        text = texts_said(cache.batch(train[[base]]), "guess", "reasons")[0][0, turn % int(there[base])]
+        wanted = features.weights[1] * standardise(F.normalize(text, dim=0))
+        for view in (0, half):
+            torch.testing.assert_close(found.x[view + place, 36:68], wanted)
+    # What the image shows is interpolated as without texts, where both begin with the same image.
+    of = {name: place for place, name in enumerate(plain.made.noise)}
+    both = [(place, of[name]) for place, name in enumerate(found.made.noise) if name in of]
+    assert both
+    for a, b in both:
+        rest = torch.ones(len(found.x[a]), dtype=torch.bool)
+        rest[36:68] = False
+        torch.testing.assert_close(found.x[a][rest], plain.x[b][rest])
+
+
+def test_a_class_of_which_nothing_was_written_is_named(rows: tuple[Tensor, Tensor, list[str]]) -> None:
+    vectors, label, paths = rows
+    with pytest.raises(UserError, match=r"no training image of class c has a text that was written for it; ask again"):
+        draw(vectors, label, paths, SETTINGS, 0, label != 2, ["a", "b", "c", "d", "e", "f"])
+
+
+@pytest.mark.parametrize("knobs", [{"texts": "asked/guess/reasons"}, {"features": ["descriptions"], "texts": "guess"}])
+def test_texts_stand_for_descriptions(knobs: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"asked/NAME/FIELD|asked/NAME"):
+        SynthesisSettings(**knobs)
+    assert synthesis_reads(SynthesisSettings(features=["descriptions"], texts="asked/mix/text")) == {
+        "descriptions", "asked/mix",
+    }  # fmt: skip

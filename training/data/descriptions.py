@@ -74,10 +74,20 @@ def read_sentences(
 
     Beside them which of them an image has, (n, S) bool. Raises UserError where `text` lacks one.
     """
-    texts = read_table(text, "embed.text/1", ["text_id", "vector"])
     table = read_table(path, schema)
     table = table.filter(pc.is_in(table["image_id"], value_set=image_ids))
     table = table.sort_by([(name, "ascending") for name in order])
+    return place_sentences(table, path, text, image_ids, "embed_text")
+
+
+def place_sentences(
+    table: pa.Table, path: Path, text: Path, image_ids: pa.Array, stage: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """read_sentences of the lines of a table that came from `path`: of these images alone, image by image.
+
+    `stage` is the one that writes `text`.
+    """
+    texts = read_table(text, "embed.text/1", ["text_id", "vector"])
     image = pc.index_in(table["image_id"], value_set=image_ids).to_numpy().astype(np.int64)
     # The lines of one image stand together now: a line's slot is its distance from its image's first.
     lengths = np.unique_counts(column(table, "image_id")).counts if table.num_rows else np.zeros(0, dtype=np.int64)
@@ -88,7 +98,7 @@ def read_sentences(
         wanted = pa.array([sha256(sentence) for sentence in table["text"].to_pylist()])
         found = pc.index_in(wanted, value_set=texts["text_id"].combine_chunks())
         if found.null_count:
-            raise UserError(f"{text}: lacks {found.null_count} texts of {path}; run embed_text again (dvc repro)")
+            raise UserError(f"{text}: lacks {found.null_count} texts of {path}; run {stage} again (dvc repro)")
         d[image, slots(lengths)] = vectors_of(texts)[found.to_numpy()]
         dm[image, slots(lengths)] = True
     return d, dm

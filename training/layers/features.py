@@ -34,7 +34,7 @@ class FeatureSettings(Block):
 
     features: list[Annotated[str, AfterValidator(require_feature)]] = Field(
         default=["global"], min_length=1
-    )  # side by side: global; nodes, mean and maximum; a key of `moments`; again/NAME; descriptions; inherited/NAME
+    )  # side by side: global; nodes; keys of `moments`; descriptions; again/NAME; asked/NAME/FIELD; inherited/NAME
     transform: Transform = "none"  # of each vector before: none, signed_sqrt (sign(x) sqrt|x|, then unit length)
 
 
@@ -118,6 +118,18 @@ class Features(nn.Module):
         blocks = blocks_of(self.settings, batch, self.inherited)
         parts = zip(blocks, self.standardise, self.weights, strict=True)
         return torch.cat([standardise(block) * weight for block, standardise, weight in parts], dim=-1)
+
+    def columns(self, feature: str, batch: Batch) -> slice:
+        """Where in x a feature of the run's own encoder stands."""
+        place, own = self.settings.features.index(feature), batch.changed(also=())
+        before, upto = (
+            sum(block.shape[1] for block in blocks_of(part, own, self.inherited))
+            for part in (
+                self.settings.model_copy(update={"features": self.settings.features[:count]})
+                for count in (place, place + 1)
+            )
+        )
+        return slice(before, upto)
 
     def of(self, cache: Cache, images: Tensor, view: int = 0) -> Tensor:
         """x (len(images), F) of these images in one view."""

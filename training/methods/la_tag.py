@@ -27,7 +27,7 @@ from training.data.cache import Fields
 from training.data.links import WORD
 from training.layers.blocks import Dropout, silent
 from training.layers.convolutions import Conv, LinkNetwork
-from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
+from training.layers.features import Features, feature_also_reads
 from training.layers.gather import spans
 from training.layers.hops import starts
 from training.layers.link_predictor import fit_links
@@ -36,7 +36,7 @@ from training.link_heads import OverLinks, vectors_of_senders
 from training.links import LinkSettings, Memory, links_word, owners
 from training.loop import Schedule, fit_epochs
 from training.methods import Fitted, NotPossible, Output
-from training.synthesis import SynthesisSettings, synthesise
+from training.synthesis import SynthesisSettings, synthesis_reads, synthesise
 
 SEEDED = True
 READS = feature_words() | {WORD}
@@ -44,7 +44,7 @@ ALSO = feature_words()
 also_reads = feature_also_reads
 
 
-class Settings(LinkSettings, FeatureSettings, SynthesisSettings, Schedule):
+class Settings(LinkSettings, SynthesisSettings, Schedule):
     sources: Literal["train"] = "train"  # inductive: synthetic nodes hear training images alone
     conv: Conv = "sage"  # gcn, gat or sage (GraphSAGE, of the mean)
     layers: Count = 2  # steps that a message goes
@@ -62,7 +62,7 @@ class Settings(LinkSettings, FeatureSettings, SynthesisSettings, Schedule):
 
 
 def reads(settings: Settings) -> frozenset[str]:
-    return feature_reads(settings) | {links_word(settings)}
+    return synthesis_reads(settings) | {links_word(settings)}
 
 
 class Nodes(NamedTuple):

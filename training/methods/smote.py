@@ -12,18 +12,18 @@ import torch
 
 from training.data import Cache, feature_words
 from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
+from training.layers.features import Features, feature_also_reads
 from training.layers.logistic import ProbeSettings, as_probabilities, fit_logistic
 from training.methods import Fitted, linear_probe
-from training.synthesis import SynthesisSettings, synthesise
+from training.synthesis import SynthesisSettings, synthesis_reads, synthesise
 
 SEEDED = True
 READS = feature_words()
 ALSO = READS
-reads, also_reads, build = feature_reads, feature_also_reads, linear_probe.build
+reads, also_reads, build = synthesis_reads, feature_also_reads, linear_probe.build
 
 
-class Settings(FeatureSettings, SynthesisSettings, ProbeSettings):
+class Settings(SynthesisSettings, ProbeSettings):
     pass
 
 

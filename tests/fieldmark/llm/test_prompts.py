@@ -134,6 +134,8 @@ def test_sections_and_identity(tmp_path: Path) -> None:
         ("purpose: a test", "purpos: a test", "must hold purpose, schema, variables"),
         ("purpose: a test", "purpose: 3", "purpose: is not a text"),
         ("[name]", "name", "variables: is not a list"),
+        ("purpose: a test", "purpose: a test\nsubject: photo", "subject: 'photo' is none of class, pair, image, text"),
+        ("purpose: a test", "purpose: a test\nguesses: x", "guesses: 'x' is no text of `schema`"),
         ("{type: object}", "3", "schema: is not a JSON schema"),
         ("{type: object}", "{type: objekt}", "'objekt' is no JSON type"),
         ("{type: object}", "{properties: {x: {pattern: a}}}", "schema.properties.x.pattern: is not supported"),
@@ -152,6 +154,27 @@ def test_a_malformed_prompt_is_one_line(tmp_path: Path, old: str, new: str, said
     assert said in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "field", "there"),
+    [
+        ("{properties: {x: {type: string}}}", "x", True),
+        ("{properties: {x: {type: array, items: {type: string}}}}", "x", True),
+        ("{properties: {x: {type: array, items: {properties: {y: {type: string}}}}}}", "x.y", True),
+        ("{properties: {x: {type: array, items: {properties: {y: {type: string}}}}}}", "x", False),
+        ("{properties: {x: {type: integer}}}", "x", False),
+        ("{properties: {x: {type: string}}}", "[x]", False),
+    ],
+)
+def test_guesses_are_a_text_of_the_schema(tmp_path: Path, schema: str, field: str, there: bool) -> None:
+    lines = f"purpose: a test\nsubject: image\nguesses: {field}"
+    path = write(tmp_path, GOOD.replace("purpose: a test", lines).replace("{type: object}", schema))
+    if there:
+        assert (load_prompt(path).subject, load_prompt(path).guesses) == ("image", field)
+    else:
+        with pytest.raises(UserError, match="is no text of `schema`"):
+            load_prompt(path)
 
 
 def test_what_the_stage_cannot_fill_in_is_one_line(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.training.cache import Plan
 from training import loop, methods
 from training.data import Batch, Cache, Part, kind_of, part_kinds
 from training.data.again import Again
+from training.data.asked import Asked
 from training.data.attributes import Attributes
 from training.data.bank import Bank
 from training.data.boxes import Boxes
@@ -120,7 +121,7 @@ OTHERWISE["pmrc"] += [{"regions": "maps"}]
 OTHERWISE["pair_bottleneck"] = [{"basis": "pca"}, {"basis": "span"}]
 OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
 # Every probe can read a second look, and what was said of an image.
-SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}]
+SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}, {"features": ["asked/guess/reasons"]}]
 BY_LINKS = {"features": ["inherited/near"]}  # an image that is described inherits nothing
 OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
 OTHERWISE["gaga"] += [{"annotations": "descriptions"}]
@@ -427,7 +428,8 @@ def test_training_reads_what_it_is_told_and_not_the_truth(cache: Cache, method: 
 
 def change(cache: Cache, parts: Collection[str]) -> Cache:
     """The cache with other parts, by the words of READS; the rest is as it was."""
-    parts = {"moments" if kind_of(part) is Moments else part for part in parts}
+    words = {Moments: "moments", Asked: "asked"}
+    parts = {words.get(kind_of(part), part) for part in parts}
     generator = torch.Generator().manual_seed(0)
     bank, of_names = cache.part(Bank), cache.part(Bank).of_kind("name")
     other = F.normalize(torch.randn(bank.K.shape, generator=generator), dim=1).to(bank.K.device)
@@ -438,6 +440,7 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
     by_row: dict[str, type[Part]] = {
         "labels": Labels, "boxes": Boxes, "descriptions": Descriptions, "cell_descriptions": CellDescriptions,
         "moments": Moments, "again": Again, "tokens": Tokens, "cls": Cls, "rollout": Rollout, "parts": ObjectParts,
+        "asked": Asked,
     }  # fmt: skip
     for name in by_row.keys() & parts:
         # One image has sentences; they go to one of another class.

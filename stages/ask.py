@@ -1,0 +1,300 @@
+"""Ask a question of your own: about each class, pair of classes, image, or text of an image or document.
+
+Reads   the prompt that `ask.NAME.prompt` names; its front matter says what is asked about (`subject`) and what it uses
+        (`variables`; fieldmark/llm/subjects.py lists them). data/index/images.parquet and classes.parquet; for subject
+        image the pictures with status ok as `dataset` says, for subject text data/descriptions/descriptions.parquet,
+        for neighbours the table that `ask.NAME.links` names; params: domain, dataset, llm, ask.NAME.
+Writes  data/asked/NAME/answers.parquet (llm.answers/1): one row a subject and sample, failed ones too;
+        data/asked/NAME/texts.parquet (asked/1): every string of the answers, by field and rank; names of classes and of
+        their groups are masked in all but guesses of classes (`mask`); data/asked/NAME/metrics.json: rows, tokens and
+        cost in sum.
+Costs   llm.mode live or batch: one call for each subject and sample whose answer is held neither there nor in the
+        journal that all such questions share (.cache/ask.jsonl of the original checkout of an experiment or worktree,
+        or in $FIELDMARK_CACHE); see --dry-run. llm.mode replay: nothing. Of several runs at a time one asks and the
+        others wait for its answers.
+
+A prompt that is told the class of an image or text asks about training images alone (`splits: [train]`): what is said
+of a val or test image must not know its label. The list of all classes may be told of any.
+
+Images without a description are not asked about where the subject is text, nor texts without a neighbour where the
+prompt uses neighbours: those are the nearest training items of the same class among the links into an item.
+
+    python -m stages.ask --ask guess
+    python -m stages.ask --ask guess --dry-run
+    python -m stages.ask --ask guess --show
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fieldmark import store
+from fieldmark.command import UserError, counted, key_parser, name_some, run
+from fieldmark.concepts.guesses import Guessed
+from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
+from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
+from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part
+from fieldmark.llm.prompts import Message, Prompt, load_prompt
+from fieldmark.llm.questions import Question, ask, foresee, write_metrics
+from fieldmark.llm.replay import replay
+from fieldmark.llm.said import strings_in
+from fieldmark.llm.subjects import (
+    NEIGHBOURS,
+    check_blind,
+    class_items,
+    image_items,
+    names_of,
+    nearest_of_class,
+    pair_items,
+    text_items,
+    texts_of,
+    told_of_class,
+)
+from fieldmark.lock import refuse_cold_start, refuse_old_index
+from fieldmark.params import NONE, Ask, Params, load_params
+
+STAGE = "ask"
+IMAGES = Path("data/index/images.parquet")
+CLASSES = Path("data/index/classes.parquet")
+DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
+ASKED = Path("data/asked")
+TEXTS = "asked/1"
+# What a recording calls its subject, by the prompt's.
+RECORDED = {"class": "class_id", "pair": "subject_id", "image": "image_id", "text": "image_id"}
+Row = dict[str, Any]
+
+
+class Sources(NamedTuple):
+    """What questions are made of: the images and texts that may be asked about, by image_id, and all classes."""
+
+    classes: list[Row]  # of index.classes/2
+    images: dict[str, str]  # their class_ids
+    paths: dict[str, Path]
+    texts: dict[str, str]
+    neighbours: dict[str, list[str]]
+    upstream: list[str]  # fingerprints of what was read
+
+
+def settings_of(name: str, params: Params) -> Ask:
+    """Raises UserError where params.yaml asks nothing under that name."""
+    if name not in params.ask:
+        known = ", ".join(params.ask) or "none is there"
+        raise UserError(f"params.yaml: ask.{name}: is not there; choose one of: {known}")
+    return params.ask[name]
+
+
+def load_question(name: str, settings: Ask) -> Prompt:
+    """The prompt of a question. Raises UserError where it says no subject, or settings and prompt contradict."""
+    prompt, key = load_prompt(settings.prompt), f"ask.{name}"
+    if prompt.subject is None:
+        raise UserError(f"{prompt.path}: subject: is missing; say class, pair, image or text in the front matter")
+    check_blind(prompt, settings.splits, key)
+    near = NEIGHBOURS in prompt.variables
+    if near and prompt.subject != "text":
+        raise UserError(f"{prompt.path}: {NEIGHBOURS}: are for subject text; take it out of `variables`")
+    if near == (settings.links == NONE):
+        what = f"uses {NEIGHBOURS}; name a table of data/links" if near else f"uses no {NEIGHBOURS}; set it to {NONE}"
+        raise UserError(f"params.yaml: {key}.links: {prompt.path} {what}")
+    of_images = prompt.subject in ("image", "text")
+    if not of_images and set(settings.splits) != {"train", "val", "test"}:
+        raise UserError(f"params.yaml: {key}.splits: {prompt.path} asks about a {prompt.subject}; take it out")
+    return prompt
+
+
+def read_sources(prompt: Prompt, settings: Ask, params: Params) -> Sources:
+    """Read what a prompt needs, and no more. Raises UserError where a text is needed and there is none."""
+    upstream = [store.read_header(CLASSES, "index.classes/2").fingerprint]
+    classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
+    if prompt.subject not in ("image", "text"):
+        return Sources(classes, {}, {}, {}, {}, upstream)
+    upstream.append(store.read_header(IMAGES, "index.images/1").fingerprint)
+    columns = ["path", "image_id", "class_id", "split", "status"]
+    rows = [
+        row
+        for row in store.read_table(IMAGES, "index.images/1", columns).to_pylist()
+        if row["status"] == "ok" and row["split"] in settings.splits
+    ]
+    images = {row["image_id"]: row["class_id"] for row in rows}
+    paths = {row["image_id"]: params.dataset.folder / row["path"] for row in rows}
+    if prompt.subject == "image":
+        return Sources(classes, images, paths, {}, {}, upstream)
+    upstream.append(store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint)
+    said = texts_of(store.read_table(DESCRIPTIONS, "descriptions/1").to_pylist())
+    texts = {image_id: text for image_id, text in said.items() if image_id in images}
+    if not texts:
+        remedy = "set describe.enabled: true, or take the question out of `ask`"
+        raise UserError(f"{DESCRIPTIONS}: says nothing of any image that {prompt.path} asks about; {remedy}")
+    neighbours = {}
+    if settings.links != NONE:
+        upstream.append(store.read_header(settings.links, "links/1").fingerprint)
+        links = store.read_table(settings.links, "links/1", ["src", "dst", "weight"]).to_pylist()
+        neighbours = nearest_of_class(links, texts.keys(), images, settings.neighbours)
+    return Sources(classes, images, paths, texts, neighbours, upstream)
+
+
+def items_of(prompt: Prompt, settings: Ask, sources: Sources, params: Params) -> list[Item]:
+    """One item a subject and sample."""
+    card = {**params.domain.model_dump(), "count": settings.count, "classes": names_of(sources.classes)}
+
+    def show(messages: list[Message], image_id: str) -> list[Message]:
+        return with_part(messages, image_part(image_id, settings.image_px))
+
+    classes, samples = sources.classes, settings.samples
+    if prompt.subject == "class":
+        return class_items(prompt, classes, card, samples)
+    if prompt.subject == "pair":
+        return pair_items(prompt, classes, card, samples, siblings=settings.pairs == "siblings")
+    if prompt.subject == "image":
+        return image_items(prompt, sources.images, classes, card, samples, show)
+    return text_items(prompt, sources.texts, sources.images, sources.neighbours, classes, card, samples)
+
+
+def not_asked(prompt: Prompt, sources: Sources, items: Sequence[Item]) -> str | None:
+    """What to say of images that the question is not put about."""
+    if prompt.subject != "text":
+        return None
+    bare, lone = len(sources.images) - len(sources.texts), len(sources.texts) - len({item.subject_id for item in items})
+    said = []
+    if bare:
+        said.append(f"{bare} of {len(sources.images)} images have no description")
+    if lone:
+        said.append(f"{lone} of {len(sources.texts)} texts have no neighbour of their class")
+    return f"{STAGE}: {' and '.join(said)}, and are not asked about" if said else None
+
+
+def readable(prompt: Prompt, sources: Sources, items: Sequence[Item]) -> dict[str, str]:
+    """What people call each subject, by subject_id."""
+    names = {row["class_id"]: row["name"] for row in sources.classes}
+    if prompt.subject in ("image", "text"):
+        return {item.subject_id: str(sources.paths[item.subject_id]) for item in items}
+    return {item.subject_id: " and ".join(names[each] for each in item.subject_id.split(" ")) for item in items}
+
+
+def content_params(prompt: Prompt, settings: Ask, params: Params) -> dict[str, Any]:
+    """What decides the answers' content: not where, how fast or with what limits they are asked for."""
+    of_subject: dict[str | None, dict[str, Any]] = {
+        "pair": {"pairs": settings.pairs},
+        "image": {"image_px": settings.image_px, "jpeg_quality": JPEG_QUALITY, "splits": sorted(settings.splits)},
+        "text": {"splits": sorted(settings.splits)},
+    }
+    of_links = {} if settings.links == NONE else {"neighbours": settings.neighbours}
+    return {
+        "prompt_sha": prompt.sha,
+        "domain": params.domain.model_dump(),
+        "model": params.llm.model,
+        "temperature": params.llm.temperature,
+        "count": settings.count,
+        "samples": settings.samples,
+        **of_subject.get(prompt.subject, {}),
+        **of_links,
+    }
+
+
+def texts_in(answers: Sequence[Row], guesses: str | None, mask: NameMask | None) -> tuple[list[Row], int]:
+    """Rows of asked/1 from the answers that are ok, and how many names were masked in them."""
+    rows, masked = [], 0
+    for answer in answers:
+        if answer["status"] != "ok":
+            continue
+        for said in strings_in(json.loads(answer["response_json"])):
+            text, found = said.text, 0
+            if mask is not None and said.field != guesses:
+                text, found = mask.apply(text)
+            masked += found
+            of_answer = {"subject_id": answer["subject_id"], "sample": answer["sample"]}
+            rows.append({**of_answer, **said._asdict(), "text": text})
+    return rows, masked
+
+
+def report_guesses(rows: Sequence[Row], guesses: str, classes: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to say of guesses that are no class, where there are any."""
+    known, said = Guessed(classes), [row["text"] for row in rows if row["field"] == guesses]
+    wrong = [text for text in said if known.place(text) is None]
+    if not wrong:
+        return None
+    some = name_some(list(map(repr, dict.fromkeys(wrong))), 5)
+    return f"{STAGE}: of {len(said)} guesses {len(wrong)} name no class, and count as none: {some}"
+
+
+def shown(items: Sequence[Item], prompt: Prompt) -> str:
+    """The first question, as it is put."""
+    said = []
+    for message in items[0].messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text", "(the picture)") for part in content]
+        said.append(f"# {message['role']} ({prompt.path})\n\n" + "\n\n".join(parts))
+    return "\n\n".join(said)
+
+
+def main() -> None:
+    parser = key_parser(__doc__, "--ask", "ask")
+    parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and price, and call nobody")
+    parser.add_argument("--show", action="store_true", help="print the first question as it is put, and stop")
+    args = parser.parse_args()
+    params = load_params(args.params)
+    llm, name = params.llm, args.ask
+    settings = settings_of(name, params)
+    prompt = load_question(name, settings)
+    for table in (IMAGES, CLASSES):
+        refuse_old_index(table, params.dataset, args.params)
+    sources = read_sources(prompt, settings, params)
+    items = items_of(prompt, settings, sources, params)
+    if not items:
+        raise UserError(f"params.yaml: ask.{name}: {prompt.path} has nothing to ask about; look at its splits or links")
+    if args.show:
+        print(shown(items, prompt))
+        return
+    if said := not_asked(prompt, sources, items):
+        print(said, file=sys.stderr)
+
+    folder, questions = ASKED / name, {name: Question(prompt, items)}
+    answers_path = folder / "answers.parquet"
+    if llm.mode == "import":
+        raise UserError(f"params.yaml: ask.{name}: llm.mode import asks nobody; set it to live, batch or replay")
+    if llm.mode in ("live", "batch"):
+        refuse_cold_start(answers_path)
+        if args.dry_run:
+            print(foresee(STAGE, questions, llm, answers_path))
+            return
+        paths = sources.paths
+        attach = (lambda item: as_sent(item, paths)) if prompt.subject == "image" else (lambda item: item.messages)
+        rows = ask(STAGE, questions, llm, answers_path, attach=attach)[name]
+    else:
+        rows = replay(items, RECORDED[str(prompt.subject)], prompt, llm)
+        if args.dry_run:
+            print(f"{STAGE}: {len(items)} items, all from {llm.recordings}, 0 calls")
+            return
+        keep_answers(STAGE, answers_path, [])
+
+    content = content_params(prompt, settings, params)
+    mark = store.fingerprint(SCHEMA, content, sources.upstream)
+    store.write_table(store.make_table(SCHEMA, rows), answers_path, SCHEMA, content, mark)
+    write_metrics(rows, folder / "metrics.json")
+    write_texts(folder / "texts.parquet", rows, prompt, settings, sources, params, mark)
+    check_coverage(rows, readable(prompt, sources, items), llm, answers_path)
+
+
+def write_texts(
+    path: Path, answers: Sequence[Row], prompt: Prompt, settings: Ask, sources: Sources, params: Params, mark: str
+) -> None:
+    """Write asked/1 from answers with this fingerprint, and say what was masked and which guesses mean no class."""
+    domain = params.domain
+    card = domain_words(domain.noun, domain.group, *domain.attributes)
+    mask = NameMask(Keys.of(sources.classes, card), domain.noun) if settings.mask else None
+    rows, masked = texts_in(answers, prompt.guesses, mask)
+    content: dict[str, Any] = {"subject": prompt.subject, "guesses": prompt.guesses, "mask": settings.mask}
+    content |= {"told": bool(told_of_class(prompt))}
+    content |= {"domain": domain.model_dump(), "rules": MASK_RULES} if settings.mask else {}
+    upstream = [mark, store.read_header(CLASSES, "index.classes/2").fingerprint]
+    store.write_table(store.make_table(TEXTS, rows), path, TEXTS, content, store.fingerprint(TEXTS, content, upstream))
+    if masked:
+        where = counted(masked, "name of a class or its group is", "names of classes or their groups are")
+        print(f"{STAGE}: {where} masked in {path}", file=sys.stderr)
+    if prompt.guesses and (said := report_guesses(rows, prompt.guesses, sources.classes)):
+        print(said, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
