@@ -176,7 +176,7 @@ def synthesise(cache: Cache, features: Features, x: Tensor, settings: SynthesisS
     paths = [cache.paths[image] for image in train.tolist()]
     views = x.unflatten(0, (cache.views, -1))
     texts = None if settings.texts is None else Written.read(cache, settings.texts, train)
-    usable = None if texts is None else texts.count > 0
+    usable = None if texts is None else texts.number > 0
     made = draw(views[0], label, paths, settings, seed, usable, cache.classes)
     vectors = [interpolate(view, label, made, settings.jitter) for view in views]
     if texts is not None and len(made.base):
@@ -191,7 +191,7 @@ class Written(NamedTuple):
     """The texts that were written of n training images."""
 
     text: Tensor  # (n, S, D), those that there are first
-    count: Tensor  # (n,) int64
+    number: Tensor  # (n,) int64: how many each image has
 
     @classmethod
     def read(cls, cache: Cache, feature: str, train: Tensor) -> Self:
@@ -205,7 +205,7 @@ class Written(NamedTuple):
         """Write what was written of the images (m,) that m synthetic ones begin with over their `descriptions` in x."""
         for rows in torch.arange(len(images)).split(features.chunk):
             base = made.base[rows].to(x.device)
-            text = self.text[base, made.turn[rows].to(x.device) % self.count[base]]
+            text = self.text[base, made.turn[rows].to(x.device) % self.number[base]]
             batch = view_of(cache, images[rows], view)
             batch = batch.changed(d=text[:, None], dm=torch.ones_like(text[:, :1], dtype=torch.bool))
             columns = features.columns("descriptions", batch)
