@@ -22,6 +22,7 @@ from fieldmark.params import NAME, Block, Count, Labels, Params, read_block, rea
 from fieldmark.store import canonical_json, class_id_of, read_table, sha256
 from training.controls import Control, read_control
 from training.data import CPU, files_of
+from training.data.part import word_of
 from training.hashes import hash_data
 from training.inputs import ROOT, Reading, check_questions, code_of, reading_of
 from training.looks import check_looks
@@ -185,8 +186,7 @@ class Plan:
         """Whether its method looks at any of what is changed."""
         if cell.method == RIVAL:
             return False  # it has no runs under controls
-        entry = self.entries[cell.method]
-        return bool(changed & reads_of(entry.method, entry.settings))
+        return looks_at(self.entries[cell.method], changed)
 
     def anew(self, cell: Cell) -> bool:
         """Whether its bank, and with it labels, are made in memory from the images that its regime shows."""
@@ -198,7 +198,7 @@ class Plan:
             control.label: [
                 name
                 for name, entry in self.entries.items()
-                if control.changes and control.changes.isdisjoint(reads_of(entry.method, entry.settings))
+                if control.changes and not looks_at(entry, control.changes)
             ]
             for control in self.study.controls
         }
@@ -255,6 +255,12 @@ class Plan:
     def mark(self, cell: Cell) -> str:
         seeds = {"seed": cell.seed, "draw": cell.draw}
         return sha256(canonical_json(["study.run/2", self.identity(cell) | seeds]))
+
+
+def looks_at(entry: Entry, changed: frozenset[str]) -> bool:
+    """Whether a method looks at any of these parts, in the words of READS: `links` are every NAME of them."""
+    reads = reads_of(entry.method, entry.settings)
+    return bool(changed & (reads | frozenset(map(word_of, reads))))
 
 
 def load_other_labels() -> Any:

@@ -12,17 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from training.data import Cache
 from training.data.cache import Fields
 from training.layers.convolutions import LinkNetwork
-from training.layers.features import Features
 from training.layers.nodes import in_precision
-from training.links import LinkSettings, Memory, senders
-
-
-def vectors_of_senders(cache: Cache, settings: LinkSettings, features: Features) -> Tensor:
-    """x (M, F) of the images that may send, in view 0: a row of the memory each."""
-    return features.of(cache, senders(cache, settings))
+from training.links import Heard, Memory
 
 
 class OverLinks(nn.Module):
@@ -43,11 +36,9 @@ class OverLinks(nn.Module):
             around = self.memory.around(batch, len(self.network.layers), self.fanout, own=self.memory.one_view)
             reached = torch.cat([x, self.vectors[around.rows]]) if len(around.rows) else x
             return self.network(self.enter(in_precision(reached)), around.hops())
-        around = self.memory.around(batch, 1)
-        [hop] = around.hops()
-        x = self.enter(in_precision(x))
+        heard, x = Heard(self.memory, batch), self.enter(in_precision(x))
         for number, held in enumerate(self.held()):
-            x = self.network.step(number, torch.cat([x, held[around.rows].to(x.dtype)]), hop)
+            x = self.network.step(number, heard.beside(x, held), heard.hop)
         return x
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ The images that send are kept with the model (`Memory`), in view 0: to answer fo
 and its own links, and nothing else of the cache.
 """
 
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -20,7 +20,10 @@ from training.data.cache import Fields
 from training.data.links import WORD, Links
 from training.layers.gather import spans
 from training.layers.hops import Hop, starts
+from training.layers.logistic import as_probabilities
 from training.layers.states import State
+
+Alpha = Annotated[float, Field(ge=0, lt=1)]  # the share of what a node hears, beside what it was told itself
 
 
 class LinkSettings(Block):
@@ -105,7 +108,8 @@ class Memory(nn.Module):
 
     @classmethod
     def from_state(cls, state: State, settings: LinkSettings) -> Self:
-        return cls(settings, *(state[name] for name in ("key", "start", "source", "weight")), int(state["views"]))
+        key, start, source, weight = (state[name] for name in ("key", "start", "source", "weight"))
+        return cls(settings, key, start, source, weight, int(state["views"]))
 
     def entering(self, batch: Fields) -> tuple[Tensor, Tensor, Tensor]:
         """The edges (E,) into a batch: the row of the memory that sends, the place in the batch, and the weight.
@@ -172,6 +176,32 @@ class Memory(nn.Module):
         return Hop(self.source, owners(self.start), self.weight, self.degree, len(self.key))
 
 
+class Heard:
+    """What the images of a batch hear from those that send, one step away."""
+
+    def __init__(self, memory: Memory, batch: Fields) -> None:
+        around = memory.around(batch, 1)
+        [self.hop] = around.hops()
+        self.rows = around.rows
+
+    def beside(self, own: Tensor, held: Tensor) -> Tensor:
+        """(n, h): own (B, h) of the batch, then what those that it hears hold, of held (M, h): the hop's nodes."""
+        return torch.cat([own, held[self.rows]])
+
+    def mean(self, held: Tensor) -> Tensor:
+        """(B, h) float32: the weighted mean of what they hold, held (M, h); 0 for an image that hears nobody."""
+        own = held.new_zeros(self.hop.count, held.shape[1])
+        return self.hop.sum(self.beside(own, held), self.hop.mean())
+
+
+def spread(hop: Hop, start: Tensor, alpha: float, steps: int) -> Tensor:
+    """x (M, h) after `steps` of x <- alpha P x + (1 - alpha) start, from start (M, h); P x: the mean that is heard."""
+    x, weight = start, hop.mean()
+    for _ in range(steps):
+        x = alpha * hop.sum(x, weight) + (1 - alpha) * start
+    return x
+
+
 def owners(start: Tensor) -> Tensor:
     """(E,): which node each edge enters, of start (n + 1,)."""
     return torch.repeat_interleave(start[1:] - start[:-1])
@@ -203,6 +233,15 @@ def sample(
     kept[order] = ranks(receiver, nodes) < fanout  # receivers stand together, so that their order is that of `order`
     grown = (count / fanout).clamp(min=1).to(weight.dtype)[receiver]
     return source[kept], receiver[kept], (weight * grown)[kept]
+
+
+def labels_of_senders(cache: Cache, settings: LinkSettings) -> Tensor:
+    """(M, C) float32: what training is told of those that send; 0 for all that do not train."""
+    sending = senders(cache, settings)
+    trains = torch.from_numpy(cache.split[sending.numpy()] == "train")
+    told = torch.zeros(len(sending), len(cache.classes), device=cache.device)
+    told[trains.to(told.device)] = as_probabilities(cache.target[sending[trains]], len(cache.classes))
+    return told
 
 
 def senders(cache: Cache, settings: LinkSettings) -> Tensor:

@@ -49,6 +49,9 @@ VARIED: dict[str, list[dict[str, Any]]] = {
     ],
     "concept_bottleneck": [{}, {"nec": 2}],
     "link_gnn": [{}, {"conv": "gat"}, {"conv": "gcn", "fanout": 2, "sources": "all", **WITH_PROBE}],
+    "sgc": [{}, {"sources": "all", "features": ["pooled"]}],
+    "label_propagation": [{}, {"sources": "all"}],
+    "correct_smooth": [{}, {"sources": "all", **WITH_PROBE}],
     "pmrc": [{}, {"regions": "maps", "loss_weights": {"reverse": 0.1}}],
     "relational_proxies": [
         {"boxes": True},

@@ -34,6 +34,7 @@ from training.data.descriptions import Descriptions
 from training.data.edges import Edges
 from training.data.kinds import Kinds
 from training.data.labels import Labels
+from training.data.links import Links
 from training.data.moments import Moments
 from training.data.nodes import Globals, Nodes
 from training.data.parts import ObjectParts
@@ -62,6 +63,9 @@ CHANGED: dict[str, set[str]] = {
     "none": set(),
     "edges_removed": {"Edges.count"},
     "edges_rewired": {"Edges.ends"},
+    "links_removed": {"Links.near/start", "Links.near/source", "Links.near/weight"},
+    "links_rewired": {"Links.near/source"},
+    "links_random": {"Links.near/source"},
     "random_vectors": {*OF_LABELS, "Bank.K"},
     "unrelated_texts": {*OF_LABELS, "Bank.K", "Bank.kept", "Bank.owners"},
     "random_descriptors": {*OF_LABELS, "Bank.K", "Bank.kept", "Bank.owners"},
@@ -70,7 +74,10 @@ CHANGED: dict[str, set[str]] = {
     "same_text": {*OF_LABELS, "Bank.K"},
 }
 NAMES = control_names()
-PARTS = {"edges": "Edges.", "labels": "Labels.", "names": "Bank.", "concepts": "Bank.", "owners": "Bank."}
+PARTS = {
+    **{"edges": "Edges.", "links": "Links.", "labels": "Labels."},
+    **{"names": "Bank.", "concepts": "Bank.", "owners": "Bank."},
+}
 seeds = st.integers(0, 1000)
 
 
@@ -619,3 +626,39 @@ def test_a_control_needs_what_it_reads_and_no_more() -> None:
     assert Control(name="random_vectors").needs({"globals", "names"}) == {"globals", "names", "concepts"}
     assert Control(name="random_vectors").needs({"labels"}) >= {"labels", "nodes", "boxes", "concepts"}
     assert Control(name="none", concepts=3).changes == {"concepts", "labels"}
+
+
+def test_links_of_nobody(cache: Cache, control: Callable[..., Cache]) -> None:
+    batch = control("links_removed").batch(torch.arange(len(cache.paths)))
+    assert batch.of("links/near").shape == (2, 0)
+    assert len(batch.of("link_weight/near")) == 0
+
+
+@pytest.mark.parametrize("name", ["links_rewired", "links_random"])
+def test_other_links_keep_how_many_an_image_hears_and_lose_its_class(
+    cache: Cache, control: Callable[..., Cache], name: str
+) -> None:
+    plain, made = (one.part(Links).incoming["near"] for one in (cache, control(name)))
+    assert torch.equal(made.start, plain.start)
+    assert torch.equal(made.weight, plain.weight)
+    key = cache.part(Links).key
+    assert torch.isin(made.source, key).all()
+    assert torch.equal(made.source.sort().values, plain.source.sort().values) == (name == "links_rewired")
+    order = key.argsort()
+    hears = cache.y.repeat_interleave(plain.start.diff())
+    alike = [
+        (cache.y[order[torch.searchsorted(key[order], edges.source)]] == hears).float().mean().item()
+        for edges in (plain, made)
+    ]
+    assert alike[0] > 0.7  # of five classes
+    assert abs(alike[1] - 0.2) < 4 * (0.16 / len(hears)) ** 0.5
+
+
+def test_links_from_images_that_the_cache_has_not_stay_so(cache: Cache, control: Callable[..., Cache]) -> None:
+    few = cache.take(torch.arange(0, len(cache.paths), 2))
+    key, plain = few.part(Links).key, few.part(Links).incoming["near"].source
+    drawn = control("links_random", of=few).part(Links).incoming["near"].source
+    gone = ~torch.isin(plain, key)
+    assert gone.any()
+    assert torch.equal(drawn[gone], plain[gone])
+    assert torch.isin(drawn[~gone], key).all()

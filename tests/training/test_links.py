@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.training.cache import Plan
-from training.data import Cache
+from fieldmark.command import UserError
+from fieldmark.links import said_of
+from fieldmark.store import read_table, write_table
+from tests.training.cache import ENCODER, Plan, write_cache
+from training.data import Cache, read_cache
 from training.data.links import Links
 from training.layers.states import state_of
-from training.links import LinkSettings, Memory, senders
+from training.links import LinkSettings, Memory, sample, senders
 
 Planted = Callable[[Plan], Cache]
 
@@ -121,3 +125,80 @@ def test_a_fit_without_training_images_hears_nobody(cache: Cache) -> None:
     memory = Memory.of(none, LinkSettings())
     around = memory.around(none.batch(torch.arange(4)), 2)
     assert (around.nodes, around.edges) == ([4, 4, 4], [0, 0])
+
+
+def test_a_layer_passes_what_is_needed_of_a_batch(cache: Cache) -> None:
+    settings = LinkSettings(neighbours=2)
+    around = Memory.of(cache, settings).around(cache.batch(torch.tensor([20, 33, 2])), 3)
+    hops = around.hops()
+    assert [hop.count for hop in hops] == around.nodes[2::-1]
+    for hop, senders_there in zip(hops, around.nodes[:0:-1], strict=True):
+        assert len(hop.degree) == senders_there
+        assert (hop.receiver.diff() >= 0).all()
+        assert torch.equal(torch.bincount(hop.receiver, minlength=hop.count), hop.start.diff())
+        whole = torch.zeros(hop.count).index_add_(0, hop.receiver, hop.weight)
+        torch.testing.assert_close(hop.degree[: hop.count], whole)
+
+
+def test_images_of_the_memory_stand_once_where_they_may(cache: Cache) -> None:
+    settings, train = LinkSettings(), cache.images("train")
+    memory = Memory.of(cache, settings)
+    once = memory.around(cache.batch(train), 2, own=True)
+    assert once.nodes == [len(train)] * 3
+    first, second = once.hops()
+    assert first is second
+    assert memory.around(cache.batch(train), 2).nodes[1] > len(train)
+    # One that is not of the memory, and none sends from the batch.
+    mixed = cache.batch(torch.tensor([int(train[0]), int(cache.images("test")[0])]))
+    for one, other in zip(memory.around(mixed, 2, own=True), memory.around(mixed, 2), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_a_full_fanout_is_all_of_it_bit_for_bit(cache: Cache) -> None:
+    memory, batch = Memory.of(cache, LinkSettings(neighbours=4)), cache.batch(torch.tensor([20, 33, 2]))
+    before = torch.get_rng_state()
+    for one, other in zip(memory.around(batch, 3, fanout=4), memory.around(batch, 3), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_at_most_fanout_links_are_drawn_each_as_often_and_sums_are_right_in_the_mean() -> None:
+    torch.manual_seed(0)
+    receiver = torch.tensor([0] * 5 + [2] * 2 + [3] * 7)
+    source, weight = torch.arange(14) + 100, torch.rand(14)
+    expected, draws = torch.zeros(4).index_add_(0, receiver, weight), 4000
+    total, taken = torch.zeros(4), torch.zeros(14)
+    for _ in range(draws):
+        drawn, to, own = sample(source, receiver, weight, 3, 4)
+        assert torch.bincount(to, minlength=4).tolist() == [3, 0, 2, 3]
+        assert (drawn.diff() > 0).all()  # in their order, none twice
+        total += torch.zeros(4).index_add_(0, to, own) / draws
+        taken[drawn - 100] += 1 / draws
+    torch.testing.assert_close(total, expected, atol=0.06, rtol=0)
+    torch.testing.assert_close(taken, torch.tensor([0.6] * 5 + [1.0] * 2 + [3 / 7] * 7), atol=0.03, rtol=0)
+
+
+def test_a_weight_below_zero_passes_nothing(cache: Cache) -> None:
+    edges = cache.part(Links).incoming["near"]
+    against = cache.change(Links, incoming={"near": edges._replace(weight=-edges.weight)})
+    memory = Memory.of(against, LinkSettings())
+    assert len(memory.weight)
+    assert not memory.weight.any()
+    assert not memory.degree.any()
+
+
+def test_stale_links_are_refused(tmp_path: Path) -> None:
+    plan = Plan(classes=3, train=6, val=4, test=3)
+    write_cache(tmp_path, plan)
+    nodes = tmp_path / f"embed/{ENCODER}/images/b000.parquet"
+    said = said_of(nodes, "embed.nodes/1")
+    path = tmp_path / "links/near.parquet"
+    table = read_table(path, "links/1")
+    for mark, fits in (({}, True), ({"fingerprint": "another"}, False)):
+        sources = {f"embed/{ENCODER}/images": said | mark}
+        write_table(table, path, "links/1", {"kind": "knn", "k": 6, "sources": sources}, "made")
+        if fits:
+            read_cache(tmp_path, ENCODER, plan.buckets, {"nodes", "links/near"})
+        else:
+            with pytest.raises(UserError, match=r"near\.parquet: was not made from .*images as it is now; run python"):
+                read_cache(tmp_path, ENCODER, plan.buckets, {"nodes", "links/near"})

@@ -5,6 +5,9 @@ A control is a file of this folder, registered by its name. It takes one thing a
     none                as it is; there is no file
     edges_removed       no image has an edge: no message passes
     edges_rewired       the same edges, weights and degrees, between other nodes
+    links_removed       no image hears another one
+    links_rewired       the same links into each image and out of each, between other ones
+    links_random        as many links into each image, from images drawn at random
     random_vectors      every vector of the bank, names too, is a random unit vector
     unrelated_texts     kept concepts become texts about things that are neither animals nor plants
     random_descriptors  each class owns as many texts as before, of words or characters drawn at random
@@ -22,8 +25,8 @@ when all is changed: where vectors or kept concepts change, the nodes' labels ar
 The bank of a control that replaces texts holds names and the control's texts alone: none of those it stands against is
 left to be read. Descriptions of images are not concepts, and stay.
 
-Controls change bank, labels and edges, regimes (training/regimes.py) change split and target: they can be applied in
-either order.
+Controls change bank, labels, edges and links, regimes (training/regimes.py) change split and target: they can be
+applied in either order.
 """
 
 import difflib

@@ -39,8 +39,8 @@ from training.layers.features import Features, FeatureSettings, feature_also_rea
 from training.layers.logistic import as_probabilities
 from training.layers.losses import contrast_views
 from training.layers.states import State, within
-from training.link_heads import OverLinks, vectors_of_senders
-from training.links import LinkSettings, Memory, links_word
+from training.link_heads import OverLinks
+from training.links import LinkSettings, Memory, links_word, senders
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, Output
 
@@ -202,7 +202,7 @@ def smooth(text: Tensor, neighbours: int) -> Tensor:
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features, memory = Features.measure(cache, settings), Memory.of(cache, settings)
-    vectors = vectors_of_senders(cache, settings, features)
+    vectors = features.of(cache, senders(cache, settings))
     annotations = annotate(cache, settings, features.of(cache, cache.images("train")))
     size = annotations.text.shape[1], len(cache.classes)
     return fit_epochs(

@@ -32,8 +32,8 @@ from training.layers.gather import spans
 from training.layers.hops import starts
 from training.layers.link_predictor import fit_links
 from training.layers.states import State, within
-from training.link_heads import OverLinks, vectors_of_senders
-from training.links import LinkSettings, Memory, links_word, owners
+from training.link_heads import OverLinks
+from training.links import LinkSettings, Memory, links_word, owners, senders
 from training.loop import Schedule, fit_epochs
 from training.methods import Fitted, NotPossible, Output
 from training.synthesis import SynthesisSettings, synthesis_reads, synthesise
@@ -141,7 +141,7 @@ def make_nodes(
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features, memory = Features.measure(cache, settings), Memory.of(cache, settings)
-    vectors = vectors_of_senders(cache, settings, features)
+    vectors = features.of(cache, senders(cache, settings))
     made, auc = make_nodes(cache, settings, features, memory, vectors, seed)
     fitted = fit_epochs(
         lambda: LaTag(features, memory, vectors, len(cache.classes), settings, made),

@@ -19,7 +19,7 @@ training; `fanout` bounds what a step takes where the graph is too large for tha
 
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fieldmark.params import Count, Fraction
@@ -29,8 +29,9 @@ from training.layers.blocks import Dropout, silent
 from training.layers.convolutions import Conv, LinkNetwork, Norm
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.states import State, within
-from training.link_heads import OverLinks, vectors_of_senders
-from training.links import LinkSettings, Memory, links_word
+from training.link_heads import OverLinks
+from training.links import LinkSettings, Memory, links_word, senders
+from training.loop import Positive
 from training.methods import Fitted, Output
 from training.offset import probe_also_reads, with_reads
 from training.token_heads import Beside, BesideSettings, fit_head
@@ -48,7 +49,8 @@ class Settings(LinkSettings, FeatureSettings, BesideSettings):
     dropout: Fraction = 0.3  # share of activations dropped in training
     norm: Norm = "layer"  # of what a layer is given: layer, none
     fanout: Count | None = None  # links into a node that a step of training draws; null: all of them
-    batch_size: Count = 512  # images a step
+    batch_size: Count = 256  # images a step
+    lr: list[Positive] = Field(default=[3e-3], min_length=1)  # learning rates that val chooses from
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -91,7 +93,7 @@ class LinkGNN(nn.Module):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features, memory = Features.measure(cache, settings), Memory.of(cache, settings)
-    vectors = vectors_of_senders(cache, settings, features)
+    vectors = features.of(cache, senders(cache, settings))
     return fit_head(
         cache,
         settings,

@@ -12,8 +12,7 @@ from training.data import Cache
 from training.data.links import Links
 from training.layers.features import Features
 from training.layers.states import state_of
-from training.link_heads import vectors_of_senders
-from training.links import Memory
+from training.links import Memory, senders
 from training.loop import predict
 from training.methods import Fitted, NotPossible, la_tag
 from training.metrics import macro_accuracy
@@ -38,7 +37,7 @@ def test_synthetic_nodes_hear_the_likeliest_training_images(planted: Planted) ->
     tailed = LongTail(imbalance=10).apply(planted(plan), 0)
     settings = la_tag.Settings(neighbours=3)
     features, memory = Features.measure(tailed, settings), Memory.of(tailed, settings)
-    vectors = vectors_of_senders(tailed, settings, features)
+    vectors = features.of(tailed, senders(tailed, settings))
     made, auc = la_tag.make_nodes(tailed, settings, features, memory, vectors, 0)
     assert made is not None
     sizes = torch.bincount(tailed.y[tailed.images("train")], minlength=4)
