@@ -10,8 +10,8 @@ inherits that of its linked training pictures (`inherited/NAME`). Development pi
 train and val); test stays out. Intervals are paired bootstraps over the pictures, 95 %, of informative less the mean of
 the draws; they hold the folds and, of chance, these draws as they are.
 
-    python -m bench.describe_share
-    python -m bench.describe_share --encoder reef --links near --draws 3 --shares 0.01 0.05
+    python -m tools.describe_share
+    python -m tools.describe_share --encoder reef --links near --draws 3 --shares 0.01 0.05
 """
 
 from collections.abc import Sequence
