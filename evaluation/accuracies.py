@@ -9,6 +9,7 @@ from evaluation.runs import SPLITS, NotMade, Row, Run, group_numbers
 from evaluation.statistics import UNITS, Paired, paired_difference
 from evaluation.words import lay_out, percent_and_deviation, points, points_range
 from fieldmark.command import printable
+from training.links import TRANSDUCTIVE, named
 
 COMPARED = ("val", "test")  # where runs are held against the reference
 NEAR = 0.1  # a run whose difference on val is at most this lies near the reference
@@ -29,7 +30,7 @@ def accuracy_rows(runs: Sequence[Run], reference: Run, groups: Mapping[str, str]
             paired[split] = paired_difference(*right, found.y[of_split], numbers, by_class=found.by_class)
         splits = {split: found.accuracy(split) for split in SPLITS}
         row = {"name": found.name, "encoder": found.encoder, "seeds": len(found.seeds), "paired": paired}
-        rows.append({**row, **splits})
+        rows.append({**row, TRANSDUCTIVE: found.transductive, **splits})
     return rows
 
 
@@ -70,7 +71,7 @@ def summarise(
     """
     lines = [["run", *(head for split in COMPARED for head in (split, f"{split} - {reference} [95 %]")), "train"]]
     for row in rows:
-        fields = [row["name"]]
+        fields = [named(row["name"], row[TRANSDUCTIVE])]
         for split in COMPARED:
             paired = row["paired"].get(split)
             difference = f"{points(paired.difference)} {points_range(paired.over)}" if paired else "reference"
@@ -89,6 +90,8 @@ def summarise(
         *missing,
         f"report: {page.as_posix()}",
     ]
+    if any(row[TRANSDUCTIVE] for row in rows):
+        lasts.insert(-1, f"{TRANSDUCTIVE}: images that are judged send to each other (never their labels)")
     if was_opened:
         lasts.insert(-1, f"note: test pictures were opened (data/{MARKER}); test accuracy may be optimistic")
     if warning is not None:

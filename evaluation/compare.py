@@ -60,6 +60,7 @@ from fieldmark.params import load_params
 from fieldmark.store import read_table, write_text
 from training.data import SPLITS
 from training.inputs import ROOT
+from training.links import TRANSDUCTIVE, named
 from training.metrics import mean_and_deviation
 from training.regimes import Folds, LongTail, Partial, Shots, Unseen
 from training.runs import write_json
@@ -111,7 +112,7 @@ def fields_of(verdict: Verdict, table: Table) -> list[str]:
     intervals = [""] * (1 + len(intervals_over(table.groups is not None)))
     intervals = intervals if paired is None else paired_fields(paired)
     p = "" if verdict.p is None or verdict.gain is not None else written_p(verdict.p)
-    return [result.method, result.control.label, *figures, *intervals, p, verdict.words]
+    return [named(result.method, result.transductive), result.control.label, *figures, *intervals, p, verdict.words]
 
 
 MEASURES = {
@@ -243,7 +244,7 @@ def as_csv(judged: Judged, split: str) -> str:
     of_runs = [of_run for _, verdicts in judged for verdict in verdicts for of_run in verdict.result.figures]
     figures = list(dict.fromkeys(name for of_run in of_runs for name in of_run))
     over = ["images", "classes", "groups", "narrow"]
-    head = ["encoder", "regime", "measure", "split", "method", "control", "runs"]
+    head = ["encoder", "regime", "measure", "split", "method", TRANSDUCTIVE, "control", "runs"]
     head += [f"{name} {what}" for name in figures for what in ("mean", "deviation")]
     head += ["unit", "units", "difference", *(f"{unit} {end}" for unit in over for end in ("low", "high"))]
     head += ["could show", "p", "p_holm", "ahead of control", "ahead low", "ahead high"]
@@ -260,6 +261,7 @@ def as_csv(judged: Judged, split: str) -> str:
                 "measure": table.measure,
                 "split": split,
                 "method": result.method,
+                TRANSDUCTIVE: "yes" if result.transductive else "no",
                 "control": result.control.label,
                 "runs": len(result.correct),
                 "p_holm" if gain is None else "ahead p_holm": verdict.p,
@@ -423,7 +425,7 @@ def split_notes(plan: Plan, split: str) -> list[str]:
     if plan.clean is not None:
         clean = [plan.study.clean] if isinstance(plan.study.clean, str) else plan.study.clean
         notes.append(f"judged on clean images alone: {', '.join(clean or [])}")
-    notes += idle_notes(plan)
+    notes += transductive_notes(plan) + idle_notes(plan)
     if split == "test":
         notes += ["test was read once, for these runs (data/studies/test_was_read.json)", *contamination_note(plan)]
         notes += opened_note(plan.data)
@@ -436,6 +438,13 @@ def opened_note(data: Path) -> list[str]:
     if any(images & set(opening["images"].split()) for opening in opened.read(data)):
         return [f"warning: test pictures were looked at in the report (data/{opened.MARKER}), maybe before choices"]
     return []
+
+
+def transductive_notes(plan: Plan) -> list[str]:
+    """A line where images that are judged send to each other in some of the rows."""
+    rows = [name for name in plan.entries if plan.is_transductive(name)]
+    heard = "images that are judged send to each other (never their labels), in no other row"
+    return [f"{TRANSDUCTIVE}: {', '.join(rows)}: {heard}"] if rows else []
 
 
 def idle_notes(plan: Plan) -> list[str]:

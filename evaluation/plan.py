@@ -25,6 +25,7 @@ from training.data import CPU, files_of
 from training.data.part import word_of
 from training.hashes import hash_data
 from training.inputs import ROOT, Reading, check_questions, code_of, reading_of
+from training.links import check_links, is_transductive
 from training.looks import check_looks
 from training.methods import (
     check_also,
@@ -177,6 +178,11 @@ class Plan:
     @property
     def folder(self) -> Path:
         return self.data / "studies" / self.name
+
+    def is_transductive(self, method: str) -> bool:
+        """Whether images that are judged send to each other in runs of that row; of the rival, in any it may be."""
+        names = self.study.rival if method == RIVAL else [method]
+        return any(is_transductive(self.entries[name].settings) for name in names)
 
     def searched(self, cell: Cell) -> bool:
         """Whether its settings come from development classes."""
@@ -401,6 +407,7 @@ def read_entry(
     for encoder in encoders:
         check_texts(file, "encoders", params, method, settings, encoder)
     check_also(file, f"{key}.also", method, settings, variant.also)
+    check_links(file, key, params.links, settings)
     if variant.labels:
         labels = read_block(file, f"{key}.labels", variant.labels, Labels)
         if "labels" not in reads_of(method, settings):

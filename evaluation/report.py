@@ -213,7 +213,9 @@ def report(
     dataset = count_dataset(index, classes)
     health = read_health(data / "index/metrics.json", dataset["images"])
     warning = contamination(health, dataset["images"]["test"])
-    leaks = read_leaks(data, index, classes, params.domain, runs)
+    # Of documents there is nothing to look at, no patch in which a concept could be seen, and no answer of a model.
+    documents = store.are_documents(data / "index/images.parquet")
+    leaks = None if documents else read_leaks(data, index, classes, params.domain, runs)
 
     shown = find_shown(data, found, params.report.run)
     has_texts = shown.encoder in params.encoders
@@ -238,7 +240,7 @@ def report(
     order, pairs = order_classes(classes, shown.classes), confused_pairs(matrix, doubt)
 
     splits = [judging, "choose", *(["test"] if open_test else [])]
-    positions = np.flatnonzero(np.isin(looked.split, splits))
+    positions = np.flatnonzero(np.isin(looked.split, [] if documents else splits))
     pictures = picture_rows(looked, others, positions, probabilities, index)
     for (_, picture), said in zip(pictures, answers(calibration, logits[positions]), strict=True):
         picture |= said
@@ -246,7 +248,8 @@ def report(
     # The model of a run saw what is out of fold in a study: it is asked of its own val images alone.
     asked = to_explain(pictures) if study is None else []
     explained = explain_runs(params, path, data, runs, positions[asked], [pictures[number][1] for number in asked])
-    concepts = explain(params, data, shown, index, every, pictures, pairs) if has_texts else None
+    with_concepts = has_texts and not documents
+    concepts = explain(params, data, shown, index, every, pictures, pairs) if with_concepts else None
     owned = [owner for row in concepts["rows"] if row["kept"] for owner in row["owners"]] if concepts else []
 
     near, odd = near_pairs(data, index, open_test), odd_sizes(index, open_test)
@@ -293,6 +296,7 @@ def report(
         "curves": [curves for one in runs if (curves := read_curves(data, one.name))],
         "opened": opened.read(data),
         "open_test": opening is not None,
+        "documents": documents,
         "marks": {
             **marks,
             **{f"runs/{one.name}/predictions.parquet": one.mark for one in runs},

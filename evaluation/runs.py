@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from fieldmark import store
 from fieldmark.command import UserError
+from training.links import TRANSDUCTIVE
 from training.metrics import Bools, Floats, Ints, mean_and_deviation
 
 PREDICTIONS = "run.predictions/1"
@@ -34,6 +35,7 @@ class Run(NamedTuple):
     fingerprints: dict[str, str]  # of what it was trained on, by file or folder under data/
     mark: str  # its own fingerprint
     by_class: bool  # whether its regime makes its accuracy a claim about other classes: few shots, unseen classes
+    transductive: bool = False  # whether images that are judged sent to each other (training/links.py)
 
     @property
     def right(self) -> Bools:
@@ -93,6 +95,7 @@ def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
         fingerprints=config["fingerprints"],
         mark=header.fingerprint,
         by_class=config["regime"]["kind"] in ("shots", "unseen"),
+        transductive=config.get(TRANSDUCTIVE, False),
     )
     for split in SPLITS:
         if not found.on(split).size or abs(metrics[split]["accuracy"] - found.accuracy(split)[0]) > 1e-6:

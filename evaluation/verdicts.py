@@ -23,6 +23,7 @@ from fieldmark.command import UserError
 from fieldmark.store import vectors_of
 from training.controls import Control
 from training.folds import HELD_OUT
+from training.links import TRANSDUCTIVE
 from training.metrics import (
     Bools,
     Floats,
@@ -50,6 +51,7 @@ class Result(NamedTuple):
     correct: Bools  # (S, n)
     figures: list[dict[str, float]]  # of each run, by name
     rising: str = ""  # of a method with epochs: in how many runs the last one was best
+    transductive: bool = False  # whether images that are judged send to each other (training/links.py)
 
 
 class Table(NamedTuple):
@@ -171,7 +173,8 @@ def read_result(plan: Plan, runs: Sequence[Cell], split: str) -> Read:
     if not among_unseen and (part[:, shown] < 0).any():
         raise UserError(f"{plan.folder}: the runs of {method} are of different images; {again(plan)}")
     rising = still_rising(plan, runs)
-    result = Result(method, control, plain, np.stack(correct)[:, shown], figures, rising)
+    transductive = plan.is_transductive(method)
+    result = Result(method, control, plain, np.stack(correct)[:, shown], figures, rising, transductive)
     return Read(
         [path for path, chosen in zip(paths, shown, strict=True) if chosen],
         y[shown],
@@ -311,11 +314,21 @@ def verdict(table: Table, found: Compared, number: int, p: Mapping[int, float], 
     for other, plain in found.own.items():
         if plain == number and other in gain_p:
             words += against_control(table.results[other].control, found.gains[other], gain_p[other])
+    if result.control == result.plain:
+        words += unlike(result, table.results[found.reference])
     if result.method in table.stand_ins:
         words = [STAND_IN]
     gain = found.gains.get(number)
     own_p = p.get(number) if gain is None else gain_p.get(number)
     return Verdict(result, found.to_probe.get(number), gain, own_p, "; ".join(words))
+
+
+def unlike(one: Result, other: Result) -> list[str]:
+    """What limits a comparison of two results of which only one heard images that are judged."""
+    if one.transductive == other.transductive:
+        return []
+    transductive, inductive = (one, other) if one.transductive else (other, one)
+    return [f"{transductive.method} is {TRANSDUCTIVE}, {inductive.method} is not"]
 
 
 def too_few(paired: Paired) -> str:
@@ -372,11 +385,15 @@ class Answer(NamedTuple):
     paired: Paired
     p: float | None
     stand_in: bool = False  # whether the tower of either stands in for that of its system
+    unlike: str = ""  # what limits the comparison, in words
 
     @property
     def words(self) -> str:
-        if self.stand_in:
-            return STAND_IN
+        return STAND_IN if self.stand_in else "; ".join([self.found, *([self.unlike] if self.unlike else [])])
+
+    @property
+    def found(self) -> str:
+        """What the figures say."""
         if self.p is None:
             return too_few(self.paired)
         if self.p < LEVEL:
@@ -388,9 +405,10 @@ class Answer(NamedTuple):
 
 def answer(tables: Sequence[Table], questions: Sequence[Question]) -> list[list[Answer]]:
     """For each table an answer to each question that compares two methods which it has, both without a control."""
-    asked, found = [], []
+    asked, found, limits = [], [], []
     for table in tables:
-        correct = {result.method: result.correct for result in table.results if result.control == Control()}
+        plain = {result.method: result for result in table.results if result.control == Control()}
+        correct = {name: result.correct for name, result in plain.items()}
         own = [question for question in questions if {question.of, question.against} <= correct.keys()]
         paired: list[Paired] = []
         if own:
@@ -402,10 +420,11 @@ def answer(tables: Sequence[Table], questions: Sequence[Question]) -> list[list[
             paired = table.compare(of, against)
         asked.append(own)
         found.append(dict(enumerate(paired)))
+        limits.append(["".join(unlike(plain[question.of], plain[question.against])) for question in own])
     return [
         [
-            Answer(question, one[number], p.get(number), bool(table.stand_ins & {question.of, question.against}))
-            for number, question in enumerate(own)
+            Answer(question, one[number], p.get(number), bool(table.stand_ins & {question.of, question.against}), limit)
+            for number, (question, limit) in enumerate(zip(own, of_table, strict=True))
         ]
-        for table, own, one, p in zip(tables, asked, found, corrected(found), strict=True)
+        for table, own, of_table, one, p in zip(tables, asked, limits, found, corrected(found), strict=True)
     ]

@@ -40,6 +40,7 @@ class Listing:
     parts: list[Row] = field(default_factory=list)
     attributes: list[Row] = field(default_factory=list)
     links: list[Row] = field(default_factory=list)  # src and dst (paths), weight, kind
+    documents: bool = False  # whether the rows are documents, with their image_id, and no file is opened
     in_pixels: bool = False
     passed_over: list[str] = field(default_factory=list)  # files that are no images, or not where images stand
     empty: list[str] = field(default_factory=list)  # class folders without an image

@@ -152,17 +152,20 @@ def largest(cosine: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     They lie in the `count` groups of columns whose largest are the largest.
     """
-    rows, columns = cosine.shape
-    count = min(count, columns)
-    groups = columns // GROUP
-    if groups < 4 * count or columns % GROUP:
+    columns = cosine.shape[1]
+    count, groups = min(count, columns), columns // GROUP
+    if groups < 4 * count:
         value, column = cosine.topk(count, dim=1)
         return value, column
-    grouped = cosine.view(rows, groups, GROUP)
+    whole = groups * GROUP
+    grouped = cosine[:, :whole].unflatten(1, (groups, GROUP))
     best = grouped.amax(dim=2).topk(count, dim=1).indices
     inner = grouped.gather(1, best[..., None].expand(-1, -1, GROUP)).flatten(1)
-    value, slot = inner.topk(count, dim=1)
-    return value, best.gather(1, slot // GROUP) * GROUP + slot % GROUP
+    # What is left over when the columns are grouped stands behind the groups.
+    value, slot = torch.cat([inner, cosine[:, whole:]], dim=1).topk(count, dim=1)
+    group, rest = slot // GROUP, slot - inner.shape[1]
+    column = best.gather(1, group.clamp(max=count - 1)) * GROUP + slot % GROUP
+    return value, torch.where(rest >= 0, whole + rest, column)
 
 
 def score(vectors: Floats, row: Ints, near: Ints) -> Pairs:

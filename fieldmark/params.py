@@ -712,6 +712,16 @@ def check_contradictions(path: str, params: Params) -> None:
     if params.report.run is not None and params.report.run not in params.train.runs:
         known = ", ".join(params.train.runs)
         refuse("report.run", f"{params.report.run!r} is not under `train.runs`", f"choose one of: {known}, or null")
+    if params.dataset.format == "text_graph":
+        for block in ("towers", "adapt", "finetune", "tokens", "moments"):
+            if getattr(params, block):
+                refuse(block, "is made of pictures, and documents have none", "set it to {}")
+        if params.train.first_looks:
+            refuse("train.first_looks", "look at pictures, and documents have none", "set it to {}")
+        if params.select.fallback != "none":
+            refuse("select.fallback", "prototypes are of patches, and documents have none", "set it to none")
+        if params.describe.enabled:
+            refuse("describe.enabled", "documents have a text of their own", "set it to false")
     if params.dataset.images is not None and params.dataset.format != "manifest":
         refuse("dataset.images", "is for format `manifest`; other formats find images under root", "set it to null")
     regions = params.embed.regions

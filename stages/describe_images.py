@@ -20,6 +20,9 @@ With `describe.share` below 1 the most informative pictures alone are asked abou
 among all, by vectors and without labels. The others have no row. Each item is what it would be without a share, and a
 smaller share is part of a larger one as long as pictures and vectors stay: raising it pays for the new ones.
 
+Documents of a text graph need no model: their titles and sentences are written to descriptions.parquet as they stand in
+the data set, nothing masked, and nobody is asked (fieldmark/documents.py).
+
 `describe.nodes` cuts each picture into cells besides, [3] into 3 x 3, and asks about each by a call of its own, at ten
 times the price. A cell is cut at full sharpness, so a picture is decoded anew for each. Cells are of the picture as it
 is, whatever part of it an encoder sees.
@@ -30,7 +33,7 @@ is, whatever part of it an encoder sees.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +45,8 @@ import torch
 from fieldmark import informative, store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
+from fieldmark.documents import RULES as DOCUMENT_RULES
+from fieldmark.documents import Document, read_documents
 from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
 from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part
 from fieldmark.llm.prompts import Prompt, load_prompt
@@ -142,6 +147,16 @@ def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None)
     return rows, masked
 
 
+def document_rows(documents: Sequence[Document], used: Collection[str]) -> list[Row]:
+    """Rows of descriptions/1: title and sentences of each document whose image_id is used, once."""
+    by_id = {document.image_id: document for document in documents if document.image_id in used}
+    return [
+        {"image_id": image_id, "rank": rank, "text": text}
+        for image_id, document in by_id.items()
+        for rank, text in document.sentences
+    ]
+
+
 def cell_rows(described: list[Row], cells: list[Cell]) -> list[Row]:
     """Rows of descriptions.cells/1 from those of descriptions_of, whose image_id is the subject of a cell."""
     known = {cell.subject: cell for cell in cells}
@@ -236,9 +251,14 @@ def main() -> None:
     card = domain_words(params.domain.noun, params.domain.group, *params.domain.attributes)
     mask = NameMask(Keys.of(classes, card), params.domain.noun)
     described, masked = descriptions_of(answered.get("images", []), mask, params.describe.sentences)
+    documents = params.dataset.format == "text_graph"
+    if documents:
+        described = document_rows(read_documents(Path(params.dataset.root)), paths)
     said, masked_in_cells = descriptions_of(answered.get("cells", []), mask, params.describe.cell_sentences)
     schema = "descriptions/1"
     content = {"domain": params.domain.model_dump(), "rules": MASK_RULES}
+    if documents:
+        content = {"documents": DOCUMENT_RULES}
     table_mark = store.fingerprint(schema, content, [of_pictures, classes_mark])
     store.write_table(store.make_table(schema, described), DESCRIPTIONS, schema, content, table_mark)
     content |= {"nodes": params.describe.nodes if cells else []}

@@ -1,11 +1,12 @@
 """List every image and class of a data set: what is there, in which split, and what is broken, double or leaking.
 
-Reads   what `dataset.root` names, laid out as `dataset.format` says (fieldmark/formats/: imagefolder, cub, manifest),
-        and `dataset.val_list`, a file that names validation images: a path (or, in cub, a number) a line.
+Reads   what `dataset.root` names, laid out as `dataset.format` says (fieldmark/formats/: imagefolder, cub, manifest,
+        text_graph), and `dataset.val_list`, a file that names validation images: a path (or, in cub, a number) a line.
 Writes  data/index/images.parquet, classes.parquet, parts.parquet, attributes.parquet, near_duplicates.parquet,
         links.parquet (edges that the data give), metrics.json (counts and health) and data/thumbs/ (192-px WebP a
         picture: all that report needs of the images). Warnings go to stderr, first of all where test is contaminated.
-Costs   one decode an image: about 5 ms on one core at 500 px.
+Costs   one decode an image: about 5 ms on one core at 500 px. A document of a text graph has no picture: its image_id
+        is the sha256 of its text, it has neither size nor thumbnail, and all else here is as of an image.
 
 Byte-equal files: one is `ok` (test before val before train, then the lowest path), the others are `duplicate`; in two
 classes, all are `conflict` and none is used. Where the data name no test images, each class's lowest round(f n) by
@@ -304,10 +305,11 @@ def index(params: Params) -> dict[str, Any]:
     for attribute in listing.attributes:
         attribute["class_id"] = store.class_id_of(attribute["class_id"])
     name_validation(rows, Path(dataset.val_list))
-    hash_files(dataset.folder, rows)
+    pictures = [] if listing.documents else rows
+    hash_files(dataset.folder, pictures)
     mark_duplicates(rows)
-    write_thumbs(dataset.folder, rows, dataset.buckets)
-    mark_sequences(row for row in rows if row["status"] == "ok")
+    write_thumbs(dataset.folder, pictures, dataset.buckets)
+    mark_sequences(row for row in pictures if row["status"] == "ok")
     if dataset.group_by == "sequence":
         group_sequences(rows)
     split_rows(rows, dataset)
@@ -334,11 +336,13 @@ def index(params: Params) -> dict[str, Any]:
 
 
 def main() -> None:
-    counts = index(load_params(stage_parser(__doc__).parse_args().params))
+    params = load_params(stage_parser(__doc__).parse_args().params)
+    counts = index(params)
     store.write_text(INDEX / "metrics.json", json.dumps(counts, indent=2) + "\n")
     images = ", ".join(f"{count} {split}" for split, count in counts["images"].items())
     unused = ", ".join(f"{count} {kind}" for kind, count in counts["unused"].items())
-    print(f"{counts['classes']} classes; images: {images}; not used: {unused}")
+    what = "documents" if params.dataset.format == "text_graph" else "images"
+    print(f"{counts['classes']} classes; {what}: {images}; not used: {unused}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ How concepts are chosen stands in fieldmark/concepts/selection.py. What is kept 
 on the half of val that chooses (fieldmark/halves.py). Concepts without signal are told; `select.fallback` auto then
 puts visual prototypes in their place, and prototypes does so whatever the verdict. Where no concept is kept and no
 prototype made, the bank holds class names alone: methods that read no concept train as ever, and a warning says where
-to look.
+to look. Documents of a text graph have no pictures to choose by: their bank holds class names alone.
 
     python -m stages.select_concepts --encoder reef
 """
@@ -21,14 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fieldmark import store
 from fieldmark.command import UserError, encoder_parser, run
 from fieldmark.concepts import gate
-from fieldmark.concepts.selection import class_means, find_prototypes, read_texts, select_bank
+from fieldmark.concepts.selection import Selected, Texts, class_means, find_prototypes, read_texts, select_bank
 from fieldmark.labels.splits import read_globals, read_split
-from fieldmark.params import load_params
+from fieldmark.params import Select, load_params
 
 INDEX = Path("data/index/images.parquet")
 CONCEPTS = Path("data/concepts/concepts.parquet")
@@ -54,6 +55,33 @@ def warn(found: Row, fallback: str) -> None:
         )
 
 
+def select_on_images(texts: Texts, images: Path, buckets: int, scale: float, settings: Select) -> Selected:
+    """The bank that training images choose. Raises UserError where there is none."""
+    train_images = read_split(INDEX, "train")
+    if not train_images:
+        raise UserError(f"{INDEX}: holds no training image; concepts are selected on them")
+    train = read_globals(images, buckets, train_images)
+    choose = read_globals(images, buckets, read_split(INDEX, "choose"))
+    return select_bank(
+        texts,
+        class_means(*train),
+        scale,
+        settings,
+        partial(gate.judge, train, choose),
+        partial(find_prototypes, images, buckets, train_images, settings.per_class),
+    )
+
+
+def bank_of_documents(texts: Texts, dimension: int) -> Selected:
+    """Class names alone: documents have no picture in whose space a concept could tell classes apart."""
+    for row in texts.candidates:
+        row.update(kept=False, drop_reason="documents have no picture that it could tell apart")
+    rows = texts.names + texts.candidates
+    vectors = np.array([texts.vector_of[row["concept_id"]] for row in rows], np.float32).reshape(-1, dimension)
+    nobody = np.zeros((0, dimension), np.float32), np.zeros(0, dtype=object)
+    return Selected(rows, vectors, [None] * len(rows), gate.judge(nobody, nobody, nobody[0], []))
+
+
 def main() -> None:
     arguments = encoder_parser(__doc__).parse_args()
     params = load_params(arguments.params)
@@ -65,22 +93,14 @@ def main() -> None:
     if image_header.params["encoder"] != text_header.params["encoder"]:
         raise UserError(f"{text_path}: is of another encoder than {images}; run embed_images and embed_text again")
     texts = read_texts(CONCEPTS, text_path)
-    train_images = read_split(INDEX, "train")
-    if not train_images:
-        raise UserError(f"{INDEX}: holds no training image; concepts are selected on them")
-    train = read_globals(images, buckets, train_images)
-    choose = read_globals(images, buckets, read_split(INDEX, "choose"))
-    bank = select_bank(
-        texts,
-        class_means(*train),
-        text_header.params["logit_scale"],
-        settings,
-        partial(gate.judge, train, choose),
-        partial(find_prototypes, images, buckets, train_images, settings.per_class),
-    )
+    if store.are_documents(INDEX):
+        bank = bank_of_documents(texts, next(iter(texts.vector_of.values())).shape[0])
+        print(f"{arguments.encoder}: documents have no pictures to choose concepts by; the bank has class names alone")
+    else:
+        bank = select_on_images(texts, images, buckets, text_header.params["logit_scale"], settings)
+        print(f"{arguments.encoder}: {gate.say(bank.judged)}")
+        warn(bank.judged, settings.fallback)
     rows = bank.rows
-    print(f"{arguments.encoder}: {gate.say(bank.judged)}")
-    warn(bank.judged, settings.fallback)
 
     made_by = {
         **settings.model_dump(),

@@ -324,6 +324,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         params["train"].update(seeds=1, runs=runs, first_looks={"zoom": zoom})
         params["tokens"] = {"reef": {"layers": [-1]}}
         params["controls"] = {"reef": {"per_class": 2}}
+        params["links"] = {"near": {"kind": "knn", "vectors": "data/embed/reef/images", "texts": "data/none", "k": 3}}
         params["report"]["reference"] = "zero_shot"
 
     edit_params(folder, make_small)
@@ -331,6 +332,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for name in STAGES:
             run_module(f"stages.{name}", *(["--encoder", "reef"] if name in OF_ENCODER else []))
+        run_module("stages.link_images", "--links", "near")
         run_module("training.plan_first_looks")
         run_module("training.first_look", "--look", "zoom")
         run_module("stages.look_again", "--look", "zoom")

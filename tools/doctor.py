@@ -129,21 +129,27 @@ class Doctor:
             return f"{dataset.root} is drawn by the first run: {self.count} pictures of 24 classes"
         preflight.check_texts(params)
         listing = read_listing(dataset)
-        self.count = len(listing.images)
+        self.count = 0 if listing.documents else len(listing.images)
         self.classes = leave_out_imageless(list_classes(listing), dataset)
-        path = dataset.folder / listing.images[0]["path"]
+        what = "documents" if listing.documents else "pictures"
+        if not listing.documents:
+            self.sources = self.look(dataset.folder, [row["path"] for row in listing.images])
+        sizes = Counter(row["name"] for row in listing.images)
+        fewest = min(sizes, key=lambda name: sizes[name])
+        named = len({row["split"] for row in listing.images} - {None})
+        splits = f"the data name {counted(named, 'split', 'splits')}" if named else "splits are drawn"
+        return f"{len(listing.images):,} {what} of {len(sizes)} classes, {sizes[fewest]} at least ({fewest}); {splits}"
+
+    def look(self, folder: Path, paths: list[str]) -> list[Source]:
+        """Some of the pictures. Raises UserError where the first cannot be opened."""
+        path = folder / paths[0]
         try:
             open_rgb(path)
         except BadImage as error:
             raise UserError(f"{path}: {error}; look at it: most pictures should be good") from None
         # Evenly from all of them: the first may be of one size.
-        few = (TIMED_BATCHES + 1) * max(each.batch_size for each in params.image_encoders.values())
-        self.sources = usable([dataset.folder / row["path"] for row in listing.images[:: max(1, self.count // few)]])
-        sizes = Counter(row["name"] for row in listing.images)
-        fewest = min(sizes, key=lambda name: sizes[name])
-        named = len({row["split"] for row in listing.images} - {None})
-        splits = f"the data name {counted(named, 'split', 'splits')}" if named else "splits are drawn"
-        return f"{self.count:,} pictures of {len(sizes)} classes, {sizes[fewest]} at least ({fewest}); {splits}"
+        few = (TIMED_BATCHES + 1) * max(each.batch_size for each in self.params.image_encoders.values())
+        return usable([folder / path for path in paths[:: max(1, len(paths) // few)]])
 
     def runs(self) -> str:
         for name in self.params.train.runs:
@@ -159,6 +165,8 @@ class Doctor:
         if isinstance(encoder, LoadedEncoder):
             with contextlib.redirect_stderr(io.StringIO()):
                 embed_texts({f"a photo of a {self.params.domain.noun}": "name"}, encoder)
+        if self.params.dataset.format == "text_graph":
+            return f"loaded in {loaded:.1f} s on {encoder.device}; documents have no picture to embed"
         with tempfile.TemporaryDirectory() as folder:
             rate, nodes, size = self.time(encoder, self.sources or draw_noise(Path(folder), encoder.batch_size))
         self.bytes += size

@@ -169,6 +169,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_memory()
     params = load_params(arguments.params)
+    if params.dataset.format == "text_graph":
+        what = "runs on documents of a text graph, and only pictures are asked about here"
+        remedy = "write new documents into nodes.csv, and run `dvc repro`"
+        raise UserError(f"{arguments.params}: dataset.format: this project {what}; {remedy}")
     question = read_question(arguments.asked)
     if question.passed_over:
         files = counted(question.passed_over, "file is", "files are")

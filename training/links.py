@@ -8,12 +8,14 @@ The images that send are kept with the model (`Memory`), in view 0: to answer fo
 and its own links, and nothing else of the cache.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fieldmark.command import UserError
 from fieldmark.params import Block, Count
 from training.data import Cache
 from training.data.cache import Fields
@@ -39,9 +41,25 @@ def links_word(settings: LinkSettings) -> str:
     return f"{WORD}/{settings.links}"
 
 
+TRANSDUCTIVE = "transductive"
+
+
 def is_transductive(settings: Block) -> bool:
     """Whether images that are judged send too: said wherever a number of such a run stands."""
     return isinstance(settings, LinkSettings) and settings.sources == "all"
+
+
+def check_links(path: str, key: str, links: Collection[str], settings: Block) -> None:
+    """Raise UserError where the settings that stand under `key` name links that params.yaml does not make."""
+    if isinstance(settings, LinkSettings) and settings.links not in links:
+        known = f"choose one of: {', '.join(links)}, or add it" if links else "add it"
+        what = f"reads links/{settings.links}, and `links` of params.yaml has no {settings.links}"
+        raise UserError(f"{path}: {key}.settings.links: {what}; {known} (docs/own-data.md#links-between-images)")
+
+
+def named(name: str, transductive: bool) -> str:
+    """The name of a run, or of a row, as it stands beside a number."""
+    return f"{name} ({TRANSDUCTIVE})" if transductive else name
 
 
 class Around(NamedTuple):

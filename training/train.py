@@ -3,10 +3,11 @@
 Reads   data/index/{images,classes}.parquet and, of what the stages wrote for the run's encoder E, the parts that the
         method declares (READS): data/embed/E/{images/,text.parquet}, data/bank/E.parquet, data/labels/E/,
         data/graphs/E/, data/descriptions/descriptions.parquet. data/inputs/RUN.json lists them (training/plan_runs.py).
-Writes  data/runs/RUN/: metrics.json (the dozen figures that people compare, the mean over seeds), history.csv (a row a
-        look at val), timing.json, predictions.parquet (every logit of every image and seed), model.safetensors (the
-        seed that is best on the half of val that chooses), config.json (settings, what each seed chose, images by
-        split, class order, device, fingerprints of what was read).
+Writes  data/runs/RUN/: metrics.json (the dozen figures that people compare, the mean over seeds; `transductive` where
+        images that are judged send too, training/links.py), history.csv (a row a look at val), timing.json,
+        predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best on the half
+        of val that chooses), config.json (settings, what each seed chose, images by split, class order, device,
+        fingerprints of what was read).
         Where the method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others
         are empty.
 Costs   time of the processor, or of the GPU that train.device gives: none to speak of for the zero-shot methods; an
@@ -46,6 +47,7 @@ from training.hashes import hash_file
 from training.inputs import Reading, check_questions, reading_of
 from training.knobs import say_knobs
 from training.layers.states import state_of
+from training.links import TRANSDUCTIVE, check_links, is_transductive, named
 from training.looks import check_looks, plan_look
 from training.loop import choose_device, predict, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
@@ -88,6 +90,7 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
     settings = read_settings(path, key, given.method, given.settings)
     check_texts(path, f"{key}.encoder", params, given.method, settings, given.encoder)
     check_also(path, f"{key}.also", given.method, settings, given.also)
+    check_links(path, key, params.links, settings)
     regime = read_regime(path, "train.regime", params.train.regime)
     if isinstance(regime, Folds):
         raise UserError(f"{path}: train.regime: folds are of a study, not of one run; put them in studies/NAME.yaml")
@@ -173,12 +176,16 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         images = torch.arange(len(cache.paths))
         logits = {seed: predict(fit.model, seen, images).cpu().numpy() for seed, fit in fits.items()}
         measured = {seed: figures_by_split(values, cache) for seed, values in logits.items()}
-        metrics = summarise(measured)
-        said = ", ".join(f"{split} {metrics[split]['accuracy']:.4f}" for split in SPLITS)
-        print(f"{name}: accuracy {said} (mean over seeds: {len(seeds)})")
+        summary = summarise(measured)
+        said = ", ".join(f"{split} {summary[split]['accuracy']:.4f}" for split in SPLITS)
+        transductive = is_transductive(planned.settings)
+        print(f"{named(name, transductive)}: accuracy {said} (mean over seeds: {len(seeds)})")
+        mark_of_links: dict[str, Any] = {TRANSDUCTIVE: True} if transductive else {}
+        metrics = summary | mark_of_links
         chosen_by = {seed: numbers["choose"] for seed, numbers in measured.items()}
         best = max(seeds, key=lambda seed: (chosen_by[seed]["accuracy"], -chosen_by[seed]["log_loss"]))
         config |= {"model_seed": best, "chosen": {str(seed): fitted.chosen for seed, fitted in fits.items()}}
+        config |= mark_of_links
         config["images"] = {split: int((cache.split == split).sum()) for split in SPLITS}
         state = state_of(fits[best].model)
         write_run(folder, logits, fits, cache, config, metrics, state, mark)

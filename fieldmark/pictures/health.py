@@ -78,10 +78,12 @@ def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
     """Pairs of used images (path, other, bits), and the paths of test images that have a near duplicate elsewhere.
 
     `rows` are those of index.images that are ok. Of images that share one hash the first MAX_PAIRED are paired.
+    Documents have no hash, and are in no pair.
     """
     members: dict[int, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["path"]):
-        members[row["dhash"]].append(row)
+        if row.get("dhash") is not None:
+            members[row["dhash"]].append(row)
     hashes = np.array(list(members), dtype=np.uint64)
     groups = list(members.values())
     pairs: list[Row] = []
@@ -145,6 +147,7 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
     """The health of an index (all its image rows and classes) as numbers, and its near duplicates as rows."""
     by_path = {row["path"]: row for row in rows}
     usable = [row for row in rows if row["status"] == "ok"]
+    pictured = [row for row in usable if row.get("width") is not None]
     pairs, leaks = find_near_duplicates(usable)
     copies = count_pairs((row, by_path[row["duplicate_of"]]) for row in rows if row["status"] == "duplicate")
     copies["across_classes"] = sum(row["status"] == "conflict" for row in rows)
@@ -184,8 +187,8 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
             "images": sum(row["class_id"] not in with_images for row in classes),
         },
         "pixels": {
-            "shorter_side": spread(min(row["width"], row["height"]) for row in usable),
-            "longer_side": spread(max(row["width"], row["height"]) for row in usable),
+            "shorter_side": spread(min(row["width"], row["height"]) for row in pictured),
+            "longer_side": spread(max(row["width"], row["height"]) for row in pictured),
         },
         "passed_over": len(listing.passed_over),
     }

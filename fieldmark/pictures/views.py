@@ -66,9 +66,11 @@ class View(NamedTuple):
 
 
 def read_sources(folder: Path) -> list[Source]:
-    """The usable images of the index."""
-    columns = ["image_id", "path", "status", "box", "width", "height"]
-    table = store.read_table("data/index/images.parquet", "index.images/1", columns)
+    """The usable images of the index; none of an index of documents, which have no picture."""
+    index, columns = "data/index/images.parquet", ["image_id", "path", "status", "box", "width", "height"]
+    if store.are_documents(index):
+        return []
+    table = store.read_table(index, "index.images/1", columns)
     return [
         Source(row["image_id"], folder / row["path"], box_of(row["box"]), (row["width"], row["height"]))
         for row in table.to_pylist()

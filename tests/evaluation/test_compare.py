@@ -103,6 +103,27 @@ def test_three_files_of_one_table(project: Path) -> None:
     assert len(widths) == 2  # each table has rows of one width
 
 
+def test_what_is_transductive_is_said_beside_its_numbers(project: Path) -> None:
+    every = {"spread_all": {"method": "label_propagation", "settings": {"sources": "all"}}}
+    methods, controls = ["linear_probe", "label_propagation"], ["none", "links_removed"]
+    near = {"links": {"near": {"kind": "group", "vectors": "data/none", "texts": "data/none"}}}
+    plan, grid = planned(project, near, methods=methods, controls=controls, regimes=["full"], variants=every)
+    run_study(plan, grid, 1)
+    text = compare(plan, grid)
+    words = "spread_all is transductive, linear_probe is not"
+    assert re.search(rf"^spread_all \(transductive\) +none .*; {words}$", text, re.M)
+    assert re.search(r"^spread_all \(transductive\) +links_removed ", text, re.M)
+    assert re.search(r"^label_propagation +links_removed ", text, re.M)
+    heard = "images that are judged send to each other (never their labels), in no other row"
+    assert f"\ntransductive: spread_all: {heard}\n" in text
+    assert "left out: links_removed changes nothing that is computed by linear_probe: the plain run" in text
+    rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
+    assert {row["method"] for row in rows if row["transductive"] == "yes"} == {"spread_all"}
+    # Nobody sends: every image is told how frequent classes are.
+    [none] = [row for row in rows if (row["method"], row["control"]) == ("label_propagation", "links_removed")]
+    assert float(none["accuracy mean"]) == pytest.approx(1 / 6)
+
+
 QUESTIONS: dict[str, Any] = {
     "variants": {"named": {"method": "description_zero_shot", "settings": {"class_names": True}}},
     "questions": [

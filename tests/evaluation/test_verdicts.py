@@ -354,3 +354,20 @@ def test_unseen_classes_are_judged_by_their_own_and_by_the_harmonic_mean() -> No
     assert differences[1] == pytest.approx(of[1][1] - of[0][1])
     assert differences[2] == pytest.approx(harmonic_mean(*of[1]) - harmonic_mean(*of[0]))
     assert by_unseen.words == by_harmonic.words == "beats the probe"
+
+
+def test_a_transductive_row_against_an_inductive_one_is_said_to_be() -> None:
+    hears = result("spread", BETTER)._replace(transductive=True)
+    other = result("smooth", BETTER)._replace(transductive=True)
+    control = result("spread", SAME, "links_removed", reads=False)._replace(transductive=True, plain=Control())
+    table = table_of(result("linear_probe", PROBE), hears, other, control, result("knn", SAME))
+    words = [one.words for one in judge([table])[0]]
+    assert words[1] == "beats the probe; spread is transductive, linear_probe is not"
+    assert "transductive" not in words[3]
+    assert "transductive" not in words[4]
+    pairs = [("spread", "knn"), ("knn", "spread"), ("spread", "smooth")]
+    asked = [Question(ask="?", of=of, against=against) for of, against in pairs]
+    first, second, third = answer([table], asked)[0]
+    assert first.words == "yes; spread is transductive, knn is not"
+    assert second.words == "no: the other way round; spread is transductive, knn is not"
+    assert "transductive" not in third.words

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
+from evaluation.accuracies import accuracy_rows, summarise
+from evaluation.runs import Run, read_run
 from fieldmark import command as command_line
 from fieldmark.command import UserError
 from fieldmark.params import load_params
@@ -127,6 +129,34 @@ def test_a_run_holds_what_its_readers_need(params: Path, tmp_path: Path) -> None
     assert "descriptions/descriptions.parquet" not in config["fingerprints"]  # the second graph is off
     assert json.loads((folder / "timing.json").read_text())["epoch_seconds"] > 0
     assert not any(str(tmp_path) in (folder / name).read_text(errors="ignore") for name in WRITTEN)
+
+
+def test_a_transductive_run_says_so_where_its_numbers_stand(
+    params: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cache(tmp_path / "data", Plan())
+    runs = "    heard: {method: label_propagation, encoder: tiny}\n"
+    links = "links: {near: {kind: group, vectors: data/none, texts: data/none}}\n"
+    both = runs + runs.replace("heard", "spread").replace("}", ", settings: {sources: all}}")
+    params.write_text(PARAMS + both)
+    said = r"runs\.heard\.settings\.links: reads links/near, and `links` of params\.yaml has no near; add it \(docs/"
+    with pytest.raises(UserError, match=said):
+        plan_run(str(params), load_params(params), "heard")
+    params.write_text(links + PARAMS + both)
+    loaded = load_params(params)
+    for name, transductive in (("heard", False), ("spread", True)):
+        train(loaded, str(params), name, tmp_path / "data")
+        folder = tmp_path / "data/runs" / name
+        for file in ("metrics.json", "config.json"):
+            assert json.loads((folder / file).read_text()).get("transductive", False) is transductive
+        assert capsys.readouterr().out.startswith(f"{name}{' (transductive)' * transductive}: accuracy ")
+        run = read_run(tmp_path / "data", name, "tiny")
+        assert isinstance(run, Run)
+        assert run.transductive is transductive
+        rows = accuracy_rows([run], run, None)
+        said = summarise(rows, [], name, None, None, False, Path("page"))
+        assert ("\ntransductive: images that are judged send to each other" in said) is transductive
+        assert f"\n{name}{' (transductive)' * transductive}  " in said
 
 
 def test_the_model_that_is_kept_is_best_where_val_chooses(params: Path, tmp_path: Path) -> None:

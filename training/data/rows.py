@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fieldmark.command import UserError
-from fieldmark.store import COLUMNS, bucket_of, bucket_path, read_buckets, sha256
+from fieldmark.store import COLUMNS, are_documents, bucket_of, bucket_path, read_buckets, sha256
 from training.data.arrays import Arrays, Make, Zeros, keep
 
 # Who writes what is read of images, by schema.
@@ -110,6 +110,9 @@ def count_views(folder: Path, files: Mapping[str, str], buckets: int) -> int:
     for path, schema in files.items():
         if any(field.name == "view" for field in COLUMNS.get(schema, [])):
             kept = keep("views", files_in(folder / path, buckets), partial(read_views, folder / path, schema, buckets))
+            if not kept["views"].size and are_documents(folder / "index/images.parquet"):
+                remedy = "let runs read what is said in them (features: [descriptions])"
+                raise UserError(f"{folder / path}: is of pictures, and documents have none; {remedy}")
             if not kept["views"].size:
                 raise UserError(f"{folder / path}: holds no image; run {STAGES[schema]} (dvc repro)")
             return int(kept["views"].max()) + 1
