@@ -69,7 +69,6 @@ class Settings(LinkSettings, FeatureSettings, Schedule):
     hidden: Count = 256  # width
     heads: Count = 4  # of gat; they divide the width
     dropout: Fraction = 0.3  # share of activations dropped in training
-    batch_size: Count = 512  # images a step
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy, weight 1; 0 switches one off
 
     @model_validator(mode="after")

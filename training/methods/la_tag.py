@@ -52,7 +52,6 @@ class Settings(LinkSettings, SynthesisSettings, Schedule):
     heads: Count = 4  # of gat; they divide the width
     dropout: Fraction = 0.3  # share of activations dropped in training
     predictor: Count = 64  # width of the link predictor
-    batch_size: Count = 512  # images a step
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
