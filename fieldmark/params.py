@@ -131,6 +131,8 @@ class Concepts(Block):
 class Describe(Block):
     enabled: bool = False
     prompt: str = "prompts/describe.md"
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    by: str = NONE
     image_px: Annotated[int, Field(ge=64)] = 512
     sentences: Count = 4
     nodes: list[Annotated[int, Field(ge=2, le=8)]] = []  # n x n cells of each picture, for each n
@@ -654,6 +656,13 @@ def check_contradictions(path: str, params: Params) -> None:
     for name in params.adapt:
         if name in params.finetune:
             refuse(f"finetune.{name}", f"adapt.{name} writes to {ADAPTED}/{name} too", "rename one of them")
+    folders = [f"data/embed/{name}/images" for name in params.image_encoders]
+    if params.describe.by not in (NONE, *folders):
+        what = f"{params.describe.by!r} is no vectors of pictures"
+        refuse("describe.by", what, f"choose one of: {', '.join(folders)}, or {NONE} where share is 1")
+    if params.describe.share < 1 and params.describe.by == NONE:
+        what = f"a share of {params.describe.share:g} needs vectors to choose pictures by"
+        refuse("describe.by", what, f"set it to one of: {', '.join(folders)}, or describe.share to 1.0")
     for name in params.tokens:
         if name not in params.image_encoders:
             known = ", ".join(params.image_encoders)

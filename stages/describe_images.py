@@ -2,7 +2,8 @@
 
 Reads   data/index/images.parquet and its images with status ok as `dataset` says, data/index/classes.parquet (to find
         names in answers), the prompt `describe.prompt`, where cells are asked about `describe.cell_prompt`, params:
-        domain, dataset, llm, describe; of a text graph nodes.csv in `dataset.root`.
+        domain, dataset, llm, describe; where describe.share is below 1 the vectors of pictures that describe.by names;
+        of a text graph nodes.csv in `dataset.root`.
 Writes  data/descriptions/answers.parquet (llm.answers/1): one row an image and one a cell, failed ones too;
         data/descriptions/descriptions.parquet (descriptions/1): the sentences; names of classes, superclasses and
         lineages, and `aliases`, are masked (fieldmark/concepts/names.py; the report says what is left of them);
@@ -15,6 +16,10 @@ Costs   llm.mode live or batch: one call for each image or cell whose answer is 
         turn.
 
 The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
+
+With `describe.share` below 1 the most informative pictures alone are asked about (fieldmark/informative.py): chosen
+among all, by vectors and without labels. The others have no row. Each item is what it would be without a share, and a
+smaller share is part of a larger one as long as pictures and vectors stay: raising it pays for the new ones.
 
 Documents of a text graph need no model: their titles and sentences are written to descriptions.parquet as they stand in
 the data set, nothing masked, and nobody is asked (fieldmark/documents.py).
@@ -34,8 +39,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
-from fieldmark import store
+from fieldmark import informative, store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
 from fieldmark.documents import RULES as DOCUMENT_RULES
@@ -60,6 +68,33 @@ CELLS = Path("data/descriptions/cells.parquet")
 METRICS = Path("data/descriptions/metrics.json")
 CELL_SCHEMA = "descriptions.cells/1"
 Row = dict[str, Any]
+
+
+def choose_images(image_ids: list[str], params: Params) -> tuple[list[str], list[str]]:
+    """Which of the sorted image_ids are described, sorted; and the fingerprints of what that was chosen by.
+
+    Raises UserError where `describe.by` lacks one of them.
+    """
+    by, buckets = Path(params.describe.by), params.dataset.buckets
+    if params.describe.share == 1 or not image_ids:
+        return image_ids, []
+    mark = store.read_folder_header(by, "embed.nodes/1", buckets).fingerprint
+    # A bucket at a time: of its rows, most are of parts of pictures.
+    table = pa.concat_tables([whole_pictures(store.bucket_path(by, bucket)) for bucket in range(buckets)])
+    place = pc.index_in(pa.array(image_ids), value_set=table["image_id"].combine_chunks())
+    if place.null_count:
+        what = f"{by}: lacks {place.null_count} of {len(image_ids)} pictures"
+        raise UserError(f"{what}; run embed_images again (dvc repro)")
+    vectors = torch.from_numpy(store.vectors_of(table)[place.to_numpy()]).float()
+    count = informative.budget(len(image_ids), params.describe.share)
+    chosen = informative.most_informative(vectors, image_ids, count, informative.cluster_count(len(image_ids)))
+    return sorted(image_ids[place] for place in chosen.tolist()), [mark]
+
+
+def whole_pictures(path: Path) -> pa.Table:
+    """image_id and vector of whole pictures in view 0, of a bucket of embed.nodes/1."""
+    table = store.read_table(path, "embed.nodes/1", ["image_id", "view", "node", "vector"])
+    return table.filter(pc.and_(pc.equal(table["view"], 0), pc.equal(table["node"], 0)))
 
 
 def items_of(image_ids: list[str], prompt: Prompt, params: Params) -> list[Item]:
@@ -147,7 +182,8 @@ def content_params(prompt: Prompt, params: Params) -> dict[str, Any]:
     """What decides the answers' content: not where, how fast or with what limits they are asked for."""
     if not params.describe.enabled:
         return {"enabled": False}
-    return {
+    share = {} if params.describe.share == 1 else {"share": params.describe.share}
+    return share | {
         "enabled": True,
         "prompt_sha": prompt.sha,
         "domain": params.domain.model_dump(),
@@ -175,12 +211,13 @@ def main() -> None:
     folder, usable = params.dataset.folder, [row for row in images if row["status"] == "ok"]
     paths = {row["image_id"]: folder / row["path"] for row in usable}
     places = {row["image_id"]: place_of(folder, row["path"], row["box"]) for row in usable}
-    items = items_of(sorted(places), prompt, params) if params.describe.enabled else []
+    wanted, chosen_by = choose_images(sorted(places), params) if params.describe.enabled else ([], [])
+    items = items_of(wanted, prompt, params)
     questions = {"images": Question(prompt, items)}
     # Without cells nothing of the second prompt is read, and everything is as it was before there were any.
     cells, cell_prompt = list[Cell](), None
     if params.describe.enabled and params.describe.nodes:
-        cells, cell_prompt = cells_of(sorted(places), params.describe.nodes), load_prompt(params.describe.cell_prompt)
+        cells, cell_prompt = cells_of(wanted, params.describe.nodes), load_prompt(params.describe.cell_prompt)
         questions["cells"] = Question(cell_prompt, cell_items(cells, cell_prompt, params))
     if params.llm.mode == "import" and params.describe.enabled:
         raise UserError(
@@ -208,9 +245,10 @@ def main() -> None:
 
     rows = [row for of_kind in answered.values() for row in of_kind]
     content = content_params(prompt, params)
-    of_pictures = store.fingerprint(SCHEMA, content, [upstream])  # cells change nothing of what is said of pictures
+    # Cells change nothing of what is said of pictures.
+    of_pictures = store.fingerprint(SCHEMA, content, [upstream, *chosen_by])
     content |= cell_params(cell_prompt, params)
-    mark = store.fingerprint(SCHEMA, content, [upstream])
+    mark = store.fingerprint(SCHEMA, content, [upstream, *chosen_by])
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
     write_metrics(rows, METRICS)
 

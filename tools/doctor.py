@@ -46,6 +46,7 @@ from fieldmark.encoders.passes import Clock, forward_sources
 from fieldmark.encoders.texts import embed_texts
 from fieldmark.formats import read_listing
 from fieldmark.graphs.patches import MAX_NODES
+from fieldmark.informative import budget
 from fieldmark.listing import Row, list_classes
 from fieldmark.llm.answers import Item, PlannedCalls, check_limits, cost, estimate, price_of
 from fieldmark.llm.client import Client, public_url, server_of
@@ -238,11 +239,12 @@ class Doctor:
         prompt = load_prompt(params.describe.prompt)
         places = {source.image_id: Place(source.path) for source in self.sources}
         [item] = describe_images.items_of([self.sources[0].image_id], prompt, params)
-        questions = [Question(prompt, [item] * self.count)]
+        count = budget(self.count, params.describe.share)
+        questions = [Question(prompt, [item] * count)]
         if cells := describe_images.cells_of([self.sources[0].image_id], params.describe.nodes):
             of_cells = load_prompt(params.describe.cell_prompt)
             [first, *_] = describe_images.cell_items(cells, of_cells, params)
-            questions.append(Question(of_cells, [first] * self.count * len(cells)))
+            questions.append(Question(of_cells, [first] * count * len(cells)))
         return self.ask("describe_images", questions, lambda item: as_sent(item, places))
 
     def question(self, name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from training.data import Batch
+from training.data.cache import Fields
 from training.layers.convolutions import LinkNetwork
 from training.layers.nodes import in_precision
 from training.links import Heard, Memory
@@ -31,7 +31,7 @@ class OverLinks(nn.Module):
         self.register_buffer("vectors", vectors)
         self.found: list[Tensor] = []  # what the memory's images hold before each layer, at evaluation
 
-    def forward(self, batch: Batch, x: Tensor) -> Tensor:
+    def forward(self, batch: Fields, x: Tensor) -> Tensor:
         if self.training:
             around = self.memory.around(batch, len(self.network.layers), self.fanout, own=self.memory.one_view)
             reached = torch.cat([x, self.vectors[around.rows]]) if len(around.rows) else x

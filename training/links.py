@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fieldmark.command import UserError
 from fieldmark.params import Block, Count
-from training.data import Batch, Cache
+from training.data import Cache
+from training.data.cache import Fields
 from training.data.links import WORD, Links
 from training.layers.gather import spans
 from training.layers.hops import Hop, starts
@@ -113,17 +114,22 @@ class Memory(nn.Module):
         part = cache.part(Links)
         sending = senders(cache, settings)
         key = part.key[sending.to(part.key.device)].to(cache.device)
-        edges = key.new_zeros(0)
-        memory = cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float(), cache.views)
+        memory = cls.of_keys(settings, key, cache.views)
         source, row, weight = memory.entering(cache.only({links_word(settings)}).batch(sending))
         return cls(settings, key, starts(row, len(key)), source, weight, cache.views)
+
+    @classmethod
+    def of_keys(cls, settings: LinkSettings, key: Tensor, views: int) -> Self:
+        """Of images by their ascending keys (M,), for what is heard directly: without links among them."""
+        edges = key.new_zeros(0)
+        return cls(settings, key, key.new_zeros(len(key) + 1), edges, edges.float(), views)
 
     @classmethod
     def from_state(cls, state: State, settings: LinkSettings) -> Self:
         key, start, source, weight = (state[name] for name in ("key", "start", "source", "weight"))
         return cls(settings, key, start, source, weight, int(state["views"]))
 
-    def entering(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def entering(self, batch: Fields) -> tuple[Tensor, Tensor, Tensor]:
         """The edges (E,) into a batch: the row of the memory that sends, the place in the batch, and the weight.
 
         They stand by place, the nearest first: at most `neighbours` a place, and none from an image to itself. A weight
@@ -140,13 +146,13 @@ class Memory(nn.Module):
             place, row, weight = place[near], row[near], weight[near]
         return place, row, weight
 
-    def rows_of(self, batch: Batch) -> Tensor | None:
+    def rows_of(self, batch: Fields) -> Tensor | None:
         """The rows (B,) of a batch's images; None where one is not of the memory."""
         row = torch.searchsorted(self.key, batch.key).clamp(max=max(len(self.key) - 1, 0))
         inside = len(self.key) > 0 and bool((self.key[row] == batch.key).all())
         return row if inside else None
 
-    def around(self, batch: Batch, hops: int, fanout: int | None = None, own: bool = False) -> Around:
+    def around(self, batch: Fields, hops: int, fanout: int | None = None, own: bool = False) -> Around:
         """All that reaches the images of a batch in `hops` >= 1 steps.
 
         Of the links into each node at most `fanout` are drawn anew, where it is given; the weights of these grow, so
@@ -191,7 +197,7 @@ class Memory(nn.Module):
 class Heard:
     """What the images of a batch hear from those that send, one step away."""
 
-    def __init__(self, memory: Memory, batch: Batch) -> None:
+    def __init__(self, memory: Memory, batch: Fields) -> None:
         around = memory.around(batch, 1)
         [self.hop] = around.hops()
         self.rows = around.rows

@@ -34,6 +34,7 @@ from training.data.nodes import Globals
 from training.folds import HELD_OUT, settle
 from training.layers.logistic import as_probabilities
 from training.layers.states import State, within
+from training.links import LinkSettings
 from training.loop import EVALUATION_BATCH, predict
 from training.methods import NotPossible, also_reads_of, borrows_others, load_method, method_names, reads_of
 from training.metrics import fit_temperature
@@ -45,7 +46,8 @@ PREFIX = "with_probe."  # of what the probe's full fit chose, in Fitted.chosen
 
 def is_probe(method: str) -> bool:
     """Whether a method is of the probe family: fitted whole, on vectors that `features` names and nothing else."""
-    takes = "features" in load_method(method).Settings.model_fields
+    settings = load_method(method).Settings
+    takes = "features" in settings.model_fields and not issubclass(settings, LinkSettings)
     return takes and feature_words() >= load_method(method).READS and not borrows_others(method)
 
 
@@ -95,7 +97,7 @@ def as_probe(value: Any) -> Any:
 
 
 # What READS and ALSO of a method name for the probe beside it: what is seen of an image, and not what was said of it.
-PROBE_WORDS = feature_words() - {"again", "asked", "descriptions"}
+PROBE_WORDS = feature_words() - {"again", "asked", "descriptions", "links"}
 # The knob of a method that can stand beside a probe.
 ProbeBeside = Annotated[WithProbe | None, BeforeValidator(as_probe)]
 

@@ -22,11 +22,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,21 +105,39 @@ class Shots(RegimeBlock):
 
 
 class LongTail(RegimeBlock):
-    """n_r = max(1, round(n r^-exponent)) images of the class of rank r, n the largest class's training images.
+    """Many images of some classes and few of others; n is the largest class's number of training images.
 
-    Ranks are drawn; images within a class are taken as in `Shots`. A class with fewer gives all it has. The largest
-    class has about C^exponent times the images of the smallest.
+    exponent: n_r = max(1, round(n r^-exponent)) images of the class of rank r = 1 .. C, a power law. The largest class
+    has about C^exponent times the images of the smallest. imbalance: n_r = max(1, round(n imbalance^(-(r-1)/(C-1)))),
+    which falls from n to n / imbalance by the same factor from class to class (Cui et al., CVPR 2019 [mem]); where that
+    is under one image, the smallest classes have one. One of the two is given.
+
+    Ranks are drawn; images within a class are taken as in `Shots`. A class with fewer gives all it has.
     """
 
     kind: Literal["long_tail"] = "long_tail"
-    exponent: Annotated[float, Field(gt=0)]
+    exponent: Annotated[float, Field(gt=0)] | None = Field(default=None, exclude_if=lambda value: value is None)
+    imbalance: Annotated[float, Field(gt=1)] | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _has_one_profile(self) -> Self:
+        if (self.exponent is None) == (self.imbalance is None):
+            raise ValueError("give either exponent (a power law) or imbalance (the largest class over the smallest)")
+        return self
 
     @property
     def label(self) -> str:
-        return f"long-tail-{self.exponent:g}"
+        return f"long-tail-{self.exponent:g}" if self.imbalance is None else f"imbalance-{self.imbalance:g}"
 
     def apply(self, cache: Cache, draw: int) -> Cache:
-        return keep_first(cache, draw, tail_sizes(cache, self.exponent, draw))
+        return keep_first(cache, draw, tail_sizes(cache, self, draw))
+
+    def share(self, rank: int, classes: int) -> float:
+        """Of the largest class's images, what the class of rank 1 .. `classes` may keep."""
+        if self.exponent is not None:
+            return float(rank**-self.exponent)
+        assert self.imbalance is not None
+        return float(self.imbalance ** (-(rank - 1) / max(classes - 1, 1)))
 
 
 class Partial(RegimeBlock):
@@ -256,12 +274,12 @@ def keep_first(cache: Cache, draw: int, sizes: dict[int, int]) -> Cache:
     return replace(cache, split=np.where(left, "unused", cache.split))
 
 
-def tail_sizes(cache: Cache, exponent: float, draw: int) -> dict[int, int]:
+def tail_sizes(cache: Cache, regime: LongTail, draw: int) -> dict[int, int]:
     """How many images each class may keep, by its position."""
     largest = int(torch.bincount(cache.y[cache.images("train")]).max())
     ranked = sorted(cache.classes, key=by_draw(draw))
     return {
-        cache.classes.index(class_id): max(1, round(largest * rank**-exponent))
+        cache.classes.index(class_id): max(1, round(largest * regime.share(rank, len(ranked))))
         for rank, class_id in enumerate(ranked, start=1)
     }
 

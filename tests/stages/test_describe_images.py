@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,6 +21,7 @@ from fieldmark.pictures.decode import BadImage
 from stages.describe_images import ANSWERS, CELLS, DESCRIPTIONS, METRICS, main
 from tests.fieldmark.llm.workspace import KEY, Row, Workspace, answers
 from tests.openai_server import OpenAIServer, content, refusal
+from tests.training.cache import with_vectors
 
 
 @pytest.fixture
@@ -77,6 +79,100 @@ def test_class_names_in_answers_are_masked_and_counted(
     assert [row["text"] for row in descriptions()] == ["A fish (fish) beside a fish.", "Its tray is grey."]
     assert "3 names of classes" in capsys.readouterr().err
     assert json.loads(answers(str(ANSWERS))[0]["response_json"])["sentences"] == sentences
+
+
+def write_vectors(images: list[Row], folder: str = "data/embed/toy/images", mark: str = "toy") -> None:
+    """Vectors of pictures in two clusters, and of a part of each, which is not looked at."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            **{"image_id": row["image_id"], "view": view, "node": node, "kind": "grid" if node else "global"},
+            **{"x0": 0.0, "y0": 0.0, "x1": 1.0, "y1": 1.0, "flip": False, "norm": 1.0},
+            "vector": np.eye(4)[place % 2] + 0.1 * rng.standard_normal(4) if not node and not view else 9 * np.ones(4),
+        }
+        for place, row in enumerate(images)
+        for view, node in ((0, 0), (0, 1), (1, 0))
+    ]
+    for bucket, ids in enumerate(store.split_buckets([row["image_id"] for row in images], 16)):
+        table = with_vectors("embed.nodes/1", [row for row in rows if row["image_id"] in ids], 4)
+        store.write_table(table, store.bucket_path(folder, bucket), "embed.nodes/1", {}, mark)
+
+
+def test_a_share_describes_the_most_informative_pictures_and_more_of_it_pays_for_the_new_ones(
+    server: OpenAIServer, workspace: Workspace
+) -> None:
+    images = workspace.write_images(20)
+    write_vectors(images)
+    workspace.run(main)  # before there was a share
+    keys = {row["subject_id"]: row["item_key"] for row in answers(str(ANSWERS))}
+    whole = store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint
+    assert len(server.calls) == 20
+    ANSWERS.unlink()
+    journal_path("describe_images").unlink()
+    said: set[str] = set()
+    for share, count, calls in ((0.1, 2, 2), (0.5, 10, 8), (0.1, 2, 0), (1.0, 20, 10)):
+        server.calls.clear()
+        workspace.blocks["describe"] |= {"share": share, "by": "data/embed/toy/images"}
+        workspace.write()
+        workspace.run(main)
+        rows = answers(str(ANSWERS))
+        assert (len(rows), len(server.calls)) == (count, calls)
+        assert {row["subject_id"]: row["item_key"] for row in rows}.items() <= keys.items()
+        described = {row["image_id"] for row in descriptions()}
+        assert described == {row["subject_id"] for row in rows}
+        assert said <= described or described <= said
+        said = described
+        if share < 1:  # both clusters have ten pictures
+            place = {row["image_id"]: number % 2 for number, row in enumerate(images)}
+            assert sum(place[image_id] for image_id in described) == count // 2
+    assert store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint == whole
+
+
+def test_cells_are_those_of_the_pictures_that_are_described(server: OpenAIServer, workspace: Workspace) -> None:
+    write_vectors(workspace.write_images(10))
+    workspace.blocks["describe"] |= {"share": 0.2, "by": "data/embed/toy/images", "nodes": [2]}
+    workspace.write()
+    workspace.run(main)
+    assert len(server.calls) == 2 + 2 * 4
+    cells = store.read_table(CELLS, "descriptions.cells/1").to_pylist()
+    assert {row["image_id"] for row in cells} == {row["image_id"] for row in descriptions()}
+
+
+def test_what_is_chosen_follows_the_vectors_and_those_have_to_be_there(
+    server: OpenAIServer, workspace: Workspace
+) -> None:
+    images = workspace.write_images(10)
+    workspace.blocks["describe"] |= {"share": 0.2, "by": "data/embed/toy/images"}
+    workspace.write()
+    with pytest.raises(UserError, match=r"data/embed/toy/images/b000\.parquet: is missing; run the stage"):
+        workspace.run(main)
+    write_vectors(images[:-1])
+    with pytest.raises(UserError, match=r"data/embed/toy/images: lacks 1 of 10 pictures; run embed_images again"):
+        workspace.run(main)
+    assert server.calls == []
+    write_vectors(images)
+    workspace.run(main)
+    marks = [store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint]
+    write_vectors(images, mark="another encoder")
+    workspace.run(main)
+    marks.append(store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint)
+    assert marks[0] != marks[1]
+    assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 0.5}, r"describe\.by: a share of 0\.5 needs vectors .* data/embed/toy/images, or describe\.share"),
+        ({"share": 0.5, "by": "data/embed/other/images"}, r"describe\.by: 'data/embed/other/images' is no vectors"),
+        ({"share": 0.0}, r"describe\.share: input should be greater than 0"),
+    ],
+)
+def test_a_share_needs_vectors_of_an_encoder(workspace: Workspace, values: dict[str, Any], message: str) -> None:
+    workspace.blocks["describe"] |= values
+    workspace.write()
+    with pytest.raises(UserError, match=message):
+        workspace.run(main)
 
 
 def test_switched_off_it_writes_empty_tables_and_asks_nobody(server: OpenAIServer, workspace: Workspace) -> None:

@@ -41,6 +41,7 @@ REGIMES: list[Regime] = [
     Full(),
     Shots(shots=4),
     LongTail(exponent=1.0),
+    LongTail(imbalance=10),
     Partial(wrong="random", q=0.5),
     Partial(wrong="instance", q=0.5),
     Noise(wrong="symmetric", share=0.4),
@@ -98,13 +99,22 @@ def test_a_regime_is_read_by_its_kind() -> None:
     assert read({"kind": "shots", "shots": 4}) == Shots(shots=4)
     assert read({"kind": "unseen", "seen": "seen.txt"}) == Unseen(seen="seen.txt")
     assert [regime.label for regime in REGIMES] == [
-        *("full", "4-shot", "long-tail-1", "partial-random-0.5", "partial-instance-0.5"),
+        *("full", "4-shot", "long-tail-1", "imbalance-10", "partial-random-0.5", "partial-instance-0.5"),
         *("noise-symmetric-0.4", "noise-confused-0.4", "unseen-0.5"),
     ]
     assert Unseen(seen="lists/seen.txt").label == "unseen-seen"
     for wrong in ({"kind": "shots", "shots": 3}, {"kind": "shot"}, {"kind": "full", "shots": 1}):
         with pytest.raises(ValidationError):
             read(wrong)
+
+
+def test_a_long_tail_has_one_profile_and_the_power_law_is_known_as_before() -> None:
+    for wrong in ({}, {"exponent": 1.0, "imbalance": 10.0}, {"imbalance": 1.0}):
+        with pytest.raises(ValidationError):
+            LongTail(**wrong)
+    # What identifies a run: results from before there was `imbalance` still count.
+    assert LongTail(exponent=0.5).model_dump() == {"kind": "long_tail", "exponent": 0.5}
+    assert LongTail(imbalance=50).model_dump() == {"kind": "long_tail", "imbalance": 50.0}
 
 
 @given(draw=draws)
@@ -140,6 +150,20 @@ def test_long_tail_sizes_follow_the_power_law(cache: Cache, draw: int, exponent:
     expected = [max(1, round(20 * rank**-exponent)) for rank in range(1, 7)]
     assert sorted(train_counts(made), reverse=True) == expected
     assert paths(made, "val") == paths(cache, "val")
+
+
+@given(draw=draws, imbalance=st.sampled_from([2.0, 10.0, 20.0, 50.0]))
+@settings(max_examples=20)
+def test_imbalanced_sizes_fall_by_the_same_factor(cache: Cache, draw: int, imbalance: float) -> None:
+    made = LongTail(imbalance=imbalance).apply(cache, draw)
+    sizes = sorted(train_counts(made), reverse=True)
+    factor = imbalance ** (-1 / 5)
+    assert sizes == [max(1, round(20 * factor**step)) for step in range(6)]
+    assert (sizes[0], sizes[-1]) == (20, max(1, round(20 / imbalance)))
+    assert paths(made, "val") == paths(cache, "val")
+    power = LongTail(exponent=1.0).apply(cache, draw)
+    order = [sorted(range(6), key=lambda c: -train_counts(one)[c])[0] for one in (made, power)]
+    assert order[0] == order[1]  # the same class comes first in a draw
 
 
 @pytest.mark.parametrize("wrong", ["random", "instance"])

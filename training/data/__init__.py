@@ -6,11 +6,11 @@ class: what it is read from, how it is read, what a batch shows of it (`part.py`
 """
 
 from training.data.cache import CPU, INDEX, SPLITS, Batch, Cache, Fields, check_origins, files_of, read_cache
-from training.data.features import feature_blocks, feature_words, word_behind
+from training.data.features import feature_blocks, feature_words, words_behind
 from training.data.part import Part, Parts, kind_of, part_kinds, part_words
 
 __all__ = [
     "CPU", "INDEX", "SPLITS", "Batch", "Cache", "Fields", "Part", "Parts",
     "check_origins", "feature_blocks", "feature_words", "files_of", "kind_of", "part_kinds", "part_words", "read_cache",
-    "word_behind",
+    "words_behind",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ as the mean and the maximum of nodes do. What is fitted goes through the same fu
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Literal, Protocol, Self
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block
-from training.data import Batch, Cache, feature_blocks, word_behind
+from training.data import Batch, Cache, feature_blocks, words_behind
 from training.layers.blocks import Standardise
+from training.layers.inherited import Inherited, encoders_of, is_inherited
 from training.layers.states import State, within
 
 CHUNK = 2048  # images read at a time, and fewer of long vectors:
@@ -24,7 +25,7 @@ Transform = Literal["none", "signed_sqrt"]
 
 
 def require_feature(name: str) -> str:
-    word_behind(name)
+    words_behind(name)
     return name
 
 
@@ -33,13 +34,13 @@ class FeatureSettings(Block):
 
     features: list[Annotated[str, AfterValidator(require_feature)]] = Field(
         default=["global"], min_length=1
-    )  # side by side: global; nodes (mean, maximum); a key of `moments`; again/NAME; descriptions; asked/NAME/FIELD
+    )  # side by side: global; nodes; keys of `moments`; descriptions; again/NAME; asked/NAME/FIELD; inherited/NAME
     transform: Transform = "none"  # of each vector before: none, signed_sqrt (sign(x) sqrt|x|, then unit length)
 
 
 def parts_of(features: Collection[str]) -> frozenset[str]:
     """The parts behind these vectors: what a probe reads under its settings."""
-    parts = frozenset(map(word_behind, features))
+    parts = frozenset[str]().union(*map(words_behind, features))
     return parts - {"globals"} if "nodes" in parts else parts  # node 0 is the global vector
 
 
@@ -57,7 +58,7 @@ def feature_reads(settings: HasFeatures) -> frozenset[str]:
 
 def feature_also_reads(settings: HasFeatures) -> frozenset[str]:
     """`also_reads` of every probe: of another encoder, where a batch takes no global vector out of the nodes."""
-    return frozenset(map(word_behind, settings.features))
+    return frozenset[str]().union(*map(words_behind, settings.features))
 
 
 class Features(nn.Module):
@@ -68,38 +69,67 @@ class Features(nn.Module):
     of other encoders (`also`) come behind, the same vectors of each.
     """
 
-    def __init__(self, settings: FeatureSettings, standardise: Sequence[Standardise]) -> None:
-        """By what standardises each block, in their order."""
+    def __init__(
+        self, settings: FeatureSettings, standardise: Sequence[Standardise], inherited: Sequence[Inherited]
+    ) -> None:
+        """By what standardises each block, and what is inherited, in the order of the blocks."""
         super().__init__()
         self.settings, sizes = settings, [len(each.mean) for each in standardise]
         self.size = sum(sizes)  # F
         self.weights = [math.sqrt(self.size / len(sizes) / size) for size in sizes]
         self.standardise = nn.ModuleList(standardise)
+        self.inherited = nn.ModuleList(inherited)
 
     @classmethod
     def measure(cls, cache: Cache, settings: FeatureSettings) -> Self:
         """Mean and scale of every view of the training images, taken from `cache` chunk by chunk."""
         train = cache.images("train")
-        sums = [Sums(block) for block in blocks_of(settings, cache.batch(train[:1]))]
+        inherited = [
+            Inherited.of(cache, name, encoder)
+            for encoder in range(1 + len(cache.also))
+            for name in filter(is_inherited, settings.features)
+        ]
+        sums = [Sums(block) for block in blocks_of(settings, cache.batch(train[:1]), inherited)]
         chunk = chunk_of(sum(len(total.total) for total in sums))
         for view in range(cache.views):
             for images in train.split(chunk):
-                for total, block in zip(sums, blocks_of(settings, view_of(cache, images, view)), strict=True):
+                blocks = blocks_of(settings, view_of(cache, images, view), inherited)
+                for total, block in zip(sums, blocks, strict=True):
                     total.add(block)
-        return cls(settings, [total.standardise() for total in sums])
+        return cls(settings, [total.standardise() for total in sums], inherited)
 
     @classmethod
     def from_state(cls, state: State, settings: FeatureSettings) -> Self:
         count = sum(name.endswith(".mean") for name in state)
-        return cls(settings, [Standardise.from_state(within(state, f"standardise.{block}")) for block in range(count)])
+        names = list(filter(is_inherited, settings.features))
+        # Each name for each encoder.
+        heard = sum(name.startswith("inherited.") and name.endswith(".text") for name in state)
+        return cls(
+            settings,
+            [Standardise.from_state(within(state, f"standardise.{block}")) for block in range(count)],
+            [Inherited.from_state(within(state, f"inherited.{n}"), names[n % len(names)]) for n in range(heard)],
+        )
 
     @property
     def chunk(self) -> int:
         return chunk_of(self.size)
 
     def forward(self, batch: Batch) -> Tensor:
-        parts = zip(blocks_of(self.settings, batch), self.standardise, self.weights, strict=True)
+        blocks = blocks_of(self.settings, batch, self.inherited)
+        parts = zip(blocks, self.standardise, self.weights, strict=True)
         return torch.cat([standardise(block) * weight for block, standardise, weight in parts], dim=-1)
+
+    def columns(self, feature: str, batch: Batch) -> slice:
+        """Where in x a feature of the run's own encoder stands."""
+        place, own = self.settings.features.index(feature), batch.changed(also=())
+        before, upto = (
+            sum(block.shape[1] for block in blocks_of(part, own, self.inherited))
+            for part in (
+                self.settings.model_copy(update={"features": self.settings.features[:count]})
+                for count in (place, place + 1)
+            )
+        )
+        return slice(before, upto)
 
     def of(self, cache: Cache, images: Tensor, view: int = 0) -> Tensor:
         """x (len(images), F) of these images in one view."""
@@ -110,10 +140,18 @@ class Features(nn.Module):
         return torch.cat([self.of(cache, cache.images("train"), view) for view in range(cache.views)])
 
 
-def blocks_of(settings: FeatureSettings, batch: Batch) -> list[Tensor]:
-    """The vectors that settings name, (B, F) each, transformed: of the run's own encoder, then of each other."""
-    encoders = (batch, *batch.also)
-    found = [block for seen in encoders for name in settings.features for block in feature_blocks(name, seen)]
+def blocks_of(settings: FeatureSettings, batch: Batch, inherited: Iterable[nn.Module] = ()) -> list[Tensor]:
+    """The vectors that settings name, (B, F) each, transformed: of the run's own encoder, then of each other.
+
+    `inherited` makes those that are, in their order.
+    """
+    heard = iter(inherited)
+    found = [
+        block
+        for seen in encoders_of(batch)
+        for name in settings.features
+        for block in ((next(heard)(seen),) if is_inherited(name) else feature_blocks(name, seen))
+    ]
     if settings.transform == "signed_sqrt":
         found = [F.normalize(block.sign() * block.abs().sqrt(), dim=-1) for block in found]
     return found

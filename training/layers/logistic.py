@@ -69,8 +69,13 @@ def training_globals(cache: Cache) -> tuple[Tensor, Tensor]:
     return vectors, torch.cat([cache.target[train]] * cache.views)
 
 
-def minimise(linear: nn.Linear, x: Tensor, y: Tensor, l2: float, max_iterations: int) -> tuple[float, int]:
-    """Move `linear` to the minimum; the cross entropy there and the number of passes over x (n, D)."""
+def minimise(
+    linear: nn.Linear, x: Tensor, y: Tensor, l2: float, max_iterations: int, offset: Tensor | float = 0.0
+) -> tuple[float, int]:
+    """Move `linear` to the minimum; the cross entropy there and the number of passes over x (n, D).
+
+    offset (C,) stands beside the logits in the loss.
+    """
     optimiser = torch.optim.LBFGS(
         linear.parameters(),
         max_iter=max_iterations,
@@ -84,13 +89,13 @@ def minimise(linear: nn.Linear, x: Tensor, y: Tensor, l2: float, max_iterations:
         nonlocal passes
         passes += 1
         optimiser.zero_grad()
-        loss = F.cross_entropy(linear(x), y) + l2 / 2 * linear.weight.square().sum()
+        loss = F.cross_entropy(linear(x) + offset, y) + l2 / 2 * linear.weight.square().sum()
         loss.backward()
         return loss
 
     optimiser.step(closure)
     with torch.no_grad():
-        return F.cross_entropy(linear(x), y).item(), passes
+        return F.cross_entropy(linear(x) + offset, y).item(), passes
 
 
 def fit_logistic(
@@ -102,11 +107,13 @@ def fit_logistic(
     strengths: Sequence[float] = STRENGTHS,
     max_iterations: int = MAX_ITERATIONS,
     linear: nn.Linear | None = None,
+    offset: Tensor | None = None,
 ) -> Chosen:
     """Fit x (n, D) to y at every strength, and keep the fit that x_val, y_val prefer.
 
-    y is classes (n,), or probabilities (n, C); y_val is classes. `linear` is the layer to fit, of any subclass, and
-    where it starts; the default starts at zero. Raises UserError for several strengths and no val.
+    y is classes (n,), or probabilities (n, C), which may be weighed: rows sum to the weight of an image then. y_val is
+    classes. `linear` is the layer to fit, of any subclass, and where it starts; the default starts at zero. offset (C,)
+    stands beside the logits in the loss, and not on val. Raises UserError for several strengths and no val.
     """
     require_val(len(y_val), len(strengths), "l2")
     home = x.device
@@ -115,12 +122,13 @@ def fit_logistic(
     if linear is None:
         linear = silent(x.shape[1], classes)
     linear = linear.to(x.device)
+    beside = 0.0 if offset is None else offset.to(x.device)
     best: tuple[float, float] | None = None
     best_l2, best_state = 0.0, linear.state_dict()
     history: list[dict[str, float]] = []
     started, passes = perf_counter(), 0
     for step, l2 in enumerate(sorted(strengths, reverse=True), start=1):
-        train_loss, spent = minimise(linear, x, y, l2, max_iterations)
+        train_loss, spent = minimise(linear, x, y, l2, max_iterations, beside)
         passes += spent
         with torch.no_grad():
             accuracy, log_loss = assess(linear(x_val), y_val)

@@ -85,7 +85,7 @@ def test_what_is_fitted_is_what_a_batch_shows(planted: Planted) -> None:
 
 
 def test_what_a_probe_reads_follows_from_its_features() -> None:
-    assert feature_words() == {"globals", "nodes", "moments", "again", "asked", "descriptions"}
+    assert feature_words() == {"globals", "nodes", "moments", "again", "asked", "descriptions", "links"}
     assert parts_of(["global"]) == {"globals"}
     # Node 0 is the global vector: it is not read twice.
     assert parts_of(["nodes"]) == parts_of(["global", "nodes"]) == {"nodes"}

@@ -130,7 +130,9 @@ OTHERWISE["engine"] += [{"states": [name, "pooled"]} for name in STATES]
 OTHERWISE["tape"] += [{"guesses": "asked/guess/guesses"}]
 # Every probe can read a second look, and what was said of an image.
 SAID = [{"features": ["again/zoom"]}, {"features": ["descriptions"]}, {"features": ["asked/guess/reasons"]}]
+BY_LINKS = {"features": ["inherited/near"]}  # an image that is described inherits nothing
 OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
+OTHERWISE["gaga"] += [{"annotations": "descriptions"}]
 OTHERWISE["correct_smooth"] = [
     {"with_probe": {"method": "ridge", "settings": {"features": [name]}}}
     for name in ("global", "nodes", "pooled", "isqrt", "descriptions")
@@ -529,6 +531,10 @@ def test_what_it_declares_to_read_changes_it(whole: Cache, of_whole: OfWhole, pl
         if not found and lacking is not None:
             changed = change(lacking, frozenset({part}))
             found = not torch.equal(predicted(method, changed, OF_UNSEEN[method]), told)
+        if not found and part == "links":
+            one = planted(Plan(classes=3, train=8, val=4, test=4, sentences=2))  # the first image alone is described
+            changed = change(one, frozenset({part}))
+            found = not torch.equal(predicted(method, changed, BY_LINKS), predicted(method, one, BY_LINKS))
         assert found, part
 
 
