@@ -14,7 +14,7 @@ from fieldmark.command import UserError
 from fieldmark.store import make_table, read_table, write_table
 from tests.training.cache import ENCODER, Plan, write_cache
 from training.controls import Control
-from training.data import feature_blocks, read_cache, word_behind
+from training.data import feature_blocks, read_cache, words_behind
 from training.data.asked import MOST, Asked, classes_guessed, say, texts_said
 from training.inputs import check_questions, reading_of
 from training.methods import load_method
@@ -188,7 +188,7 @@ def test_a_run_that_reads_what_nobody_asks_is_one_line() -> None:
 def test_the_mean_of_a_field_is_a_feature_of_probes(folder: Path) -> None:
     cache = read_cache(folder, ENCODER, PLAN.buckets, READS)
     batch = cache.batch(torch.arange(len(cache.paths)))
-    assert word_behind("asked/guess/reasons") == word_behind("asked/guess/a/b c") == "asked/guess"
+    assert words_behind("asked/guess/reasons") == words_behind("asked/guess/a/b c") == {"asked/guess"}
     [mean] = feature_blocks("asked/guess/reasons", batch)
     vectors, mask = texts_said(batch, "guess", "reasons")
     for place in range(len(mean)):
@@ -197,6 +197,6 @@ def test_the_mean_of_a_field_is_a_feature_of_probes(folder: Path) -> None:
         torch.testing.assert_close(mean[place], expected)
     for wrong in ("asked/guess", "asked/guess/", "asked//reasons"):
         with pytest.raises(ValueError, match=r"should be asked/NAME/FIELD, NAME a key under ask"):
-            word_behind(wrong)
+            words_behind(wrong)
     with pytest.raises(ValueError, match=r"asked/guess cannot be among them: a probe beside a method reads what"):
         WithProbe(method="linear_probe", settings={"features": ["global", "asked/guess/reasons"]})

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.params import Count, Fraction
-from training.data import Batch, Cache, feature_blocks, feature_words, word_behind
+from training.data import Batch, Cache, feature_blocks, feature_words, words_behind
 from training.layers.blocks import Dropout, Standardise, silent
 from training.layers.convolutions import Conv, make_convolution
+from training.layers.features import parts_of
 from training.layers.hops import Hop
 from training.layers.nodes import training_sample
 from training.layers.states import State, within
@@ -51,7 +52,7 @@ def require_state(name: str) -> str:
     """Raises ValueError for what is no state of an image."""
     if not CLS.fullmatch(name):
         try:
-            word_behind(name)
+            words_behind(name)
         except ValueError as error:
             raise ValueError(f"{error}, or cls/LAYER") from None
     return name
@@ -83,9 +84,8 @@ def reads(settings: Settings) -> frozenset[str]:
 
 def own_reads(settings: Settings) -> frozenset[str]:
     """What it reads itself, and not by its probe."""
-    words = {name if CLS.fullmatch(name) else word_behind(name) for name in settings.states}
-    words -= {"globals"} if "nodes" in words else set()  # node 0 is the global vector
-    return frozenset({*words, links_word(settings)})
+    cls = frozenset(name for name in settings.states if CLS.fullmatch(name))
+    return cls | parts_of(frozenset(settings.states) - cls) | {links_word(settings)}
 
 
 def states_of(batch: Batch, settings: Settings) -> list[Tensor]:

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from fieldmark.params import Count, Fraction
 from training.class_texts import Texts, class_texts, text_reads
-from training.data import Batch, Cache, feature_words, word_behind
+from training.data import Batch, Cache, feature_words, words_behind
 from training.data.asked import TOLD, asked_word, classes_guessed, is_asked
 from training.data.links import WORD
 from training.layers.blocks import Dropout, silent
@@ -123,7 +123,7 @@ def reads(settings: Settings) -> frozenset[str]:
 
 def own_also(settings: Settings) -> frozenset[str]:
     """Of other encoders TA alone is read: reasons and guesses are said once, in the space of the run's own."""
-    return frozenset(map(word_behind, settings.features or []))
+    return frozenset[str]().union(*map(words_behind, settings.features or []))
 
 
 def also_reads(settings: Settings) -> frozenset[str]:
