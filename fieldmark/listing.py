@@ -32,7 +32,9 @@ class Listing:
 
     An image row has path (relative to Dataset.folder), name (of its class, as given) and split (None where the data
     name none); it may have number, box and the columns of the same name in index.images. Boxes (x0, y0, x1, y1) and
-    the x, y of parts are in [0,1] of the image, or in pixels where `in_pixels`.
+    the x, y of parts are in [0,1] of the image, or in pixels where `in_pixels`. A row may be a box of a file: its path
+    is `FILE#ID`, its box in [0,1] of FILE (fieldmark/pictures/cuts.py), and `stated` the width and height that its
+    table says FILE has, if it does.
     """
 
     images: list[Row]
