@@ -36,7 +36,8 @@ def test_what_the_repository_brings_has_all_that_its_stages_ask_for(path: str, m
         for key in keys:
             body = stage.get("do", stage)
             wanted |= {param.replace("${key}", key) for param in body.get("params", [])}
-            wanted |= {dep[2:-1] for dep in body["deps"] if re.fullmatch(r"\$\{[a-z_.]+\}", dep)}
+            named = {dep[2:-1] for dep in body["deps"] if re.fullmatch(r"\$\{[a-z_.]+\}", dep)}
+            wanted |= {re.sub(r"^item\.", f"{looped[1]}.{key}." if looped else "", name) for name in named}
     assert len(wanted) > 20
     for key in wanted:
         find(content, key)
