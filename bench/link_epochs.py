@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device, images = torch.device(arguments.device), arguments.images
     set_up_torch()
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # of PyG's way, each run anew
     cache = synthetic_cache(images, arguments.dimension, arguments.neighbours).on(device)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32, deterministic")

@@ -26,6 +26,8 @@ FILES = {
     "attention_pool": {EMBED},
     "zero_shot": {EMBED, BANK},
     "concept_graph": {EMBED, BANK, "labels/tiny", "graphs/tiny"},
+    "label_propagation": {"links/near.parquet"},
+    "link_gnn": {EMBED, "links/near.parquet"},
 }
 
 

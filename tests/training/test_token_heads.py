@@ -42,8 +42,8 @@ def test_a_head_beside_a_probe_learns_what_the_probe_leaves(planted: Callable[[P
         for name, given in (("ridge", RIDGE["settings"]), (method, {**knobs, "with_probe": RIDGE}))
     )
     assert probe < 0.65  # a pair at best
-    # Noise in a bottleneck leaves less to be learned from 160 images.
-    assert beside > probe + (0.15 if method == "cate" else 0.2)
+    # Noise in a bottleneck leaves less to be learned from 160 images, and a fourth of the links lead astray.
+    assert beside > probe + ({"cate": 0.15, "link_gnn": 0.12}.get(method, 0.2))
 
 
 def in_pairs(cache: Cache) -> Cache:

@@ -64,7 +64,8 @@ def as_logits(share: Tensor, prior: Tensor) -> Tensor:
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     told, memory = labels_of_senders(cache, settings), Memory.of(cache, settings)
     count = told.sum(0) + 1  # a class without images has a share of its own, the smallest
-    prior, whole, heard = count / count.sum(), memory.whole(), Heard(memory, cache.batch(cache.images("val")))
+    prior, whole = count / count.sum(), memory.whole()
+    heard = Heard(memory, cache.only({links_word(settings)}).batch(cache.images("val")))
 
     def held(alpha: float, steps: int) -> Tensor:
         return spread(whole, told, alpha, steps - 1)
