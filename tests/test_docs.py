@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -23,7 +24,9 @@ from ruamel.yaml import YAML
 from evaluation.plan import Study, read_study
 from fieldmark import store
 from fieldmark.command import UserError
+from fieldmark.llm.prompts import load_prompt
 from fieldmark.params import Params, check_params, load_params
+from fieldmark.reef.species import load_species
 from fieldmark.sources import PACKAGES
 from tests.checkout import ROOT, edit_params
 from tools.contracts import ABOUT, page, schemas
@@ -305,6 +308,19 @@ def run_module(name: str, *arguments: str) -> None:
         importlib.import_module(name).main()
 
 
+def record_tails(folder: Path) -> None:
+    """A question of one's own, and recordings that answer it beside those of the demo."""
+    schema = "{type: object, properties: {text: {type: string}}}"
+    front = f"purpose: a test\nsubject: class\nvariables: [name]\nschema: {schema}\n"
+    (folder / "tail.md").write_text(f"---\n{front}---\n# user\nHow is the tail of {{{{ name }}}}?\n")
+    (folder / "recordings").mkdir()
+    (folder / "recordings/concepts.jsonl").symlink_to(ROOT / "data/demo/answers/concepts.jsonl")
+    of_all = {"prompt_sha": load_prompt(folder / "tail.md").sha, "sample": 0, "model": "authored", "created_at": ""}
+    species = load_species(ROOT / "data/demo/species.yaml")
+    records = [{**of_all, "class_id": one.class_id, "response": {"text": f"tail {n}"}} for n, one in enumerate(species)]
+    (folder / "recordings/tail.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A project in which the whole pipeline ran on four pictures a species; the working directory of its tests."""
@@ -325,12 +341,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         params["tokens"] = {"reef": {"layers": [-1]}}
         params["controls"] = {"reef": {"per_class": 2}}
         params["report"]["reference"] = "zero_shot"
+        params["ask"] = {"tail": {"prompt": "tail.md", "links": "data/none"}}
+        params["llm"]["recordings"] = "recordings"
 
     edit_params(folder, make_small)
+    record_tails(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in STAGES:
             run_module(f"stages.{name}", *(["--encoder", "reef"] if name in OF_ENCODER else []))
+        for name in ("ask", "embed_asked"):
+            run_module(f"stages.{name}", "--ask", "tail")
         run_module("training.plan_first_looks")
         run_module("training.first_look", "--look", "zoom")
         run_module("stages.look_again", "--look", "zoom")

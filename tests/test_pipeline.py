@@ -14,8 +14,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from fieldmark.store import sha256
 from tests.checkout import command, edit_params
-from tests.openai_server import OpenAIServer
+from tests.openai_server import OpenAIServer, default_answer
 
 RUNS = ["zero_shot", "description_zero_shot", "linear_probe", "moments", "attention_pool", "concept_graph"]
 OF_TEXT = {"zero_shot", "description_zero_shot", "concept_graph"}  # those that read the bank or the labels
@@ -141,6 +142,61 @@ def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path
         assert (calls, made_anew) == (0, set())  # DVC remembers what these inputs gave
         assert undone == first
         assert after == images
+
+
+@pytest.mark.slow
+def test_an_edited_question_of_ones_own_asks_it_anew_and_makes_anew_what_reads_it_alone(
+    made: Path, tmp_path: Path
+) -> None:
+    """Promise 2 for `ask`: no image, bank, label or other run knows of it; texts that stay are not embedded again."""
+    folder = tmp_path / "asked"
+    shutil.copytree(made, folder, symlinks=True)
+    prompt = folder / "prompts/guess.md"
+    edit, text = "One thing more: look twice.", prompt.read_text()
+
+    def answer(request: dict[str, Any]) -> Any:
+        content = request["messages"][-1]["content"]
+        if isinstance(content, str):
+            return default_answer(request)
+        shown = sha256(content[1]["image_url"]["url"])
+        second = [f"A fish of number {shown[1]} seen twice."] if edit in content[0]["text"] else []
+        return {"guesses": ["Lantern bandit"], "reasons": [f"A fish of number {shown[0]}.", *second]}
+
+    def run() -> tuple[int, set[str], str]:
+        before = len(server.calls)
+        said = command("dvc", "repro", cwd=folder, OPENAI_API_KEY="none").stdout
+        return len(server.calls) - before, set(re.findall(r"Running stage '([\w@-]+)'", said)), said
+
+    def untouched() -> dict[str, tuple[int, bytes]]:
+        files = [*image_files(folder), *folder.glob("data/graphs/*/*"), *folder.glob("data/labels/*/*")]
+        files += [*folder.glob("data/bank/*"), *folder.glob("data/embed/*/text.parquet")]
+        files += [path for name in RUNS for path in (folder / "data/runs" / name).iterdir()]
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    def change(params: Any) -> None:
+        params["llm"].update(mode="live", base_url=server.base_url)
+        params["ask"] = {"guess": {"prompt": "prompts/guess.md", "links": "data/none"}}
+        features = {"features": ["asked/guess/reasons"]}
+        params["train"]["runs"]["reasons"] = {"method": "linear_probe", "encoder": "reef", "settings": features}
+
+    with OpenAIServer(answer) as server:
+        edit_params(folder, change)
+        calls, _, _ = run()
+        pictures = len(list((folder / "data/reef").rglob("*.jpg")))
+        assert calls == 24 + pictures
+        answers = folder / "data/asked/guess/answers.parquet"
+        first, images = answers.read_bytes(), untouched()
+        prompt.write_text(f"{text}\n{edit}\n")
+        calls, stages, said = run()
+        assert calls == pictures
+        assert stages == {"ask@guess", "embed_asked@guess", "plan_runs", "train@reasons", "report"}
+        assert re.search(r"vectors/reef\.parquet: \d+ texts embedded, 16 kept", said)
+        assert untouched() == images
+        prompt.write_text(text)
+        calls, _, _ = run()
+        assert calls == 0
+        assert answers.read_bytes() == first
+        assert untouched() == images
 
 
 def test_one_image_more_is_one_image_embedded_and_one_bucket_changed(made: Path, tmp_path: Path) -> None:

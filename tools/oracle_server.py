@@ -1,10 +1,10 @@
-"""An oracle on this machine that answers describe_images from the truth about reef: it is no language model.
+"""An oracle on this machine that answers questions about pictures from the truth about reef: it is no language model.
 
 What a vision model would say of a drawing is not there on a machine without one. This server knows: it is asked as a
-model is, by the stage as it stands (llm.mode live, llm.base_url http://127.0.0.1:8765/v1), and answers with the field
-marks that the drawing has. So it tells what a method makes of texts of a known quality, and nothing at all about
-language models: no figure that rests on it is a result about them. Answers name it as `model_requested`. A question
-about a class is answered as the demo's recordings answer it, so that its concepts stay what they are.
+model is, by describe_images and ask as they stand (llm.mode live, llm.base_url http://127.0.0.1:8765/v1), and answers
+with the field marks that the drawing has. So it tells what a method makes of texts of a known quality, and nothing at
+all about language models: no figure that rests on it is a result about them. Answers name it as `model_requested`. A
+question about a class is answered as the demo's recordings answer it, so that its concepts stay what they are.
 
 The model that is asked for says what is told, and so is kept with every answer:
 
@@ -16,9 +16,15 @@ Marks that are absent are not spoken of. Which are wrong follows from the pictur
 Of a cell (`describe.nodes`) it tells the marks whose part lies in it by half of its box or more, or fills half of the
 cell, and nothing where there is none: what can be seen there, with the same errors. A name is told of no cell.
 
+A question that asks for "guesses", as prompts/guess.md does, gets classes of the list in it, and the marks as reasons.
+With oracle-20 the first guess is wrong in 20 of 100 drawings: it is the class that is most like the true one, which is
+then the second. The others follow by how many marks they share with it. Which drawings these are follows from the
+picture alone too.
+
 Reads   data/index/images.parquet, attributes.parquet, parts.parquet and classes.parquet, the pictures,
-        data/demo/answers, params: dataset, describe.
-Writes  nothing. It prints how many calls it answered. A picture is known by its bytes, as describe_images sends them.
+        data/demo/answers, params: dataset, describe, ask.
+Writes  nothing. When it ends it prints how many calls it answered, by the model that was asked for: with no answer held
+        before, as many as --dry-run foresaw. A picture is known by its bytes, as it is sent.
 Costs   a few milliseconds a picture and cell, before the first answer. It listens on the loopback address alone, until
         Ctrl-C.
 
@@ -26,6 +32,7 @@ Costs   a few milliseconds a picture and cell, before the first answer. It liste
     python -m tools.oracle_server --port 9000
 """
 
+import functools
 import json
 import re
 import sys
@@ -50,6 +57,8 @@ RECORDINGS = Path("data/demo/answers/concepts.jsonl")
 MODEL = re.compile(r"oracle-(\d{1,2}|100)(?:-(named|vernacular))?")
 MODELS = "oracle-PERCENT, oracle-PERCENT-named, oracle-PERCENT-vernacular"
 SENTENCES = 3  # at most, of field marks
+GUESSES = 5  # where a question does not say how many
+HOW_MANY = re.compile(r"(\d+) most likely")
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 PHRASES = phrases()
 # The parts of index.parts where a mark of an attribute is seen: any of them.
@@ -140,6 +149,18 @@ def sentences_of(picture: Picture, wrong: float, names: str | None) -> list[str]
     return sentences
 
 
+def guesses_of(picture: Picture, wrong: float, known: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The names in `known`, the marks of each class by its name, from the likeliest to the least likely."""
+
+    def likeness(name: str) -> tuple[int, float]:
+        shared = sum(picture.marks[attribute] == value for attribute, value in known[name].items())
+        return -shared, share_of(f"oracle {picture.image_id} {name}")
+
+    others = sorted((name for name in known if name != picture.name), key=likeness)
+    is_wrong = bool(others) and share_of(f"oracle {picture.image_id} class") < wrong
+    return [*others[:is_wrong], picture.name, *others[is_wrong:]]
+
+
 def read_pictures(params: Params) -> dict[str, Picture]:
     """Every picture of the index, and every cell of it, by the sha256 of the data URL that it is asked with."""
     marks: dict[str, dict[str, str]] = defaultdict(dict)
@@ -150,17 +171,20 @@ def read_pictures(params: Params) -> dict[str, Picture]:
                 " oracle knows the demo alone: set dataset.root: data/reef"
             )
         marks[row["class_id"]][row["attribute"]] = row["value"]
-    names, boxes, found = read_names(), read_boxes(), {}
-    cells = cells_of([""], params.describe.nodes)
+    names, boxes, found = read_names(), read_boxes(), dict[str, Picture]()
+    px = params.describe.image_px
+    ways = [(px, None), *((px, cell.box) for cell in cells_of([""], params.describe.nodes))]
+    ways += [(other, None) for other in sorted({question.image_px for question in params.ask.values()} - {px})]
     for row in read_table(INDEX / "images.parquet", "index.images/1").to_pylist():
         if row["status"] == "ok":
             path, class_id = params.dataset.folder / row["path"], row["class_id"]
             whole = Picture(row["image_id"], class_id, names[class_id], marks[class_id], boxes.get(row["path"], {}))
-            for cell in (None, *(cell.box for cell in cells)):
-                url = data_url(path, params.describe.image_px, JPEG_QUALITY, cell)
-                if (key := sha256(url)) in found:
+            for px, cell in ways:
+                shown = whole._replace(cell=cell)
+                key = sha256(data_url(path, px, JPEG_QUALITY, cell))
+                if found.get(key, shown) != shown:
                     raise UserError(f"{path}: as it is sent, it equals another picture or cell: the oracle cannot tell")
-                found[key] = whole._replace(cell=cell)
+                found[key] = shown
     return found
 
 
@@ -184,6 +208,13 @@ def read_recordings() -> dict[str, Any]:
     records = map(json.loads, RECORDINGS.read_text(encoding="utf-8").splitlines())
     by_class = {record["class_id"]: record["response"] for record in records if record["sample"] == 0}
     return {name: by_class[class_id] for class_id, name in read_names().items() if class_id in by_class}
+
+
+def texts_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """All that is said in messages."""
+    contents = [message["content"] for message in messages]
+    parts = [part for each in contents if isinstance(each, list) for part in each if part.get("type") == "text"]
+    return "\n".join([*(each for each in contents if isinstance(each, str)), *(part["text"] for part in parts)])
 
 
 class Refused(Exception):
@@ -210,8 +241,10 @@ class Oracle:
         if isinstance(question, str):
             said = self.concepts_of(question)
         else:
-            picture = self.picture_of(question)
-            said = {"sentences": sentences_of(picture, int(asked[1]) / 100, asked[2])}
+            picture, wrong = self.picture_of(question), int(asked[1]) / 100
+            said = {"sentences": sentences_of(picture, wrong, asked[2])}
+            if '"guesses"' in (text := texts_of(request["messages"])):
+                said = {"guesses": self.guesses_in(text, picture, wrong), "reasons": said["sentences"]}
         with COUNTING:
             self.calls[model] += 1
         content = json.dumps(said)
@@ -232,14 +265,28 @@ class Oracle:
             raise Refused(404, "the oracle answers questions about one picture or one class of reef, and no others")
         return self.concepts[named[0]]
 
+    @functools.cached_property
+    def marks(self) -> dict[str, Mapping[str, str]]:
+        """The marks of each class, by its name."""
+        return {picture.name: picture.marks for picture in self.pictures.values()}
+
+    def guesses_in(self, text: str, picture: Picture, wrong: float) -> list[str]:
+        """As many classes as a question asks for, of those that it lists."""
+        listed = {line.removeprefix("- ") for line in text.splitlines() if line.startswith("- ")}
+        known = {name: marks for name, marks in self.marks.items() if name in listed}
+        if picture.name not in known:
+            raise Refused(404, "the oracle guesses among classes of reef that stand in the question, each behind '- '")
+        many = HOW_MANY.search(text)
+        return guesses_of(picture, wrong, known)[: int(many[1]) if many else GUESSES]
+
     def picture_of(self, parts: list[dict[str, Any]]) -> Picture:
         """The picture that the parts of a message hold."""
         urls = [part["image_url"]["url"] for part in parts if part.get("type") == "image_url"]
         picture = self.pictures.get(sha256(urls[0])) if len(urls) == 1 else None
         if picture is None:
             why = (
-                "this picture was not there when the oracle began, or describe.image_px was another, or describe.nodes;"
-                " start it again"
+                "this picture was not there when the oracle began, or describe.image_px was another, or describe.nodes,"
+                " or the image_px of a question; start it again"
             )
             raise Refused(404, why)
         return picture

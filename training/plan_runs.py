@@ -1,7 +1,7 @@
 """Write down what each run of `train.runs` reads, so that a run is made anew exactly when something of it changed.
 
 Reads   every file that a run reads, for its sha256: data/index/, data/embed/, data/bank/, data/labels/, data/graphs/,
-        data/descriptions/; the code of training/ and of what it imports.
+        data/descriptions/, data/asked/; the code of training/ and of what it imports.
 Writes  data/inputs/RUN.json for each run: `files`, the sha256 of each file or folder that the run reads, and `code`,
         the sha256 of every module that it executes. The stage train@RUN depends on that file and on its parameters.
 Costs   a look at all bytes that the runs read: about a second for 12 thousand images.

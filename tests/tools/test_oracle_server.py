@@ -14,6 +14,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from fieldmark.reef.species import VOCABULARY, Species, load_species, phrases
+from stages.ask import main as ask
 from stages.describe_images import ANSWERS, CELLS, DESCRIPTIONS, main
 from stages.generate_concepts import main as generate_concepts
 from tests.fieldmark.llm.workspace import REPOSITORY, Workspace, answers
@@ -23,6 +24,7 @@ from tools.oracle_server import (
     Oracle,
     Picture,
     Refused,
+    guesses_of,
     read_pictures,
     read_recordings,
     seen_in,
@@ -137,6 +139,49 @@ def test_of_a_cell_it_tells_what_can_be_seen_there(workspace: tuple[Workspace, O
     for wrong in (0.0, 0.5):  # errors are those of the whole picture
         assert shown_marks(cell, wrong).items() <= told_marks(whole, wrong).items()
     assert sentences_of(cell._replace(cell=(0.5, 0.5, 1.0, 1.0)), 0.2, "named") == []
+
+
+def test_it_guesses_among_the_listed_classes_and_gives_the_marks_as_reasons(
+    workspace: tuple[Workspace, Oracle]
+) -> None:
+    project, oracle = workspace
+    project.blocks["ask"] = {
+        "guess": {"prompt": "prompts/guess.md", "links": "data/none", "count": 2, "image_px": 300},
+        "small": {"prompt": "prompts/guess.md", "links": "data/none", "image_px": 64, "mask": False},
+    }
+    project.write()
+    with pytest.raises(UserError, match=r"or the image_px of a question; start it again"):
+        project.run(ask, "--ask", "small")
+    oracle.pictures = read_pictures(load_params("params.yaml"))
+    assert len(oracle.pictures) == 2 * len(SPECIES) * EACH
+    wrong, by_id = 0, {picture.image_id: picture for picture in oracle.pictures.values()}
+    for name, count in (("guess", 2), ("small", 3)):
+        project.run(ask, "--ask", name)
+        said: dict[str, dict[str, list[str]]] = {}
+        for row in store.read_table(f"data/asked/{name}/texts.parquet", "asked/1").to_pylist():
+            said.setdefault(row["subject_id"], {}).setdefault(row["field"], []).append(row["text"])
+        assert said.keys() == by_id.keys()
+        for image_id, fields in said.items():
+            assert fields["reasons"] == sentences_of(by_id[image_id], 0.2, None)
+            assert len(fields["guesses"]) == len(set(fields["guesses"])) == count
+            assert by_id[image_id].name in fields["guesses"][:2]
+            wrong += fields["guesses"][0] != by_id[image_id].name
+    assert 0 < wrong < 2 * len(by_id)
+    assert oracle.calls == {"oracle-20": 2 * len(by_id)}
+
+
+def test_so_many_first_guesses_are_wrong_and_then_the_class_that_is_most_like() -> None:
+    known = {one.name: one.attributes for one in load_species(REPOSITORY / "data/demo/species.yaml")}
+    pictures = [Picture(str(n), one.class_id, one.name, one.attributes, {}) for n in range(400) for one in SPECIES]
+    for share in (0.0, 0.2, 1.0):
+        guessed = [(guesses_of(picture, share, known), picture) for picture in pictures]
+        assert all(sorted(names) == sorted(known) for names, _ in guessed)
+        wrong = [names[0] != picture.name for names, picture in guessed]
+        assert abs(sum(wrong) / len(wrong) - share) < 0.02
+        assert all(picture.name in names[:2] for names, picture in guessed)
+    for names, picture in guessed:
+        shared = [sum(picture.marks[each] == value for each, value in known[name].items()) for name in names]
+        assert shared[0] == max(shared[:1] + shared[2:])
 
 
 def test_a_part_is_seen_where_half_of_it_is_or_where_it_fills_half_the_cell() -> None:

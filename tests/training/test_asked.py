@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from fieldmark.command import UserError
 from fieldmark.store import make_table, read_table, write_table
 from tests.training.cache import ENCODER, Plan, write_cache
+from training.controls import Control
 from training.data import feature_blocks, read_cache, word_behind
 from training.data.asked import MOST, Asked, classes_guessed, say, texts_said
+from training.inputs import check_questions, reading_of
+from training.methods import load_method
 from training.offset import WithProbe
-from training.regimes import restrict_classes
+from training.regimes import Full, hide_test, restrict_classes
 
 PLAN = Plan(classes=4, train=4, val=2, test=2, dimension=8, views=2, told=True)
 READS = frozenset({"globals", "asked/guess"})
@@ -158,6 +161,28 @@ def test_texts_that_know_the_class_are_no_feature(folder: Path) -> None:
     assert batch.of("asked_told/guess").all()
     with pytest.raises(UserError, match=r"asked/guess/reasons: the prompt of this question is told the class"):
         feature_blocks("asked/guess/reasons", batch)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_fit_sees_nothing_that_knows_the_class_of_images_that_are_judged(folder: Path, told: bool) -> None:
+    rewrite(folder, lambda rows: rows, told=told)
+    cache = read_cache(folder, ENCODER, PLAN.buckets, READS)
+    fit, images = hide_test(cache), torch.arange(len(cache.paths))
+    whole, seen = cache.batch(images), fit.batch(images)
+    hidden = torch.from_numpy(fit.split == "hidden")
+    assert 0 < hidden.sum() < len(hidden)
+    for name in ("asked/guess/reasons", "asked_mask/guess/reasons", "asked/guess/guesses"):
+        assert torch.equal(seen.of(name)[~hidden], whole.of(name)[~hidden])
+        assert whole.of(name)[hidden].any()
+        assert seen.of(name)[hidden].any() != told
+
+
+def test_a_run_that_reads_what_nobody_asks_is_one_line() -> None:
+    settings = load_method("linear_probe").Settings(features=["global", "asked/guess/reasons"])
+    reading = reading_of("linear_probe", settings, ENCODER, (), Control(), Full())
+    check_questions("params.yaml", "train.runs.one", ["guess"], reading)
+    with pytest.raises(UserError, match=r"^params\.yaml: train\.runs\.one\.settings: reads asked/guess, which is no"):
+        check_questions("params.yaml", "train.runs.one", ["other"], reading)
 
 
 def test_the_mean_of_a_field_is_a_feature_of_probes(folder: Path) -> None:

@@ -107,6 +107,21 @@ class Asked(Part):
         return replace(self, said=of_names(self.said, kept), guesses=of_names(self.guesses, kept),
                        told=of_names(self.told, kept))  # fmt: skip
 
+    def hide(self, images: Tensor) -> Self:
+        """Of a prompt that was told the class, nothing about these images."""
+        seen = ~images
+        said = {
+            key: (vectors * seen[:, None, None], mask & seen[:, None]) if self.is_told(key) else (vectors, mask)
+            for key, (vectors, mask) in self.said.items()
+        }
+        guesses = {
+            key: places * seen[:, None] if self.is_told(key) else places for key, places in self.guesses.items()
+        }
+        return replace(self, said=said, guesses=guesses)
+
+    def is_told(self, key: str) -> bool:
+        return key.partition("/")[0] in self.told
+
 
 def of_names(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
     """Those of values by NAME or NAME/FIELD."""

@@ -480,7 +480,8 @@ def change(cache: Cache, parts: Collection[str]) -> Cache:
 @pytest.fixture(scope="module")
 def whole(planted: Planted) -> Cache:
     """Every part that a method reads, the global vectors by themselves too."""
-    cache = planted(Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, described="all", ragged=False))
+    plan = Plan(classes=3, train=8, val=4, test=4, rings=3, sentences=2, described="all", told=True, ragged=False)
+    cache = planted(plan)
     return cache.with_part(Globals(cache.part(Nodes).nodes[:, 0].clone()))
 
 
