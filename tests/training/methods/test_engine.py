@@ -231,6 +231,14 @@ def test_it_finds_the_class_in_the_layer_that_shows_it(planted: Planted) -> None
     assert min(low, high) > 0.8
 
 
+def test_beside_a_probe_it_learns_what_the_probe_leaves(planted: Planted) -> None:
+    cache = planted(Plan(cue="none", linked=0.25, train=40, val=15, test=40))
+    ridge = {"method": "ridge", "settings": {"features": ["global"], "penalty": [1.0]}}
+    probe = assess_split(quick("ridge", cache, **ridge["settings"]).model, cache, "test")[0]
+    knobs = {"states": ["pooled", "global"], "epochs": 20, "lr": [1e-2], "hidden": 32, "with_probe": ridge}
+    assert assess_split(quick("engine", cache, **knobs).model, cache, "test")[0] > probe + 0.25
+
+
 def test_links_that_carry_the_class_help_and_others_do_not(planted: Planted) -> None:
     plan = Plan(cue="global", noise=2.5, train=40, val=15, test=40, links=10)
     knobs = {"states": ["global"], "epochs": 20, "lr": [1e-2], "hidden": 32}

@@ -149,6 +149,13 @@ def test_answers_that_tell_the_class_are_found_and_others_are_not(planted: Plant
     assert by_told[1] > 0.65  # of the first guesses, with one in eleven images unanswered, 0.73 are right
 
 
+def test_beside_a_probe_it_learns_what_the_probe_leaves(planted: Planted) -> None:
+    cache = planted(Plan(cue="none", linked=0.25, train=40, val=15, test=40, told=True))
+    ridge = {"method": "ridge", "settings": {"features": ["global"], "penalty": [1.0]}}
+    probe = assess_split(quick("ridge", cache, **ridge["settings"]).model, cache, "test")[0]
+    assert accuracy("tape", cache, guesses=GUESSES, with_probe=ridge) > probe + 0.25
+
+
 def accuracy(method: str, cache: Cache, **knobs: Any) -> float:
     fit = {"epochs": 12, "lr": [1e-2], "hidden": 32, "dropout": 0.5, **knobs}
     return assess_split(quick(method, cache, **fit).model, cache, "test")[0]
