@@ -2,7 +2,8 @@
 
 The vectors are random, float16 as they are stored, and searched by fieldmark/nearest.py. "Bare" is what exact search
 cannot do without: the matrix products of all vectors with all others in float32, in the same blocks, their results
-thrown away; every EVERY-th block of rows is timed and counts EVERY times. "One more" is what one image more costs when
+thrown away; every EVERY-th block of rows is timed and counts EVERY times. On a CPU both are held against each other in
+seconds of all its threads, so that a busy machine has no say in it. "One more" is what one image more costs when
 the links of the others are there: its products with all, theirs with it, and ranking. Each size has a process of its
 own; memory is its largest resident set, less what Python and torch take before there is a vector. Growth is against the
 size before: products grow with the square.
@@ -19,7 +20,8 @@ import platform
 import resource
 import subprocess
 import sys
-from time import perf_counter
+from collections.abc import Callable
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
@@ -38,17 +40,17 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MB
 
 
-def bare_seconds(keys: torch.Tensor) -> float:
+def bare_seconds(keys: torch.Tensor, clock: Callable[[], float]) -> float:
     """All products of rows with rows, in the blocks of the search."""
     blocks, nobody = range(0, len(keys), search.ROWS)[::EVERY], np.empty(0, np.int64)
-    started = perf_counter()
+    started = clock()
     for start in blocks:
         for _ in search.cosines(keys[start : start + search.ROWS], keys, nobody):
             pass
     if keys.is_cuda:
         torch.cuda.synchronize()
     rows = sum(min(search.ROWS, len(keys) - start) for start in blocks)
-    return (perf_counter() - started) * len(keys) / rows
+    return (clock() - started) * len(keys) / rows
 
 
 def measure(images: int, k: int, device: torch.device) -> dict[str, float]:
@@ -62,15 +64,17 @@ def measure(images: int, k: int, device: torch.device) -> dict[str, float]:
         part[:] = rng.standard_normal(part.shape, dtype=np.float32)
     ids = sorted(store.sha256(str(number)) for number in range(images + 1))
     vectors = unit_rows([drawn])
-    started = perf_counter()
+    clock = perf_counter if device.type == "cuda" else process_time
+    started, ours = perf_counter(), clock()
     pairs = update(None, vectors[:images], ids[:images], k, device)
-    seconds, peak = perf_counter() - started, resident() - before
+    seconds, ours, peak = perf_counter() - started, clock() - ours, resident() - before
     old = table_of(pairs, ids[:images], "knn")
     started = perf_counter()
     update(old, vectors, ids, k, device)
     one_more = perf_counter() - started
-    bare = bare_seconds(torch.from_numpy(vectors[:images]).to(device))
-    return {"seconds": seconds, "one more": one_more, "bare": bare, "MB": peak, "vectors MB": vectors.nbytes / MB**2}
+    bare = bare_seconds(torch.from_numpy(vectors[:images]).to(device), clock)
+    memory = {"MB": peak, "vectors MB": vectors.nbytes / MB**2}
+    return {"wall": seconds, "seconds": ours, "bare": bare, "one more": one_more, **memory}
 
 
 def main() -> None:
@@ -88,7 +92,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     threads = torch.get_num_threads()
     print(f"{where}, {threads} threads, torch {torch.__version__}, fp32; {k} nearest of N x {DIMENSION}")
-    head = ("N", "seconds", "bare", "x bare", "growth", "one more", "peak MB", "vectors MB")
+    head = ("N", "wall s", "CPU s", "bare CPU s", "x bare", "growth", "one more s", "peak MB", "vectors MB")
+    head = tuple(name.replace("CPU", "GPU") for name in head) if device.type == "cuda" else head
     print(" ".join(f"{name:>10s}" for name in head))
     former = None
     for images in arguments.images:
@@ -97,8 +102,9 @@ def main() -> None:
         found = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True)
         took = json.loads(found.stdout)
         growth = f"x {took['seconds'] / former['seconds']:.1f}" if former else ""
-        cells = (f"{took['seconds']:.1f}", f"{took['bare']:.1f}", f"{took['seconds'] / took['bare']:.2f}", growth)
-        rest = (f"{took['one more']:.2f}", f"{took['MB']:.0f}", f"{took['vectors MB']:.0f}")
+        cells = tuple(f"{took[name]:.1f}" for name in ("wall", "seconds", "bare"))
+        times = f"{took['seconds'] / took['bare']:.2f}"
+        rest = (times, growth, f"{took['one more']:.2f}", f"{took['MB']:.0f}", f"{took['vectors MB']:.0f}")
         print(" ".join(f"{cell:>10s}" for cell in (f"{images:,}", *cells, *rest)), flush=True)
         former = took
 
