@@ -167,7 +167,7 @@ KEYS: dict[str, list[str]] = {
     "labels/1": ["image_id", "view", "node"],
     "options/1": ["image_id"],
     "graphs/1": ["image_id", "view"],
-    "links/1": ["dst", "src", "kind"],
+    "links/1": ["dst", "kind", "src"],
 }
 
 

@@ -1,5 +1,6 @@
 """Draw a small text graph whose structure is known: notes of invented divers, in six classes, and who cites whom.
 
+Reads    nothing.
 Writes   OUT/nodes.csv and OUT/edges.csv, as format text_graph reads them (fieldmark/documents.py).
 Costs    nothing. data/demo/text_graph, which comes with the repository, is what it gives without an option.
 

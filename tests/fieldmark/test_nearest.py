@@ -1,10 +1,14 @@
 """The k nearest against brute force: a loop over pairs, float64, one cosine at a time."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from fieldmark import nearest as module
 from fieldmark.nearest import Floats, Ints, nearest, unit_rows
+from tests.project import ROOT
 
 Found = list[tuple[int, int, float]]
 
@@ -103,3 +107,23 @@ def test_memory_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     nearest(vectors, np.arange(150), np.arange(150), 3)
     assert len(sizes) == 5 * 3
     assert max(sizes) == (32, 64)
+
+
+ON_A_DEVICE = """
+import numpy as np
+from fieldmark import nearest as module
+from tests.training.elsewhere import ELSEWHERE, ElsewhereMode
+
+module.ROWS, module.COLUMNS, module.SPARE, module.GROUP = 16, 40, 2, 2
+vectors = module.unit_rows([np.random.default_rng(0).integers(-2, 3, (90, 6))])
+everyone = np.arange(90)
+with ElsewhereMode():
+    here, there = (module.nearest(vectors, everyone, everyone, 5, device) for device in (None, ELSEWHERE))
+assert all(np.array_equal(one, other) for one, other in zip(here, there, strict=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_device_is_not_mixed_with_the_cpu() -> None:
+    """In a process of its own, on a device that computes on the CPU and refuses its tensors."""
+    subprocess.run([sys.executable, "-c", ON_A_DEVICE], cwd=ROOT, check=True)

@@ -37,8 +37,7 @@ def test_what_the_repository_brings_has_all_that_its_stages_ask_for(path: str, m
             body = stage.get("do", stage)
             wanted |= {param.replace("${key}", key) for param in body.get("params", [])}
             named = {dep[2:-1] for dep in body["deps"] if re.fullmatch(r"\$\{[a-z_.]+\}", dep)}
-            of_loop = f"{looped[1]}.{key}." if looped else ""
-            wanted |= {re.sub(r"^item\.", of_loop, name) for name in named}
+            wanted |= {re.sub(r"^item\.", f"{looped[1]}.{key}." if looped else "", name) for name in named}
     assert len(wanted) > 20
     for key in wanted:
         find(content, key)
