@@ -19,6 +19,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Count
 from training.data import Cache
 from training.data.cache import Fields
+from training.data.features import inherited_name
 from training.data.links import WORD, Links
 from training.layers.gather import spans
 from training.layers.hops import Hop, starts
@@ -51,10 +52,13 @@ def is_transductive(settings: Block) -> bool:
 
 def check_links(path: str, key: str, links: Collection[str], settings: Block) -> None:
     """Raise UserError where the settings that stand under `key` name links that params.yaml does not make."""
-    if isinstance(settings, LinkSettings) and settings.links not in links:
-        known = f"choose one of: {', '.join(links)}, or add it" if links else "add it"
-        what = f"reads links/{settings.links}, and `links` of params.yaml has no {settings.links}"
-        raise UserError(f"{path}: {key}.settings.links: {what}; {known} (docs/own-data.md#links-between-images)")
+    found = [("links", settings.links)] if isinstance(settings, LinkSettings) else []
+    found += [("features", name) for name in map(inherited_name, getattr(settings, "features", [])) if name is not None]
+    for knob, name in found:
+        if name not in links:
+            known = f"choose one of: {', '.join(links)}, or add it" if links else "add it"
+            what = f"reads links/{name}, and `links` of params.yaml has no {name}"
+            raise UserError(f"{path}: {key}.settings.{knob}: {what}; {known} (docs/own-data.md#links-between-images)")
 
 
 def named(name: str, transductive: bool) -> str:

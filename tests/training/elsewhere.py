@@ -9,6 +9,7 @@ CUDA has other rules than the CPU for what autocast narrows, and PyTorch knows t
 go forward on tensors without values under these too. What is left (determinism, speed) shows on a GPU alone.
 """
 
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,11 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"sources": "all"},
         {"augment": "words", "features": ["descriptions"], "words": ["asked/guess/reasons"], "beside": True},
     ],
+    "linear_probe": [{}, {"features": ["inherited/near"]}],
+    "balanced_probe": [{}, {"balance": "weights"}],
+    "smote": [{}, {"balance": 2.0}, {"balance": 2.0, "features": ["descriptions"], "texts": "asked/guess/reasons"}],
+    "la_tag": [{}, {"balance": 2.0}],
+    "gaga": [{}, {"annotations": "descriptions"}],
     "link_gnn": [{}, {"conv": "gat"}, {"conv": "gcn", "fanout": 2, "sources": "all", **WITH_PROBE}],
     "sgc": [{}, {"sources": "all", "features": ["pooled"]}],
     "label_propagation": [{}, {"sources": "all"}],
@@ -197,6 +203,7 @@ def main() -> None:
         plan = Plan(views=2, rings=3, sentences=4, described="all", train=8, val=4, test=2)
         write_cache(Path(folder), plan)
         write_other(Path(folder), "other", 24)
+        shutil.copy(Path(folder, f"embed/{ENCODER}/text.parquet"), Path(folder, "embed/other"))
         for name in ("pooled", "isqrt"):
             write_moments(Path(folder), "other", name, 24)
         # A forward without values last: it changes what PyTorch knows of CUDA.

@@ -18,6 +18,7 @@ from training.data.links import Links
 from training.layers.features import Features, FeatureSettings, parts_of
 from training.layers.inherited import NEIGHBOURS, Inherited
 from training.layers.states import state_of
+from training.links import check_links
 from training.methods import also_reads_of, linear_probe, reads_of, ridge
 from training.regimes import hide_test
 
@@ -163,3 +164,10 @@ def test_a_planted_description_is_worth_as_much_by_links_that_carry_the_class(pl
     assert accuracy[1.0] > 0.95
     assert accuracy[0.33] < 0.6
     assert np.isfinite(list(accuracy.values())).all()
+
+
+def test_links_that_params_do_not_make_are_named() -> None:
+    settings = ridge.Settings(features=["global", NEAR])
+    check_links("params.yaml", "train.runs.a", ["near"], settings)
+    with pytest.raises(UserError, match=r"^params\.yaml: train\.runs\.a\.settings\.features: reads links/near, and"):
+        check_links("params.yaml", "train.runs.a", ["far"], settings)
