@@ -14,12 +14,12 @@ from PIL import Image
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import load_encoder
+from fieldmark.llm.pictures import data_url
 from fieldmark.params import Embed, Params
 from fieldmark.pictures.boxes import region_of
 from fieldmark.pictures.cuts import cut_path, file_of, image_id_of, is_cut, object_of, part_of, place_of
 from fieldmark.pictures.decode import BadImage, open_part
 from fieldmark.pictures.views import Source, prepare, read_sources
-from stages.describe_images import data_url
 from stages.index_images import check_stated
 from stages.label_patches import read_objects
 from tests.project import draw
