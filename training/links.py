@@ -1,8 +1,8 @@
 """What methods over links between images share: who may send, and the edges around the images of a batch.
 
-`sources: train` is inductive: messages come from the training images of this fit alone, so that no other image
-that is judged sends anything, and what an image gets is the same alone and in any batch. Which training images it hears is found
-in a list of its nearest among **all** images: others take places in it, and where few images train, few are left
+`sources: train` is inductive: messages come from the training images of this fit alone, so that no other image that is
+judged sends anything, and what an image gets is the same alone and in any batch. Which of these it hears is found in a
+list of its nearest among **all** images: others take places in it, and where few images train, few are left
 (`say_who_hears_few`). `sources: all` is transductive: every image of the cache sends, those that are judged too (never
 their labels). Numbers of the two are not compared.
 
