@@ -156,6 +156,13 @@ def thin(around: Around, share: float) -> Around:
     )
 
 
+def told_of(target: Tensor, trains: Tensor, classes: int) -> Tensor:
+    """(B, C): what training is told of the images (B,) that train; 0 for others, whose target is none where hidden."""
+    told = torch.zeros(len(target), classes, device=target.device)
+    told[trains] = as_probabilities(target[trains], classes)
+    return told
+
+
 def may_be_alike(told: Tensor) -> Tensor:
     """(n, n) bool: which images may be of one class, by what is told of each, (n, C); rows of zeros tell nothing."""
     return told @ told.T > 0
@@ -231,7 +238,7 @@ def learn(cache: Cache, sides: Sides, lr: float, seed: int) -> tuple[Encoder, fl
         for images, views, drawn in steps(cache, settings, generator):
             batch = cache.batch(images, views)
             one, two, places = sides.of(batch, encoder, drawn)
-            told = as_probabilities(batch.target, len(cache.classes)) * trains[images, None].to(device)
+            told = told_of(batch.target, trains[images].to(device), len(cache.classes))
             alike = may_be_alike(told[places]) if settings.same_class else None
             loss = contrast_views(project(one), project(two), settings.temperature, alike)
             optimiser.zero_grad()
