@@ -19,8 +19,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Count
 from training.data import Cache
 from training.data.cache import Fields
-from training.data.features import inherited_name
-from training.data.links import WORD, Links
+from training.data.links import WORD, Links, names_in
 from training.layers.gather import spans
 from training.layers.hops import Hop, starts
 from training.layers.logistic import as_probabilities
@@ -50,15 +49,13 @@ def is_transductive(settings: Block) -> bool:
     return isinstance(settings, LinkSettings) and settings.sources == "all"
 
 
-def check_links(path: str, key: str, links: Collection[str], settings: Block) -> None:
-    """Raise UserError where the settings that stand under `key` name links that params.yaml does not make."""
-    found = [("links", settings.links)] if isinstance(settings, LinkSettings) else []
-    found += [("features", name) for name in map(inherited_name, getattr(settings, "features", [])) if name is not None]
-    for knob, name in found:
+def check_links(path: str, key: str, links: Collection[str], reads: Collection[str]) -> None:
+    """Raise UserError where a run that stands under `key` reads links that params.yaml does not make."""
+    for name in names_in(reads):
         if name not in links:
             known = f"choose one of: {', '.join(links)}, or add it" if links else "add it"
             what = f"reads links/{name}, and `links` of params.yaml has no {name}"
-            raise UserError(f"{path}: {key}.settings.{knob}: {what}; {known} (docs/own-data.md#links-between-images)")
+            raise UserError(f"{path}: {key}.settings: {what}; {known} (docs/own-data.md#links-between-images)")
 
 
 def named(name: str, transductive: bool) -> str:

@@ -139,7 +139,7 @@ def test_a_transductive_run_says_so_where_its_numbers_stand(
     links = "links: {near: {kind: group, vectors: data/none, texts: data/none}}\n"
     both = runs + runs.replace("heard", "spread").replace("}", ", settings: {sources: all}}")
     params.write_text(PARAMS + both)
-    said = r"runs\.heard\.settings\.links: reads links/near, and `links` of params\.yaml has no near; add it \(docs/"
+    said = r"runs\.heard\.settings: reads links/near, and `links` of params\.yaml has no near; add it \(docs/"
     with pytest.raises(UserError, match=said):
         plan_run(str(params), load_params(params), "heard")
     params.write_text(links + PARAMS + both)

@@ -399,7 +399,8 @@ def test_12_a_probe_of_nodes_sees_a_cue_that_the_global_vector_lacks(planted: Pl
     assert ours > 0.65
 
 
-@pytest.mark.parametrize("method", [method for method in LINKED if method != "la_tag"])  # where training images alone do
+# In la_tag training images alone send.
+@pytest.mark.parametrize("method", [method for method in LINKED if method != "la_tag"])
 def test_images_without_a_label_send_where_all_do(planted: Planted, method: str) -> None:
     """As a run gives it: what is judged has no class and no target."""
     cache = planted(Plan(classes=3, train=4, val=4, test=2))
