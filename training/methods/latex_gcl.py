@@ -145,13 +145,13 @@ def last_input(f: Tensor, x: Tensor, beside: bool) -> Tensor:
     return torch.cat([f * math.sqrt(size / f.shape[1]), x * math.sqrt(size / x.shape[1])], dim=1)
 
 
-def thin(around: Around, share: float) -> Around:
-    """Without this share of the links, drawn anew; the others weigh more, so that sums are right in the mean."""
+def thin(around: Around, share: float, grow: bool = True) -> Around:
+    """Without this share of the links, drawn anew; if set, the others `grow`, so that sums are right in the mean."""
     kept = torch.rand(len(around.weight), device=around.weight.device) >= share
     before = F.pad(kept.cumsum(0), (1, 0)).tolist()
     return around._replace(
         edges_in=around.edges_in[:, kept],
-        weight=around.weight[kept] / max(1 - share, 1e-12),
+        weight=around.weight[kept] / (max(1 - share, 1e-12) if grow else 1),
         edges=[before[count] for count in around.edges],
     )
 
@@ -213,7 +213,8 @@ class Sides:
             return f, f, every
         if self.settings.augment == "features":
             masks = torch.rand(2, whole.shape[1], device=x.device) >= self.settings.mask
-            one, two = (encoder.along(whole * mask, thin(around, self.settings.drop)) for mask in masks)
+            grow = not encoder.over_links.network.attends
+            one, two = (encoder.along(whole * mask, thin(around, self.settings.drop, grow)) for mask in masks)
             return one, two, every
         words = self.words[drawn]
         said, has = words.say(batch)
