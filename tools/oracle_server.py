@@ -17,8 +17,8 @@ Of a cell (`describe.nodes`) it tells the marks whose part lies in it by half of
 cell, and nothing where there is none: what can be seen there, with the same errors. A name is told of no cell.
 
 A question that asks for "guesses", as prompts/guess.md does, gets classes of the list in it, and the marks as reasons.
-With oracle-20 the first guess is wrong in 20 of 100 drawings: it is a class that shares most marks with the true one. The
-others follow by how many marks they share with the first guess, whatever is true, so that they tell no more than it
+With oracle-20 the first guess is wrong in 20 of 100 drawings: it is a class that shares most marks with the true one.
+The others follow by how many marks they share with the first guess, whatever is true, so that they tell no more than it
 does. Which drawings these are follows from the picture alone too.
 
 Reads   data/index/images.parquet, attributes.parquet, parts.parquet and classes.parquet, the pictures,
@@ -158,7 +158,7 @@ def guesses_of(picture: Picture, wrong: float, known: Mapping[str, Mapping[str, 
 
         def likeness(name: str) -> tuple[int, float]:
             shared = sum(known[first][attribute] == value for attribute, value in known[name].items())
-            return -shared, share_of(f"oracle {picture.image_id} {name}")
+            return -shared, share_of(f"oracle {picture.image_id} {first} {name}")
 
         return sorted((name for name in known if name != first), key=likeness)
 
