@@ -6,11 +6,12 @@ Vectors are those of `features`, and neighbours are nearest in them, in view 0; 
 class gets as many as it lacks to `balance` times the largest: its images take turns, in an order that is drawn, so that
 none is used twice before each is used once. A class of one image has no neighbour: x = x_i + jitter s e, e ~ N(0, 1) in
 each dimension and s the standard deviation within classes [design]. All that is drawn follows from the seed and the
-image's path. Only training images are looked at, and nothing is made for a class that has none.
+image's path. Only vectors of training images are looked at, and nothing is made for a class that has none.
 
 With `texts` the vector of `descriptions` in x is not interpolated (LA-TAG [web]): it is that of a text which a language
 model wrote of image i for the purpose (`ask` with prompts/oversample.md, mixup.md or combine.md), beside interpolated
-vectors of what the image shows. The texts of an image take turns too; an image without one begins nothing.
+vectors of what the image shows. The texts of an image take turns too; an image without one begins nothing. Texts of
+mixup.md and combine.md come from neighbours too: they are read where no image is hidden (training/inputs.py).
 """
 
 import hashlib
