@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from fieldmark.command import UserError
 from fieldmark.listing import SPLITS, Row, hint, read_csv
-from fieldmark.store import nfc, sha256
+from fieldmark.store import canonical_json, nfc, sha256
 
 NODES, EDGES = "nodes.csv", "edges.csv"
 # How texts fall into sentences; counts up when the same text comes out otherwise.
@@ -39,8 +39,8 @@ class Document(NamedTuple):
     @property
     def image_id(self) -> str | None:
         """The sha256 of title and text; None where there is neither."""
-        content = "\n".join(part for part in (self.title, self.text) if part)
-        return sha256(content) if content else None
+        # As JSON: joined by a line break, a title would be as good as a first line without one.
+        return sha256(canonical_json([self.title, self.text])) if self.title or self.text else None
 
     @property
     def sentences(self) -> list[tuple[int, str]]:

@@ -23,6 +23,8 @@ CLASS_COLUMNS = ("name", "superclass", "scientific_name", "lineage", "aliases", 
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 # Of more names than this, only so many are looked at for one that was meant: it takes seconds.
 MOST_COMPARED = 20_000
+# A field of a table may be a whole document: Python's csv refuses one of over 131,072 characters unless told otherwise.
+LONGEST_FIELD = 2**31 - 1
 Row = dict[str, Any]
 
 
@@ -88,6 +90,7 @@ def read_csv(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) -
     rows = []
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no file; correct the path, or put a CSV there")
+    csv.field_size_limit(LONGEST_FIELD)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)

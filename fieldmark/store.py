@@ -417,9 +417,9 @@ def read_table(path: str | Path, schema: str, columns: list[str] | None = None) 
         raise broken(path, error) from None
 
 
-def are_documents(index: str | Path) -> bool:
-    """Whether the rows of data/index/images.parquet are documents of a text graph: none of them has a picture."""
-    return bool(read_header(index, "index.images/1").params.get("format") == "text_graph")
+def are_documents(index: str | Path, schema: str = "index.images/1") -> bool:
+    """Whether a table of data/index is of documents of a text graph: none of them has a picture."""
+    return bool(read_header(index, schema).params.get("format") == "text_graph")
 
 
 def iterate_groups(path: str | Path, schema: str, columns: list[str]) -> Iterator[pa.Table]:

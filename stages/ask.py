@@ -86,11 +86,14 @@ def settings_of(name: str, params: Params) -> Ask:
     return params.ask[name]
 
 
-def load_question(name: str, settings: Ask) -> Prompt:
-    """The prompt of a question. Raises UserError where it says no subject, or settings and prompt contradict."""
+def load_question(name: str, settings: Ask, *, documents: bool) -> Prompt:
+    """The prompt of a question. Raises UserError where it says no subject, or one that the data set does not have, and
+    where settings and prompt contradict. `documents`: whether the data set is of these, which have no picture."""
     prompt, key = load_prompt(settings.prompt), f"ask.{name}"
     if prompt.subject is None:
         raise UserError(f"{prompt.path}: subject: is missing; say class, pair, image or text in the front matter")
+    if documents and prompt.subject == "image":
+        raise UserError(f"params.yaml: {key}: {prompt.path} sends pictures, and documents have none; ask about texts")
     check_blind(prompt, settings.splits, key)
     near = NEIGHBOURS in prompt.variables
     if near and prompt.subject != "text":
@@ -237,7 +240,7 @@ def main() -> None:
     params = load_params(args.params)
     llm, name = params.llm, args.ask
     settings = settings_of(name, params)
-    prompt = load_question(name, settings)
+    prompt = load_question(name, settings, documents=params.dataset.format == "text_graph")
     for table in (IMAGES, CLASSES):
         refuse_old_index(table, params.dataset, args.params)
     sources = read_sources(prompt, settings, params)

@@ -16,6 +16,9 @@ row with subject_id "*". `concepts.contrast`: one call more a class for what tel
 classes of its superclass; a class without any is not asked about, and of more than 20 siblings the first 20 by name are
 named. A class that comes or goes changes the question about its siblings, which is then asked anew.
 
+Where the data set is of documents (`text_graph`), nobody is asked and no text is missing: concepts are chosen by the
+pictures that they show in, and there is none.
+
 A class in `concepts.edits` is not asked and not imported, whatever becomes of prompt and model; --edit copies what its
 answer holds into that file, for you to edit. Texts of kind habitat stay behind: an edited text counts as visual.
 
@@ -50,6 +53,7 @@ CLASSES = Path("data/index/classes.parquet")
 ANSWERS = Path("data/concepts/answers.parquet")
 METRICS = Path("data/concepts/metrics.json")
 GENERIC = "*"  # no class_id: those match [a-z0-9_-]+
+NOT_OF_DOCUMENTS = "the data set is of documents, which have no pictures to choose concepts by: nobody is asked"
 Row = dict[str, Any]
 
 
@@ -207,13 +211,16 @@ def main() -> None:
         print(edit(args.edit, classes, params))
         return
     own = read_own(params.concepts, classes)
-    questions = questions_of(classes, own, params)
+    documents = store.are_documents(CLASSES, "index.classes/2")
+    if documents:
+        print(f"{STAGE}: {NOT_OF_DOCUMENTS}", file=sys.stderr)
+    questions = {} if documents else questions_of(classes, own, params)
     if args.show:
         print(show(args.show, classes, own, questions))
         return
 
     coverage = "; ".join(f"{each} covers {len(each.texts)} of {len(classes)} classes" for each in own if each.texts)
-    if llm.mode == "import":
+    if llm.mode == "import" and not documents:
         check_imported(classes, own, params)
         questions = {}
     imageless = sum(not row["from_images"] for row in without_own(classes, own))
@@ -244,7 +251,7 @@ def main() -> None:
     mark = store.fingerprint(SCHEMA, content, [upstream])
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
     write_metrics(rows, METRICS)
-    if llm.mode != "import":
+    if llm.mode != "import" and not documents:
         names = {row["class_id"]: row["name"] for row in classes}
         check_coverage([*owned, *answers.get("concepts", [])], names, llm, ANSWERS)
 

@@ -20,7 +20,8 @@ the fractions as it can, and a class keeps one image to train on at least.
 Pictures taken one after the other of one thing (fieldmark/pictures/sequences.py) are named on stderr and counted in
 metrics.json. With `dataset.group_by: sequence` each such sequence is a group, named by the image_id of its first
 picture, and so drawn where that one is drawn: a picture more goes where its sequence is. One that comes before the
-first takes the sequence with it, and one that joins two sequences moves the later one to the earlier one's split.
+first takes the sequence with it, and one that joins two sequences moves the later one to the earlier one's split. Of
+boxes, all those of the files that sequences join are one group, unless the data name groups other than files.
 
     python -m stages.index_images
 """
@@ -31,6 +32,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,9 @@ from fieldmark.formats import read_listing
 from fieldmark.listing import SPLITS, Listing, Row, hint, list_classes, read_lines
 from fieldmark.params import Dataset, Params, load_params
 from fieldmark.pictures import health
-from fieldmark.pictures.cuts import image_id_of, is_cut, part_of, place_of
+from fieldmark.pictures.cuts import file_of, image_id_of, is_cut, part_of, place_of
 from fieldmark.pictures.decode import BadImage, dhash, hash_file, map_ahead, open_file, open_place
-from fieldmark.pictures.sequences import mark_sequences, read_time, seconds
+from fieldmark.pictures.sequences import join, mark_sequences, natural, read_time, seconds
 
 INDEX = Path("data/index")
 THUMBS = Path("data/thumbs")
@@ -168,16 +170,32 @@ def name_validation(rows: list[Row], path: Path) -> None:
 
 
 def group_sequences(rows: list[Row]) -> None:
-    """Make a group of each sequence: of what the data name no group for, together with the one group named in it."""
-    sequences = defaultdict(list)
+    """Make a group of each sequence: of what the data name no group for, together with the one group named in it.
+
+    A group that is a file, of the boxes in it, is no name: files that sequences join become one group.
+    """
+    sequences: dict[str, list[Row]] = defaultdict(list)
+    of_file: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
+        if is_cut(row["path"]) and row.get("group") == file_of(row["path"]):
+            of_file[row["group"]].append(row)
         if row.get("sequence") is not None:
             sequences[row["sequence"]].append(row)
-    for name, members in sequences.items():
-        named = {row["group"] for row in members if row.get("group") is not None}
-        group = next(iter(named)) if len(named) == 1 else name
-        for row in members:
-            row["group"] = row.get("group") or group
+    names = list(sequences)
+    places = {name: place for place, name in enumerate(names)}
+    links = []
+    for boxes in of_file.values():
+        links += pairwise(places[row["sequence"]] for row in boxes if row.get("sequence") is not None)
+    for part in join(len(names), links):
+        members = [row for place in part for row in sequences[names[place]]]
+        found = {row["group"] for row in members if row.get("group") is not None}
+        files = sorted(found & of_file.keys())
+        named = found - of_file.keys() or found
+        first = min(members, key=lambda row: (natural(row["path"]), row["path"]))
+        group = next(iter(named)) if len(named) == 1 else first["sequence"]
+        for row in [*members, *(box for file in files for box in of_file[file])]:
+            if row.get("group") is None or row["group"] in files:
+                row["group"] = group
 
 
 def split_rows(rows: list[Row], dataset: Dataset) -> None:
@@ -336,9 +354,9 @@ def index(params: Params) -> dict[str, Any]:
         row["class_id"] = store.class_id_of(row["name"])
     for attribute in listing.attributes:
         attribute["class_id"] = store.class_id_of(attribute["class_id"])
-    refuse_marks(rows, dataset.root)
     name_validation(rows, Path(dataset.val_list))
     pictures = [] if listing.documents else rows
+    refuse_marks(pictures, dataset.root)
     hash_files(dataset.folder, pictures)
     mark_duplicates(rows)
     write_thumbs(dataset.folder, pictures, dataset.buckets)

@@ -59,7 +59,7 @@ def data_files(folder: Path) -> dict[str, str]:
     return {
         name: hashlib.md5(path.read_bytes()).hexdigest()
         for name, path in names.items()
-        if not name.startswith(("data/demo/", "data/controls/")) and name not in ("data/none", "data/adapted/README.md")
+        if not name.startswith(("data/demo/", "data/controls/")) and Path(name).name not in ("README.md", "none")
     }
 
 

@@ -94,7 +94,8 @@ def test_the_chain(
         name: (row["label"], row["split"]) for name, row in rows.items()
     }
     by_path = {row["path"]: row["image_id"] for row in index}
-    assert by_path == {name: store.sha256(f"{row['title']}\n{row['text']}") for name, row in rows.items()}
+    said_by = {name: store.canonical_json([row["title"], row["text"]]) for name, row in rows.items()}
+    assert by_path == {name: store.sha256(said) for name, said in said_by.items()}
     assert {(row["width"], row["height"], row["dhash"], row["status"]) for row in index} == {(None, None, None, "ok")}
     assert len(store.read_buckets("data/thumbs", "thumbs/1", 4)) == 0
     health = json.loads(Path("data/index/metrics.json").read_text())["health"]
@@ -160,6 +161,24 @@ def test_a_document_more_is_one_row_more(notes: Path, run_stage: RunStage) -> No
     assert after["new"]["status"] == "ok"
     assert (after["twin"]["status"], after["twin"]["duplicate_of"]) == ("duplicate", first["id"])
     assert (after["zero"]["status"], after["zero"]["error"]) == ("broken", "has no text")
+
+
+def test_an_id_may_hold_the_mark_of_a_box(notes: Path, run_stage: RunStage) -> None:
+    """`FILE#ID` is a box of a file among pictures, and C#1 a name among documents."""
+    path = notes / "nodes.csv"
+    more = [{"id": "C#1", "title": "", "text": "It is sharp.", "label": "mimic", "split": "train"}]
+    path.write_text(path.read_text() + to_csv(more).partition("\n")[2])
+    (notes / "edges.csv").write_text(f"src,dst\nC#1,{next(csv.DictReader(path.read_text().splitlines()))['id']}\n")
+    for stage in ("index_images", "describe_images"):
+        run_stage(stage)
+    run_stage("link_images", "--links", "cited")
+    index = store.read_table("data/index/images.parquet", "index.images/1").to_pylist()
+    [row] = [row for row in index if row["path"] == "C#1"]
+    assert row["status"] == "ok"
+    [link] = store.read_table("data/links/cited.parquet", "links/1").to_pylist()
+    assert link["src"] == row["image_id"]
+    said = store.read_table(DESCRIPTIONS, "descriptions/1").to_pylist()
+    assert [each["text"] for each in said if each["image_id"] == row["image_id"]] == ["It is sharp."]
 
 
 @pytest.mark.parametrize(

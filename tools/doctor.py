@@ -79,6 +79,7 @@ class Doctor:
 
     def __init__(self, file: str, params: Params, calls: bool) -> None:
         self.file, self.params, self.calls = file, params, calls
+        self.documents = params.dataset.format == "text_graph"
         self.count = 0
         self.sources: list[Source] = []
         self.classes: list[Row] = []
@@ -167,7 +168,7 @@ class Doctor:
         if isinstance(encoder, LoadedEncoder):
             with contextlib.redirect_stderr(io.StringIO()):
                 embed_texts({f"a photo of a {self.params.domain.noun}": "name"}, encoder)
-        if self.params.dataset.format == "text_graph":
+        if self.documents:
             return f"loaded in {loaded:.1f} s on {encoder.device}; documents have no picture to embed"
         with tempfile.TemporaryDirectory() as folder:
             rate, nodes, size = self.time(encoder, self.sources or draw_noise(Path(folder), encoder.batch_size))
@@ -216,6 +217,8 @@ class Doctor:
 
     def concepts(self) -> str:
         params, llm = self.params, self.params.llm
+        if self.documents:
+            return generate_concepts.NOT_OF_DOCUMENTS
         if llm.mode == "replay":
             return f"llm.mode replay: answers come from {llm.recordings}, nobody is asked"
         if not self.classes:
@@ -249,7 +252,7 @@ class Doctor:
 
     def question(self, name: str) -> str:
         """That a question of one's own fits its prompt; nobody is asked, for its subjects may not be there yet."""
-        prompt = ask.load_question(name, self.params.ask[name])
+        prompt = ask.load_question(name, self.params.ask[name], documents=self.documents)
         price = f"python -m stages.ask --ask {name} --dry-run"
         return f"{prompt.path} asks about each {prompt.subject}; what it costs: {price}, where the index is there"
 

@@ -7,9 +7,9 @@ Writes  params.yaml, at once and whole: the repository's with what the profile c
 Costs   nothing.
 
 A block of knobs is merged, key by key; what holds things by names of your own (encoders, towers, adapt, finetune,
-tokens, moments, controls, links, demo, llm.prices, llm.headers, train.runs, train.first_looks) is taken whole from the
-profile. It never loses an edit: params.yaml has to be as the last commit has it, or as it was written last (so that a
-profile can be edited and taken again), or not there. Where no git can tell, .cache/profile/base.yaml keeps what was
+tokens, moments, controls, links, ask, demo, llm.prices, llm.headers, train.runs, train.first_looks) is taken whole from
+the profile. It never loses an edit: params.yaml has to be as the last commit has it, or as it was written last (so that
+a profile can be edited and taken again), or not there. Where no git can tell, .cache/profile/base.yaml keeps what was
 there. The way back to the demo is `git checkout params.yaml`, or that copy.
 
     python -m tools.profiles cub100

@@ -1,13 +1,17 @@
 """What methods over links between images share: who may send, and the edges around the images of a batch.
 
-`sources: train` is inductive: messages come from the training images of this fit alone, so that what an image gets
-depends on no other image that is judged; it is the same alone and in any batch. `sources: all` is transductive: every
-image of the cache sends, those that are judged too (never their labels). Numbers of the two are not compared.
+`sources: train` is inductive: messages come from the training images of this fit alone, so that no other image that is
+judged sends anything, and what an image gets is the same alone and in any batch. Which of these it hears is found in a
+list of its nearest among **all** images: others take places in it, and where few images train, few are left
+(`say_who_hears_few`). `sources: all` is transductive: every image of the cache sends, those that are judged too (never
+their labels). Numbers of the two are not compared.
 
 The images that send are kept with the model (`Memory`), in view 0: to answer for another image takes its own vectors
 and its own links, and nothing else of the cache.
 """
 
+import functools
+import sys
 from collections.abc import Collection
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -19,7 +23,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Count
 from training.data import Cache
 from training.data.cache import Fields
-from training.data.links import WORD, Links, names_in
+from training.data.links import WORD, Incoming, Links, names_in
 from training.layers.gather import spans
 from training.layers.hops import Hop, starts
 from training.layers.logistic import as_probabilities
@@ -117,6 +121,7 @@ class Memory(nn.Module):
         key = part.key[sending.to(part.key.device)].to(cache.device)
         memory = cls.of_keys(settings, key, cache.views)
         source, row, weight = memory.entering(cache.only({links_word(settings)}).batch(sending))
+        say_who_hears_few(part.incoming[settings.links], memory)
         return cls(settings, key, starts(row, len(key)), source, weight, cache.views)
 
     @classmethod
@@ -256,6 +261,28 @@ def sample(
     if grow:
         weight = weight * (count / fanout).clamp(min=1).to(weight.dtype)[receiver]
     return source[kept], receiver[kept], weight[kept]
+
+
+def say_who_hears_few(edges: Incoming, memory: Memory) -> None:
+    """Say on stderr where half of the images, or more, hear fewer than `neighbours` of those that may send."""
+    name, wanted = memory.settings.links, memory.settings.neighbours
+    images = len(edges.start) - 1
+    if wanted is None or not images:
+        return
+    heard = torch.isin(edges.source, memory.key.to(edges.source.device)).long()
+    count = heard.new_zeros(images).index_add_(0, owners(edges.start), heard)
+    median, none = int(count.median()), int((count == 0).sum())
+    if median < min(wanted, len(memory.key) - 1):
+        say(
+            f"links/{name}: half of {images} images hear {median} or fewer of the {len(memory.key)} that may send, not"
+            f" {wanted}, and {none} hear nobody: links are the nearest of all images; raise links.{name}.k"
+        )
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Print on stderr; the same line once in a process."""
+    print(line, file=sys.stderr)
 
 
 def labels_of_senders(cache: Cache, settings: LinkSettings) -> Tensor:

@@ -27,9 +27,10 @@ and license are read.
 """
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +159,8 @@ def read_table(path: Path, split: str | None) -> Table:
     for key in ("images", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: has no list `{key}`; it is no annotation file of COCO's form")
-    content.setdefault("annotations", [])  # files of test images have none
+    if not isinstance(content.setdefault("annotations", []), list):  # files of test images have none
+        raise UserError(f"{path}: `annotations` is no list; correct it, or take it out where nothing is labelled")
     return Table(path, split, content)
 
 
@@ -174,6 +176,11 @@ def entry_ids(table: Table, key: str, needed: Iterable[str]) -> dict[Any, Row]:
             where = f"{table.path}: {key}[{place}]"
             raise UserError(f"{where}: id {entry['id']!r} stands there twice or is no id; correct it")
     return entries
+
+
+def is_among(number: Any, known: Mapping[Any, Any]) -> bool:
+    """Whether what stands for an id is one of those known: a list or an object of JSON is none."""
+    return not isinstance(number, list | dict) and number in known
 
 
 def read_categories(table: Table) -> dict[Any, Row]:
@@ -242,7 +249,7 @@ def list_images(
     rows, about = [], {}
     for number, entry in entry_ids(table, "annotations", ["image_id"]).items():
         where = f"{table.path}: annotation {number}"
-        if entry["image_id"] not in paths:
+        if not is_among(entry["image_id"], paths):
             raise UserError(f"{where}: names image {entry['image_id']!r}, which is not listed; take a whole file")
         path = paths[entry["image_id"]]
         image = images[entry["image_id"]]
@@ -250,7 +257,7 @@ def list_images(
         if entry.get("category_id") is None:
             left_out["annotations have no category and are left out"].append(f"{path} {number}")
             continue
-        if entry["category_id"] not in categories:
+        if not is_among(entry["category_id"], categories):
             raise UserError(f"{where}: category {entry['category_id']!r} is not listed; take a whole file")
         name = categories[entry["category_id"]]["class_id"]
         if entry.get("iscrowd"):
@@ -282,9 +289,9 @@ def list_images(
 
 
 def size_of(image: Row, where: str) -> tuple[int, int]:
-    """Width and height that the file states of an image. Raises UserError where it has none."""
+    """Width and height that the file states of an image, a pixel at least. Raises UserError where it has none."""
     size = image.get("width"), image.get("height")
-    if not all(isinstance(side, int | float) and side > 0 for side in size):
+    if not all(isinstance(side, int | float) and 1 <= side < math.inf for side in size):
         said = f"width and height are {size[0]!r} and {size[1]!r}"
         raise UserError(f"{where}: {said}; boxes need them in pixels, correct them")
     return int(image["width"]), int(image["height"])
@@ -304,7 +311,11 @@ def box_of(sides: Any, size: tuple[int, int], where: str) -> list[float] | None:
 def read_licences(table: Table) -> dict[Any, str]:
     entries = table.content.get("licenses")
     entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return {entry.get("id"): str(entry.get("name") or entry.get("url") or "") for entry in entries}
+    return {
+        entry.get("id"): str(entry.get("name") or entry.get("url") or "")
+        for entry in entries
+        if not isinstance(entry.get("id"), list | dict)
+    }
 
 
 def facts_of(
@@ -318,7 +329,7 @@ def facts_of(
     group = next((image[key] for key in GROUPS if image.get(key) is not None), None)
     if group is not None:
         facts["group"] = str(group)
-    if licences.get(image.get("license")):
+    if is_among(image.get("license"), licences) and licences[image["license"]]:
         facts["licence"] = licences[image["license"]]
     place = {key: image.get(key) for key in ("latitude", "longitude")}
     if any(value is not None for value in place.values()):

@@ -5,10 +5,14 @@ same], anns/train_full_meta_new.csv, and root/Images/FAMILY/FILE with FILE's box
 split is not known). FILE is the last part of `image`: an address in rows from FishBase, a file's name in those from
 iNaturalist. Validation images are drawn from train.
 
-A class is a family, as in the paper's first task. Its superclass is its order: Order_new of the label map (83 orders);
-`Order` of a picture has names such as "Eupercaria/misc", and `NewOrder` yet others, and neither is read. Above it
-stands the class that most rows of a family name (Actinopteri and Actinopterygii both occur). Species and genera are not
-read: `species` is empty in every row from iNaturalist. Nor are the 22 traits, which are of species and cannot be seen.
+A class is a family, as in the paper's first task. Its superclass is its order, one of the 83 of Order_new in the label
+map. The publisher's loader gives each picture the order of its own row, `Order` up to the slash of such as
+"Eupercaria/misc", looked up in Order_new [L]; rows of one family may differ, and a class has one superclass, so it is
+what most rows of the family name. Where that is no Order_new (12 rows of Acanthuridae say Acanthuriformes, which the
+excerpt's map lacks [O]), the map's own order of the family is taken. `NewOrder` has yet other names and is not read.
+Above it stands the class that most rows of a family name (Actinopteri and Actinopterygii both occur). Species and
+genera are not read: `species` is empty in every row from iNaturalist. Nor are the 22 traits, which are of species and
+cannot be seen.
 
 Boxes are corners in pixels from 0, one object a line, its family first; of several the largest is the picture's. 18,324
 of 18,901 test pictures have one. Published: 75,631 for training (the difference of two counts), 18,901 for test.
@@ -25,12 +29,12 @@ from fieldmark.params import Dataset
 
 PUBLISHED = Published(463, {"train": 75_631, "test": 18_901})
 NEEDED = ("image", "Family", "Folder")
-READ = ("Class",)
+READ = ("Order", "Class")
 # Columns that are there and say nothing to an index.
 OTHERS = (
-    "", "Unnamed: 0", "species", "SpecCode", "Genus", "Subfamily", "Order", "SuperClass", "source", "Troph",
-    "FeedingPath", "Tropical", "Temperate", "Subtropical", "Boreal", "Polar", "freshwater", "saltwater", "brackish",
-    "NewOrder", "Frequency",
+    "", "Unnamed: 0", "species", "SpecCode", "Genus", "Subfamily", "SuperClass", "source", "Troph", "FeedingPath",
+    "Tropical", "Temperate", "Subtropical", "Boreal", "Polar", "freshwater", "saltwater", "brackish", "NewOrder",
+    "Frequency",
 )  # fmt: skip
 META = "anns/train_full_meta_new.csv"
 META_OTHERS = ("", "Unnamed: 0", "Family_cls", "Order", "fam_info", "ord_info", "Order_cls")
@@ -44,7 +48,8 @@ def read(dataset: Dataset) -> Listing:
         raise UserError(f"params.yaml: dataset.root: {root} has no folder anns/; {remedy}")
     images: dict[str, Row] = {}
     twice: list[str] = []
-    of_family: dict[str, Counter[str]] = defaultdict(Counter)
+    classes: dict[str, Counter[str]] = defaultdict(Counter)
+    orders: dict[str, Counter[str]] = defaultdict(Counter)
     # A picture of both tables is kept for test.
     for split in ("test", "train"):
         path = root / f"anns/{split}.csv"
@@ -59,7 +64,8 @@ def read(dataset: Dataset) -> Listing:
                 twice.append(place)
                 continue
             images[place] = {"path": place, "name": family, "split": split}
-            of_family[family][row.get("Class", "").strip()] += 1
+            classes[family][row.get("Class", "").strip()] += 1
+            orders[family][row.get("Order", "").partition("/")[0].strip()] += 1
     if not images:
         raise UserError(f"{root / 'anns'}: names no picture; take train.csv and test.csv from the repository")
     for row in images.values():
@@ -70,22 +76,24 @@ def read(dataset: Dataset) -> Listing:
     if twice:
         said = f"{len(twice)} rows name a picture again and are left out"
         listing.warnings.append(f"{root / 'anns'}: {said}: {name_some(twice)}")
-    listing.classes = merge_classes(describe(root / META, of_family), read_class_table(root))
+    listing.classes = merge_classes(describe(root / META, classes, orders), read_class_table(root))
     check_published(listing, dataset.folder, PUBLISHED)
     return listing
 
 
-def describe(path: Path, of_family: dict[str, Counter[str]]) -> list[Row]:
-    """A row a family of the pictures: its order by the label map, and the class above that."""
-    orders = {row["Family"]: row["Order_new"] for row in read_csv(path, ("Family", "Order_new"), META_OTHERS)}
+def describe(path: Path, classes: dict[str, Counter[str]], orders: dict[str, Counter[str]]) -> list[Row]:
+    """A row a family of the pictures: its order, and the class above that. Both are counted in the rows of pictures."""
+    of_map = {row["Family"]: row["Order_new"] for row in read_csv(path, ("Family", "Order_new"), META_OTHERS)}
+    known = set(of_map.values()) - {""}
     rows = []
-    for family, classes in sorted(of_family.items()):
-        if family not in orders:
+    for family in sorted(classes):
+        if family not in of_map:
             raise UserError(f"{path}: has no family {family}; the files of anns/ are not of one release")
-        [(name, _)] = classes.most_common(1)
-        lineage = [each for each in (name, orders[family]) if each]
+        [(name, _)], [(order, _)] = classes[family].most_common(1), orders[family].most_common(1)
+        order = order if order in known else of_map[family]
+        lineage = [each for each in (name, order) if each]
         rows.append({
-            "class_id": family, "name": family, "superclass": orders[family] or None, "scientific_name": family,
+            "class_id": family, "name": family, "superclass": order or None, "scientific_name": family,
             "lineage": lineage or None,
         })  # fmt: skip
     return rows

@@ -61,21 +61,25 @@ def read_release(root: Path, release: Path) -> Listing:
 
 
 def read_pairs(root: Path, lists: Path) -> Listing:
-    """A row a line of both lists. Raises UserError for a species with two ids, and a picture without a species."""
+    """A row a line of both lists. Raises UserError where a species has two ids or an id two species, and for a picture
+    without a species."""
     places = [each for each in (root / "Pair_images", lists / "Pair_images") if each.is_dir()]
     if not places:
         raise UserError(f"params.yaml: dataset.root: {root} has no Pair_images/; unpack it beside {lists.name}/")
     base = places[0].relative_to(root).as_posix()
     images: dict[str, Row] = {}
-    ids: dict[str, str] = {}
+    species_by_id: dict[str, str] = {}
+    id_of: dict[str, str] = {}
     for name, split in LISTS.items():
         path = lists / name
         for file, number in fields(path, 2):
             species = species_of(file)
             if species is None:
                 raise UserError(f"{path}: {file!r} is not named Genus_species_1.jpg; correct it")
-            if ids.setdefault(number, species) != species:
-                raise UserError(f"{path}: id {number} is {ids[number]} and {species}; correct it")
+            if species_by_id.setdefault(number, species) != species:
+                raise UserError(f"{path}: id {number} is {species_by_id[number]} and {species}; correct it")
+            if id_of.setdefault(species, number) != number:
+                raise UserError(f"{path}: {species} has the ids {id_of[species]} and {number}; correct it")
             picture = inside(f"{base}/{file}", str(path))
             if picture in images:
                 raise UserError(f"{path}: names {file} twice, or {' and '.join(LISTS)} do; a picture has one split")

@@ -15,6 +15,7 @@ image, would hand the answer to whoever reads it: such prompts ask about trainin
 """
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from fieldmark.llm.prompts import Message, Prompt
 OF_CLASS = ("class_id", "name", "scientific_name", "superclass", "lineage", "aliases", "note")
 SIBLINGS, NEIGHBOURS = "siblings", "neighbours"
 TELLS_THE_CLASS = {*OF_CLASS, SIBLINGS, NEIGHBOURS}
+# Of more pairs than this, every one rendered before a limit of calls or cost could speak, minutes and memory would go.
+MOST_PAIRS = 200_000
 Row = dict[str, Any]
 Values = dict[str, Any]
 
@@ -72,17 +75,23 @@ def class_items(prompt: Prompt, classes: Sequence[Row], card: Values, samples: i
 def pair_items(prompt: Prompt, classes: Sequence[Row], card: Values, samples: int, *, siblings: bool) -> list[Item]:
     """One item a pair of classes and sample: of all pairs, or of those under one superclass.
 
-    The subject_id is both class_ids with a space between. Raises UserError where there is no pair.
+    The subject_id is both class_ids with a space between. Raises UserError where there is no pair, or more than
+    MOST_PAIRS.
     """
     values = class_values(classes)
-    pairs = [
-        (first, second)
-        for first, second in itertools.combinations(sorted(values), 2)
-        if not siblings or (values[first]["superclass"] and values[first]["superclass"] == values[second]["superclass"])
-    ]
-    if not pairs:
+    families = defaultdict[str, list[str]](list)
+    for class_id in sorted(values):
+        above = values[class_id]["superclass"] if siblings else "all"
+        if above:
+            families[above].append(class_id)
+    count = sum(math.comb(len(family), 2) for family in families.values())
+    if not count:
         why = "no two classes share a superclass (`superclass` in classes.csv)" if siblings else "there is one class"
         raise UserError(f"{prompt.path}: asks about pairs of classes, and {why}; set pairs: all, or name superclasses")
+    if count > MOST_PAIRS:
+        remedy = "name smaller groups in `superclass` of classes.csv" if siblings else "set pairs: siblings"
+        raise UserError(f"{prompt.path}: asks about {count:,} pairs of classes, over {MOST_PAIRS:,}; {remedy}")
+    pairs = sorted(pair for family in families.values() for pair in itertools.combinations(family, 2))
     return sampled(
         {
             f"{first} {second}": prompt.render({**card, "first": values[first], "second": values[second]})

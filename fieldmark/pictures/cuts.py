@@ -44,8 +44,11 @@ def cut_path(file: str, number: object) -> str:
 
 
 def part_of(path: str, box: Sequence[float] | None) -> Box | None:
-    """Which part of its file the picture of a row is; None: all of it."""
-    return box_of(box) if is_cut(path) else None
+    """Which part of its file the picture of a row is, as the index stores it (float32); None: all of it.
+
+    A box as its table has it and the same read back from the index so cut out the same pixels.
+    """
+    return box_of(np.array(box, dtype=np.float32).tolist()) if is_cut(path) and box is not None else None
 
 
 def object_of(path: str, box: Sequence[float] | None) -> Box | None:
@@ -60,5 +63,4 @@ def place_of(folder: Path, path: str, box: Sequence[float] | None) -> Place:
 
 def image_id_of(digest: str, part: Box | None) -> str:
     """The image_id of a picture, from the sha256 of its file: that itself where the picture is all of the file."""
-    # As the index stores it: what is read back gives the same.
     return digest if part is None else sha256(f"{digest} {np.array(part, dtype='<f4').tobytes().hex()}")

@@ -845,7 +845,7 @@ def test_a_study_of_the_repository_can_stand(name: str, tmp_path: Path) -> None:
         ({"READS": None}, "training/methods/leaky.py: has no READS"),
         (
             {"READS": frozenset({"label"})},
-            "training/methods/leaky.py: READS: 'label' is no part of the cache; choose from: again/NAME, attributes",
+            "training/methods/leaky.py: READS: 'label' is no part of the cache; choose from: again/NAME, asked/NAME",
         ),
     ],
 )

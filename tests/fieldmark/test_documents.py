@@ -38,10 +38,13 @@ def test_a_long_sentence_goes_in_pieces_of_even_length(words: int) -> None:
 
 def test_a_document_is_known_by_what_it_says() -> None:
     document = Document("7", "A title", "One. Two.", "a", None, None)
-    assert document.image_id == sha256("A title\nOne. Two.")
+    assert document.image_id == sha256('["A title","One. Two."]')
     assert document.sentences == [(0, "A title"), (1, "One."), (2, "Two.")]
     assert document._replace(title="").sentences == [(1, "One."), (2, "Two.")]
     assert document._replace(title="", text="").image_id is None
+    joined = document._replace(title="", text="A title\nOne. Two.")
+    assert joined.sentences != document.sentences
+    assert joined.image_id != document.image_id
 
 
 def write(folder: Path, nodes: str, edges: str = "src,dst\n") -> Path:

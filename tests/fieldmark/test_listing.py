@@ -7,7 +7,7 @@ import pytest
 
 from fieldmark.command import UserError
 from fieldmark.formats import read_listing
-from fieldmark.listing import Listing, Spelling, list_classes
+from fieldmark.listing import Listing, Spelling, list_classes, read_csv
 from fieldmark.params import Dataset
 from fieldmark.store import class_id_of
 from tests.project import ROOT
@@ -105,6 +105,12 @@ def test_names_that_do_not_fit(tmp_path: Path, images: list[str], tables: dict[s
     with pytest.raises(UserError, match=words) as error:
         read_listing(lay_out(tmp_path, *images, **tables))
     assert "\n" not in str(error.value)
+
+
+def test_a_field_may_be_a_whole_document(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"text\n{'word ' * 30_000}\n")
+    [row] = read_csv(tmp_path / "a.csv", ["text"])
+    assert len(row["text"]) == 150_000
 
 
 def test_a_column_that_nothing_reads_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

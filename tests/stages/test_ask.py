@@ -232,6 +232,26 @@ def test_no_pair_is_a_clear_error(server: OpenAIServer, asked: Callable[..., Wor
         workspace.run(main, "--ask", "differ")
 
 
+def test_too_many_pairs_are_refused_before_one_is_rendered(
+    server: OpenAIServer, asked: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images()
+    write_prompt("differ", "{{ first.name }}", "pair", "first")
+    monkeypatch.setattr("fieldmark.llm.subjects.MOST_PAIRS", 2)
+    with pytest.raises(UserError, match=r"differ\.md: asks about 3 pairs of classes, over 2; set pairs: siblings$"):
+        asked(differ={"pairs": "all"}).run(main, "--ask", "differ")
+    asked(differ={}).run(main, "--ask", "differ")
+    assert len(server.calls) == 1
+
+
+def test_documents_have_no_picture_to_ask_about(asked: Callable[..., Workspace]) -> None:
+    workspace = asked(guess={})
+    workspace.blocks["dataset"] = {"root": "notes", "format": "text_graph"}
+    workspace.write()
+    with pytest.raises(UserError, match=r"ask\.guess: prompts/guess\.md sends pictures, and documents have none; ask"):
+        workspace.run(main, "--ask", "guess")
+
+
 def test_neighbours_are_the_nearest_training_texts_of_the_same_class(
     server: OpenAIServer, asked: Callable[..., Workspace], capsys: pytest.CaptureFixture[str]
 ) -> None:

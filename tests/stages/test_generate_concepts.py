@@ -719,6 +719,23 @@ def test_import_asks_nobody(server: OpenAIServer, workspace: Workspace, capsys: 
     assert len(server.calls) == 3
 
 
+@pytest.mark.parametrize("mode", ["live", "replay", "import"])
+def test_nobody_is_asked_about_classes_of_documents(
+    mode: str, server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing reads concepts there: they are chosen by the pictures that they show in."""
+    classes = store.read_table(CLASSES, "index.classes/2")
+    store.write_table(classes, CLASSES, "index.classes/2", {"format": "text_graph"}, "documents")
+    workspace.blocks["concepts"] = {"generic": 3}
+    workspace.write(mode=mode, recordings="nowhere", min_coverage=1.0)
+    workspace.run(main)
+    assert server.calls == answers() == []
+    assert capsys.readouterr().err.count("generate_concepts: the data set is of documents, which have no pictures") == 1
+    own_texts(workspace, {"Iron ray": ["a grey fish"]})
+    workspace.run(main)
+    assert [row["source"] for row in answers()] == ["import"]
+
+
 def test_classes_of_one_name_are_told_apart_by_their_id(workspace: Workspace) -> None:
     rows = [{"class_id": class_id, "name": "Twin", "from_images": False} for class_id in ("a", "b")]
     store.write_table(store.make_table("index.classes/2", rows), CLASSES, "index.classes/2", {}, "twins")

@@ -16,7 +16,7 @@ from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.listing import name_classes
 from fieldmark.params import Dataset, Params
-from stages.index_images import hold_out, index, mark_duplicates, split_rows
+from stages.index_images import group_sequences, hold_out, index, mark_duplicates, split_rows
 from tests.project import image_id, snapshot
 
 SetParams = Callable[..., Params]
@@ -603,6 +603,26 @@ def test_frames_of_one_plant_in_two_splits_are_named_and_group_by_sequence_mends
     new = by_path().pop("tulip/IMG_1030.jpg")
     assert new["split"] == split_of["tulip/IMG_1029.jpg"]
     assert {path: row["split"] for path, row in by_path().items() if path in split_of} == split_of
+
+
+def test_boxes_of_files_that_a_sequence_joins_are_one_group() -> None:
+    """Of path, group and sequence: a group that is a file joins others, one that the data name stays as it is."""
+    rows = [
+        {"path": path, "group": group, "sequence": sequence}
+        for path, group, sequence in [
+            # Two sequences that meet in b, and what else lies in these files.
+            ("a.jpg#1", "a.jpg", "s1"), ("a.jpg#2", "a.jpg", None), ("b.jpg#1", "b.jpg", "s1"),
+            ("b.jpg#2", "b.jpg", "s2"), ("c.jpg#1", "c.jpg", "s2"), ("c.jpg#2", "c.jpg", None), ("d.jpg", None, "s2"),
+            # Alone; two boxes of one file; a camera's file with another one; two cameras with a file.
+            ("e.jpg#1", "e.jpg", None), ("f.jpg#1", "f.jpg", "s3"), ("f.jpg#2", "f.jpg", "s3"),
+            ("g.jpg#1", "camera", "s4"), ("h.jpg#1", "h.jpg", "s4"), ("h.jpg#2", "h.jpg", None),
+            ("i.jpg#1", "left", "s5"), ("j.jpg#1", "right", "s5"), ("k.jpg#1", "k.jpg", "s5"),
+        ]
+    ]  # fmt: skip
+    group_sequences(rows)
+    assert [row["group"] for row in rows] == [
+        *["s1"] * 7, "e.jpg", "f.jpg", "f.jpg", *["camera"] * 3, "left", "right", "s5",
+    ]  # fmt: skip
 
 
 def test_times_of_exif_and_manifests_make_sequences(set_params: SetParams, project: Path) -> None:

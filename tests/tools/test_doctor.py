@@ -142,6 +142,19 @@ def test_a_server_that_knows_the_limit_by_its_other_name_is_no_problem(
     assert limits == [{"max_tokens"}, {"max_completion_tokens"}]
 
 
+def test_nobody_is_asked_about_documents_but_what_they_say(server: OpenAIServer, set_params: SetParams) -> None:
+    params = set_params(
+        **blocks(mode="live", base_url=server.base_url) | {"moments": {}},
+        dataset={"format": "text_graph"},
+        ask={"guess": {"prompt": "prompts/guess.md", "links": "data/none"}},
+    )
+    doctor = Doctor("params.yaml", params, True)
+    assert "the data set is of documents" in doctor.concepts()
+    with pytest.raises(UserError, match=r"ask\.guess: prompts/guess\.md sends pictures, and documents have none"):
+        doctor.question("guess")
+    assert server.calls == []
+
+
 def test_a_picture_is_asked_about_where_pictures_are_described(server: OpenAIServer, set_params: SetParams) -> None:
     params = set_params(**blocks(mode="live", base_url=server.base_url), describe={"enabled": True})
     doctor = Doctor("params.yaml", params, True)

@@ -88,9 +88,9 @@ def test_what_was_chosen_is_fitted_again_without_val(cache: Cache, name: str) ->
     if hasattr(settings, "epochs"):
         settings = settings.model_copy(update={"epochs": 2, "lr": [1e-3, 1e-2]})
     chosen = module.fit(hide_test(fold), settings, 0).chosen
-    # More than one point, without val, would raise. A probe's temperature is measured, and not chosen.
+    # More than one point, without val, would raise. Temperatures and a predictor's AUC are measured, and not chosen.
     again = module.fit(hide_test(refit(fold)), settle(settings, chosen), 0).chosen
-    measured = {"with_probe.temperature": chosen.get("with_probe.temperature")}
+    measured = {key: chosen.get(key) for key in ("with_probe.temperature", "link_auc")}
     assert again.keys() == chosen.keys()
     assert again | measured == chosen | measured
 

@@ -16,7 +16,7 @@ from tests.training.cache import ENCODER, Plan, write_cache
 from training.data import Cache, read_cache
 from training.data.links import Links
 from training.layers.states import state_of
-from training.links import LinkSettings, Memory, sample, senders
+from training.links import LinkSettings, Memory, sample, say, senders
 
 Planted = Callable[[Plan], Cache]
 
@@ -202,3 +202,15 @@ def test_stale_links_are_refused(tmp_path: Path) -> None:
         else:
             with pytest.raises(UserError, match=r"near\.parquet: was not made from .*images as it is now; run python"):
                 read_cache(tmp_path, ENCODER, plan.buckets, {"nodes", "links/near"})
+
+
+def test_a_run_says_where_few_of_the_nearest_may_send(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    say.cache_clear()
+    Memory.of(cache, LinkSettings(neighbours=1))
+    assert capsys.readouterr().err == ""
+    few = replace(cache, split=np.where(np.arange(len(cache.paths)) % 9 == 0, "train", "unused"))
+    for _ in range(2):
+        Memory.of(few, LinkSettings(neighbours=3))
+    [line] = capsys.readouterr().err.splitlines()
+    assert "of the 5 that may send, not 3, and" in line
+    assert "raise links.near.k" in line

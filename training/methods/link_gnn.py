@@ -9,7 +9,7 @@ this project's other graph networks [design]. W begins at zero. Alone the networ
 are added to the probe's (training/token_heads.py), so that at epoch 0 it is the probe.
 
 Who may send is `sources` (training/links.py). Under `train`, the default, messages come from training images of this
-fit alone, in view 0: what an image gets depends on no other image that is judged. Labels are no input: they enter by
+fit alone, in view 0: no other image that is judged sends anything. Labels are no input: they enter by
 the loss alone, and where the probe stands beside, a training image has the probe's answer out of fold.
 
 A batch is laid out with everything that reaches it in `layers` steps. One larger than the training images is full-batch

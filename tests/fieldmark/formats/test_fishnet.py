@@ -80,6 +80,15 @@ def test_the_official_layout(root: Path) -> None:
     assert listing.warnings == [f"{root}: {said}"]
 
 
+def test_the_order_is_what_most_rows_name_where_the_map_knows_it(root: Path) -> None:
+    """Gobiiformes is an order of the map, and Perciformes, which most rows of the other family name, is none."""
+    more = [line(f"bb-{number}.jpg", "Moronidae", "Gobiiformes/misc") for number in (3, 4, 5)]
+    (root / "anns/train.csv").write_text(HEAD + "".join([*TRAIN, *more]))
+    assert [(row["superclass"], row["lineage"]) for row in read(root).classes] == [
+        ("Acanthuriformes", ["Actinopteri", "Acanthuriformes"]), ("Gobiiformes", ["Actinopteri", "Gobiiformes"]),
+    ]  # fmt: skip
+
+
 def test_the_index(root: Path, set_params: Callable[..., Params], run_stage: Callable[..., None]) -> None:
     (root / "anns/train.csv").write_text(HEAD + "".join([*TRAIN, line("gone.jpg", "Moronidae", "x")]))
     set_params(dataset={"format": "fishnet", "val_fraction": 0.4})

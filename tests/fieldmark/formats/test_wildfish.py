@@ -114,6 +114,7 @@ def test_pairs_that_look_alike(pairs: Path) -> None:
     ("content", "words"),
     [
         ("A_a_1.jpg 0\nA_b_7.jpg 0\n", r"train\.txt: id 0 is A_a and A_b"),
+        ("A_a_1.jpg 0\nA_a_3.jpg 1\n", r"train\.txt: A_a has the ids 0 and 1"),
         ("A_a_1.jpg\n", r"train\.txt: line 1 has not 2 fields"),
         ("a.jpg 0\n", r"train\.txt: 'a\.jpg' is not named Genus_species_1\.jpg"),
         ("A_a_1.jpg 0\nA_a_1.jpg 0\n", r"train\.txt: names A_a_1\.jpg twice"),

@@ -136,7 +136,7 @@ OTHERWISE |= {method: [*OTHERWISE.get(method, []), *SAID] for method in PROBES}
 OTHERWISE["gaga"] += [{"annotations": "descriptions"}]
 OTHERWISE["correct_smooth"] = [
     {"with_probe": {"method": "ridge", "settings": {"features": [name]}}}
-    for name in ("global", "nodes", "pooled", "isqrt", "descriptions")
+    for name in ("global", "nodes", "pooled", "isqrt", "descriptions", "asked/guess/reasons")
 ]
 
 
