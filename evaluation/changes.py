@@ -15,7 +15,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from evaluation.runs import Run
 from fieldmark import store
 from fieldmark.checkout import original_checkout
+from training.links import TRANSDUCTIVE, named
 
 SCHEMA = "report.state/1"
 STATES = Path(".cache/states")
@@ -47,6 +48,7 @@ class State:
     right: dict[str, list[int]]  # by run: how many seeds classify each image rightly
     concepts: dict[str, Concepts]  # by encoder
     costs: dict[str, tuple[int, int, float]]  # by the time of answers: how many, how many without a price, US dollars
+    transductive: list[str] = field(default_factory=list)  # runs in which images that are judged send to each other
     schema: str = SCHEMA
 
 
@@ -69,6 +71,7 @@ class RunChange:
     now_right: list[str]  # images that were wrong
     now_wrong: list[str]  # images that were right
     classes: dict[str, tuple[float, float, int]]  # by class_id, where it changed: accuracies, images
+    label: str  # its name, as it stands beside a number
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def take_state(data: Path, runs: Sequence[Run], encoders: Sequence[str]) -> Stat
         right={one.name: one.on("val").sum(axis=0).tolist() for one in runs},
         concepts={encoder: concepts_of(data, encoder) for encoder in encoders},
         costs=costs_of(data),
+        transductive=[one.name for one in runs if one.transductive],
     )
 
 
@@ -177,8 +181,8 @@ def compare_run(name: str, before: State, after: State, common: Sequence[str]) -
     for state in (before, after):
         place = {image: number for number, image in enumerate(state.images)}
         rates.append(np.array([state.right[name][place[image]] / state.seeds[name] for image in common]))
-    label_of = dict(zip(after.images, after.labels, strict=True))
-    labels = np.array([label_of[image] for image in common], dtype=str)
+    class_of = dict(zip(after.images, after.labels, strict=True))
+    labels = np.array([class_of[image] for image in common], dtype=str)
     then, now = rates
     by_class = {}
     for class_id in np.unique(labels).tolist():
@@ -191,7 +195,15 @@ def compare_run(name: str, before: State, after: State, common: Sequence[str]) -
         now_right=images[(then <= 0.5) & (now > 0.5)].tolist(),
         now_wrong=images[(then > 0.5) & (now <= 0.5)].tolist(),
         classes=by_class,
+        label=label_of(name, name in before.transductive, name in after.transductive),
     )
+
+
+def label_of(name: str, before: bool, after: bool) -> str:
+    """A run's name, with what it has to say of both its numbers: whether each is transductive."""
+    if before == after:
+        return named(name, after)
+    return f"{name} ({TRANSDUCTIVE} {'now' if after else 'before'})"
 
 
 def money_since(

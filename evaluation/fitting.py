@@ -23,6 +23,7 @@ from training.data import SPLITS, Cache, read_cache
 from training.folds import HELD_OUT, refit, settle
 from training.layers.logistic import L2_WITHOUT_VAL, assess
 from training.layers.partial_labels import among_candidates
+from training.links import TRANSDUCTIVE, is_transductive
 from training.loop import predict
 from training.methods import Fitted, NotPossible, borrows_others, load_method, reads_of, single_points
 from training.metrics import (
@@ -193,7 +194,8 @@ def make_run(plan: Plan, cell: Cell) -> None:
     }
 
     def write(folder: Path) -> None:
-        write_json(folder / "metrics.json", measure_run(logits, whole, HELD_OUT if is_fold else "val"))
+        mark: dict[str, Any] = {TRANSDUCTIVE: True} if is_transductive(settings) else {}
+        write_json(folder / "metrics.json", measure_run(logits, whole, HELD_OUT if is_fold else "val") | mark)
         write_predictions(folder / "predictions.parquet", {cell.seed: logits}, whole, plan.mark(cell))
         write_json(folder / "config.json", config)
         write_json(folder / "timing.json", timing)

@@ -24,7 +24,7 @@ from training.controls import Control, read_control
 from training.data import CPU, files_of
 from training.data.part import word_of
 from training.hashes import hash_data
-from training.inputs import ROOT, Reading, check_questions, code_of, reading_of
+from training.inputs import ROOT, Reading, check_questions, check_told, code_of, reading_of
 from training.links import check_links, is_transductive
 from training.looks import check_looks
 from training.methods import (
@@ -369,7 +369,8 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
         entry, reading = entries[cell.method], plan.reading(cell)
         key = f"{'variants' if cell.method in study.variants else 'methods'}.{cell.method}"
         check_looks(file, key, params.train.first_looks, reading, cell.regime)
-        check_questions(file, key, params.ask, reading)
+        check_questions(file, key, params.ask, reading, cell.regime)
+        check_told(file, key, data, reading, cell.regime)
         paths |= reading.files.keys()
         parts, other_labels = reading.needs | reading.also_reads, bool(entry.variation.labels) or plan.anew(cell)
         code[cell.row] = mark_code(reading.methods, parts, cell.control, other_labels)
@@ -407,7 +408,7 @@ def read_entry(
     for encoder in encoders:
         check_texts(file, "encoders", params, method, settings, encoder)
     check_also(file, f"{key}.also", method, settings, variant.also)
-    check_links(file, key, params.links, settings)
+    check_links(file, key, params.links, reads_of(method, settings))
     if variant.labels:
         labels = read_block(file, f"{key}.labels", variant.labels, Labels)
         if "labels" not in reads_of(method, settings):

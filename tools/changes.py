@@ -90,8 +90,8 @@ def say_runs(changes: Changes, names: dict[str, str], whole: bool) -> list[list[
     table = [["run", "before", "after", "points", "now right", "now wrong"]]
     classes = [["run", "class", "before", "after", "points", "images"]]
     sides = []
-    for name, change in changes.runs.items():
-        before, after = change.accuracy
+    for change in changes.runs.values():
+        name, (before, after) = change.label, change.accuracy
         moved = [str(len(side)) for side in (change.now_right, change.now_wrong)]
         table.append([name, percent(before), percent(after), points(after - before), *moved])
         for class_id, (then, now, images) in sorted(

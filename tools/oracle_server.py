@@ -17,9 +17,9 @@ Of a cell (`describe.nodes`) it tells the marks whose part lies in it by half of
 cell, and nothing where there is none: what can be seen there, with the same errors. A name is told of no cell.
 
 A question that asks for "guesses", as prompts/guess.md does, gets classes of the list in it, and the marks as reasons.
-With oracle-20 the first guess is wrong in 20 of 100 drawings: it is the class that is most like the true one, which is
-then the second. The others follow by how many marks they share with it. Which drawings these are follows from the
-picture alone too.
+With oracle-20 the first guess is wrong in 20 of 100 drawings: it is a class that shares most marks with the true one.
+The others follow by how many marks they share with the first guess, whatever is true, so that they tell no more than it
+does. Which drawings these are follows from the picture alone too.
 
 Reads   data/index/images.parquet, attributes.parquet, parts.parquet and classes.parquet, the pictures,
         data/demo/answers, params: dataset, describe, ask.
@@ -153,13 +153,18 @@ def sentences_of(picture: Picture, wrong: float, names: str | None) -> list[str]
 def guesses_of(picture: Picture, wrong: float, known: Mapping[str, Mapping[str, str]]) -> list[str]:
     """The names in `known`, the marks of each class by its name, from the likeliest to the least likely."""
 
-    def likeness(name: str) -> tuple[int, float]:
-        shared = sum(picture.marks[attribute] == value for attribute, value in known[name].items())
-        return -shared, share_of(f"oracle {picture.image_id} {name}")
+    def nearest(first: str) -> list[str]:
+        """The other classes, those first that share most marks with it; between equals the picture draws."""
 
-    others = sorted((name for name in known if name != picture.name), key=likeness)
-    is_wrong = bool(others) and share_of(f"oracle {picture.image_id} class") < wrong
-    return [*others[:is_wrong], picture.name, *others[is_wrong:]]
+        def likeness(name: str) -> tuple[int, float]:
+            shared = sum(known[first][attribute] == value for attribute, value in known[name].items())
+            return -shared, share_of(f"oracle {picture.image_id} {first} {name}")
+
+        return sorted((name for name in known if name != first), key=likeness)
+
+    is_wrong = len(known) > 1 and share_of(f"oracle {picture.image_id} class") < wrong
+    first = nearest(picture.name)[0] if is_wrong else picture.name
+    return [first, *nearest(first)]
 
 
 def read_pictures(params: Params) -> dict[str, Picture]:

@@ -7,18 +7,18 @@ method, the parts of the cache, a control) is followed where the run loads it.
 
 import inspect
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fieldmark.command import UserError
-from fieldmark.params import Block
+from fieldmark.params import NONE, Ask, Block
 from fieldmark.sources import imports_of
 from training.controls import Control
 from training.data import INDEX, files_of, kind_of
-from training.data.asked import is_asked
+from training.data.asked import asked_names, made_by_of, texts_of
 from training.methods import also_reads_of, method_file, methods_of, reads_of
-from training.regimes import Regime, with_globals
+from training.regimes import Full, Noise, Partial, Regime, with_globals
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,12 +51,35 @@ def reading_of(
     return Reading(methods, encoder, reads, needs, tuple(also), also_reads, files)
 
 
-def check_questions(path: str, key: str, known: Collection[str], reading: Reading) -> None:
-    """Raise UserError where a run that stands under `key` reads what no question, a key of `ask`, is answered."""
-    for word in sorted(filter(is_asked, reading.reads | reading.also_reads)):
-        if word.partition("/")[2] not in known:
-            what = f"reads {word}, which is no name under ask ({', '.join(known) or 'none is there'})"
+def check_questions(path: str, key: str, known: Mapping[str, Ask], reading: Reading, regime: Regime) -> None:
+    """Raise UserError where a run that stands under `key` reads what no question, a key of `ask`, is answered.
+
+    Nor can it read, where its regime hides or splits images, what was written of an image and its neighbours: these are
+    of all training images, and their class decided who they are.
+    """
+    for name in asked_names(reading.reads | reading.also_reads):
+        if name not in known:
+            what = f"reads asked/{name}, which is no name under ask ({', '.join(known) or 'none is there'})"
             raise UserError(f"{path}: {key}.settings: {what}; add it there")
+        if known[name].links != NONE and not isinstance(regime, Full):
+            raise UserError(
+                f"{path}: {key}.settings: reads asked/{name}, texts written from those of neighbours of the same class,"
+                f" whom the regime {regime.label} may hide or judge; ask with a prompt that is given one text alone"
+                " (prompts/oversample.md), or compare under regime full"
+            )
+
+
+def check_told(path: str, key: str, data: Path, reading: Reading, regime: Regime) -> None:
+    """Raise UserError where a regime tells other classes than the true ones, and a text that is there knows these."""
+    if not isinstance(regime, Noise | Partial):
+        return
+    for name in asked_names(reading.reads | reading.also_reads):
+        file = data / texts_of(name)
+        if file.is_file() and made_by_of(file)["told"]:
+            raise UserError(
+                f"{path}: {key}.settings: reads asked/{name}, whose prompt was told the true class of training images,"
+                f" which the regime {regime.label} hides; take a question that is not, or another regime"
+            )
 
 
 def code_of(main: Path, methods: Collection[str], parts: Collection[str], control: Control) -> dict[str, str]:

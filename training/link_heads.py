@@ -33,7 +33,8 @@ class OverLinks(nn.Module):
 
     def forward(self, batch: Fields, x: Tensor) -> Tensor:
         if self.training:
-            around = self.memory.around(batch, len(self.network.layers), self.fanout, own=self.memory.one_view)
+            layers, grow = len(self.network.layers), not self.network.attends
+            around = self.memory.around(batch, layers, self.fanout, own=self.memory.one_view, grow=grow)
             reached = torch.cat([x, self.vectors[around.rows]]) if len(around.rows) else x
             return self.network(self.enter(in_precision(reached)), around.hops())
         heard, x = Heard(self.memory, batch), self.enter(in_precision(x))
@@ -59,3 +60,7 @@ class OverLinks(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.found = []
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self.found = []
+        super()._load_from_state_dict(*given)

@@ -23,8 +23,7 @@ from fieldmark.command import UserError
 from fieldmark.params import Block, Count
 from training.data import Cache
 from training.data.cache import Fields
-from training.data.features import inherited_name
-from training.data.links import WORD, Incoming, Links
+from training.data.links import WORD, Incoming, Links, names_in
 from training.layers.gather import spans
 from training.layers.hops import Hop, starts
 from training.layers.logistic import as_probabilities
@@ -54,15 +53,13 @@ def is_transductive(settings: Block) -> bool:
     return isinstance(settings, LinkSettings) and settings.sources == "all"
 
 
-def check_links(path: str, key: str, links: Collection[str], settings: Block) -> None:
-    """Raise UserError where the settings that stand under `key` name links that params.yaml does not make."""
-    found = [("links", settings.links)] if isinstance(settings, LinkSettings) else []
-    found += [("features", name) for name in map(inherited_name, getattr(settings, "features", [])) if name is not None]
-    for knob, name in found:
+def check_links(path: str, key: str, links: Collection[str], reads: Collection[str]) -> None:
+    """Raise UserError where a run that stands under `key` reads links that params.yaml does not make."""
+    for name in names_in(reads):
         if name not in links:
             known = f"choose one of: {', '.join(links)}, or add it" if links else "add it"
             what = f"reads links/{name}, and `links` of params.yaml has no {name}"
-            raise UserError(f"{path}: {key}.settings.{knob}: {what}; {known} (docs/own-data.md#links-between-images)")
+            raise UserError(f"{path}: {key}.settings: {what}; {known} (docs/own-data.md#links-between-images)")
 
 
 def named(name: str, transductive: bool) -> str:
@@ -161,12 +158,15 @@ class Memory(nn.Module):
         inside = len(self.key) > 0 and bool((self.key[row] == batch.key).all())
         return row if inside else None
 
-    def around(self, batch: Fields, hops: int, fanout: int | None = None, own: bool = False) -> Around:
+    def around(
+        self, batch: Fields, hops: int, fanout: int | None = None, own: bool = False, grow: bool = True
+    ) -> Around:
         """All that reaches the images of a batch in `hops` >= 1 steps.
 
-        Of the links into each node at most `fanout` are drawn anew, where it is given; the weights of these grow, so
-        that the sum over them is right in the mean. `own`: where all images of the batch are of the memory, they send
-        as they stand in the batch and are not found a second time; their vectors have to be those of the memory.
+        Of the links into each node at most `fanout` are drawn anew, where it is given; unless `grow` is false, the
+        weights of these grow, so that the sum over them is right in the mean. `own`: where all images of the batch are
+        of the memory, they send as they stand in the batch and are not found a second time; their vectors have to be
+        those of the memory.
         """
         size = len(batch.key)
         node = torch.full_like(self.key, -1)  # of each row of the memory
@@ -182,7 +182,7 @@ class Memory(nn.Module):
         nodes, edges = [size], [0]
         for hop in range(hops):
             if fanout is not None:
-                source, receiver, weight = sample(source, receiver, weight, fanout, nodes[-1])
+                source, receiver, weight = sample(source, receiver, weight, fanout, nodes[-1], grow)
             new = torch.unique(source[node[source] < 0])
             node[new] = torch.arange(nodes[-1], nodes[-1] + len(new), device=new.device)
             rows.append(new)
@@ -245,11 +245,11 @@ def ranks(owner: Tensor, count: int) -> Tensor:
 
 
 def sample(
-    source: Tensor, receiver: Tensor, weight: Tensor, fanout: int, nodes: int
+    source: Tensor, receiver: Tensor, weight: Tensor, fanout: int, nodes: int, grow: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """At most `fanout` of the edges into each of `nodes` receivers, drawn without putting back, in their order.
 
-    Of k edges each weighs k / fanout of what it did.
+    Of k edges each weighs k / fanout of what it did, or as much as before, where none is to `grow`.
     """
     count = torch.bincount(receiver, minlength=nodes)
     if not len(receiver) or int(count.max()) <= fanout:
@@ -258,8 +258,9 @@ def sample(
     order = (receiver + drawn).argsort()
     kept = torch.empty_like(receiver, dtype=torch.bool)
     kept[order] = ranks(receiver, nodes) < fanout  # receivers stand together, so that their order is that of `order`
-    grown = (count / fanout).clamp(min=1).to(weight.dtype)[receiver]
-    return source[kept], receiver[kept], (weight * grown)[kept]
+    if grow:
+        weight = weight * (count / fanout).clamp(min=1).to(weight.dtype)[receiver]
+    return source[kept], receiver[kept], weight[kept]
 
 
 def say_who_hears_few(edges: Incoming, memory: Memory) -> None:

@@ -6,11 +6,12 @@ Vectors are those of `features`, and neighbours are nearest in them, in view 0; 
 class gets as many as it lacks to `balance` times the largest: its images take turns, in an order that is drawn, so that
 none is used twice before each is used once. A class of one image has no neighbour: x = x_i + jitter s e, e ~ N(0, 1) in
 each dimension and s the standard deviation within classes [design]. All that is drawn follows from the seed and the
-image's path. Only training images are looked at, and nothing is made for a class that has none.
+image's path. Only vectors of training images are looked at, and nothing is made for a class that has none.
 
 With `texts` the vector of `descriptions` in x is not interpolated (LA-TAG [web]): it is that of a text which a language
 model wrote of image i for the purpose (`ask` with prompts/oversample.md, mixup.md or combine.md), beside interpolated
-vectors of what the image shows. The texts of an image take turns too; an image without one begins nothing.
+vectors of what the image shows. The texts of an image take turns too; an image without one begins nothing. Texts of
+mixup.md and combine.md come from neighbours too: they are read where no image is hidden (training/inputs.py).
 """
 
 import hashlib
@@ -22,12 +23,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fieldmark.command import UserError
 from fieldmark.params import Count
 from training.data import Cache
 from training.data.asked import asked_word, is_asked, texts_said
 from training.layers.features import Features, FeatureSettings, feature_reads, view_of
 from training.layers.logistic import Positive, as_probabilities
+from training.methods import NotPossible
 
 BLOCK = 2**24  # distances found at a time
 CHUNK = 2048  # images whose texts are read at a time
@@ -78,8 +79,8 @@ def draw(
 ) -> Draw:
     """What to interpolate: vectors (n, F) of training images, their class label (n,), a path each.
 
-    usable (n,) bool: the images that may be i. Raises UserError where a class, one of `names`, lacks images and has
-    none of these.
+    usable (n,) bool: the images that may be i. Raises NotPossible where a class, one of `names`, lacks images and
+    has none of these.
     """
     count = torch.bincount(label.cpu())
     wanted = max(1, round(settings.balance * int(count.max())))
@@ -94,9 +95,9 @@ def draw(
         if not count[class_label] or not lacking:
             continue
         if not len(members):
-            raise UserError(
-                f"no training image of class {names[class_label]} has a text that was written for it; ask again (make"
-                " retry), or set texts: null"
+            raise NotPossible(
+                f"of class {names[class_label]} no training image has a text that was written for it; ask with"
+                " prompts/oversample.md, which needs no second image of a class, or set texts: null"
             )
         place = torch.arange(lacking)
         base.append(members[place % len(members)])

@@ -44,13 +44,13 @@ from fieldmark.store import fingerprint, write_atomic, write_text
 from training.controls import Control, Request, apply_control, read_control
 from training.data import SPLITS, Cache, check_origins, read_cache
 from training.hashes import hash_file
-from training.inputs import Reading, check_questions, reading_of
+from training.inputs import Reading, check_questions, check_told, reading_of
 from training.knobs import say_knobs
 from training.layers.states import state_of
 from training.links import TRANSDUCTIVE, check_links, is_transductive, named
 from training.looks import check_looks, plan_look
 from training.loop import choose_device, predict, set_up_torch
-from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings
+from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings, reads_of
 from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
 from training.regimes import Folds, Regime, hide_test, read_regime
 from training.runs import SCHEMA, history_csv, write_json, write_predictions
@@ -90,14 +90,14 @@ def plan_run(path: str, params: Params, name: str) -> PlannedRun:
     settings = read_settings(path, key, given.method, given.settings)
     check_texts(path, f"{key}.encoder", params, given.method, settings, given.encoder)
     check_also(path, f"{key}.also", given.method, settings, given.also)
-    check_links(path, key, params.links, settings)
+    check_links(path, key, params.links, reads_of(given.method, settings))
     regime = read_regime(path, "train.regime", params.train.regime)
     if isinstance(regime, Folds):
         raise UserError(f"{path}: train.regime: folds are of a study, not of one run; put them in studies/NAME.yaml")
     control = read_control(path, "train.control", params.train.control)
     reading = reading_of(given.method, settings, given.encoder, given.also, control, regime)
     check_looks(path, key, params.train.first_looks, reading, regime)
-    check_questions(path, key, params.ask, reading)
+    check_questions(path, key, params.ask, reading, regime)
     return PlannedRun(name, given.method, settings, regime, control, reading)
 
 
@@ -154,6 +154,7 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     seeds = list(range(params.train.seed, params.train.seed + params.train.seeds))
     reading, device = planned.reading, choose_device(path, params.train.device)
     set_up_torch()
+    check_told(path, f"train.runs.{name}", data, reading, planned.regime)
     needed = read_controlled(data, reading, buckets, planned.control, params.train.seed)
     fingerprints = check_origins(data, reading.encoder, buckets, reading.needs, reading.also, reading.also_reads)
     loaded = perf_counter()

@@ -1,6 +1,7 @@
 """What an edit did, on tables of a few rows: by hand, and against loops on drawn ones."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evaluation.words import percent, points
 from fieldmark.store import read_table
 from tests.evaluation.reported import rewrite, write_answers, write_run
 from tests.training.cache import ENCODER
+from tools.changes import say
 
 NOTHING = State(names={}, images=[], labels=[], seeds={}, right={}, concepts={}, costs={})
 
@@ -98,6 +100,27 @@ def test_only_images_and_runs_of_both_are_compared() -> None:
     # Nothing in common: another data set.
     assert compare(replace(before, images=["7", "8", "9"]), after).runs == {}
     json.dumps(asdict(found), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "label"),
+    [
+        ([], [], "run"),
+        (["run"], ["run"], "run (transductive)"),
+        ([], ["run"], "run (transductive now)"),
+        (["run"], [], "run (transductive before)"),
+    ],
+)
+def test_what_is_transductive_is_said_beside_what_changed(then: list[str], now: list[str], label: str) -> None:
+    state = replace(NOTHING, images=["1", "2"], labels=["a", "a"], seeds={"run": 1})
+    before = replace(state, right={"run": [0, 1]}, transductive=then)
+    found = compare(before, replace(state, right={"run": [1, 1]}, transductive=now))
+    text = say(found, {}, whole=True)
+    assert re.search(rf"^ *{re.escape(label)}  +50\.0", text, re.M)
+    template = environment(FOLDER, {"percent": percent, "points": points}).get_template("changes.html.jinja")
+    html = template.render(changes=found, changed_names={"a": "A"}, generic="*")
+    assert f"<summary>{label}: 1 class changed" in html
+    assert parse(dump(before)) == before
 
 
 def test_the_page_names_the_first_images_and_counts_the_rest() -> None:

@@ -119,6 +119,9 @@ def test_what_is_transductive_is_said_beside_its_numbers(project: Path) -> None:
     assert "left out: links_removed changes nothing that is computed by linear_probe: the plain run" in text
     rows = list(csv.DictReader((plan.folder / "tables.csv").open()))
     assert {row["method"] for row in rows if row["transductive"] == "yes"} == {"spread_all"}
+    for cell in grid:
+        metrics = json.loads((plan.folder / cell.run / "metrics.json").read_text())
+        assert metrics.get("transductive", False) == (cell.method == "spread_all")
     # Nobody sends: every image is told how frequent classes are.
     [none] = [row for row in rows if (row["method"], row["control"]) == ("label_propagation", "links_removed")]
     assert float(none["accuracy mean"]) == pytest.approx(1 / 6)

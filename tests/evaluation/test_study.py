@@ -923,6 +923,36 @@ def test_a_second_look_is_compared_under_the_regime_full_alone(project: Path, re
         planned(project, {"train": train}, regimes=["full", regime], **again)
 
 
+@pytest.mark.parametrize(
+    ("links", "told", "regime", "why"),
+    [
+        ("data/none", False, {"kind": "noise", "wrong": "symmetric", "share": 0.2}, None),
+        ("data/none", True, "folds", None),
+        ("data/links/near.parquet", True, "folds", r"texts written from those of neighbours .*oversample\.md"),
+        ("data/none", True, {"kind": "noise", "wrong": "symmetric", "share": 0.2}, "whose prompt was told the true"),
+    ],
+)
+def test_texts_that_know_what_a_regime_hides_are_read_under_no_such_regime(
+    project: Path, links: str, told: bool, regime: Any, why: str | None
+) -> None:
+    answered = project / "data/asked"
+    made = answered.resolve()
+    answered.unlink()  # a link to what other tests read
+    shutil.copytree(made, answered)
+    path = answered / "guess/texts.parquet"
+    params = read_header(path, "asked/1").params | {"told": told}
+    write_table(read_table(path, "asked/1"), path, "asked/1", params, "again")
+    ask = {"ask": {"guess": {"prompt": "prompts/oversample.md", "links": links}}}
+    said = {"method": "ridge", "settings": {"features": ["asked/guess/reasons"]}}
+    rows: dict[str, Any] = {"methods": ["linear_probe"], "controls": ["none"], "variants": {"said": said}}
+    if why is None:
+        planned(project, ask, regimes=["full", regime], **rows)
+        return
+    planned(project, ask, regimes=["full"], **rows)
+    with pytest.raises(UserError, match=rf"^studies/small\.yaml: variants\.said\.settings: reads asked/guess, {why}"):
+        planned(project, ask, regimes=["full", regime], **rows)
+
+
 def test_a_study_reads_what_its_methods_declare_and_no_more(project: Path) -> None:
     for name in ("labels", "descriptions"):
         (project / "data" / name).unlink()

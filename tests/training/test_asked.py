@@ -11,15 +11,26 @@ import torch
 from torch.nn import functional as F
 
 from fieldmark.command import UserError
+from fieldmark.params import NONE, Ask
 from fieldmark.store import make_table, read_table, write_table
 from tests.training.cache import ENCODER, Plan, write_cache
 from training.controls import Control
 from training.data import feature_blocks, read_cache, words_behind
 from training.data.asked import MOST, Asked, classes_guessed, say, texts_said
-from training.inputs import check_questions, reading_of
+from training.inputs import Reading, check_questions, check_told, reading_of
 from training.methods import load_method
 from training.offset import WithProbe
-from training.regimes import Full, hide_test, restrict_classes
+from training.regimes import (
+    Folds,
+    Full,
+    LongTail,
+    Noise,
+    Partial,
+    Regime,
+    Shots,
+    hide_test,
+    restrict_classes,
+)
 
 PLAN = Plan(classes=4, train=4, val=2, test=2, dimension=8, views=2, told=True)
 READS = frozenset({"globals", "asked/guess"})
@@ -177,12 +188,42 @@ def test_a_fit_sees_nothing_that_knows_the_class_of_images_that_are_judged(folde
         assert seen.of(name)[hidden].any() != told
 
 
-def test_a_run_that_reads_what_nobody_asks_is_one_line() -> None:
+@pytest.fixture
+def reading() -> Reading:
     settings = load_method("linear_probe").Settings(features=["global", "asked/guess/reasons"])
-    reading = reading_of("linear_probe", settings, ENCODER, (), Control(), Full())
-    check_questions("params.yaml", "train.runs.one", ["guess"], reading)
+    return reading_of("linear_probe", settings, ENCODER, (), Control(), Full())
+
+
+ONE = Ask(prompt="prompts/guess.md", links=NONE)
+
+
+def test_a_run_that_reads_what_nobody_asks_is_one_line(reading: Reading) -> None:
+    check_questions("params.yaml", "train.runs.one", {"guess": ONE}, reading, Folds())
     with pytest.raises(UserError, match=r"^params\.yaml: train\.runs\.one\.settings: reads asked/guess, which is no"):
-        check_questions("params.yaml", "train.runs.one", ["other"], reading)
+        check_questions("params.yaml", "train.runs.one", {"other": ONE}, reading, Full())
+
+
+NOISE = Noise(wrong="symmetric", share=0.2)
+
+
+@pytest.mark.parametrize("regime", [Folds(), Shots(shots=1), LongTail(exponent=1.0), NOISE])
+def test_texts_of_neighbours_are_read_where_no_image_is_hidden(reading: Reading, regime: Regime) -> None:
+    of_two = {"guess": Ask(prompt="prompts/mixup.md", links="data/links/near.parquet")}
+    check_questions("params.yaml", "train.runs.one", of_two, reading, Full())
+    with pytest.raises(UserError, match=rf"one\.settings: reads asked/guess, texts .* {regime.label} .*oversample\.md"):
+        check_questions("params.yaml", "train.runs.one", of_two, reading, regime)
+
+
+def test_a_text_that_knows_the_class_is_not_read_where_training_is_told_another(folder: Path, reading: Reading) -> None:
+    partial = Partial(wrong="random", q=0.1)
+    for regime in (Full(), Shots(shots=1), NOISE, partial):
+        check_told("params.yaml", "train.runs.one", folder, reading, regime)
+    rewrite(folder, lambda rows: rows, told=True)
+    for allowed in (Full(), Shots(shots=1)):
+        check_told("params.yaml", "train.runs.one", folder, reading, allowed)
+    for refused in (NOISE, partial):
+        with pytest.raises(UserError, match=rf"one\.settings: reads asked/guess, .* {refused.label} hides; take"):
+            check_told("params.yaml", "train.runs.one", folder, reading, refused)
 
 
 def test_the_mean_of_a_field_is_a_feature_of_probes(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.training.cache import Plan
 from training.data import Cache
 from training.layers.convolutions import Conv, LinkNetwork
 from training.link_heads import OverLinks
-from training.links import LinkSettings, Memory, senders
+from training.links import Around, LinkSettings, Memory, senders
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -91,6 +92,34 @@ def test_what_is_remembered_is_found_anew_when_weights_change(cache: Cache) -> N
     after = said(model, cache, images, training=False)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, said(model, cache, images, training=True), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_remembered_is_found_anew_when_weights_are_loaded(cache: Cache) -> None:
+    model, other, images = over_links(cache, "sage"), over_links(cache, "sage"), cache.images("test")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    before, wanted = (said(each, cache, images, training=False) for each in (model, other))
+    assert not torch.equal(before, wanted)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.eval()(cache.batch(images), cache.globals(images)), wanted)
+
+
+def test_attention_reads_the_weights_that_links_have_where_they_are_drawn(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, whole = cache.images("train"), Memory.around
+    laid_out: list[Around] = []
+
+    def around(*given: Any, **knobs: Any) -> Around:
+        laid_out.append(whole(*given, **knobs))
+        return laid_out[-1]
+
+    monkeypatch.setattr(Memory, "around", around)
+    for conv in CONVOLUTIONS:
+        said(over_links(cache, conv, fanout=1), cache, train, training=True)
+    most = Memory.of(cache, LinkSettings()).weight.max()
+    assert [bool((each.weight <= most).all()) for each in laid_out] == [conv == "gat" for conv in CONVOLUTIONS]
 
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fieldmark.command import UserError
 from tests.training.cache import Plan
 from training.data import Cache
 from training.data.asked import texts_said
 from training.layers.features import Features, FeatureSettings
+from training.methods import NotPossible
 from training.regimes import LongTail, hide_test
 from training.synthesis import (
     SynthesisSettings,
@@ -164,7 +164,8 @@ def test_what_was_written_of_an_image_stands_for_the_description_of_what_begins_
 
 def test_a_class_of_which_nothing_was_written_is_named(rows: tuple[Tensor, Tensor, list[str]]) -> None:
     vectors, label, paths = rows
-    with pytest.raises(UserError, match=r"no training image of class c has a text that was written for it; ask again"):
+    said = r"^of class c no training image has a text .*; ask with prompts/oversample\.md"
+    with pytest.raises(NotPossible, match=said):
         draw(vectors, label, paths, SETTINGS, 0, label != 2, ["a", "b", "c", "d", "e", "f"])
 
 

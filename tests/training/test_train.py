@@ -19,6 +19,7 @@ from evaluation.runs import Run, read_run
 from fieldmark import command as command_line
 from fieldmark.command import UserError
 from fieldmark.params import load_params
+from fieldmark.store import read_header, read_table, write_table
 from tests.training.cache import Plan, write_cache, write_other
 from training.data import arrays
 from training.methods import concept_graph
@@ -131,6 +132,18 @@ def test_a_run_holds_what_its_readers_need(params: Path, tmp_path: Path) -> None
     assert not any(str(tmp_path) in (folder / name).read_text(errors="ignore") for name in WRITTEN)
 
 
+def test_a_run_reads_no_text_that_knows_the_class_where_it_is_told_another(params: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "data", Plan())
+    path = tmp_path / "data/asked/guess/texts.parquet"
+    table, made_by = read_table(path, "asked/1"), read_header(path, "asked/1").params
+    write_table(table, path, "asked/1", made_by | {"told": True}, "again")
+    run = "    said: {method: linear_probe, encoder: tiny, settings: {features: [asked/guess/reasons]}}\n"
+    ask = "ask: {guess: {prompt: prompts/oversample.md, links: data/none}}\n"
+    params.write_text(ask + PARAMS + run + "  regime: {kind: noise, wrong: symmetric, share: 0.2}\n")
+    with pytest.raises(UserError, match=r"train\.runs\.said\.settings: reads asked/guess, whose prompt was told the"):
+        train(load_params(params), str(params), "said", tmp_path / "data")
+
+
 def test_a_transductive_run_says_so_where_its_numbers_stand(
     params: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +152,7 @@ def test_a_transductive_run_says_so_where_its_numbers_stand(
     links = "links: {near: {kind: group, vectors: data/none, texts: data/none}}\n"
     both = runs + runs.replace("heard", "spread").replace("}", ", settings: {sources: all}}")
     params.write_text(PARAMS + both)
-    said = r"runs\.heard\.settings\.links: reads links/near, and `links` of params\.yaml has no near; add it \(docs/"
+    said = r"runs\.heard\.settings: reads links/near, and `links` of params\.yaml has no near; add it \(docs/"
     with pytest.raises(UserError, match=said):
         plan_run(str(params), load_params(params), "heard")
     params.write_text(links + PARAMS + both)

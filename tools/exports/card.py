@@ -25,6 +25,7 @@ from fieldmark import store
 from fieldmark.params import Encoder, Params, Tower
 from tools.exports.index import Index, Row, check_file
 from tools.exports.markdown import render
+from training.links import named
 from training.metrics import (
     Bools,
     Floats,
@@ -132,6 +133,7 @@ def text_rows(data: Path, config: Row) -> list[Row]:
     tables = {
         "concepts": any(name.startswith(("bank/", "labels/")) for name in read),
         "descriptions": any(name.startswith("descriptions/") for name in read),
+        **{f"asked/{name.split('/')[1]}": True for name in sorted(read) if name.startswith("asked/")},
     }
     found = []
     for table in (name for name, wanted in tables.items() if wanted):
@@ -152,7 +154,7 @@ def text_rows(data: Path, config: Row) -> list[Row]:
 
 
 def front_matter(name: str, encoder: Row, params: Params, figures: Mapping[str, Figures]) -> Row:
-    """What the hub reads. It states no licence: whoever publishes knows which."""
+    """What the hub reads; `name` as it stands beside numbers. It states no licence: whoever publishes knows which."""
     notes = {"val": "the half of val that chose nothing", "test": "a single, uncorrected reading"}
     subject: Row = {"type": store.class_id_of(params.domain.group), "name": params.domain.group}
     results: list[Row] = [
@@ -207,8 +209,9 @@ def make_card(data: Path, params: Params, index: Index, run: Run, config: Row) -
     ]
     return render(
         "card.jinja",
-        front_matter(run.name, encoders[0], params, figures),
+        front_matter(named(run.name, run.transductive), encoders[0], params, figures),
         run=run,
+        title=named(run.name, run.transductive),
         config=config,
         domain=params.domain,
         encoders=encoders,

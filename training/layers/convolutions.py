@@ -99,6 +99,7 @@ class LinkNetwork(nn.Module):
 
     def __init__(self, conv: Conv, layers: int, width: int, heads: int, dropout: float, norm: Norm = "layer") -> None:
         super().__init__()
+        self.attends = conv == "gat"  # weights of links are inputs, and shares of no sum
         self.layers = nn.ModuleList(make_convolution(conv, width, width, heads) for _ in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) if norm == "layer" else nn.Identity() for _ in range(layers))
         self.dropout = Dropout(dropout)

@@ -61,10 +61,16 @@ def draw_strangers(linked: Tensor, nodes: int, count: int, generator: torch.Gene
     return pair[:, (linked[place] != code) & (pair[0] != pair[1])]
 
 
+def pair_of(edges: Tensor, nodes: int) -> Tensor:
+    """(E,): a number for the two ends of each edge (2, E), whichever way it goes."""
+    return edges.amin(0) * nodes + edges.amax(0)
+
+
 def fit_links(x: Tensor, sender: Tensor, receiver: Tensor, width: int, seed: int) -> tuple[LinkPredictor, float]:
     """Learn the links sender (E,) -> receiver (E,), E > 0, among nodes x (n, F); beside it the AUC on links held out.
 
-    All is drawn on the CPU, by the seed. The AUC is nan where there are too few links to hold any out.
+    All is drawn on the CPU, by the seed. Where a link is held out, the one the other way is not learnt from either. The
+    AUC is nan where there are too few links to hold any out.
     """
     generator, home = torch.Generator().manual_seed(seed), x.device
     torch.manual_seed(seed)
@@ -74,6 +80,7 @@ def fit_links(x: Tensor, sender: Tensor, receiver: Tensor, width: int, seed: int
     order = torch.randperm(len(sender), generator=generator)
     edges = torch.stack([sender, receiver])[:, order]
     held, edges = edges.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))], dim=1)
+    edges = edges[:, ~torch.isin(pair_of(edges, len(x)), pair_of(held, len(x)))]
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
     for _ in range(EPOCHS):
         strangers = draw_strangers(linked, len(x), edges.shape[1], generator)

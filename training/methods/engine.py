@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache, feature_blocks, feature_words, words_behind
+from training.data.features import inherited_name
 from training.layers.blocks import Dropout, Standardise, silent
 from training.layers.convolutions import Conv, make_convolution
 from training.layers.features import parts_of
@@ -49,7 +50,9 @@ CLS = re.compile(r"cls(/\d+|/rollout)?")
 
 
 def require_state(name: str) -> str:
-    """Raises ValueError for what is no state of an image."""
+    """Raises ValueError for what is no state of a layer for an image."""
+    if inherited_name(name) is not None:
+        raise ValueError(f"{name} is handed on by training images, and no state of a layer; name what a layer holds")
     if not CLS.fullmatch(name):
         try:
             words_behind(name)
@@ -242,6 +245,10 @@ class Engine(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.found = []
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self.found = []
+        super()._load_from_state_dict(*given)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

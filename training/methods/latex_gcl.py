@@ -145,15 +145,22 @@ def last_input(f: Tensor, x: Tensor, beside: bool) -> Tensor:
     return torch.cat([f * math.sqrt(size / f.shape[1]), x * math.sqrt(size / x.shape[1])], dim=1)
 
 
-def thin(around: Around, share: float) -> Around:
-    """Without this share of the links, drawn anew; the others weigh more, so that sums are right in the mean."""
+def thin(around: Around, share: float, grow: bool = True) -> Around:
+    """Without this share of the links, drawn anew; if set, the others `grow`, so that sums are right in the mean."""
     kept = torch.rand(len(around.weight), device=around.weight.device) >= share
     before = F.pad(kept.cumsum(0), (1, 0)).tolist()
     return around._replace(
         edges_in=around.edges_in[:, kept],
-        weight=around.weight[kept] / max(1 - share, 1e-12),
+        weight=around.weight[kept] / (max(1 - share, 1e-12) if grow else 1),
         edges=[before[count] for count in around.edges],
     )
+
+
+def told_of(target: Tensor, trains: Tensor, classes: int) -> Tensor:
+    """(B, C): what training is told of the images (B,) that train; 0 for others, whose target is none where hidden."""
+    told = torch.zeros(len(target), classes, device=target.device)
+    told[trains] = as_probabilities(target[trains], classes)
+    return told
 
 
 def may_be_alike(told: Tensor) -> Tensor:
@@ -206,7 +213,8 @@ class Sides:
             return f, f, every
         if self.settings.augment == "features":
             masks = torch.rand(2, whole.shape[1], device=x.device) >= self.settings.mask
-            one, two = (encoder.along(whole * mask, thin(around, self.settings.drop)) for mask in masks)
+            grow = not encoder.over_links.network.attends
+            one, two = (encoder.along(whole * mask, thin(around, self.settings.drop, grow)) for mask in masks)
             return one, two, every
         words = self.words[drawn]
         said, has = words.say(batch)
@@ -231,7 +239,7 @@ def learn(cache: Cache, sides: Sides, lr: float, seed: int) -> tuple[Encoder, fl
         for images, views, drawn in steps(cache, settings, generator):
             batch = cache.batch(images, views)
             one, two, places = sides.of(batch, encoder, drawn)
-            told = as_probabilities(batch.target, len(cache.classes)) * trains[images, None].to(device)
+            told = told_of(batch.target, trains[images].to(device), len(cache.classes))
             alike = may_be_alike(told[places]) if settings.same_class else None
             loss = contrast_views(project(one), project(two), settings.temperature, alike)
             optimiser.zero_grad()

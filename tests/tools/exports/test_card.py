@@ -1,6 +1,8 @@
 """A model card as huggingface_hub reads it; each figure on it, computed again from predictions.parquet."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,28 @@ def test_it_says_what_the_run_stands_on(card: str) -> None:
     assert r"Wrasse \| \<b\>" in card
     assert "<b>" not in card.replace(r"\<b\>", "")
     assert "The data set names no groups" in card
+
+
+def test_it_says_that_a_run_is_transductive_and_who_answered_its_questions(
+    exported_from: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(exported_from, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    Path("data/asked/why").mkdir(parents=True)
+    shutil.copy("data/concepts/answers.parquet", "data/asked/why")
+    file = Path("data/runs/zero_shot/config.json")
+    config = json.loads(file.read_text()) | {"transductive": True}
+    config["fingerprints"] = {"asked/why/texts.parquet": "0", "asked/why/vectors/conv.parquet": "0"}
+    file.write_text(json.dumps(config))
+    export("card", tmp_path / "README.md", "--run", "zero_shot")
+    card = (tmp_path / "README.md").read_text()
+    assert re.search(r"^# zero.?_shot \(transductive\): 3 classes", card, re.MULTILINE)
+    assert "- **Transductive**: images that are judged send to each other" in card
+    assert ModelCard(card).data.model_name == "zero_shot (transductive)"
+    assert re.findall(r"^\| (asked/why|concepts|texts) \| (.*?) \(", card, re.MULTILINE) == [
+        ("asked/why", "1 answers, imported or written by people"),
+        ("asked/why", "1 answers, by some-model-2024"),
+    ]
 
 
 def test_texts_of_others_are_no_markup() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from training.layers.features import Features, FeatureSettings, parts_of
 from training.layers.inherited import NEIGHBOURS, Inherited
 from training.layers.states import state_of
 from training.links import check_links
-from training.methods import also_reads_of, linear_probe, reads_of, ridge
+from training.methods import also_reads_of, linear_probe, load_method, reads_of, ridge
 from training.regimes import hide_test
 
 Planted = Callable[[Plan], Cache]
@@ -167,7 +168,20 @@ def test_a_planted_description_is_worth_as_much_by_links_that_carry_the_class(pl
 
 
 def test_links_that_params_do_not_make_are_named() -> None:
-    settings = ridge.Settings(features=["global", NEAR])
-    check_links("params.yaml", "train.runs.a", ["near"], settings)
-    with pytest.raises(UserError, match=r"^params\.yaml: train\.runs\.a\.settings\.features: reads links/near, and"):
-        check_links("params.yaml", "train.runs.a", ["far"], settings)
+    beside = {"method": "ridge", "settings": {"features": ["global", NEAR]}}
+    knobs: dict[str, dict[str, Any]] = {
+        "ridge": {"features": ["global", NEAR]},
+        "correct_smooth": {"links": "far", "with_probe": beside},
+        "tape": {"features": None, "explanation": [NEAR], "conv": None},
+        "label_propagation": {},
+    }
+    for method, given in knobs.items():
+        reads = reads_of(method, load_method(method).Settings(**given))
+        check_links("params.yaml", "train.runs.a", ["near", "far"], reads)
+        with pytest.raises(UserError, match=r"^params\.yaml: train\.runs\.a\.settings: reads links/near, and"):
+            check_links("params.yaml", "train.runs.a", ["far"], reads)
+
+
+def test_a_network_that_reads_no_link_needs_none() -> None:
+    settings: Any = load_method("tape").Settings(features=None, conv=None)
+    check_links("params.yaml", "train.runs.a", [], reads_of("tape", settings))

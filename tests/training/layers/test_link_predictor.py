@@ -5,6 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from training.layers import link_predictor
 from training.layers.link_predictor import LinkPredictor, draw_strangers, fit_links, held_out_auc
 
 
@@ -63,6 +64,31 @@ def test_a_node_is_joined_to_the_likeliest_that_are_likelier_than_not() -> None:
             torch.testing.assert_close(value[node == row], score[row, wanted])
         assert torch.equal(node, node.sort().values)
     assert len(model.nearest(new, nodes, None)[0]) < 7 * 30  # some pairs are less likely
+
+
+def test_a_link_that_is_held_out_is_learnt_in_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links both ways among vectors that say nothing: none can be told from a pair that is none."""
+    generator = torch.Generator().manual_seed(0)
+    x, one = torch.randn(40, 16, generator=generator), torch.randint(40, (2, 150), generator=generator)
+    one = one[:, one[0] != one[1]].unique(dim=1)
+    sender, receiver = torch.cat([one, one.flip(0)], dim=1).unique(dim=1)
+    learnt, judged, seen = set[frozenset[int]](), list[Tensor](), LinkPredictor.forward
+
+    def forward(model: LinkPredictor, to: Tensor, of: Tensor) -> Tensor:
+        places = [torch.cdist(each, x).argmin(1).tolist() for each in (of, to)]
+        learnt.update(map(frozenset, zip(*places, strict=True)))
+        return seen(model, to, of)
+
+    def auc(model: LinkPredictor, x: Tensor, held: Tensor, strangers: Tensor) -> float:
+        judged.append(held)
+        return 0.5
+
+    monkeypatch.setattr(LinkPredictor, "forward", forward)
+    monkeypatch.setattr(link_predictor, "held_out_auc", auc)
+    fit_links(x, sender, receiver, 16, seed=0)
+    held = set(map(frozenset, judged[0].T.tolist()))
+    assert held
+    assert not held & learnt
 
 
 def test_strangers_are_no_links() -> None:

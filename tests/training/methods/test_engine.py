@@ -251,7 +251,25 @@ def test_links_that_carry_the_class_help_and_others_do_not(planted: Planted) -> 
     assert mixed < probe + 0.05
 
 
-@pytest.mark.parametrize("given", [{"states": ["no such/layer"]}, {"hidden": 33}, {"conv": "gat", "hidden": 12}])
-def test_settings_that_do_not_fit_are_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"cls/LAYER|half as wide|do not divide"):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"states": ["no such/layer"]}, "cls/LAYER"),
+        ({"states": ["global", "inherited/near"]}, "inherited/near is handed on by .*, and no state of a layer"),
+        ({"hidden": 33}, "half as wide"),
+        ({"conv": "gat", "hidden": 12}, "do not divide"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
         Settings(**given)
+
+
+def test_what_was_found_is_found_anew_when_weights_are_loaded(cache: Cache) -> None:
+    model, other = fitted(cache), fitted(cache)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    assert not torch.equal(said(model, cache), said(other, cache))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(said(model, cache), said(other, cache))

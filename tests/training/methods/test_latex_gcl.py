@@ -16,9 +16,10 @@ from tests.training.methods.test_universal import change, quick, quick_settings
 from training.data import Cache
 from training.data.asked import Asked
 from training.data.descriptions import Descriptions
+from training.data.links import Links
 from training.layers.features import Features
 from training.layers.states import state_of
-from training.links import Memory, senders
+from training.links import Around, Memory, senders
 from training.loop import assess_split
 from training.methods import NotPossible, latex_gcl, reads_of
 from training.methods.latex_gcl import Encoder, Settings, Sides, last_input, may_be_alike, steps, thin
@@ -111,8 +112,27 @@ def test_links_are_left_out_and_the_others_weigh_more(cache: Cache) -> None:
     assert less.edges == [sum(place < count for place in kept) for count in around.edges]
     torch.testing.assert_close(less.weight, around.weight[kept] / 0.6)
     assert (less.nodes, less.degree) == (around.nodes, around.degree)
+    torch.manual_seed(0)
+    assert torch.equal(thin(around, 0.4, grow=False).weight, around.weight[kept])
     none = thin(around, 1.0)
     assert none.edges == [0, 0]
+
+
+@torch.no_grad()
+def test_attention_reads_the_weights_that_links_have(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, Tensor]] = []
+    batch, seen = cache.batch(cache.images("train")), Encoder.along
+
+    def along(encoder: Encoder, x: Tensor, around: Around) -> Tensor:
+        given.append((conv, around.weight))
+        return seen(encoder, x, around)
+
+    monkeypatch.setattr(Encoder, "along", along)
+    for conv in ("gat", "sage"):
+        sides, encoder, _ = of(cache, conv=conv, drop=0.5)
+        sides.of(batch, encoder, 0)
+    most = cache.part(Links).incoming["near"].weight.max()
+    assert all((bool(weight.max() <= most)) == (conv == "gat") for conv, weight in given)
 
 
 def test_images_of_one_class_are_alike_and_those_without_a_label_are_not() -> None:

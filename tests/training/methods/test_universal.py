@@ -46,6 +46,7 @@ from training.layers.states import state_of
 from training.links import LinkSettings
 from training.loop import Schedule, assess_split, decayed_groups, predict, total_loss
 from training.methods import BUDGET, Fitted, load_method, reads_of, search_points, single_points
+from training.regimes import hide_test
 from training.restore import build
 from training.start import starting_point
 from training.token_heads import BesideSettings
@@ -396,6 +397,19 @@ def test_12_a_probe_of_nodes_sees_a_cue_that_the_global_vector_lacks(planted: Pl
     # Mean and maximum over nine nodes dilute the one that carries the cue; chance is 0.25.
     assert blind < 0.4
     assert ours > 0.65
+
+
+# In la_tag training images alone send.
+@pytest.mark.parametrize("method", [method for method in LINKED if method != "la_tag"])
+def test_images_without_a_label_send_where_all_do(planted: Planted, method: str) -> None:
+    """As a run gives it: what is judged has no class and no target."""
+    cache = planted(Plan(classes=3, train=4, val=4, test=2))
+    val = cache.images("val").numpy()
+    split = cache.split.copy()
+    split[val[::2]] = "choose"
+    cache = replace(cache, split=split)
+    fitted = quick(method, hide_test(cache), sources="all", epochs=1)
+    assert predict(fitted.model, cache, cache.images("test")).isfinite().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
