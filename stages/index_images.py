@@ -183,7 +183,7 @@ def group_sequences(rows: list[Row]) -> None:
             sequences[row["sequence"]].append(row)
     names = list(sequences)
     places = {name: place for place, name in enumerate(names)}
-    links = []
+    links: list[tuple[int, int]] = []
     for boxes in of_file.values():
         links += pairwise(places[row["sequence"]] for row in boxes if row.get("sequence") is not None)
     for part in join(len(names), links):
