@@ -269,8 +269,9 @@ def say_who_hears_few(edges: Incoming, memory: Memory) -> None:
     images = len(edges.start) - 1
     if wanted is None or not images:
         return
-    heard = torch.isin(edges.source, memory.key.to(edges.source.device)).long()
-    count = heard.new_zeros(images).index_add_(0, owners(edges.start), heard)
+    edge, row = edges.of(torch.arange(images))
+    heard = torch.isin(edges.source[edge], memory.key.to(edges.source.device)).long()
+    count = heard.new_zeros(images).index_add_(0, row, heard)
     median, none = int(count.median()), int((count == 0).sum())
     if median < min(wanted, len(memory.key) - 1):
         say(
