@@ -6,6 +6,7 @@ character that a terminal obeys and no secret of an address, since class names, 
 
 import argparse
 import errno
+import functools
 import os
 import re
 import signal
@@ -121,6 +122,12 @@ def name_some(names: Sequence[str], most: int = 10) -> str:
     """The first of these names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print on stderr; the same line once in a process."""
+    print(line, file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

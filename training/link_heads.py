@@ -6,8 +6,6 @@ batch: it is found once for all batches, and an image costs its own links of one
 ways a node has the same value.
 """
 
-from collections.abc import Callable
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from training.data.cache import Fields
 from training.layers.convolutions import LinkNetwork
 from training.layers.nodes import in_precision
-from training.links import Heard, Memory
+from training.links import Found, Heard, Memory
 
 
 class OverLinks(nn.Module):
@@ -29,7 +27,7 @@ class OverLinks(nn.Module):
         self.memory, self.network, self.fanout = memory, network, fanout
         self.enter = nn.Linear(vectors.shape[1], width)
         self.register_buffer("vectors", vectors)
-        self.found: list[Tensor] = []  # what the memory's images hold before each layer, at evaluation
+        self.found = Found[Tensor]()  # what the memory's images hold before each layer, at evaluation
 
     def forward(self, batch: Fields, x: Tensor) -> Tensor:
         if self.training:
@@ -45,22 +43,9 @@ class OverLinks(nn.Module):
     @torch.no_grad()
     def held(self) -> list[Tensor]:
         """What the images that send hold before each layer, (M, width) each."""
-        if not self.found:
+        if not self.found.values:
             whole = self.memory.whole()
-            self.found = [self.enter(in_precision(self.vectors))]
+            self.found.values = [self.enter(in_precision(self.vectors))]
             for number in range(len(self.network.layers) - 1):
-                self.found.append(self.network.step(number, self.found[-1], whole))
-        return self.found
-
-    def train(self, mode: bool = True) -> Self:
-        """Weights may have changed since: what they gave is found anew."""
-        self.found = []
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.found = []
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *given: Any) -> None:
-        self.found = []
-        super()._load_from_state_dict(*given)
+                self.found.values.append(self.network.step(number, self.found.values[-1], whole))
+        return self.found.values

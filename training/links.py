@@ -10,25 +10,24 @@ The images that send are kept with the model (`Memory`), in view 0: to answer fo
 and its own links, and nothing else of the cache.
 """
 
-import functools
-import sys
-from collections.abc import Collection
-from typing import Annotated, Literal, NamedTuple, Self
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fieldmark.command import UserError
+from fieldmark.command import UserError, say_once
 from fieldmark.params import Block, Count
 from training.data import Cache
 from training.data.cache import Fields
-from training.data.links import WORD, Incoming, Links, names_in
+from training.data.links import WEIGHT, WORD, Incoming, Links, names_in
 from training.layers.gather import spans
 from training.layers.hops import Hop, starts
 from training.layers.logistic import as_probabilities
 from training.layers.states import State
 
+T = TypeVar("T")
 Alpha = Annotated[float, Field(ge=0, lt=1)]  # the share of what a node hears, beside what it was told itself
 
 
@@ -43,6 +42,11 @@ class LinkSettings(Block):
 def links_word(settings: LinkSettings) -> str:
     """What READS calls these links."""
     return f"{WORD}/{settings.links}"
+
+
+def weight_word(settings: LinkSettings) -> str:
+    """The field of a batch that has their weights."""
+    return f"{WEIGHT}/{settings.links}"
 
 
 TRANSDUCTIVE = "transductive"
@@ -141,9 +145,8 @@ class Memory(nn.Module):
         They stand by place, the nearest first: at most `neighbours` a place, and none from an image to itself. A weight
         below 0 (a cosine of what is not alike) is 0.
         """
-        word = links_word(self.settings)
-        source, row = batch.of(word)
-        weight = batch.of(word.replace(WORD, "link_weight", 1)).clamp(min=0)
+        source, row = batch.of(links_word(self.settings))
+        weight = batch.of(weight_word(self.settings)).clamp(min=0)
         place = torch.searchsorted(self.key, source).clamp(max=max(len(self.key) - 1, 0))
         heard = (self.key[place] == source) & (source != batch.key[row]) if len(self.key) else source < 0
         place, row, weight = place[heard], row[heard], weight[heard]
@@ -201,6 +204,29 @@ class Memory(nn.Module):
     def whole(self) -> Hop:
         """All links among the images that send: one step, from and to all of them."""
         return Hop(self.source, owners(self.start), self.weight, self.degree, len(self.key))
+
+
+class Found(nn.Module, Generic[T]):
+    """What weights gave at evaluation, kept until they may have changed: a part of the module that finds it.
+
+    Whoever trains, loads or moves that module reaches its parts as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[T] = []
+
+    def train(self, mode: bool = True) -> Self:
+        self.values = []
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.values = []
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self.values = []
+        super()._load_from_state_dict(*given)
 
 
 class Heard:
@@ -274,16 +300,10 @@ def say_who_hears_few(edges: Incoming, memory: Memory) -> None:
     count = heard.new_zeros(images).index_add_(0, row, heard)
     median, none = int(count.median()), int((count == 0).sum())
     if median < min(wanted, len(memory.key) - 1):
-        say(
+        say_once(
             f"links/{name}: half of {images} images hear {median} or fewer of the {len(memory.key)} that may send, not"
             f" {wanted}, and {none} hear nobody: links are the nearest of all images; raise links.{name}.k"
         )
-
-
-@functools.cache
-def say(line: str) -> None:
-    """Print on stderr; the same line once in a process."""
-    print(line, file=sys.stderr)
 
 
 def labels_of_senders(cache: Cache, settings: LinkSettings) -> Tensor:

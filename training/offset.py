@@ -51,6 +51,14 @@ def is_probe(method: str) -> bool:
     return takes and feature_words() >= load_method(method).READS and not borrows_others(method)
 
 
+def reads_of_probe(method: str, settings: dict[str, Any], why: str) -> frozenset[str]:
+    """What a probe reads. Raises ValueError, which says `why`, where that is a second look."""
+    reads = reads_of(method, load_method(method).Settings.model_validate(settings))
+    if again := sorted(filter(is_again, reads)):
+        raise ValueError(f"{again[0]} cannot be among them: its first look was fitted to all of these, {why}")
+    return reads
+
+
 class WithProbe(Block):
     """A probe, and its settings as a run of its own would have them."""
 
@@ -68,11 +76,8 @@ class WithProbe(Block):
     @classmethod
     def _are_its_settings(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if "method" in info.data:
-            block = load_method(info.data["method"]).Settings.model_validate(settings)
-            if again := sorted(filter(is_again, reads_of(info.data["method"], block))):
-                why = "and a probe beside a method has to tell training images that it was not fitted to"
-                raise ValueError(f"{again[0]} cannot be among them: its first look was fitted to all of these, {why}")
-            reads = reads_of(info.data["method"], block)
+            why = "and a probe beside a method has to tell training images that it was not fitted to"
+            reads = reads_of_probe(info.data["method"], settings, why)
             if said := sorted(word for word in reads if word == "descriptions" or is_asked(word)):
                 raise ValueError(f"{said[0]} cannot be among them: a probe beside a method reads what an image shows")
         return settings

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fieldmark.command import UserError
+from fieldmark.command import UserError, say_once
 from fieldmark.params import NONE, Ask
 from fieldmark.store import make_table, read_table, write_table
 from tests.training.cache import ENCODER, Plan, write_cache
 from training.controls import Control
 from training.data import feature_blocks, read_cache, words_behind
-from training.data.asked import MOST, Asked, classes_guessed, say, texts_said
+from training.data.asked import MOST, Asked, classes_guessed, texts_said
 from training.inputs import Reading, check_questions, check_told, reading_of
 from training.methods import load_method
 from training.offset import WithProbe
@@ -45,7 +45,7 @@ def planted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(planted_folder: Path, tmp_path: Path) -> Path:
-    say.cache_clear()
+    say_once.cache_clear()
     return Path(shutil.copytree(planted_folder, tmp_path / "data"))
 
 
@@ -88,7 +88,7 @@ def test_texts_and_guesses_arrive_at_their_images_in_the_order_of_their_rank(
     # Kept as arrays, it says the same, once in a process.
     read_cache(folder, ENCODER, PLAN.buckets, READS)
     assert capsys.readouterr().err == ""
-    say.cache_clear()
+    say_once.cache_clear()
     again = read_cache(folder, ENCODER, PLAN.buckets, READS)
     assert capsys.readouterr().err == said
     assert torch.equal(classes_guessed(again.batch(images), "guess", "guesses"), guesses)

@@ -85,7 +85,7 @@ def test_full_batch_training_equals_pyg_on_the_whole_graph(cache: Cache, conv: C
 def test_what_is_remembered_is_found_anew_when_weights_change(cache: Cache) -> None:
     model, images = over_links(cache, "sage"), cache.images("test")
     before = said(model, cache, images, training=False)
-    assert len(model.found) == 2
+    assert len(model.found.values) == 2
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)

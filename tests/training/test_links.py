@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fieldmark.command import UserError
+from fieldmark.command import UserError, say_once
 from fieldmark.links import said_of
 from fieldmark.store import read_table, write_table
 from tests.training.cache import ENCODER, Plan, write_cache
 from training.data import Cache, read_cache
 from training.data.links import Links
 from training.layers.states import state_of
-from training.links import LinkSettings, Memory, sample, say, senders
+from training.links import LinkSettings, Memory, sample, senders
 
 Planted = Callable[[Plan], Cache]
 
@@ -205,7 +205,7 @@ def test_stale_links_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_says_where_few_of_the_nearest_may_send(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
-    say.cache_clear()
+    say_once.cache_clear()
     Memory.of(cache, LinkSettings(neighbours=1))
     assert capsys.readouterr().err == ""
     few = replace(cache, split=np.where(np.arange(len(cache.paths)) % 9 == 0, "train", "unused"))

@@ -4,8 +4,6 @@ Each question has a NAME, its key under `ask` in params.yaml. READS names one as
 told apart by its fields (`field` of asked/1): the keys that lead to a text, with a dot between them.
 """
 
-import functools
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from fieldmark.command import UserError
+from fieldmark.command import UserError, say_once
 from fieldmark.concepts.guesses import Guessed
 from fieldmark.store import read_header, read_table
 from training.data.arrays import Arrays, Zeros
@@ -240,14 +238,8 @@ def kept_guesses(source: EncoderFiles, name: str, field: str) -> Tensor:
     kept = source.keep(f"asked {field}, classes", [path, classes], make)
     if wrong := int((kept["mask"] & (kept["places"] == 0)).sum()):
         count = int(kept["mask"].sum())
-        say(f"{path}: of {count} guesses in {field!r} {wrong} name no class, and count as none")
+        say_once(f"{path}: of {count} guesses in {field!r} {wrong} name no class, and count as none")
     return torch.from_numpy(kept["places"])
-
-
-@functools.cache
-def say(line: str) -> None:
-    """Print on stderr; the same line once in a process."""
-    print(line, file=sys.stderr)
 
 
 def read_guesses(path: Path, classes: Path, field: str, image_ids: pa.Array, zeros: Zeros) -> Arrays:

@@ -22,7 +22,7 @@ from training.data.part import Part
 from training.data.rows import EncoderFiles
 from training.layers.gather import spans
 
-WORD = "links"
+WORD, WEIGHT = "links", "link_weight"
 DIGITS = 15  # of an image_id, in base 16: what int64 holds
 
 
@@ -48,7 +48,7 @@ class Links(Part):
 
     provides: ClassVar[frozenset[str]] = frozenset({WORD})
     named: ClassVar[str] = WORD
-    shows: ClassVar[tuple[str, ...]] = (WORD, "link_weight", "key")
+    shows: ClassVar[tuple[str, ...]] = (WORD, WEIGHT, "key")
     by_image: ClassVar[bool] = True
 
     key: Tensor  # (n,) int64
@@ -78,7 +78,7 @@ class Links(Part):
         for name, edges in self.incoming.items():
             edge, row = edges.of(images)
             values[f"{WORD}/{name}"] = torch.stack([edges.source[edge], row])
-            values[f"link_weight/{name}"] = edges.weight[edge]
+            values[f"{WEIGHT}/{name}"] = edges.weight[edge]
         return values
 
     def take(self, images: Tensor, rows: Tensor) -> Self:

@@ -83,6 +83,12 @@ class GAT(GATConv):
         return hop.sum(x[0].flatten(1), alpha)
 
 
+def require_heads(conv: Conv | None, hidden: int, heads: int) -> None:
+    """Raise ValueError, in the words of the knobs of a method, where heads of gat do not divide its width."""
+    if conv == "gat" and hidden % heads:
+        raise ValueError(f"heads: {heads} of them do not divide hidden: {hidden}")
+
+
 def make_convolution(conv: Conv, inputs: int, outputs: int, heads: int) -> GCN | GAT | SAGE:
     """A layer of a kind; `heads` are for gat."""
     match conv:

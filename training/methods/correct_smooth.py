@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from fieldmark.params import Count
 from training.data import Batch, Cache, feature_words
-from training.data.again import is_again
 from training.data.links import WORD
 from training.layers.states import State, within
 from training.links import Alpha, Heard, LinkSettings, Memory, labels_of_senders, links_word, senders, spread
 from training.loop import predict
-from training.methods import Fitted, NotPossible, Output, load_method, reads_of, search
-from training.offset import Offset, WithProbe, as_probe, fit_rival, probe_also_reads, with_reads
+from training.methods import Fitted, NotPossible, Output, search
+from training.offset import Offset, WithProbe, as_probe, fit_rival, probe_also_reads, reads_of_probe, with_reads
 
 SEEDED = False
 READS = (feature_words() - {"again"}) | {WORD}
@@ -47,10 +46,8 @@ class BaseProbe(WithProbe):
     @classmethod
     def _are_its_settings(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if "method" in info.data:
-            block = load_method(info.data["method"]).Settings.model_validate(settings)
-            if again := sorted(filter(is_again, reads_of(info.data["method"], block))):
-                why = "and what the probe gets wrong is asked of training images that it was not fitted to"
-                raise ValueError(f"{again[0]} cannot be among them: its first look was fitted to all of these, {why}")
+            why = "and what the probe gets wrong is asked of training images that it was not fitted to"
+            reads_of_probe(info.data["method"], settings, why)
         return settings
 
 

@@ -19,8 +19,8 @@ a batch have left.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, NamedTuple, Self, cast
+from collections.abc import Iterator, Sequence
+from typing import Annotated, NamedTuple, Self, cast
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -36,7 +36,7 @@ from training.layers.features import parts_of
 from training.layers.hops import Hop
 from training.layers.nodes import training_sample
 from training.layers.states import State, within
-from training.links import Heard, LinkSettings, Memory, links_word, senders
+from training.links import Found, Heard, LinkSettings, Memory, links_word, senders
 from training.loop import EVALUATION_BATCH, Positive
 from training.methods import Fitted, Output
 from training.offset import PROBE_WORDS
@@ -176,7 +176,7 @@ class Engine(nn.Module):
         exits = len(self.rungs) if settings.early_exit else 1
         self.dropout = Dropout(settings.dropout)
         self.classify = nn.ModuleList(silent(2 * settings.hidden, classes) for _ in range(exits))
-        self.found: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rung, what those that send hold (`held`)
+        self.found = Found[tuple[Tensor, Tensor, Tensor]]()  # of each rung, what those that send hold (`held`)
 
     def forward(self, batch: Batch) -> Output:
         if self.training:
@@ -228,27 +228,14 @@ class Engine(nn.Module):
     @torch.no_grad()
     def held(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each rung u, what the first convolution makes of it, and h of the images that send, M rows each."""
-        if not self.found:
+        if not self.found.values:
             whole, h = self.memory.whole(), None
             for rung in self.ladder:
                 u = rung.enter(rung.sent, h)
                 inner = rung.pass_on(u, whole)
                 h = rung.widen(inner, whole)
-                self.found.append((u, inner, h))
-        return self.found
-
-    def train(self, mode: bool = True) -> Self:
-        """Weights may have changed since: what they gave is found anew."""
-        self.found = []
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.found = []
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *given: Any) -> None:
-        self.found = []
-        super()._load_from_state_dict(*given)
+                self.found.values.append((u, inner, h))
+        return self.found.values
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:

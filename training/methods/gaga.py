@@ -34,7 +34,7 @@ from training.data import Batch, Cache, feature_words
 from training.data.descriptions import mean_sentence
 from training.data.links import WORD, Links
 from training.layers.blocks import Dropout, silent
-from training.layers.convolutions import Conv, LinkNetwork
+from training.layers.convolutions import Conv, LinkNetwork, require_heads
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.logistic import as_probabilities
 from training.layers.losses import contrast_views
@@ -73,8 +73,7 @@ class Settings(LinkSettings, FeatureSettings, Schedule):
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
-        if self.conv == "gat" and self.hidden % self.heads:
-            raise ValueError(f"heads: {self.heads} of them do not divide hidden: {self.hidden}")
+        require_heads(self.conv, self.hidden, self.heads)
         return self
 
 

@@ -26,14 +26,14 @@ from training.data import Batch, Cache, feature_words
 from training.data.cache import Fields
 from training.data.links import WORD
 from training.layers.blocks import Dropout, silent
-from training.layers.convolutions import Conv, LinkNetwork
+from training.layers.convolutions import Conv, LinkNetwork, require_heads
 from training.layers.features import Features, feature_also_reads
 from training.layers.gather import spans
 from training.layers.hops import starts
 from training.layers.link_predictor import fit_links
 from training.layers.states import State, within
 from training.link_heads import OverLinks
-from training.links import LinkSettings, Memory, links_word, owners, senders
+from training.links import LinkSettings, Memory, links_word, owners, senders, weight_word
 from training.loop import Schedule, fit_epochs
 from training.methods import Fitted, NotPossible, Output
 from training.synthesis import SynthesisSettings, synthesis_reads, synthesise
@@ -55,8 +55,7 @@ class Settings(LinkSettings, SynthesisSettings, Schedule):
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
-        if self.conv == "gat" and self.hidden % self.heads:
-            raise ValueError(f"heads: {self.heads} of them do not divide hidden: {self.hidden}")
+        require_heads(self.conv, self.hidden, self.heads)
         return self
 
 
@@ -109,12 +108,11 @@ class LaTag(nn.Module):
         """These synthetic nodes (b,) as images of a batch that are linked."""
         assert self.made is not None
         edge, row = spans(self.made.start, drawn)
-        word = links_word(self.settings)
         return Fields(
             {
                 "key": -1 - torch.arange(len(drawn), device=drawn.device),  # no image's
-                word: torch.stack([self.made.source[edge], row]),
-                word.replace(WORD, "link_weight", 1): self.made.score[edge],
+                links_word(self.settings): torch.stack([self.made.source[edge], row]),
+                weight_word(self.settings): self.made.score[edge],
             }
         )
 

@@ -38,7 +38,7 @@ from training.data import Batch, Cache, feature_words
 from training.data.asked import asked_word, texts_said
 from training.data.links import WORD
 from training.layers.blocks import Span, Standardise, linear_from_state, linear_layer
-from training.layers.convolutions import Conv, LinkNetwork
+from training.layers.convolutions import Conv, LinkNetwork, require_heads
 from training.layers.features import CHUNK, Features, FeatureSettings, parts_of, view_of
 from training.layers.logistic import Chosen, ProbeSettings, as_probabilities, fit_probe, require_val
 from training.layers.losses import contrast_views
@@ -83,8 +83,7 @@ class Settings(LinkSettings, FeatureSettings, ProbeSettings):
     def _fit_together(self) -> Self:
         if self.augment == "words" and SAID not in self.features:
             raise ValueError(f"augment: words puts other words in the place of {SAID}; add these to features")
-        if self.conv == "gat" and self.hidden % self.heads:
-            raise ValueError(f"heads: {self.heads} of them do not divide hidden: {self.hidden}")
+        require_heads(self.conv, self.hidden, self.heads)
         return self
 
     def in_words(self, name: str) -> FeatureSettings:

@@ -26,7 +26,7 @@ from fieldmark.params import Count, Fraction
 from training.data import Batch, Cache, feature_words
 from training.data.links import WORD
 from training.layers.blocks import Dropout, silent
-from training.layers.convolutions import Conv, LinkNetwork, Norm
+from training.layers.convolutions import Conv, LinkNetwork, Norm, require_heads
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.states import State, within
 from training.link_heads import OverLinks
@@ -54,8 +54,7 @@ class Settings(LinkSettings, FeatureSettings, BesideSettings):
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
-        if self.conv == "gat" and self.hidden % self.heads:
-            raise ValueError(f"heads: {self.heads} of them do not divide hidden: {self.hidden}")
+        require_heads(self.conv, self.hidden, self.heads)
         return self
 
 

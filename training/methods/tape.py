@@ -37,7 +37,7 @@ from training.data import Batch, Cache, feature_words, words_behind
 from training.data.asked import TOLD, asked_word, classes_guessed, is_asked
 from training.data.links import WORD
 from training.layers.blocks import Dropout, silent
-from training.layers.convolutions import Conv, LinkNetwork
+from training.layers.convolutions import Conv, LinkNetwork, require_heads
 from training.layers.features import Features, FeatureSettings, Transform, parts_of, require_feature
 from training.layers.hops import Hop
 from training.layers.nodes import in_precision
@@ -87,8 +87,7 @@ class Settings(LinkSettings, BesideSettings):
             raise ValueError("features, explanation and guesses are all switched off; leave one of them")
         if self.conv is None and self.sources == "all":
             raise ValueError("sources: who may send over links, and conv: null reads none; leave sources out")
-        if self.conv == "gat" and self.hidden % self.heads:
-            raise ValueError(f"heads: {self.heads} of them do not divide hidden: {self.hidden}")
+        require_heads(self.conv, self.hidden, self.heads)
         return self
 
     @property
