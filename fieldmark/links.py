@@ -106,11 +106,12 @@ def window(places: Ints, most: int) -> np.ndarray:
     return np.stack([places[row], places[near]])[:, row != near]
 
 
-def given_links(edges: pa.Table, images: pa.Table) -> tuple[pa.Table, Counter[str]]:
+def given_links(edges: pa.Table, images: pa.Table, both_ways: bool = False) -> tuple[pa.Table, Counter[str]]:
     """links/1 of edges between paths (index.links/1), and how many edges are left out, by the reason.
 
     `images`: path, image_id, status and duplicate_of of index.images. An edge of a copy is one of the image that is
     used for it. Of several edges from one image to another, of one kind, the one of the largest weight stays.
+    `both_ways`: each sends from dst to src as well, with the larger weight where both directions are given.
     """
     used = {row["path"]: row["image_id"] for row in images.to_pylist() if row["status"] == "ok"}
     copies = [row for row in images.to_pylist() if row["status"] == "duplicate"]
@@ -127,6 +128,9 @@ def given_links(edges: pa.Table, images: pa.Table) -> tuple[pa.Table, Counter[st
             key = (src, dst, row["kind"])
             left_out["they stand there twice"] += key in best
             best[key] = max(row["weight"], best.get(key, row["weight"]))
+    if both_ways:
+        back = {(dst, src, kind): weight for (src, dst, kind), weight in best.items()}
+        best = {key: max(each[key] for each in (best, back) if key in each) for key in {**best, **back}}
     rows = [{"src": src, "dst": dst, "weight": weight, "kind": kind} for (src, dst, kind), weight in best.items()]
     return store.make_table(SCHEMA, rows), +left_out
 

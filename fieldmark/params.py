@@ -380,7 +380,8 @@ class Graphs(Block):
 class Links(Block):
     """Which images, or documents, are linked.
 
-    `vectors` and `texts` are files that DVC has to see a change of; data/none where the kind reads none.
+    `vectors` and `texts` are files that DVC has to see a change of; data/none where the kind reads none. `both_ways`:
+    given edges send in both directions.
     """
 
     kind: Literal["knn", "text", "group", "given"]
@@ -388,6 +389,7 @@ class Links(Block):
     texts: str
     names: list[str] = []
     k: Count = 20
+    both_ways: bool = False
 
 
 class Run(Block):
@@ -596,6 +598,8 @@ def check_links(key: str, links: Links, params: Params, refuse: Callable[[str, s
     folders = {f"data/embed/{name}/images": list[str]() for name in params.image_encoders}
     folders |= {f"data/embed/{name}/moments": list(names) for name, names in params.moments.items()}
     of_texts = {f"data/embed/{name}/text.parquet": list[str]() for name in params.encoders}
+    if links.both_ways and links.kind != "given":
+        refuse(f"{key}.both_ways", f"is of given edges, and this is kind {links.kind}", "take it out")
     known = folders if links.kind == "knn" else of_texts if links.kind == "text" else {NONE: list[str]()}
     if links.vectors not in known:
         what = f"{links.vectors!r} is nothing that kind {links.kind} reads, or that a stage makes"

@@ -5,7 +5,7 @@ Reads   data/index/images.parquet; `links.NAME` of params.yaml; by its kind:
                `names`, put side by side, each first brought to unit length; view 0;
         text   data/descriptions/descriptions.parquet and data/embed/ENCODER/text.parquet: the mean sentence;
         group  the group of each image in the index;
-        given  data/index/links.parquet: the edges of a text graph.
+        given  data/index/links.parquet: the edges of a text graph, or with `both_ways` these and their reverses.
 Writes  data/links/NAME.parquet (links/1, fieldmark/links.py). Links of k nearest by the same vectors are kept: an image
         more changes its own rows and those of the images that it is nearest to.
 Costs   n^2 D multiplications: 10,000 images of 512 numbers take 2 s on two cores, 100,000 some 3 minutes, or seconds on
@@ -138,13 +138,13 @@ def link_groups(links: Links, images: pa.Table) -> tuple[pa.Table, dict[str, Any
     return table_of(pairs, image_ids, links.kind), {"kind": links.kind, "k": links.k, "sources": {}}, remark
 
 
-def link_given(images: pa.Table) -> tuple[pa.Table, dict[str, Any], str]:
+def link_given(images: pa.Table, both_ways: bool) -> tuple[pa.Table, dict[str, Any], str]:
     """The same of kind given. Raises UserError where the data give no edge that can be used."""
-    table, left_out = given_links(store.read_table(GIVEN, "index.links/1"), images)
+    table, left_out = given_links(store.read_table(GIVEN, "index.links/1"), images, both_ways)
     if not table.num_rows:
         raise UserError(f"{GIVEN}: has no edge between usable images; take the links out, or see docs/own-data.md")
     remark = ", ".join(f"{count} left out because {why}" for why, count in sorted(left_out.items()))
-    return table, {"kind": "given", "sources": {}}, remark
+    return table, {"kind": "given", **({"both_ways": True} if both_ways else {}), "sources": {}}, remark
 
 
 def fingerprint_of(made_by: dict[str, Any]) -> str:
@@ -165,7 +165,7 @@ def main() -> None:
     images = store.read_table(IMAGES, "index.images/1", columns)
     usable = images.filter(pc.field("status") == "ok").sort_by("image_id")
     if links.kind == "given":
-        table, made_by, remark = link_given(images)
+        table, made_by, remark = link_given(images, links.both_ways)
     elif links.kind == "group":
         table, made_by, remark = link_groups(links, usable)
     else:

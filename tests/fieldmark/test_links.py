@@ -104,6 +104,11 @@ def test_given_edges_lead_to_what_is_used() -> None:
         (one, other, 3.0, "cites"), (other, one, 2.0, "cites"), (one, other, 0.5, "given"),
     }  # fmt: skip
     assert left_out == {"an end is not used": 2, "both ends are one": 1, "they stand there twice": 1}
+    found, again = given_links(table, pa.Table.from_pylist(rows), both_ways=True)
+    assert {tuple(row.values()) for row in found.to_pylist()} == {
+        (one, other, 3.0, "cites"), (other, one, 3.0, "cites"), (one, other, 0.5, "given"), (other, one, 0.5, "given"),
+    }  # fmt: skip
+    assert again == left_out
 
 
 def test_links_are_counted_by_the_splits_of_their_ends() -> None:

@@ -247,6 +247,7 @@ def test_an_image_without_a_vector_is_an_error(set_params: Callable[..., Params]
         ({"vectors": "data/embed/none/images"}, "links.near.vectors: 'data/embed/none/images' is nothing that "),
         ({"texts": "data/descriptions/descriptions.parquet"}, "links.near.texts: .* kind knn reads; write data/none"),
         ({"names": ["pooled"]}, "links.near.names: 'pooled' is none of the vectors in data/embed/conv/images; take it"),
+        ({"both_ways": True}, "links.near.both_ways: is of given edges, and this is kind knn; take it out"),
         ({"kind": "given"}, "links.near.vectors: .* kind given reads, or that a stage makes; choose one of: data/none"),
         ({"vectors": "data/embed/conv/moments"}, "links.near.names: is empty; name vectors of `moments`, some of: p"),
         ({"vectors": "data/embed/conv/moments", "names": ["p", "q"]}, "names: 'q' .* choose from: p, each once"),
