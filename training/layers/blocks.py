@@ -55,10 +55,12 @@ class Span:
     loss with a penalty on |W|^2, is what would be fitted to the rows as they came.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        """Of rows x (m, F): at most min(m, F) axes."""
-        # Householder's: axes are orthonormal to the last digits even where rows nearly depend on each other.
-        self.axes = torch.linalg.qr(x.double().T)[0].to(x.dtype) if x.shape[1] > len(x) else None
+    def __init__(self, x: Tensor | None) -> None:
+        """Of rows x (m, F): at most min(m, F) axes. None stands for rows of which there are more than dimensions."""
+        self.axes = None
+        if x is not None and x.shape[1] > len(x):
+            # Householder's: axes are orthonormal to the last digits even where rows nearly depend on each other.
+            self.axes = torch.linalg.qr(x.double().T)[0].to(x.dtype)
 
     def into(self, x: Tensor) -> Tensor:
         """Rows x (n, F) by their coordinates (n, r)."""

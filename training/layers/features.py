@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fieldmark.params import Block
 from training.data import Batch, Cache, feature_blocks, words_behind
-from training.layers.blocks import Standardise
+from training.layers.blocks import Span, Standardise
 from training.layers.inherited import Inherited, encoders_of, is_inherited
 from training.layers.states import State, within
 
@@ -138,6 +138,11 @@ class Features(nn.Module):
     def of_training(self, cache: Cache) -> Tensor:
         """x (V n, F) of the training images, all of view 0 first."""
         return torch.cat([self.of(cache, cache.images("train"), view) for view in range(cache.views)])
+
+    def span_of_training(self, cache: Cache, dtype: torch.dtype = torch.float32) -> Span:
+        """The space that x of the training images spans, which are read only where they are fewer than dimensions."""
+        rows = len(cache.images("train")) * cache.views
+        return Span(self.of_training(cache).to(dtype) if self.size > rows else None)
 
 
 def blocks_of(settings: FeatureSettings, batch: Batch, inherited: Iterable[nn.Module] = ()) -> list[Tensor]:

@@ -18,7 +18,7 @@ few (F, F) matrices. U of a chunk follows from its rows. Of more dimensions than
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fieldmark.command import UserError
 from training.data import Cache
 from training.layers.features import Features
-from training.layers.logistic import as_probabilities, assess
+from training.layers.logistic import Tally, as_probabilities
 from training.metrics import fit_temperature
 
 RANK = 1e-13  # of the largest eigenvalue: what is below it is rounding
@@ -53,6 +53,11 @@ class Rows:
     def count(self) -> int:
         """m."""
         return self.views * self.images
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows (V b, F) and what they are told (V b, C), a chunk of images at a time."""
+        for chunk in self.chunks():
+            yield self.x(chunk).flatten(0, 1), torch.cat([self.y(chunk)] * self.views)
 
     def chunks(self) -> list[slice]:
         return [slice(start, min(start + self.chunk, self.images)) for start in range(0, self.images, self.chunk)]
@@ -245,14 +250,18 @@ def assess_layers(
     layers: Sequence[nn.Module], cache: Cache, features: Features, images: Tensor
 ) -> list[tuple[float, float]]:
     """Accuracy and log loss of several layers on x, which is read once, a chunk at a time."""
-    read = (features.of(cache, some) for some in images.split(features.chunk))
-    chunks = [[layer(x) for layer in layers] for x in read]
-    return [assess(torch.cat(logits), cache.y[images]) for logits in zip(*chunks, strict=True)]
+    tallies = [Tally() for _ in layers]
+    for some in images.split(features.chunk):
+        x = features.of(cache, some)
+        for layer, tally in zip(layers, tallies, strict=True):
+            tally.add(layer(x), cache.y[some])
+    return [tally.result() for tally in tallies]
 
 
-def training_rows(cache: Cache, features: Features, unit: float = 1.0) -> Rows:
-    """The training images by their vectors x / unit."""
+def training_rows(cache: Cache, features: Features, unit: float = 1.0, kept: int = 0) -> Rows:
+    """The training images by their vectors x / unit; no more numbers of them than `kept` are one chunk."""
     train = cache.images("train")
+    is_kept = len(train) * cache.views * features.size <= kept
 
     def x(chunk: slice) -> Tensor:
         views = [features.of(cache, train[chunk], view) for view in range(cache.views)]
@@ -261,7 +270,8 @@ def training_rows(cache: Cache, features: Features, unit: float = 1.0) -> Rows:
     def y(chunk: slice) -> Tensor:
         return as_probabilities(cache.target[train[chunk]], len(cache.classes)).double()
 
-    return Rows(len(train), cache.views, features.size, max(1, features.chunk // cache.views), x, y)
+    chunk = max(1, len(train)) if is_kept else max(1, features.chunk // cache.views)
+    return Rows(len(train), cache.views, features.size, chunk, x, y)
 
 
 def training_targets(cache: Cache) -> Tensor:

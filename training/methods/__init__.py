@@ -204,13 +204,21 @@ def search(
 
     `logits(**point)` are those of the val images. Raises UserError for several points and no val.
     """
-    y, knobs = cache.y[cache.images("val")], grid(settings)
-    require_val(len(y), search_points(settings), ", ".join(knobs))
+    y = cache.y[cache.images("val")]
+    return search_judged(cache, settings, lambda **point: assess(logits(**point), y))
+
+
+def search_judged(
+    cache: Cache, settings: Block, judged: Callable[..., tuple[float, float]]
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """`search` by `judged(**point)`: accuracy and log loss on the val images."""
+    knobs = grid(settings)
+    require_val(len(cache.images("val")), search_points(settings), ", ".join(knobs))
     best: tuple[tuple[float, float], dict[str, float]] | None = None
     history: list[dict[str, float]] = []
     for step, values in enumerate(itertools.product(*knobs.values()), start=1):
         point = dict(zip(knobs, values, strict=True))
-        accuracy, log_loss = assess(logits(**point), y)
+        accuracy, log_loss = judged(**point)
         history.append({"epoch": step, **point, "val_loss": log_loss, "val_accuracy": accuracy})
         if best is None or (accuracy, -log_loss) > best[0]:
             best = (accuracy, -log_loss), point

@@ -7,19 +7,21 @@
 m_c is the mean of class c. The same as scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=a) less its
 log prior: classes are taken as equally likely, as Wang et al., ICLR 2024 [web] do with CLIP's vectors. Val chooses the
 shrinkage. What training is told in probabilities weighs images by them; a class without images is never said. x is the
-probe's vector (layers/features.py).
+probe's vector (layers/features.py). More than layers.logistic.KEPT numbers of them are read in chunks and never held.
 """
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from training.data import Cache, feature_words
-from training.layers.blocks import Span, linear_layer
+from training.layers.blocks import linear_layer
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.gaussian import Share, Spread, discriminant
-from training.layers.ridge import training_targets
-from training.methods import Fitted, linear_probe, search
-from training.methods.prototypes import class_means
+from training.layers.logistic import KEPT, Rows, judge
+from training.layers.ridge import training_rows
+from training.methods import Fitted, linear_probe, search_judged
+from training.methods.prototypes import class_means_of
 
 SEEDED = False
 READS = feature_words()
@@ -35,14 +37,15 @@ class Settings(FeatureSettings):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features = Features.measure(cache, settings)
-    x, x_val = features.of_training(cache).double(), features.of(cache, cache.images("val"))
-    span = Span(x)
-    means, covariance, known = class_means(span.into(x), training_targets(cache))
+    span, rows = features.span_of_training(cache, torch.float64), training_rows(cache, features, kept=KEPT)
+    means, covariance, known = class_means_of((span.into(x), y) for x, y in rows.pieces())
     spread = Spread(covariance, features.size)
 
     def layer(shrinkage: float) -> nn.Linear:
         weight, bias = discriminant(means, spread, shrinkage, known)
         return linear_layer(span.back(weight), bias)
 
-    point, history = search(cache, settings, lambda shrinkage: layer(shrinkage)(x_val))
+    val = cache.images("val")
+    judged = Rows.read(lambda images, view: features.of(cache, images, view), val, 1, cache.y[val], len(cache.classes))
+    point, history = search_judged(cache, settings, lambda shrinkage: judge(layer(shrinkage), judged))
     return Fitted(linear_probe.Probe(features, layer(**point)), history, dict(point))

@@ -7,12 +7,14 @@ attention gains over that one is due to more than to reading patches at all.
 
 Vectors of more dimensions than there are rows are brought into the space that the rows span (layers.blocks.Span): no
 weight outside it pays, so that the objective and its minimum are the same, in fewer dimensions.
+
+Of more rows than memory is meant for, L-BFGS reads them anew at every pass (layers/logistic.py).
 """
 
 from torch import nn
 
 from training.data import Batch, Cache, feature_words
-from training.layers.blocks import Span, linear_from_state, linear_layer
+from training.layers.blocks import linear_from_state, linear_layer
 from training.layers.features import Features, FeatureSettings, feature_also_reads, feature_reads
 from training.layers.logistic import ProbeSettings, fit_probe
 from training.layers.states import State, within
@@ -41,7 +43,7 @@ class Probe(nn.Module):
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     features = Features.measure(cache, settings)
-    span = Span(features.of_training(cache))
+    span = features.span_of_training(cache)
     chosen = fit_probe(cache, settings, lambda images, view: span.into(features.of(cache, images, view)))
     linear = linear_layer(span.back(chosen.linear.weight.detach()), chosen.linear.bias.detach())
     return Fitted(Probe(features, linear), chosen.history, {"l2": chosen.l2}, chosen.pass_seconds)

@@ -11,6 +11,8 @@ class, leaves the plain cosine of centred vectors. Val chooses both knobs; `scal
 prediction. What training is told in probabilities weighs images by them. A class without images has cosine -1.
 """
 
+from collections.abc import Iterable
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -60,10 +62,22 @@ class Prototypes(nn.Module):
 
 def class_means(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means (C, D) of x (n, D) by values (n, C), the covariance (D, D) within classes, and the classes with images."""
-    weight = values.sum(0)
-    means = values.T @ x / weight.clamp(min=1e-12)[:, None]
+    return class_means_of([(x, values)])
+
+
+def class_means_of(pieces: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """class_means of rows and their values that come in pieces, none of which is held: two products are summed."""
+    found: tuple[Tensor, ...] | None = None
+    count = 0
+    for x, values in pieces:
+        count += len(x)
+        own = values.sum(0), values.T @ x, x.T @ x
+        found = own if found is None else tuple(total.add_(more) for total, more in zip(found, own, strict=True))
+    assert found is not None
+    weight, sums, squares = found
+    means = sums / weight.clamp(min=1e-12)[:, None]
     # Sum over i and c of v_ic (x_i - m_c)(x_i - m_c)^T, without n C differences: each row of values sums to 1.
-    within = (x.T @ x - (means * weight[:, None]).T @ means) / len(x)
+    within = (squares - (means * weight[:, None]).T @ means) / count
     return means, within, weight > 0
 
 
