@@ -201,13 +201,15 @@ def map_array(path: Path) -> np.ndarray:
     return np.frombuffer(mapped, dtype, count, offset).reshape(shape)
 
 
-def make_room(folder: Path, shape: tuple[int, ...], dtype: Any = np.float16) -> np.ndarray:
-    """Zeros; what is more than MEMORY_SHARE of the machine's memory lies in a file in `folder`, gone with the array.
+def make_room(
+    folder: Path, shape: tuple[int, ...], dtype: Any = np.float16, held: float | None = None
+) -> np.ndarray:
+    """Zeros; what is more than `held` bytes lies in a file in `folder`, gone with the array.
 
-    Raises UserError where the disk has no room for it.
+    By default that is MEMORY_SHARE of the machine's memory. Raises UserError where the disk has no room for it.
     """
     memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), bytes_of(shape, dtype)
-    if needed <= MEMORY_SHARE * memory:
+    if needed <= (MEMORY_SHARE * memory if held is None else held):
         return np.zeros(shape, dtype)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

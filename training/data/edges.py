@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fieldmark.command import UserError
-from fieldmark.store import read_buckets
 from training.data.part import Origin, Part
 from training.data.rows import EncoderFiles, flat
 
@@ -66,13 +65,17 @@ class Edges(Part):
 def read_edges(folder: Path, source: EncoderFiles) -> dict[str, np.ndarray]:
     """The tensors of `Edges` by name."""
     rows, nodes = source.rows, source.nodes
-    table, row = rows.place(read_buckets(folder, "graphs/1", source.buckets), folder)
-    first, lengths = flat(table["src"])
-    ends = np.stack([first, flat(table["dst"])[0]], axis=1)
-    weight = np.stack([flat(table["spatial"])[0], flat(table["semantic"])[0]], axis=1)
-    if ends.size and (ends.min() < 0 or ends.max() >= nodes):
-        raise UserError(f"{folder}: links nodes that the embeddings do not have; run build_graphs again")
     start, count = np.zeros(rows.count, dtype=np.int64), np.full(rows.count, -1, dtype=np.int64)
-    start[row], count[row] = np.cumsum(lengths) - lengths, lengths
+    found: list[tuple[np.ndarray, np.ndarray]] = []  # of each bucket
+    total = 0
+    for table, row in source.tables(folder, "graphs/1", ["image_id", "view", "src", "dst", "spatial", "semantic"]):
+        first, lengths = flat(table["src"])
+        ends = np.stack([first, flat(table["dst"])[0]], axis=1)
+        if ends.size and (ends.min() < 0 or ends.max() >= nodes):
+            raise UserError(f"{folder}: links nodes that the embeddings do not have; run build_graphs again")
+        start[row], count[row] = total + np.cumsum(lengths) - lengths, lengths
+        total += len(ends)
+        found.append((ends, np.stack([flat(table["spatial"])[0], flat(table["semantic"])[0]], axis=1)))
     rows.require(count >= 0, folder, "build_graphs")
+    ends, weight = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return {"start": start, "count": count, "ends": ends, "weight": weight}

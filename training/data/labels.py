@@ -2,19 +2,23 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from fieldmark.command import UserError
-from fieldmark.store import read_buckets
+from training.data.arrays import Arrays, Zeros
 from training.data.bank import Bank
 from training.data.part import Origin, Part, Parts
-from training.data.rows import EncoderFiles, Rows, column, flat, slots
+from training.data.rows import EncoderFiles, column, flat, slots
+
+OF_IMAGES = ("ring_gains", "selected_concepts")  # columns that node 0 alone has
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Labels(Part):
     @classmethod
     def read(cls, source: EncoderFiles) -> Self:
         folder = source.folder / f"labels/{source.encoder}"
-        kept = source.keep("labels", [folder, source.nodes_folder], lambda zeros: read_labels(folder, source))
+        kept = source.keep("labels", [folder, source.nodes_folder], partial(read_labels, folder, source))
         return cls(str(folder), **{name: torch.from_numpy(value) for name, value in kept.items()})
 
     def check(self, parts: Parts) -> None:
@@ -84,50 +88,46 @@ class Labels(Part):
         )
 
 
-NodeLabels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+def read_labels(folder: Path, source: EncoderFiles, zeros: Zeros) -> Arrays:
+    """The tensors of `Labels` by name: one bucket at a time beside them in memory."""
+    mask, (k, gains, shown) = source.mask, longest(folder, source)
+    found = {
+        "concept_idx": zeros((*mask.shape, k), np.int32),
+        "concept_weight": zeros((*mask.shape, k)),
+        "selected": np.zeros_like(mask),
+        "density": zeros(mask.shape, np.float32),
+        # Missing gains are 0 and missing concepts -1.
+        "ring_gains": np.zeros((len(mask), gains), np.float32),
+        "selected_concepts": np.full((len(mask), shown), -1, np.int32),
+    }
+    labelled = np.zeros_like(mask)
+    columns = ["image_id", "view", "node", "concept_idx", "concept_weight", "density", "selected", *OF_IMAGES]
+    for table, row in source.tables(folder, "labels/1", columns):
+        node = column(table, "node")
+        if node.size and node.max() >= mask.shape[1]:
+            raise UserError(f"{folder}: labels nodes that the embeddings do not have; run label_patches again")
+        concepts, lengths = flat(table["concept_idx"])
+        place = (np.repeat(row, lengths), np.repeat(node, lengths), slots(lengths))
+        found["concept_idx"][place], found["concept_weight"][place] = concepts, flat(table["concept_weight"])[0]
+        found["selected"][row, node], found["density"][row, node] = column(table, "selected"), column(table, "density")
+        labelled[row, node] = True
+        whole = node == 0
+        for name in OF_IMAGES:
+            values, lengths = flat(of_images(table, name))
+            found[name][np.repeat(row[whole], lengths), slots(lengths)] = values
+    source.rows.require((labelled | ~mask).all(axis=1), folder, "label_patches")
+    return found
 
 
-def read_labels(folder: Path, source: EncoderFiles) -> dict[str, np.ndarray]:
-    """The tensors of `Labels` by name."""
-    of_nodes = read_node_labels(folder, source.rows, source.mask)
-    of_images = read_image_labels(folder, source.rows)
-    names = ("concept_idx", "concept_weight", "selected", "density", "ring_gains", "selected_concepts")
-    return dict(zip(names, (*of_nodes, *of_images), strict=True))
+def longest(folder: Path, source: EncoderFiles) -> tuple[int, int, int]:
+    """The most labels of a node, ring gains of an image and selected concepts of an image; 0 where there are none."""
+    most = [0, 0, 0]
+    for table, _ in source.tables(folder, "labels/1", ["image_id", "view", "node", "concept_idx", *OF_IMAGES]):
+        lists = table["concept_idx"], *(of_images(table, name) for name in OF_IMAGES)
+        most = [max(known, int(flat(each)[1].max(initial=0))) for known, each in zip(most, lists, strict=True)]
+    return most[0], most[1], most[2]
 
 
-def read_node_labels(folder: Path, rows: Rows, mask: np.ndarray) -> NodeLabels:
-    """concept_idx (n V, N+1, k) int32, concept_weight (same) float16, selected and density (n V, N+1)."""
-    columns = ["image_id", "view", "node", "concept_idx", "concept_weight", "density", "selected"]
-    table, row = rows.place(read_buckets(folder, "labels/1", rows.buckets, columns), folder)
-    node = column(table, "node")
-    concepts, lengths = flat(table["concept_idx"])
-    weights, _ = flat(table["concept_weight"])
-    if node.size and node.max() >= mask.shape[1]:
-        raise UserError(f"{folder}: labels nodes that the embeddings do not have; run label_patches again")
-    k = int(lengths.max(initial=0))
-    concept_idx = np.zeros((*mask.shape, k), dtype=np.int32)
-    concept_weight = np.zeros((*mask.shape, k), dtype=np.float16)
-    place = (np.repeat(row, lengths), np.repeat(node, lengths), slots(lengths))
-    concept_idx[place], concept_weight[place] = concepts, weights
-    selected, density, labelled = np.zeros_like(mask), np.zeros(mask.shape, dtype=np.float32), np.zeros_like(mask)
-    selected[row, node], density[row, node] = column(table, "selected"), column(table, "density")
-    labelled[row, node] = True
-    rows.require((labelled | ~mask).all(axis=1), folder, "label_patches")
-    return concept_idx, concept_weight, selected, density
-
-
-def read_image_labels(folder: Path, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """What labels say of whole images, on node 0: ring_gains (n V, R) float32, selected_concepts (n V, Mc) int32.
-
-    Missing gains are 0 and missing concepts -1; R is 0 where no image has gains.
-    """
-    columns = ["image_id", "view", "node", "ring_gains", "selected_concepts"]
-    table = read_buckets(folder, "labels/1", rows.buckets, columns)
-    table, row = rows.place(table.filter(pc.equal(table["node"], 0)), folder)
-    found = []
-    for name, dtype, missing in (("ring_gains", np.float32, 0), ("selected_concepts", np.int32, -1)):
-        values, lengths = flat(pc.fill_null(table[name], []))
-        wide = np.full((rows.count, int(lengths.max(initial=0))), missing, dtype=dtype)
-        wide[np.repeat(row, lengths), slots(lengths)] = values
-        found.append(wide)
-    return found[0], found[1]
+def of_images(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A list that labels give of whole images, on node 0."""
+    return pc.fill_null(table.filter(pc.equal(table["node"], 0))[name], [])

@@ -1,6 +1,6 @@
 """Where the lines of a table belong among the images and views of a cache, and what parts are read from."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,7 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fieldmark.command import UserError
-from fieldmark.store import COLUMNS, are_documents, bucket_of, bucket_path, read_buckets, sha256
+from fieldmark.store import (
+    COLUMNS,
+    are_documents,
+    bucket_of,
+    bucket_path,
+    read_folder_header,
+    read_table,
+    sha256,
+)
 from training.data.arrays import Arrays, Make, Zeros, keep
 
 # Who writes what is read of images, by schema.
@@ -33,14 +41,34 @@ class Rows:
 
         Raises UserError, naming the `path` it came from, where it has views that other tables lack.
         """
-        table = table.filter(pc.is_in(table["image_id"], value_set=self.image_ids))
-        image, view = pc.index_in(table["image_id"], value_set=self.image_ids).to_numpy(), column(table, "view")
+        own = table["image_id"].combine_chunks().dictionary_encode()
+        image = self.positions(own.dictionary)[own.indices.to_numpy()]
+        if (image < 0).any():
+            table, image = table.filter(pa.array(image >= 0)), image[image >= 0]
+        view = column(table, "view")
         if view.max(initial=0) >= self.views:
             raise UserError(
                 f"{path}: holds view {view.max()}, and what is read beside it has {self.views} views an image; run the"
                 " stages that write them again (dvc repro)"
             )
-        return table, image.astype(np.int64) * self.views + view
+        return table, image * self.views + view
+
+    def positions(self, image_ids: pa.Array) -> np.ndarray:
+        """(m,) int64: where these stand among the images, -1 for others.
+
+        Looked up in what was sorted once: a hash of all images for each bucket would make reading quadratic.
+        """
+        ordered, order = self.ordered
+        asked = as_bytes(image_ids)
+        at = np.searchsorted(ordered, asked).clip(max=len(ordered) - 1)
+        return np.where(ordered[at] == asked, order[at], -1)
+
+    @cached_property
+    def ordered(self) -> tuple[np.ndarray, np.ndarray]:
+        """The image_ids in order, and the place of each."""
+        names = as_bytes(self.image_ids)
+        order = np.argsort(names)
+        return names[order], order
 
     def require(self, present: np.ndarray, folder: Path, stage: str) -> None:
         """Raise UserError for the first row that is not `present`."""
@@ -69,7 +97,7 @@ class EncoderFiles:
     def nodes_folder(self) -> Path:
         return self.folder / f"embed/{self.encoder}/images"
 
-    @property
+    @cached_property
     def rows(self) -> Rows:
         return Rows(self.image_ids, self.views, self.buckets)
 
@@ -84,13 +112,22 @@ class EncoderFiles:
         return self.keep("mask", [self.nodes_folder], lambda zeros: {"mask": self.read_mask()})["mask"]
 
     def read_mask(self) -> np.ndarray:
-        columns, folder = ["image_id", "view", "node"], self.nodes_folder
-        table, row = self.rows.place(read_buckets(folder, "embed.nodes/1", self.buckets, columns), folder)
-        node = column(table, "node")
-        mask = np.zeros((self.rows.count, int(node.max(initial=0)) + 1), dtype=bool)
-        mask[row, node] = True
+        folder, placed = self.nodes_folder, []
+        for table, row in self.tables(folder, "embed.nodes/1", ["image_id", "view", "node"]):
+            placed.append((row, column(table, "node")))
+        most = max(int(node.max(initial=0)) for _, node in placed)
+        mask = np.zeros((self.rows.count, most + 1), dtype=bool)
+        for row, node in placed:
+            mask[row, node] = True
         self.rows.require(mask[:, 0], folder, "embed_images")
         return mask
+
+    def tables(self, folder: Path, schema: str, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """The lines of a folder of buckets, and the row that each belongs to: one bucket at a time is in memory."""
+        read_folder_header(folder, schema, self.buckets)
+        for bucket in range(self.buckets):
+            path = bucket_path(folder, bucket)
+            yield self.rows.place(read_table(path, schema, columns), path)
 
     def keep(self, what: str, sources: Collection[Path], make: Make) -> Arrays:
         """The arrays that `make` reads from these files and folders of buckets for the images here (arrays.py)."""
@@ -121,12 +158,19 @@ def count_views(folder: Path, files: Mapping[str, str], buckets: int) -> int:
 
 def read_views(folder: Path, schema: str, buckets: int, zeros: Zeros) -> Arrays:
     """The `views` that there are, by their numbers."""
-    return {"views": np.unique(column(read_buckets(folder, schema, buckets, ["view"]), "view"))}
+    read_folder_header(folder, schema, buckets)
+    tables = (read_table(bucket_path(folder, bucket), schema, ["view"]) for bucket in range(buckets))
+    return {"views": np.unique(np.concatenate([np.unique(column(table, "view")) for table in tables]))}
 
 
 def files_in(source: Path, buckets: int) -> list[Path]:
     """A file, or the buckets of a folder."""
     return [source] if source.suffix else [bucket_path(source, bucket) for bucket in range(buckets)]
+
+
+def as_bytes(names: pa.Array) -> np.ndarray:
+    """(n,) fixed-width bytes, which numpy sorts and finds."""
+    return np.array([name.encode() for name in names.to_pylist()], dtype=bytes)
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
