@@ -24,16 +24,19 @@ from training.folds import HELD_OUT, refit, settle
 from training.layers.logistic import L2_WITHOUT_VAL, assess
 from training.layers.partial_labels import among_candidates
 from training.links import TRANSDUCTIVE, is_transductive
-from training.loop import predict
+from training.loop import assess_split, predict, predict_all
 from training.methods import Fitted, NotPossible, borrows_others, load_method, reads_of, single_points
 from training.metrics import (
-    calibration_error,
-    class_accuracy,
+    ahead,
+    calibration_gap,
+    class_rates,
+    confidence,
+    correct,
     fit_temperature,
-    log_loss,
-    tier_accuracy,
+    in_blocks,
+    log_losses,
+    tier_rates,
     tiers,
-    top_k_accuracy,
 )
 from training.regimes import Folds, Full, Regime, Shots, hide_test, restrict_classes
 from training.runs import write_json, write_predictions
@@ -151,8 +154,7 @@ def fit_cell(plan: Plan, cell: Cell, settings: Block, last: bool = False) -> Fit
 
 def score_val(fit: Fit) -> dict[str, float]:
     """How good a fit is on the images that chose its settings."""
-    val = fit.whole.images("choose")
-    accuracy, loss = assess(predict(fit.fitted.model, fit.whole, val), fit.whole.y[val])
+    accuracy, loss = assess_split(fit.fitted.model, fit.whole, "choose")
     return {"accuracy": accuracy, "log_loss": loss}
 
 
@@ -184,7 +186,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
         return
     model, whole = fits[-1].fitted.model, fits[-1].whole
     started = perf_counter()
-    logits = predict(model, whole, torch.arange(len(whole.paths))).cpu().numpy()
+    logits = predict_all(model, whole, plan.folder)
     config |= {"settings": settings.model_dump(), "chosen": fits[0].fitted.chosen, "classes": whole.classes}
     timing = {
         "epoch_seconds": fits[-1].fitted.epoch_seconds,
@@ -196,7 +198,7 @@ def make_run(plan: Plan, cell: Cell) -> None:
     def write(folder: Path) -> None:
         mark: dict[str, Any] = {TRANSDUCTIVE: True} if is_transductive(settings) else {}
         write_json(folder / "metrics.json", measure_run(logits, whole, HELD_OUT if is_fold else "val") | mark)
-        write_predictions(folder / "predictions.parquet", {cell.seed: logits}, whole, plan.mark(cell))
+        write_predictions(folder / "predictions.parquet", [(cell.seed, logits)], whole, plan.mark(cell))
         write_json(folder / "config.json", config)
         write_json(folder / "timing.json", timing)
 
@@ -223,18 +225,21 @@ def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]
     val = cache.split == "val"
     temperature = fit_temperature(logits[val], y[val]) if val.any() else None
     for split in ("train", judged):
-        z, truth = logits[cache.split == split], y[cache.split == split]
-        if not len(truth):
+        images = np.flatnonzero(cache.split == split)
+        if not len(images):
             continue
-        within = class_accuracy(z, truth)
+        right, before, losses, sure = (
+            in_blocks(measure, logits, y, images) for measure in (correct, ahead, log_losses, confidence)
+        )
+        within = class_rates(right, y[images], logits.shape[1])
         metrics[split] |= {
-            "accuracy": float((z.argmax(1) == truth).mean()),
+            "accuracy": float(right.mean()),
             "macro_accuracy": float(np.nanmean(within)),
-            "top5_accuracy": top_k_accuracy(z, truth, 5),
-            "log_loss": log_loss(z, truth),
-            "calibration_error": calibration_error(z, truth),
-            "scaled_calibration_error": None if temperature is None else calibration_error(z / temperature, truth),
-            "tiers": tier_accuracy(z, truth, tier),
+            "top5_accuracy": float((before < 5).mean()),
+            "log_loss": float(losses.mean()),
+            "calibration_error": calibration_gap(sure, right),
+            "scaled_calibration_error": None if temperature is None else scaled_gap(logits, y, images, temperature),
+            "tiers": tier_rates(within, tier),
             "classes": {name: rate for name, rate in zip(cache.classes, within.tolist(), strict=True) if rate == rate},
         }
     if cache.target.ndim == 2:
@@ -242,6 +247,12 @@ def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]
         favoured = among_candidates(cache.target[train].cpu(), torch.from_numpy(logits)[train]).argmax(1)
         metrics["train"]["disambiguated"] = float((favoured.numpy() == y[train]).mean())
     return {**metrics, "temperature": temperature}
+
+
+def scaled_gap(logits: np.ndarray, y: np.ndarray, images: np.ndarray, temperature: float) -> float:
+    """The calibration error of these images' logits / temperature."""
+    sure = in_blocks(lambda z, y: confidence(z / temperature, y), logits, y, images)
+    return calibration_gap(sure, in_blocks(lambda z, y: correct(z / temperature, y), logits, y, images))
 
 
 Scores = dict[int, tuple[float, float]]  # log loss and accuracy by epoch; of a method without epochs, under 0

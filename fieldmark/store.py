@@ -366,8 +366,9 @@ def write_parquets(
 class RowGroups:
     """Rows that come piece by piece, in tables of one size, the last of one row or more, or of none without a row."""
 
-    def __init__(self, columns: pa.Schema) -> None:
-        self.columns, self.size = columns, row_group_size(columns)
+    def __init__(self, columns: pa.Schema, size: int | None = None) -> None:
+        """`size` in rows; by default row_group_size."""
+        self.columns, self.size = columns, row_group_size(columns) if size is None else size
         self.waiting, self.count = [columns.empty_table()], 0
 
     def add(self, piece: pa.Table) -> Iterator[pa.Table]:

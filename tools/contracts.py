@@ -382,7 +382,7 @@ def schemas() -> dict[str, pa.Schema]:
         y=torch.zeros(0, dtype=torch.long), target=torch.zeros(0, dtype=torch.long), views=1, parts=Parts([]),
         fingerprints={},
     )  # fmt: skip
-    return {**found, PREDICTIONS: predictions_table({}, nothing).schema}
+    return {**found, PREDICTIONS: predictions_table(0, np.zeros((0, 0)), nothing).schema}
 
 
 def has_vectors(name: str) -> bool:

@@ -15,9 +15,11 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -28,12 +30,15 @@ from fieldmark.command import UserError
 from fieldmark.memory import keep_memory
 from fieldmark.params import Block, Count
 from training.data import Cache
-from training.layers.logistic import assess, require_val
+from training.data.arrays import make_room
+from training.layers.logistic import Tally, require_val
 from training.methods import BUDGET, Fitted, Output, search_points
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 EVALUATION_BATCH = 512
+TALLIED = 8 * EVALUATION_BATCH  # images whose logits are judged at a time
+HELD = 2**28  # bytes of logits that stay in memory until they are written
 # From what training is told of a step's images, probabilities (B, C), their logits (B, C) float32, and the share of the
 # schedule that is past, 0 in its first epoch and 1 in its last: what it is told of them from then on, (B, C).
 Retell = Callable[[Tensor, Tensor, float], Tensor]
@@ -99,6 +104,16 @@ def predict(model: nn.Module, cache: Cache, images: Tensor) -> Tensor:
     return torch.cat([model(cache.batch(chunk)).logits.float() for chunk in images.split(EVALUATION_BATCH)])
 
 
+@torch.no_grad()
+def predict_all(model: nn.Module, cache: Cache, folder: Path) -> np.ndarray:
+    """`predict` of all images, (n, C); more than HELD bytes lie in a file in `folder`, which goes with the array."""
+    model.eval()
+    found = make_room(folder, (len(cache.paths), len(cache.classes)), np.float32, HELD)
+    for chunk in torch.arange(len(cache.paths)).split(EVALUATION_BATCH):
+        found[chunk[0] : chunk[-1] + 1] = model(cache.batch(chunk)).logits.float().cpu().numpy()
+    return found
+
+
 def margin(logits: Tensor, classes: Tensor) -> Tensor:
     """logit a - logit b (B,) of logits (B, C), a and b of each image in classes (B, 2)."""
     a, b = logits.float().gather(1, classes).unbind(1)
@@ -112,10 +127,11 @@ def untrained(model: nn.Module, cache: Cache) -> Fitted:
 
 def assess_split(model: nn.Module, cache: Cache, split: str) -> tuple[float, float]:
     """Accuracy and log loss on a split, in evaluation mode; nan where it holds no image."""
-    images = cache.images(split)
-    if not len(images):
-        return math.nan, math.nan
-    return assess(predict(model, cache, images), cache.y[images])
+    tally = Tally()
+    for images in cache.images(split).split(TALLIED):
+        if len(images):
+            tally.add(predict(model, cache, images), cache.y[images])
+    return tally.result()
 
 
 def state_row(epoch: int, train_loss: float, val: tuple[float, float]) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """What logits are worth: accuracies, calibration and confusion. Pure functions.
 
 `logits` is (n, C), `y` (n,) holds class positions. A tie goes to the class that stands first, everywhere the same.
+Logits may be a mapped array that exceeds memory: they are gone through ROOM numbers at a time (`in_blocks`), and what
+is kept is a number an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,17 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
 TIERS = ("few", "medium", "many")
+ROOM = 2**22  # logits that are looked at at a time
+
+
+def in_blocks(
+    measure: Callable[[Floats, Ints], NDArray[Any]], logits: Floats, y: Ints, images: Ints | None = None
+) -> NDArray[Any]:
+    """(n,): measure(logits, y), a number an image, found for some images at a time; of `images` alone where given."""
+    images = np.arange(len(y)) if images is None else images
+    step = max(1, ROOM // max(logits.shape[1], 1))
+    parts = [images[start : start + step] for start in range(0, max(len(images), 1), step)]
+    return np.concatenate([measure(logits[part], y[part]) for part in parts])
 
 
 def correct(logits: Floats, y: Ints) -> Bools:
@@ -26,9 +40,13 @@ def accuracy(logits: Floats, y: Ints) -> float:
 
 def class_accuracy(logits: Floats, y: Ints) -> Floats:
     """(C,): the accuracy within each class, nan where `y` has none of it."""
-    classes = logits.shape[1]
-    right, count = np.bincount(y, correct(logits, y), classes), np.bincount(y, minlength=classes)
-    return np.where(count > 0, right / np.maximum(count, 1), np.nan)
+    return class_rates(correct(logits, y), y, logits.shape[1])
+
+
+def class_rates(right: Bools, y: Ints, classes: int) -> Floats:
+    """(C,): the share of each class's images that are `right` (n,), nan where `y` has none of it."""
+    hits, count = np.bincount(y, right, classes), np.bincount(y, minlength=classes)
+    return np.where(count > 0, hits / np.maximum(count, 1), np.nan)
 
 
 def macro_accuracy(logits: Floats, y: Ints) -> float:
@@ -50,16 +68,25 @@ def tiers(train_counts: Ints, limits: tuple[int, int] | None = (20, 100)) -> Int
 
 def tier_accuracy(logits: Floats, y: Ints, tier: Ints) -> dict[str, float]:
     """The mean accuracy of the classes of each tier (C,) that occur in `y`; a tier without any is left out."""
-    within = class_accuracy(logits, y)
+    return tier_rates(class_accuracy(logits, y), tier)
+
+
+def tier_rates(within: Floats, tier: Ints) -> dict[str, float]:
+    """The mean of `within` (C,) over the classes of each tier that have a rate."""
     chosen = {name: within[(tier == number) & ~np.isnan(within)] for number, name in enumerate(TIERS)}
     return {name: float(values.mean()) for name, values in chosen.items() if values.size}
 
 
 def top_k_accuracy(logits: Floats, y: Ints, k: int) -> float:
     """How often the class is among the k highest logits."""
+    return float((in_blocks(ahead, logits, y) < k).mean())
+
+
+def ahead(logits: Floats, y: Ints) -> Ints:
+    """(n,): how many classes stand before the true one."""
     own = np.take_along_axis(logits, y[:, None], 1)
-    ahead = (logits > own).sum(1) + ((logits == own) & (np.arange(logits.shape[1]) < y[:, None])).sum(1)
-    return float((ahead < k).mean())
+    before: Ints = (logits > own).sum(1) + ((logits == own) & (np.arange(logits.shape[1]) < y[:, None])).sum(1)
+    return before
 
 
 def softmax(logits: Floats) -> Floats:
@@ -73,10 +100,20 @@ def calibration_error(logits: Floats, y: Ints, bins: int = 15) -> float:
 
     Confidence is the highest softmax probability; a bin holds its upper end (Guo et al., ICML 2017 [mem]).
     """
-    confidence = softmax(logits).max(1)
-    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gap = np.bincount(bin_of, correct(logits, y) - confidence, bins)  # of sums, so weighed by the bin's images
-    return float(np.abs(gap).sum() / len(y))
+    return calibration_gap(in_blocks(confidence, logits, y), correct(logits, y), bins)
+
+
+def confidence(logits: Floats, y: Ints) -> Floats:
+    """(n,): the highest softmax probability, whatever y is."""
+    highest: Floats = softmax(logits).max(1)
+    return highest
+
+
+def calibration_gap(sure: Floats, right: Bools, bins: int = 15) -> float:
+    """`calibration_error` of the confidence (n,) of each image, and whether it is `right` (n,)."""
+    bin_of = np.clip(np.ceil(sure * bins).astype(np.int64) - 1, 0, bins - 1)
+    gap = np.bincount(bin_of, right - sure, bins)  # of sums, so weighed by the bin's images
+    return float(np.abs(gap).sum() / len(right))
 
 
 def fit_temperature(logits: Floats, y: Ints) -> float:
@@ -85,20 +122,32 @@ def fit_temperature(logits: Floats, y: Ints) -> float:
     The log loss is convex in 1/T; its slope, mean(expected logit - own logit), is brought to 0 by bisection. Where
     every image is classified rightly it falls for ever, and T is the lower end.
     """
-    z = logits.astype(np.float64)
-    own = z[np.arange(len(y)), y]
+    own = logits[np.arange(len(y)), y].astype(np.float64)
     low, high = -4.0, 4.0  # log10 of 1/T
     for _ in range(40):
         middle = (low + high) / 2
-        slope = ((softmax(z * 10**middle) * z).sum(1) - own).mean()
+        slope = (in_blocks(partial(expected_logit, 10**middle), logits, y) - own).mean()
         low, high = (low, middle) if slope > 0 else (middle, high)
     return float(10 ** -((low + high) / 2))
 
 
+def expected_logit(scale: float, logits: Floats, y: Ints) -> Floats:
+    """(n,): the mean of an image's logits by their softmax probabilities once they are scaled, whatever y is."""
+    z = logits.astype(np.float64)
+    mean: Floats = (softmax(z * scale) * z).sum(1)
+    return mean
+
+
 def log_loss(logits: Floats, y: Ints) -> float:
     """Mean cross entropy in nats."""
+    return float(in_blocks(log_losses, logits, y).mean())
+
+
+def log_losses(logits: Floats, y: Ints) -> Floats:
+    """(n,): the cross entropy of each image."""
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(y)), y]).mean())
+    losses: Floats = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(y)), y]
+    return losses
 
 
 def confusion(logits: Floats, y: Ints) -> Ints:

@@ -13,7 +13,8 @@ Writes  data/runs/RUN/: metrics.json (the dozen figures that people compare, the
 Costs   time of the processor, or of the GPU that train.device gives: none to speak of for the zero-shot methods; an
         epoch's seconds stand in timing.json. What was read from Parquet is kept as arrays in .cache/arrays
         (training/data/arrays.py), at most 32 GB of them, and mapped from there the next time: memory holds a batch, the
-        first time one bucket of each table beside it, and what the system keeps of the disk.
+        first time one bucket of each table beside it, and what the system keeps of the disk. Logits are
+        those of one seed; above 256 MB they lie in a file in data/runs/RUN while they are judged and written.
 
 `train.seeds` runs start from train.seed, train.seed + 1, ...; a method that draws nothing is fitted once, and that fit
 stands for all seeds. One half of val chooses (fieldmark/halves.py); the other, `val` in what is written, and test
@@ -28,7 +29,7 @@ apart.
     python -m training.train --knobs concept_graph   # a method's settings, their defaults and what they mean
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -49,9 +50,9 @@ from training.knobs import say_knobs
 from training.layers.states import state_of
 from training.links import TRANSDUCTIVE, check_links, is_transductive, named
 from training.looks import check_looks, plan_look
-from training.loop import choose_device, predict, set_up_torch
+from training.loop import choose_device, predict_all, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings, reads_of
-from training.metrics import accuracy, log_loss, macro_accuracy, top_k_accuracy
+from training.metrics import ahead, class_rates, correct, in_blocks, log_losses
 from training.regimes import Folds, Regime, hide_test, read_regime
 from training.runs import SCHEMA, history_csv, write_json, write_predictions
 
@@ -120,13 +121,14 @@ def figures_by_split(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
     """By split, the half of val that chooses among them: how good logits (n, C) of all images are."""
     numbers = {}
     y = cache.y.numpy()
+    right, before, losses = (in_blocks(measure, logits, y) for measure in (correct, ahead, log_losses))
     for split in (*SPLITS, "choose"):
         chosen = cache.split == split
         numbers[split] = {
-            "accuracy": accuracy(logits[chosen], y[chosen]),
-            "macro_accuracy": macro_accuracy(logits[chosen], y[chosen]),
-            "top5_accuracy": top_k_accuracy(logits[chosen], y[chosen], 5),
-            "log_loss": log_loss(logits[chosen], y[chosen]),
+            "accuracy": float(right[chosen].mean()),
+            "macro_accuracy": float(np.nanmean(class_rates(right[chosen], y[chosen], logits.shape[1]))),
+            "top5_accuracy": float((before[chosen] < 5).mean()),
+            "log_loss": float(losses[chosen].mean()),
         }
     return numbers
 
@@ -172,11 +174,20 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     except NotPossible as error:
         print(f"{name}: {planned.method} cannot work on this data: {error}")
         reason = {"not_possible": str(error)}
-        write_run(folder, {}, fits, cache, config | reason, reason, {}, mark)
+        write_predictions(folder / "predictions.parquet", [], cache, mark)
+        write_run(folder, fits, config | reason, reason, {})
     else:
-        images = torch.arange(len(cache.paths))
-        logits = {seed: predict(fit.model, seen, images).cpu().numpy() for seed, fit in fits.items()}
-        measured = {seed: figures_by_split(values, cache) for seed, values in logits.items()}
+        measured: dict[int, dict[str, Numbers]] = {}
+
+        def predicted() -> Iterator[tuple[int, np.ndarray]]:
+            """One seed's logits at a time."""
+            for seed, fit in fits.items():
+                logits = predict_all(fit.model, seen, folder)
+                measured[seed] = figures_by_split(logits, cache)
+                yield seed, logits
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_predictions(folder / "predictions.parquet", predicted(), cache, mark)
         summary = summarise(measured)
         said = ", ".join(f"{split} {summary[split]['accuracy']:.4f}" for split in SPLITS)
         transductive = is_transductive(planned.settings)
@@ -189,7 +200,7 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         config |= mark_of_links
         config["images"] = {split: int((cache.split == split).sum()) for split in SPLITS}
         state = state_of(fits[best].model)
-        write_run(folder, logits, fits, cache, config, metrics, state, mark)
+        write_run(folder, fits, config, metrics, state)
     timing = {
         "epoch_seconds": float(np.mean([fitted.epoch_seconds for fitted in fits.values()])) if fits else 0.0,
         "load_seconds": loaded - started,
@@ -200,19 +211,15 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
 
 def write_run(
     folder: Path,
-    logits: Mapping[int, np.ndarray],
     fits: Mapping[int, Fitted],
-    cache: Cache,
     config: dict[str, Any],
     metrics: Mapping[str, Any],
     state: dict[str, torch.Tensor],
-    mark: str,
 ) -> None:
-    """Write the files of a run, timing.json apart; `state` are the weights of the model that is kept."""
+    """Write the files of a run, predictions and timing apart; `state` are the weights of the model that is kept."""
     write_json(folder / "metrics.json", metrics)
     write_text(folder / "history.csv", history_csv(fits))
     write_json(folder / "config.json", config)
-    write_predictions(folder / "predictions.parquet", logits, cache, mark)
     write_atomic(folder / "model.safetensors", lambda partial: save_file(state, partial))
 
 
