@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from evaluation.backoff import Answers, Chosen, back_off, choose_threshold
 from evaluation.conformal import SCORES, prediction_sets, quantile
-from evaluation.runs import PREDICTIONS, Row, groups_of, read_json
+from evaluation.runs import PREDICTIONS, Row, groups_of, read_json, read_seed
 from evaluation.taxonomy import Lineages, Taxonomy, lineages_of
 from fieldmark import store
 from fieldmark.command import UserError
@@ -52,8 +52,7 @@ def read_half(data: Path, name: str) -> Half:
         raise UserError(f"{folder}: cannot work on this data ({config['not_possible']}); choose another run")
     path = folder / "predictions.parquet"
     classes = store.read_header(path, PREDICTIONS).params["classes"]
-    table = store.read_table(path, PREDICTIONS).sort_by("path")
-    table = table.filter((pc.field("split") == "val") & (pc.field("seed") == config["model_seed"]))
+    table = read_seed(path, config["model_seed"], ["val"])
     paths = table["path"].to_pylist()
     images = store.read_table(data / "index/images.parquet", "index.images/1", ["path", "group", "status"])
     index = store.read_table(data / "index/classes.parquet", "index.classes/2")

@@ -18,6 +18,7 @@ from fieldmark.command import UserError
 from training.metrics import Floats, Ints
 
 SHORT = 16
+PICTURES = 5_000  # on the page, at most: it is read by people, and in one piece
 LIKELY = 3  # classes shown of an answer
 PATCHES = 3  # shown of a picture
 PATCH_CONCEPTS = 3  # shown of a patch
@@ -115,17 +116,28 @@ def answer(probabilities: Floats, true: int) -> list[list[int]]:
     return [[label, round(1000 * float(probabilities[label]))] for label in [*order, *{true}.difference(order)]]
 
 
+def draw_pictures(paths: Sequence[str], positions: Ints) -> Ints:
+    """Of images at `positions`, those that the page has: all, or the PICTURES whose paths have the lowest sha256."""
+    if len(positions) <= PICTURES:
+        return positions
+    marks = [store.sha256(paths[position]) for position in positions.tolist()]
+    return np.sort(positions[np.argsort(marks)[:PICTURES]])
+
+
 def picture_rows(
     shown: Run, runs: Sequence[Run], positions: Ints, probabilities: Floats, index: pa.Table
 ) -> list[tuple[str, Row]]:
     """(image_id, what the page says of it) of the images at `positions` of a run.
 
-    `probabilities` (n, C) are of all images of the run that is shown; what the others answer stands in `runs`' order.
+    `probabilities` (len(positions), C) are what the run that is shown says of them; what the others answer stands in
+    `runs`' order.
     """
-    rows = {row["path"]: row for row in index.select(["path", "image_id", "group"]).to_pylist()}
+    wanted = pa.array([shown.paths[position] for position in positions.tolist()], pa.string())
+    named = index.select(["path", "image_id", "group"]).filter(pc.is_in(index["path"], value_set=wanted))
+    rows = {row["path"]: row for row in named.to_pylist()}
     guesses = [run.predicted[run.seeds.index(run.model_seed)] for run in runs]
     found = []
-    for position in positions.tolist():
+    for position, probability in zip(positions.tolist(), probabilities, strict=True):
         row = rows[shown.paths[position]]
         picture = {
             "id": short(row["image_id"]),
@@ -133,7 +145,7 @@ def picture_rows(
             "split": str(shown.split[position]),
             "group": row["group"],
             "y": int(shown.y[position]),
-            "top": answer(probabilities[position], int(shown.y[position])),
+            "top": answer(probability, int(shown.y[position])),
             "guesses": [int(guess[position]) for guess in guesses],
         }
         found.append((row["image_id"], picture))

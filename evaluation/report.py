@@ -12,7 +12,7 @@ Writes  data/report/index.html (one page that loads nothing else; above 20 MB it
         data/report/pictures/), data/report/summary.txt (its table as text) and data/report/state.json, what
         `python -m tools.changes` compares; that one also in .cache/states. With --open-test also
         data/studies/test_was_opened.json.
-Costs   seconds to a minute; memory for the logits of one run at a time and the weights of concepts in the pictures.
+Costs   seconds to a minute; memory for what one run says of val and the weights of concepts in the pictures.
 
 Every accuracy is computed from predictions.parquet and has to agree with metrics.json. Differences are paired, image
 by image, with the intervals of evaluation.statistics.paired_difference over the coarsest unit there is: groups where
@@ -23,9 +23,9 @@ that says why. Where test images have a near duplicate, or other images of their
 its summary warn; and where a run reads what a model said of the very pictures, with how far those words get alone.
 
 Confusion is of the half of val that chose nothing. The pictures are those of val: of that half, and of the half that
-chose, which is marked and on which a run does a little too well. Whoever edits concepts while looking at test pictures
-tunes on them: they are shown with --open-test alone, and that is written down, on the page and in a file that no later
-run removes.
+chose, which is marked and on which a run does a little too well; of more than 5,000 so many are drawn. Whoever edits
+concepts while looking at test pictures tunes on them: they are shown with --open-test alone, and that is written down,
+on the page and in a file that no later run removes.
 
     python -m evaluation.report
     python -m evaluation.report --study NAME   # out-of-fold images of a study: many more than val has
@@ -56,7 +56,7 @@ from evaluation.concept_bank import (
 )
 from evaluation.curves import read_curves
 from evaluation.decisions import explain_runs, to_explain
-from evaluation.gallery import picture_rows, read_patches, read_thumbs
+from evaluation.gallery import draw_pictures, picture_rows, read_patches, read_thumbs
 from evaluation.health import HEALTH, contamination, near_pairs, odd_sizes, read_health
 from evaluation.leaks import read_leaks
 from evaluation.out_of_fold import FOLD, half_of, read_out_of_fold
@@ -224,25 +224,27 @@ def report(
     rows = accuracy_rows(runs, reference, groups_of(index))
 
     # What is looked at: the answers of a run, or of its folds in a study; `judging` is the split that is counted.
-    looked, others, judging = shown, runs, "val"
+    looked, others, judging = shown, runs, "val" if study is None else FOLD
     logits: Floats
+    splits = [judging, "choose", *(["test"] if open_test else [])]
     if study is None:
-        half, logits = read_half(data, shown.name), read_logits(data, shown).astype(np.float64)
+        # Nothing of training images is shown, and they are most.
+        half, logits = read_half(data, shown.name), read_logits(data, shown, splits).astype(np.float64)
     else:
         looked, others, logits = read_out_of_fold(data, study, shown, index)
-        half, judging = half_of(looked, logits, index, classes), FOLD
+        half = half_of(looked, logits, index, classes)
     calibration, unsure = judge_half(half)
-    probabilities = calibration.probabilities(logits)
+    row = np.cumsum(np.isin(looked.split, splits)) - 1  # of an image, in the logits
     judged = looked.split == judging
     guesses = looked.predicted[looked.seeds.index(looked.model_seed), judged]
     matrix = confusion(looked.y[judged], guesses, len(shown.classes))
-    doubt = mean_doubt(looked.y[judged], probabilities[judged])
+    doubt = mean_doubt(looked.y[judged], calibration.probabilities(logits[row[judged]]))
     order, pairs = order_classes(classes, shown.classes), confused_pairs(matrix, doubt)
 
-    splits = [judging, "choose", *(["test"] if open_test else [])]
-    positions = np.flatnonzero(np.isin(looked.split, [] if documents else splits))
-    pictures = picture_rows(looked, others, positions, probabilities, index)
-    for (_, picture), said in zip(pictures, answers(calibration, logits[positions]), strict=True):
+    there = np.flatnonzero(np.isin(looked.split, [] if documents else splits))
+    positions = draw_pictures(looked.paths, there)
+    pictures = picture_rows(looked, others, positions, calibration.probabilities(logits[row[positions]]), index)
+    for (_, picture), said in zip(pictures, answers(calibration, logits[row[positions]]), strict=True):
         picture |= said
     every = [*shown.classes, *(class_id for class_id in names if class_id not in shown.classes)]
     # The model of a run saw what is out of fold in a study: it is asked of its own val images alone.
@@ -284,6 +286,7 @@ def report(
         "judged_images": int(judged.sum()),
         "wrong": int((guesses != looked.y[judged]).sum()),
         "counts": {split: int((looked.split[positions] == split).sum()) for split in ("val", "choose", "test", FOLD)},
+        "not_shown": len(there) - len(positions),
         "pairs": pairs,
         "totals": matrix.sum(axis=1).tolist(),
         "order": order if len(order) <= MATRIX_CLASSES else [],

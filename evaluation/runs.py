@@ -73,12 +73,15 @@ def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
         return NotMade(name, encoder, config["not_possible"])
     header = store.read_header(path, PREDICTIONS)
     classes = header.params["classes"]
-    table = store.read_table(path, PREDICTIONS).sort_by([("seed", "ascending"), ("path", "ascending")])
+    table = read_answers(path).sort_by([("seed", "ascending"), ("path", "ascending")])
     seeds = table["seed"].unique().to_pylist()
-    paths = table["path"].to_pylist()
     y = pc.index_in(table["class_id"], value_set=pa.array(classes))
-    images = len(paths) // max(len(seeds), 1)
-    if not images or paths != paths[:images] * len(seeds):
+    images = len(table) // max(len(seeds), 1)
+    paths = table["path"].slice(0, images)
+    if not images or any(
+        not table["path"].slice(seed * images, len(table) if seed + 1 == len(seeds) else images).equals(paths)
+        for seed in range(len(seeds))
+    ):
         raise UserError(f"{path}: its seeds predict different images; {again}")
     if y.null_count or config["model_seed"] not in seeds:
         raise UserError(f"{path}: holds a class or lacks a seed that config.json does not expect; {again}")
@@ -88,10 +91,10 @@ def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
         seeds=seeds,
         model_seed=config["model_seed"],
         classes=classes,
-        paths=paths[:images],
-        split=np.array(table["split"].to_pylist()[:images], dtype=str),
+        paths=paths.to_pylist(),
+        split=np.array(table["split"].slice(0, images).to_pylist(), dtype=str),
         y=y.to_numpy().astype(np.int64)[:images],
-        predicted=store.vectors_of(table, "logits").argmax(axis=1).reshape(len(seeds), images),
+        predicted=table["predicted"].to_numpy().reshape(len(seeds), images),
         fingerprints=config["fingerprints"],
         mark=header.fingerprint,
         by_class=config["regime"]["kind"] in ("shots", "unseen"),
@@ -101,6 +104,18 @@ def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
         if not found.on(split).size or abs(metrics[split]["accuracy"] - found.accuracy(split)[0]) > 1e-6:
             raise UserError(f"{folder}/metrics.json: disagrees with predictions.parquet on {split}; {again}")
     return found
+
+
+def read_answers(path: Path) -> pa.Table:
+    """predictions.parquet with the class of the highest logit, `predicted`, in the logits' place.
+
+    One row group is held at a time.
+    """
+    found = []
+    for group in store.iterate_groups(path, PREDICTIONS, ["path", "split", "seed", "class_id", "logits"]):
+        predicted = store.vectors_of(group, "logits").argmax(axis=1)
+        found.append(group.drop_columns("logits").append_column("predicted", pa.array(predicted)))
+    return pa.concat_tables(found)
 
 
 def read_json(path: Path, remedy: str) -> Any:
@@ -113,22 +128,26 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: is not readable JSON ({error}); {remedy}") from None
 
 
-def read_logits(data: Path, run: Run) -> Floats:
-    """(n, C) float32: the logits of the seed whose model is kept, in the order of run.paths."""
-    path = data / f"runs/{run.name}/predictions.parquet"
-    groups = store.iterate_groups(path, PREDICTIONS, ["seed", "path", "logits"])
-    kept = pa.concat_tables([group.filter(pc.equal(group.column("seed"), run.model_seed)) for group in groups])
-    return store.vectors_of(kept.sort_by("path"), "logits")
+def read_logits(data: Path, run: Run, splits: Sequence[str] = (*SPLITS, "choose")) -> Floats:
+    """(n, C) float32: the logits of the seed whose model is kept, in the order of run.paths; of these splits alone."""
+    return store.vectors_of(read_seed(data / f"runs/{run.name}/predictions.parquet", run.model_seed, splits), "logits")
+
+
+def read_seed(path: Path, seed: int, splits: Sequence[str]) -> pa.Table:
+    """The rows of predictions.parquet of one seed and these splits, by path; one row group is held beside them."""
+    groups = store.iterate_groups(path, PREDICTIONS, ["path", "split", "seed", "class_id", "logits"])
+    wanted = (pc.field("seed") == seed) & pc.field("split").isin(list(splits))
+    return pa.concat_tables([group.filter(wanted) for group in groups]).sort_by("path")
 
 
 def check_same_images(data: Path, runs: Sequence[Run], index: pa.Table) -> None:
     """Raise UserError for the first run that was not made from the images of the index."""
-    usable = index.filter(pc.field("status") == "ok").sort_by("path")
-    expected = [usable[name].to_pylist() for name in ("path", "split", "class_id")]
+    usable = index.select(["path", "split", "class_id", "status"]).filter(pc.field("status") == "ok").sort_by("path")
+    paths, splits = usable["path"].to_pylist(), np.array(usable["split"].to_pylist(), dtype=str)
     for found in runs:
         split = np.where(found.split == "choose", "val", found.split)
-        own = [found.paths, split.tolist(), [found.classes[label] for label in found.y]]
-        if own != expected:
+        y = pc.index_in(usable["class_id"], value_set=pa.array(found.classes)).fill_null(-1).to_numpy()
+        if found.paths != paths or not np.array_equal(split, splits) or not np.array_equal(found.y, y):
             raise UserError(
                 f"{data}/runs/{found.name}: was made from other images than {data}/index holds;"
                 f" run train@{found.name} again (dvc repro)"

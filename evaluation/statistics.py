@@ -12,6 +12,7 @@ LEVEL = 0.05  # a difference is shown where its corrected p is under this
 UNITS = 20  # with fewer units than this there is no verdict
 MARGIN = 0.01  # fixed beforehand: two methods within a point of accuracy are equivalent
 DRAWS = 10_000  # of a bootstrap, and of signs
+ROOM = 2**24  # units drawn at a time: 0.3 GB
 Unit = Literal["images", "classes", "groups"]
 
 
@@ -212,8 +213,9 @@ def bootstrap(
     added = np.where(added > 1e-9, added, 1 / (count if whole else images))
     added = np.copysign(added, centre)  # so that b - a is a - b with other signs, draw by draw
     found = np.empty((draws, rows), dtype=np.float32)
-    for start in range(0, draws, 256):  # 256 draws at a time keep the memory flat
-        size = min(256, draws - start)
+    step = max(1, min(256, ROOM // count))  # draws at a time keep the memory flat
+    for start in range(0, draws, step):
+        size = min(step, draws - start)
         times = multiplicities(rng, size, count)
         means = [(times @ a.T) / np.maximum(times @ b, 1e-9)[:, None] for a, b in zip(sums, sizes, strict=True)]
         found[start : start + size] = np.sum(means, axis=0)

@@ -13,7 +13,7 @@ from evaluation.accuracies import reach_of
 from evaluation.report import report
 from evaluation.statistics import Paired
 from fieldmark.command import UserError
-from fieldmark.store import read_table
+from fieldmark.store import read_table, sha256
 from tests.evaluation.reported import NASTY, RUNS, Page, Row, make_params, rewrite, write_not_made, write_run
 from tests.training.cache import ENCODER, write_other
 
@@ -261,6 +261,23 @@ def test_a_large_page_keeps_its_pictures_beside_it(data: Path, monkeypatch: pyte
     monkeypatch.undo()
     report(make_params(), data)
     assert not (data / "report/pictures").exists()
+
+
+def test_of_many_pictures_some_are_drawn_and_all_are_counted(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(make_params(), data)
+    whole = Page((data / "report/index.html").read_text())
+    monkeypatch.setattr("evaluation.gallery.PICTURES", 7)
+    report(make_params(), data)
+    page = Page((data / "report/index.html").read_text())
+    shown = [picture["path"] for picture in page.data["pictures"]]
+    every = [picture["path"] for picture in whole.data["pictures"]]
+    assert shown == sorted(sorted(every, key=sha256)[:7])
+    assert all(picture in whole.data["pictures"] for picture in page.data["pictures"])
+    assert f"{len(every) - 7} more were left out by a draw" in page.text
+    assert "more were left out" not in whole.text
+    said = re.search(r"\d+ of 12 val images are classified wrongly", whole.text)
+    assert said
+    assert said[0] in page.text
 
 
 def test_nothing_wrong(data: Path) -> None:

@@ -4,10 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from evaluation.calibration import read_half
 from evaluation.report import report
-from evaluation.runs import NotMade, read_run
+from evaluation.runs import NotMade, read_logits, read_run
 from fieldmark.command import UserError
 from fieldmark.params import Train
 from fieldmark.store import bucket_path
@@ -48,6 +51,25 @@ def test_stale_inputs_are_refused(data: Path) -> None:
     (data / "index/classes.parquet").unlink()
     with pytest.raises(UserError, match=r"classes\.parquet: is missing"):
         report(make_params(), data)
+
+
+def test_predictions_of_many_row_groups_say_the_same(data: Path) -> None:
+    path = data / "runs/linear_probe/predictions.parquet"
+    whole = read_run(data, "linear_probe", ENCODER)
+    assert not isinstance(whole, NotMade)
+    logits, half = read_logits(data, whole), read_half(data, "linear_probe")
+    pq.write_table(pq.read_table(path), path, row_group_size=5, write_page_checksum=True)
+    cut = read_run(data, "linear_probe", ENCODER)
+    assert not isinstance(cut, NotMade)
+    for one, other in zip(cut, whole, strict=True):
+        assert np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+    assert np.array_equal(read_logits(data, cut), logits)
+    assert np.array_equal(read_logits(data, cut, ["val", "test"]), logits[np.isin(cut.split, ["val", "test"])])
+    assert np.array_equal(read_half(data, "linear_probe").logits, half.logits)
+    table = pq.read_table(path).slice(1)  # one seed lacks an image
+    pq.write_table(table, path, row_group_size=5, write_page_checksum=True)
+    with pytest.raises(UserError, match="its seeds predict different images"):
+        read_run(data, "linear_probe", ENCODER)
 
 
 def test_reads_what_train_writes(data: Path) -> None:
