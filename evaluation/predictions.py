@@ -4,7 +4,7 @@ Each table has the rows of run.predictions/1, sorted by path. An image that a st
 nowhere: its split becomes NOT_CLEAN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,23 +19,29 @@ from training.runs import SCHEMA
 NOT_CLEAN = "not_clean"
 
 
-def read_predictions(plan: Plan, runs: Sequence[Cell]) -> list[pa.Table]:
-    """A table for each run; for folds one for all of them, each image as the fold that held it out has it.
+def read_predictions(plan: Plan, runs: Sequence[Cell]) -> Iterator[pa.Table]:
+    """A table for each run, one in memory at a time; for folds one for all, each image as the fold that held it out.
 
     Raises UserError where runs are of different images, or an image is not held out once.
     """
     runs = [chosen_rival(plan, cell) if cell.method == RIVAL else cell for cell in runs]
-    tables = [read_table(plan.folder / cell.run / "predictions.parquet", SCHEMA).sort_by("path") for cell in runs]
-    for cell, table in zip(runs, tables, strict=True):
-        if not table["path"].equals(tables[0]["path"]):
+    paths: pa.ChunkedArray | None = None
+    held: list[pa.Table] = []  # of each fold
+    for cell in runs:
+        table = read_table(plan.folder / cell.run / "predictions.parquet", SCHEMA).sort_by("path")
+        paths = table["path"] if paths is None else paths
+        if not table["path"].equals(paths):
             raise UserError(f"{plan.folder / cell.run}: is of other images than {runs[0].run}; {again(plan)}")
-    if isinstance(runs[0].regime, Folds):
-        held = pa.concat_tables([table.filter(pc.field("split") == HELD_OUT) for table in tables]).sort_by("path")
-        if held["path"].to_pylist() != tables[0]["path"].to_pylist():
-            raise UserError(f"{plan.folder}: folds of {runs[0].method} do not hold each image out once; remove them")
+        if isinstance(cell.regime, Folds):
+            held.append(table.filter(pc.field("split") == HELD_OUT))
+        else:
+            yield mark_clean(table, plan.clean)
+    if held:
         # Every fold says which classes its logits are of, and in what order.
-        tables = [held.replace_schema_metadata(tables[0].schema.metadata)]
-    return [mark_clean(table, plan.clean) for table in tables]
+        whole = pa.concat_tables(held).sort_by("path").replace_schema_metadata(held[0].schema.metadata)
+        if not whole["path"].equals(paths):
+            raise UserError(f"{plan.folder}: folds of {runs[0].method} do not hold each image out once; remove them")
+        yield mark_clean(whole, plan.clean)
 
 
 def chosen_rival(plan: Plan, cell: Cell) -> Cell:

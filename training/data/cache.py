@@ -252,7 +252,8 @@ def read_cache(
             raise UserError(
                 f"{folder / 'index/images.parquet'}: holds no {name} image; correct dataset.* and run index_images"
             )
-    groups = pc.coalesce(index["group"], index["image_id"]).to_pylist()
+    ids = index["image_id"].to_pylist()
+    groups = [own if group is None else group for own, group in zip(ids, index["group"].to_pylist(), strict=True)]
     y = pc.index_in(index["class_id"], value_set=pa.array(classes))
     if y.null_count:
         raise UserError(f"{folder / 'index/classes.parquet'}: lacks a class of images.parquet; run index_images again")
@@ -277,7 +278,7 @@ def read_cache(
     return Cache(
         classes=classes,
         paths=index["path"].to_pylist(),
-        image_ids=image_ids.to_pylist(),
+        image_ids=ids,
         groups=groups,
         split=split,
         y=labels,

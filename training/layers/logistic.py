@@ -152,11 +152,11 @@ class Rows:
         return cls(count, size, first.device, blocks)
 
     def to(self, device: torch.device) -> "Rows":
-        """The same, on a device."""
-        blocks = self.blocks
+        """The same on a device, where they then stay: for few rows."""
         if device == self.device:
             return self
-        return replace(self, device=device, blocks=lambda: ((x.to(device), y.to(device)) for x, y in blocks()))
+        held = [(x.to(device), y.to(device)) for x, y in self.blocks()]
+        return replace(self, device=device, blocks=lambda: held)
 
 
 def minimise(
