@@ -15,12 +15,15 @@ judge nothing: on 24 axes of cub100 it read as much from random vectors (74 %) a
 (73 %), and with as many axes as dimensions any set will do.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 PERMUTATIONS, DRAWS = 1000, 20
 MAX_P, MIN_SHARE, MIN_CLASSES = 0.01, 0.1, 6
+# Images that are looked at at once: so many cosines with classes, 256 MB of them, and so many rows in float64.
+COSINES, ROWS = 2**25, 2**14
 Vectors = tuple[np.ndarray, np.ndarray]  # (n, D) and class_ids (n,)
 
 VERDICTS = {
@@ -34,8 +37,23 @@ VERDICTS = {
 def nearest_owner(vectors: np.ndarray, centre: np.ndarray, concepts: np.ndarray, own: np.ndarray) -> np.ndarray:
     """The class (n,) whose own concepts each of vectors (n, D) is most like, less centre (D,); own (M, C) bool."""
     means = (own / own.sum(axis=0)).T @ concepts
-    nearest: np.ndarray = ((vectors - centre) @ means.T).argmax(axis=1)
-    return nearest
+    step = max(1, COSINES // len(means))
+    found = [((block - centre) @ means.T).argmax(axis=1) for block in blocks(vectors, step)]
+    return np.concatenate(found)
+
+
+def blocks(vectors: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Vectors (n, D), so many rows at a time, in float64; at least one block, of no row where there is none."""
+    for start in range(0, max(len(vectors), 1), rows):
+        yield vectors[start : start + rows].astype(np.float64)
+
+
+def mean_of(vectors: np.ndarray) -> np.ndarray:
+    """The mean (D,) of vectors (n, D) in float64, with the bits of vectors.mean(axis=0): rows are added in turn."""
+    total = np.zeros(vectors.shape[1])
+    for block in blocks(vectors, ROWS):
+        total = np.concatenate([total[None], block]).sum(axis=0)
+    return total / len(vectors)
 
 
 def permuted_accuracies(predicted: np.ndarray, true: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
@@ -49,10 +67,11 @@ def permuted_accuracies(predicted: np.ndarray, true: np.ndarray, count: int, see
 def nearest_mean(vectors: np.ndarray, train: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The class (n,) whose mean over train (m, D), labels (m,) in 0..C-1, is nearest to each of vectors (n, D)."""
     sums = np.zeros((labels.max() + 1, train.shape[1]))
-    np.add.at(sums, labels, train)
+    for place, block in enumerate(blocks(train, ROWS)):
+        np.add.at(sums, labels[place * ROWS : place * ROWS + len(block)], block)
     means = sums / np.bincount(labels)[:, None]
-    nearest: np.ndarray = (np.square(means).sum(axis=1) - 2 * vectors @ means.T).argmin(axis=1)
-    return nearest
+    lengths, step = np.square(means).sum(axis=1), max(1, COSINES // len(means))
+    return np.concatenate([(lengths - 2 * block @ means.T).argmin(axis=1) for block in blocks(vectors, step)])
 
 
 def random_units(generator: np.random.Generator, count: int, dimension: int) -> np.ndarray:
@@ -71,14 +90,17 @@ def judge(train: Vectors, val: Vectors, concepts: np.ndarray, owners: list[set[s
 
     def of_classes(side: Vectors) -> Vectors:
         rows = np.array([name in position for name in side[1]], dtype=bool)
-        return side[0][rows].astype(np.float64), np.array([position[name] for name in side[1][rows]], dtype=np.int64)
+        vectors = side[0] if rows.all() else side[0][rows]
+        return vectors, np.array([position[name] for name in side[1][rows]], dtype=np.int64)
 
     (x, true), (seen, labels) = of_classes(val), of_classes(train)
     found: dict[str, Any] = {"verdict": "unknown", "images": len(x), "classes": len(classes), "concepts": len(concepts)}
     if len(x) == 0 or len(classes) < MIN_CLASSES:
         return found
-    own = np.array([[name in each for name in classes] for each in owners])
-    centre = seen.mean(axis=0)
+    own = np.zeros((len(owners), len(classes)), dtype=bool)
+    for row, each in enumerate(owners):
+        own[row, [position[name] for name in each if name in position]] = True
+    centre = mean_of(seen)
     predicted = nearest_owner(x, centre, concepts, own)
     accuracy = float((predicted == true).mean())
     permuted = permuted_accuracies(predicted, true, len(classes))

@@ -54,8 +54,12 @@ class Selected(NamedTuple):
 
 
 def class_means(vectors: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Mean vector (C, D) of each class of vectors (n, D), classes (n,), in the order of their names."""
-    return np.stack([vectors[classes == name].mean(axis=0) for name in np.unique(classes.astype(str))])
+    """Mean vector (C, D) float32 of each class of vectors (n, D), classes (n,), in the order of their names."""
+    number_of = {name: number for number, name in enumerate(sorted(set(classes.tolist())))}
+    numbers = np.array([number_of[name] for name in classes.tolist()])
+    ends = np.cumsum(np.bincount(numbers))
+    members = np.split(np.argsort(numbers, kind="stable"), ends[:-1])
+    return np.stack([vectors[rows].astype(np.float32).mean(axis=0) for rows in members])
 
 
 def discriminability(similarity: np.ndarray, scale: float) -> np.ndarray:

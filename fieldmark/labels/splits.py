@@ -18,12 +18,20 @@ from fieldmark.halves import halve
 def read_split(index: Path, split: str) -> dict[str, str]:
     """The class_id of each usable image of a split, by image_id; val is in its halves, `choose` and `val`."""
     table = store.read_table(index, "index.images/1", ["path", "image_id", "class_id", "group", "split", "status"])
-    table = table.filter(pc.field("status") == "ok").sort_by("path")
-    images, classes = table.column("image_id").to_pylist(), table.column("class_id").to_pylist()
-    groups = pc.coalesce(table.column("group"), table.column("image_id")).to_pylist()
-    splits = np.array(table.column("split").to_pylist(), dtype=str)
-    found = halve(splits, splits == "val", groups, np.unique(classes, return_inverse=True)[1])
-    return {image_id: name for image_id, name, own in zip(images, classes, found, strict=True) if own == split}
+    of_val = split in ("choose", "val")
+    own = (pc.field("status") == "ok") & (pc.field("split") == ("val" if of_val else split))
+    table = table.filter(own).sort_by("path")
+    # A name a class and not one an image: of a million images that is 100 MB.
+    classes = table.column("class_id").combine_chunks().dictionary_encode()
+    if of_val:
+        groups = pc.coalesce(table.column("group"), table.column("image_id")).to_pylist()
+        whole = np.full(len(table), "val", dtype="U6")
+        halves = halve(whole, np.ones(len(table), dtype=bool), groups, classes.indices.to_numpy())
+        kept = pa.array(halves == split)
+        table, classes = table.filter(kept), classes.filter(kept)
+    names = classes.dictionary.to_pylist()
+    numbers = classes.indices.to_pylist()
+    return {each: names[number] for each, number in zip(table["image_id"].to_pylist(), numbers, strict=True)}
 
 
 def iterate_nodes(folder: Path, buckets: int, images: Mapping[str, str], columns: list[str]) -> Iterator[pa.Table]:
@@ -44,14 +52,15 @@ def iterate_nodes(folder: Path, buckets: int, images: Mapping[str, str], columns
 
 
 def read_globals(folder: Path, buckets: int, images: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Global vectors (n, D) float32 and class_ids (n,) of these images, by image_id."""
-    parts = [
-        table.filter(pc.field("node") == 0)
-        for table in iterate_nodes(folder, buckets, images, ["image_id", "node", "vector"])
-    ]
-    table = pa.concat_tables(parts).sort_by("image_id")
-    classes = np.array([images[image_id] for image_id in table.column("image_id").to_pylist()], dtype=object)
-    return store.vectors_of(table).astype(np.float32), classes
+    """Global vectors (n, D) float16, as they are stored, and class_ids (n,) of these images, by image_id."""
+    ordered = sorted(images)
+    ids, vectors = pa.array(ordered, store.TEXT), np.empty((0, 0), np.float16)
+    for table in iterate_nodes(folder, buckets, images, ["image_id", "node", "vector"]):
+        table = table.filter(pc.field("node") == 0)
+        if not vectors.shape[1]:
+            vectors = np.empty((len(ids), table.schema.field("vector").type.list_size), np.float16)
+        vectors[pc.index_in(table["image_id"], value_set=ids).to_numpy()] = store.vectors_of(table)
+    return vectors, np.array([images[image_id] for image_id in ordered], dtype=object)
 
 
 def sample_locals(

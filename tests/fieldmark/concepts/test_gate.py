@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from fieldmark.concepts import gate
 from fieldmark.concepts.gate import judge, nearest_mean, permuted_accuracies, say
 from tests.project import unit
 
@@ -107,3 +108,13 @@ def test_nearest_mean_by_a_loop() -> None:
     means = [train[labels == label].mean(axis=0) for label in range(4)]
     expected = [int(np.argmin([np.linalg.norm(each - mean) for mean in means])) for each in x]
     assert nearest_mean(x, train, labels).tolist() == expected
+
+
+def test_no_image_is_judged_otherwise_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, val, (concepts, names) = planted()
+    found, mean = judge(train, val, concepts, owners_of(names)), train[0].astype(np.float64).mean(axis=0)
+    monkeypatch.setattr(gate, "ROWS", 7)
+    monkeypatch.setattr(gate, "COSINES", 3 * CLASSES)
+    assert judge(train, val, concepts, owners_of(names)) == found
+    np.testing.assert_array_equal(gate.mean_of(train[0]), mean)  # to the last bit
+    assert max(len(block) for block in gate.blocks(train[0], gate.ROWS)) == 7
