@@ -24,6 +24,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -440,6 +441,12 @@ def broken(path: str | Path, error: Exception) -> UserError:
 
 def bucket_of(image_id: str, buckets: int) -> int:
     return int(image_id[:8], 16) % buckets
+
+
+def buckets_of(image_ids: pa.Array, buckets: int) -> np.ndarray:
+    """bucket_of each of these, (n,) int64."""
+    heads = pc.utf8_slice_codeunits(image_ids, 0, 8).to_pylist()
+    return np.fromiter((bucket_of(head, buckets) for head in heads), dtype=np.int64, count=len(heads))
 
 
 def bucket_path(folder: str | Path, bucket: int) -> Path:

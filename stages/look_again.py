@@ -107,7 +107,7 @@ def make_rows(name: str, views: list[View], passes: list[list[Outputs]]) -> pa.T
 
 
 def look(
-    maps: Maps, sources: list[Source], products: Sequence[Product], clock: Clock
+    maps: Maps, sources: Sequence[Source], products: Sequence[Product], clock: Clock
 ) -> Iterator[tuple[pa.Table, ...]]:
     """passes.forward_sources of pictures that maps resample."""
     encoder = products[0].encoder

@@ -258,7 +258,7 @@ def read_cells(stored: Stored, sources: Iterable[Source], views: int) -> Iterato
 
 def pool_stored(
     stored: Stored, asked: list[Asked], bases: dict[str, Basis],
-    sources: list[Source], products: Sequence[Product], clock: Clock,
+    sources: Sequence[Source], products: Sequence[Product], clock: Clock,
 ) -> Iterator[tuple[pa.Table, ...]]:  # fmt: skip
     """passes.forward_sources of tokens that embed_tokens has stored, without a pass."""
     device, views = products[0].encoder.device, products[0].embed.views
@@ -275,7 +275,7 @@ def pool_stored(
     return rows_of_images(clock.timed(passed(), "forward"), products, len(sources))
 
 
-def draw_sample(sources: list[Source], buckets: int) -> list[Source]:
+def draw_sample(sources: Sequence[Source], buckets: int) -> list[Source]:
     """The training images that bases are fitted on, bucket by bucket. Raises UserError where there is none."""
     training = read_split(INDEX, "train")
     drawn = [each for each in sources if each.image_id in training]

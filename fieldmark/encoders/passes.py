@@ -29,7 +29,9 @@ from threading import Semaphore
 from time import perf_counter
 from typing import Any, NamedTuple, Self, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ from fieldmark.command import UserError, encoder_parser
 from fieldmark.encoders.base import ImageEncoder
 from fieldmark.params import Embed
 from fieldmark.pictures.decode import map_ahead
-from fieldmark.pictures.views import Outputs, Source, View, count_passes, prepare
+from fieldmark.pictures.views import Chosen, Outputs, Source, View, count_passes, image_ids_of, prepare
 
 # How many batches --dry-run embeds to measure the rate.
 SAMPLE_BATCHES = 4
@@ -86,14 +88,14 @@ class Product(ForwardPass):
 
 # Makes the rows of images, in order: of each a table for every product. Only `encoder`, `embed`, and `forward` of the
 # first product count, which the others share.
-Maker = Callable[[list[Source], Sequence[Product], "Clock"], Iterator[tuple[pa.Table, ...]]]
+Maker = Callable[[Sequence[Source], Sequence[Product], "Clock"], Iterator[tuple[pa.Table, ...]]]
 
 
 class Work(NamedTuple):
     """What is to be done in a folder: the buckets that change, and the images that they lack, bucket by bucket."""
 
     todo: list[tuple[Path, store.Kept]]
-    missing: list[Source]
+    missing: Sequence[Source]
 
 
 class Clock:
@@ -243,20 +245,29 @@ def compile_blocks(model: nn.Module) -> None:
             compile_blocks(child)
 
 
-def find_work(product: Product, sources: list[Source], buckets: int, shard: Shard = ALL_BUCKETS) -> Work:
+def find_work(product: Product, sources: Sequence[Source], buckets: int, shard: Shard = ALL_BUCKETS) -> Work:
     """Compare a folder of buckets, or a shard of it, with what it should hold: the rows of all `sources`."""
     rank, world = shard
-    by_id = {source.image_id: source for source in sources}
+    image_ids = image_ids_of(sources)
+    order = pc.sort_indices(image_ids).to_numpy()
+    numbers = store.buckets_of(image_ids, buckets)[order]
+    # The places of each bucket's images, sorted by image_id.
+    ends = np.cumsum(np.bincount(numbers, minlength=buckets))
+    members = np.split(order[np.argsort(numbers, kind="stable")], ends[:-1])
     todo: list[tuple[Path, store.Kept]] = []
-    for bucket, wanted in enumerate(store.split_buckets(list(by_id), buckets)):
-        if bucket % world == rank:
-            path = store.bucket_path(product.folder, bucket)
-            kept = store.find_kept(path, product.schema, product.fingerprint, wanted)
-            if product.outdated is not None and kept.present:
-                kept = kept.without(product.outdated(path, [by_id[image_id] for image_id in kept.present]))
-            if kept.changes:
-                todo.append((path, kept))
-    return Work(todo, [by_id[image_id] for _, kept in todo for image_id in kept.missing])
+    for bucket in range(rank, buckets, world):
+        path, wanted = store.bucket_path(product.folder, bucket), image_ids.take(pa.array(members[bucket])).to_pylist()
+        kept = store.find_kept(path, product.schema, product.fingerprint, wanted)
+        if product.outdated is not None and kept.present:
+            kept = kept.without(product.outdated(path, list(choose(sources, image_ids, kept.present))))
+        if kept.changes:
+            todo.append((path, kept))
+    return Work(todo, choose(sources, image_ids, [image_id for _, kept in todo for image_id in kept.missing]))
+
+
+def choose(sources: Sequence[Source], image_ids: pa.Array, wanted: Sequence[str]) -> Sequence[Source]:
+    """The sources of some images, in their order; `image_ids` are those of all."""
+    return Chosen(sources, pc.index_in(pa.array(wanted, store.TEXT), value_set=image_ids).to_numpy())
 
 
 def stack_pictures(pixels: list[Tensor]) -> Tensor:
@@ -362,7 +373,7 @@ def run_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, clock:
 
 
 def run_sources(
-    sources: list[Source], asked: ForwardPass, clock: Clock, cut: Callable[[Source], list[View]] | None = None
+    sources: Sequence[Source], asked: ForwardPass, clock: Clock, cut: Callable[[Source], list[View]] | None = None
 ) -> Iterator[Passed]:
     """Decode images and run their views, in order; `cut` makes those of an image (default: `prepare`)."""
     workers = os.cpu_count() or 1
@@ -398,7 +409,7 @@ def rows_of_views(
 
 
 def forward_sources(
-    sources: list[Source], products: Sequence[Product], clock: Clock | None = None
+    sources: Sequence[Source], products: Sequence[Product], clock: Clock | None = None
 ) -> Iterator[tuple[pa.Table, ...]]:
     """Yield the rows of each image in order, a table for every product; they share encoder, views and `forward`."""
     yield from rows_of_images(run_sources(sources, products[0], clock or Clock()), products, len(sources))
@@ -444,7 +455,7 @@ def merge_rows(
 
 def update(
     products: Sequence[Product],
-    sources: list[Source],
+    sources: Sequence[Source],
     buckets: int,
     shard: Shard | None = None,
     make: Maker = forward_sources,
@@ -459,8 +470,8 @@ def update(
             store.remove_strays(product.folder, buckets)
     works = [find_work(product, sources, buckets, shard or ALL_BUCKETS) for product in products]
     shared = share_work(works)
-    by_id = {source.image_id: source for source in sources}
-    missing = [by_id[image_id] for bucket in shared.values() for image_id in bucket.missing]
+    image_ids = image_ids_of(sources)
+    missing = choose(sources, image_ids, [image_id for bucket in shared.values() for image_id in bucket.missing])
     lacking = [place for place, work in enumerate(works) if work.missing]
     clock = Clock()
     encoder = products[0].encoder.name
@@ -486,14 +497,18 @@ def update(
         rate = f"{len(missing)} images in {seconds:.2f} s, {len(missing) / seconds:.1f} images/s"
         print(f"embed {name}: {rate}; {clock.shares()}", file=sys.stderr)
     rank, world = shard or ALL_BUCKETS
-    ours = sum(store.bucket_of(source.image_id, buckets) % world == rank for source in sources)
+    ours = int((store.buckets_of(image_ids, buckets) % world == rank).sum())
     for product, work in zip(products, works, strict=True):
         print(f"{product.folder}: {len(work.missing)} images embedded, {ours - len(work.missing)} kept")
     return len(missing)
 
 
 def preview(
-    products: Sequence[Product], sources: list[Source], buckets: int, devices: int = 1, make: Maker = forward_sources
+    products: Sequence[Product],
+    sources: Sequence[Source],
+    buckets: int,
+    devices: int = 1,
+    make: Maker = forward_sources,
 ) -> str:
     """What a run would do, for --dry-run. Rate and bytes are measured on a few images that are embedded now."""
     works = [find_work(each, sources, buckets) for each in products]

@@ -9,9 +9,11 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
@@ -67,17 +69,65 @@ class View(NamedTuple):
     further: "Callable[[list[Outputs]], View] | None" = None
 
 
-def read_sources(folder: Path) -> list[Source]:
+class Sources(Sequence[Source]):
+    """Images of the index as rows of its table, each made a Source when it is asked for.
+
+    A row takes 150 bytes, a Source with its path 700 and more, and to make one takes longer than to see that its image
+    is embedded.
+    """
+
+    def __init__(self, folder: Path, table: pa.Table) -> None:
+        """`table` has image_id, path, box, width and height."""
+        self.folder, self.table = folder, table.combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, place: int) -> Source: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Source]: ...
+    def __getitem__(self, place: int | slice) -> Source | list[Source]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        [row] = self.table.slice(place % len(self), 1).to_pylist()
+        return source_of(self.folder, row["image_id"], row["path"], row["box"], (row["width"], row["height"]))
+
+
+class Chosen(Sequence[Source]):
+    """Some of a sequence of sources, by their places there."""
+
+    def __init__(self, sources: Sequence[Source], places: np.ndarray) -> None:
+        self.sources, self.places = sources, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Source: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Source]: ...
+    def __getitem__(self, place: int | slice) -> Source | list[Source]:
+        if isinstance(place, slice):
+            return [self.sources[each] for each in self.places[place].tolist()]
+        return self.sources[int(self.places[place])]
+
+
+def image_ids_of(sources: Sequence[Source]) -> pa.Array:
+    """The image_id of each source."""
+    if isinstance(sources, Sources):
+        return sources.table["image_id"].combine_chunks()
+    return pa.array([source.image_id for source in sources], store.TEXT)
+
+
+def read_sources(folder: Path) -> Sources:
     """The usable images of the index; none of an index of documents, which have no picture."""
-    index, columns = "data/index/images.parquet", ["image_id", "path", "status", "box", "width", "height"]
-    if store.are_documents(index):
-        return []
-    table = store.read_table(index, "index.images/1", columns)
-    return [
-        source_of(folder, row["image_id"], row["path"], row["box"], (row["width"], row["height"]))
-        for row in table.to_pylist()
-        if row["status"] == "ok"
-    ]
+    index, columns = "data/index/images.parquet", ["image_id", "path", "box", "width", "height"]
+    table = store.read_table(index, "index.images/1", [*columns, "status"])
+    usable = table.slice(0, 0) if store.are_documents(index) else table.filter(pc.field("status") == "ok")
+    return Sources(folder, usable.select(columns))
 
 
 def source_of(
