@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from fieldmark.encoders.passes import (
     CpuSlots,
     Product,
     find_batch_size,
+    find_work,
     forward_sources,
     list_devices,
     out_of_memory,
@@ -33,7 +36,8 @@ from fieldmark.encoders.passes import (
     update,
 )
 from fieldmark.params import Params
-from fieldmark.pictures.views import Source, View, prepare
+from fieldmark.pictures import views
+from fieldmark.pictures.views import Source, View, image_ids_of, prepare, read_sources, source_of
 from tests.project import ROOT, draw, snapshot
 
 SetParams = Callable[..., Params]
@@ -299,3 +303,45 @@ def test_the_benchmark_runs_on_a_small_model(
         bare, rate, ratio, decode, allowed = map(float, row[4:9])
         assert ratio == pytest.approx(rate / bare, abs=0.01)
         assert allowed == pytest.approx(decode / (decode + bare), abs=0.01)
+
+
+def test_only_what_is_to_be_embedded_becomes_a_source(
+    make_product: Callable[[int], Product], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = make_product(4)
+    asked: list[str] = []
+
+    def counted(*row: Any) -> Source:
+        asked.append(row[1])
+        return source_of(*row)
+
+    monkeypatch.setattr(views, "source_of", counted)
+    run_stage("index_images")
+    indexed = read_sources(Path("images"))
+    assert len(indexed) == len(find_work(product, indexed, 4).missing) == 12
+    assert asked == []
+    update([product], indexed, 4)
+    assert sorted(asked) == sorted(image_ids_of(indexed).to_pylist())
+    before, asked[:] = contents(), []
+    assert update([product], indexed, 4) == 0
+    assert asked == []
+    # One image is gone from its bucket: it alone is made again, to the same bytes; a list of sources does the same.
+    for given in (indexed, list(indexed)):
+        gone, asked[:] = indexed[5].image_id, []
+        path = store.bucket_path(FOLDER, store.bucket_of(gone, 4))
+        rest = store.read_table(path, product.schema).filter(pc.field("image_id") != gone)
+        store.write_table(rest, path, product.schema, product.made_by, product.fingerprint)
+        assert update([product], given, 4) == 1
+        assert asked == ([gone] if given is indexed else [])
+        assert contents() == before
+
+
+def test_sources_are_a_sequence(set_params: SetParams, run_stage: RunStage, dataset: list[str]) -> None:
+    set_params()
+    run_stage("index_images")
+    found = read_sources(Path("images"))
+    assert found[2:4] == [found[2], found[3]] == list(found)[2:4]
+    assert found[-1] == list(found)[-1]
+    assert [each.path for each in found] == [Path(path) for path in sorted(map(str, Path("images").glob("*/*/*.png")))]
+    with pytest.raises(IndexError):
+        found[len(found)]
