@@ -35,7 +35,7 @@ from fieldmark.encoders.passes import update
 from fieldmark.memory import keep_memory
 from fieldmark.params import load_params
 from fieldmark.pictures.views import Source
-from tools.predict import ask, chunk_of, open_judge
+from tools.predict import answer_here, ask, chunk_of, open_judge
 from tools.prediction.answers import Judge
 from tools.prediction.output import Row, write_rows
 from tools.prediction.pictures import read_question
@@ -95,7 +95,8 @@ def main() -> None:
         for number in range(arguments.repeats):
             with timed(rates["embed"], cpu["embed"], len(sources)):
                 update([replace(nodes, folder=Path(name, f"embed{number}"))], sources, params.dataset.buckets)
-            answer = partial(ask, judge, question, chunk_of(params, judge.run), False, False, None)
+            answered = answer_here(judge, question, chunk_of(params, judge.run), 0)
+            answer = partial(ask, judge, answered, len(question.pictures), False, None)
             with timed(rates["predict"], cpu["predict"], len(sources)):
                 write_rows("jsonl", out, judge.names.values(), answer)
         embed, predict = median(rates["embed"]), median(rates["predict"])

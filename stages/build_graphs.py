@@ -7,17 +7,20 @@ Costs   one (N, N) product an image: seconds for ten thousand images of 33 nodes
 Which nodes are linked, and how strongly, stands in fieldmark/graphs/patches.py.
 
     python -m stages.build_graphs --encoder reef
+    python -m stages.build_graphs --encoder reef --engine ray
 """
 
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 from tqdm import tqdm
 
-from fieldmark import store
+from fieldmark import cluster, store
 from fieldmark.command import encoder_parser, run
 from fieldmark.graphs.patches import SCHEMA, graph_rows
-from fieldmark.params import Graphs, load_params
+from fieldmark.params import Graphs, Params, load_params
 
 EMBED = Path("data/embed")
 GRAPHS = Path("data/graphs")
@@ -26,8 +29,8 @@ ORDER = [("image_id", "ascending"), ("view", "ascending")]
 
 def update_bucket(
     source: Path, target: Path, settings: Graphs, made_by: dict[str, object], mark: str, by_boxes: bool = False
-) -> int:
-    """Bring one bucket up to date with the embeddings; return how many images were linked anew.
+) -> cluster.Bucket:
+    """Bring one bucket up to date with the embeddings; how many images were linked anew, and how many it has.
 
     `by_boxes`: the data's boxes said where nodes lie, so that a corrected box moved them under the same mark; then all
     are linked, and written where a link differs.
@@ -35,7 +38,7 @@ def update_bucket(
     ids = store.read_table(source, "embed.nodes/1", ["image_id"]).column("image_id").unique().to_pylist()
     kept = store.find_kept(target, SCHEMA, mark, ids)
     if not kept.changes and not by_boxes:
-        return 0
+        return cluster.Bucket(0, len(ids))
     anew = ids if by_boxes else kept.missing
     columns = ["image_id", "view", "node", "kind", "x0", "y0", "x1", "y1", "vector"]
     nodes = store.read_images(source, "embed.nodes/1", anew, columns)
@@ -44,26 +47,38 @@ def update_bucket(
         tables.append(store.read_images(target, SCHEMA, kept.present))
     made = pa.concat_tables(tables)
     if not kept.changes and made.sort_by(ORDER).equals(store.read_table(target, SCHEMA).sort_by(ORDER)):
-        return 0
+        return cluster.Bucket(0, len(ids))
     store.write_table(made, target, SCHEMA, made_by, mark)
-    return len(anew)
+    return cluster.Bucket(len(anew), len(ids))
 
 
-def main() -> None:
-    arguments = encoder_parser(__doc__).parse_args()
-    params = load_params(arguments.params)
-    params.image_encoder(arguments.encoder)
-    buckets = params.dataset.buckets
+def open_buckets(arguments: Namespace, params: Params) -> Callable[[int], cluster.Bucket]:
+    """What is done with a bucket, here or by a worker of a cluster."""
     images, folder = EMBED / arguments.encoder / "images", GRAPHS / arguments.encoder
-    embedded = store.read_folder_header(images, "embed.nodes/1", buckets)
+    embedded = store.read_folder_header(images, "embed.nodes/1", params.dataset.buckets)
     embed_mark = embedded.fingerprint
     by_boxes = (embedded.params.get("regions") or {}).get("object") == "box"
     made_by = {**params.graphs.model_dump(), "embed": embed_mark}
     mark = store.fingerprint(SCHEMA, made_by)
-    count = 0
-    for bucket in tqdm(range(buckets), desc=f"link {arguments.encoder}", unit="bucket"):
+
+    def link(bucket: int) -> cluster.Bucket:
         source, target = store.bucket_path(images, bucket), store.bucket_path(folder, bucket)
-        count += update_bucket(source, target, params.graphs, made_by, mark, by_boxes)
+        return update_bucket(source, target, params.graphs, made_by, mark, by_boxes)
+
+    return link
+
+
+def main() -> None:
+    arguments = cluster.add_bucket_engine(encoder_parser(__doc__)).parse_args()
+    params = load_params(arguments.params)
+    params.image_encoder(arguments.encoder)
+    buckets, folder = params.dataset.buckets, GRAPHS / arguments.encoder
+    if cluster.on_cluster(arguments):
+        cluster.run_buckets(cluster.Job("stages.build_graphs", "open_buckets", arguments, params), [folder])
+        return
+    link, count = open_buckets(arguments, params), 0
+    for bucket in tqdm(range(buckets), desc=f"link {arguments.encoder}", unit="bucket"):
+        count += link(bucket).made
     store.remove_strays(folder, buckets)
     print(f"{folder}: {count} images linked anew")
 

@@ -14,13 +14,19 @@ Which nodes a view has, and in which order, stands in fieldmark/encoders/nodes.p
     python -m stages.embed_images --encoder reef
     python -m stages.embed_images --encoder reef --dry-run
     python -m stages.embed_images --encoder reef --device cuda:0,cuda:1
+    python -m stages.embed_images --encoder reef --engine ray
 """
 
+from argparse import Namespace
+from collections.abc import Callable
+
+from fieldmark import cluster
 from fieldmark.command import UserError, run
 from fieldmark.encoders.base import choose_device
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import EMBED, nodes_of
 from fieldmark.encoders.passes import (
+    Product,
     compile_blocks,
     find_batch_size,
     list_devices,
@@ -30,32 +36,54 @@ from fieldmark.encoders.passes import (
     update,
 )
 from fieldmark.memory import keep_memory
-from fieldmark.params import load_params
-from fieldmark.pictures.views import count_passes, read_sources
+from fieldmark.params import Params, load_params
+from fieldmark.pictures.views import BucketSources, count_passes, read_sources
 
 
-def main() -> None:
-    arguments = passes_parser(__doc__).parse_args()
-    keep_memory()
-    params = load_params(arguments.params)
+def open_product(arguments: Namespace, params: Params) -> Product:
+    """What this stage makes; its encoder is loaded on the first device that is named."""
     settings = params.image_encoder(arguments.encoder)
-    sources = read_sources(params.dataset.folder)
-    buckets = params.dataset.buckets
-    if run_shards("stages.embed_images", [EMBED / arguments.encoder / "images"], buckets, arguments):
-        return
-    devices = list_devices(arguments.device)
-    encoder = load_image_encoder(arguments.encoder, settings, choose_device(devices[0]), params.towers)
+    device = choose_device(list_devices(arguments.device)[0])
+    encoder = load_image_encoder(arguments.encoder, settings, device, params.towers)
     if arguments.compile:
         if encoder.dense is not None:
             key = f"params.yaml: encoders.{encoder.name}.dense"
             what = "needs what the last block reads on the way, and compiled code shows it to nobody"
             raise UserError(f"--compile: {key}: {what}; leave --compile out, or use last")
         compile_blocks(encoder.model)
-    product = nodes_of(encoder, params.embed)
+    return nodes_of(encoder, params.embed)
+
+
+def open_buckets(arguments: Namespace, params: Params) -> Callable[[int], cluster.Bucket]:
+    """What a worker of a cluster does with a bucket."""
+    keep_memory()
+    product, buckets = open_product(arguments, params), params.dataset.buckets
+    images = BucketSources(params.dataset.folder, buckets)
+
+    def bring(bucket: int) -> cluster.Bucket:
+        sources = images[bucket]
+        return cluster.Bucket(update([product], sources, buckets, (bucket, buckets)), len(sources))
+
+    return bring
+
+
+def main() -> None:
+    arguments = cluster.add_bucket_engine(passes_parser(__doc__)).parse_args()
+    keep_memory()
+    params = load_params(arguments.params)
+    params.image_encoder(arguments.encoder)
+    folder, buckets = EMBED / arguments.encoder / "images", params.dataset.buckets
+    if cluster.on_cluster(arguments):
+        cluster.run_buckets(cluster.Job("stages.embed_images", "open_buckets", arguments, params), [folder])
+        return
+    sources = read_sources(params.dataset.folder)
+    if run_shards("stages.embed_images", [folder], buckets, arguments):
+        return
+    product = open_product(arguments, params)
     if arguments.find_batch_size:
         print(find_batch_size(product))
     elif arguments.dry_run:
-        print(f"{product.folder}: {preview([product], sources, buckets, len(devices))}")
+        print(f"{product.folder}: {preview([product], sources, buckets, len(list_devices(arguments.device)))}")
         print(f"forward passes: {count_passes(params.embed)} an image")
     else:
         update([product], sources, buckets, arguments.shard)

@@ -17,10 +17,12 @@ elsewhere.
 
     python -m stages.embed_tokens --encoder vit-b-16 --dry-run
     python -m stages.embed_tokens --encoder vit-b-16
+    python -m stages.embed_tokens --encoder vit-b-16 --engine ray
 """
 
 import shutil
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fieldmark import store
+from fieldmark import cluster, store
 from fieldmark.command import UserError, run
 from fieldmark.encoders.base import ImageEncoder, choose_device, make_batch
 from fieldmark.encoders.layers import RULES, LayerChoice, choose_layers, find_tower, hidden_states
@@ -48,8 +50,8 @@ from fieldmark.encoders.passes import (
     update,
 )
 from fieldmark.memory import keep_memory
-from fieldmark.params import Embed, load_params
-from fieldmark.pictures.views import View, read_sources
+from fieldmark.params import Embed, Params, load_params
+from fieldmark.pictures.views import BucketSources, View, read_sources
 
 EMBED = Path("data/embed")
 SCHEMA = "embed.tokens/1"
@@ -142,39 +144,69 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
+def open_product(arguments: Namespace, params: Params) -> Product:
+    """What this stage makes; its encoder is loaded on the first device that is named."""
+    name = arguments.encoder
+    device = choose_device(list_devices(arguments.device)[0])
+    encoder = load_image_encoder(name, params.image_encoder(name), device, params.towers)
+    asked = params.tokens[name]
+    choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key_of(encoder))
+    return tokens_of(encoder, choice, params.embed)
+
+
+def check_space(product: Product, needed: int) -> None:
+    """Raises UserError where the disk of the product's folder has less than these bytes."""
+    free = free_space(product.folder)
+    if needed > free:
+        problem = f"up to {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free"
+        remedy = f"free some, or take layers out of tokens.{product.encoder.name}.layers"
+        raise UserError(f"{product.folder}: {problem}; {remedy}")
+
+
+def open_buckets(arguments: Namespace, params: Params) -> Callable[[int], cluster.Bucket]:
+    """What a worker of a cluster does with a bucket. Space is looked at bucket by bucket: disks may differ."""
+    keep_memory()
+    product, buckets = open_product(arguments, params), params.dataset.buckets
+    images, each = BucketSources(params.dataset.folder, buckets), bytes_an_image(product)
+
+    def bring(bucket: int) -> cluster.Bucket:
+        sources, shard = images[bucket], (bucket, buckets)
+        check_space(product, space_needed(find_work(product, sources, buckets, shard), each))
+        return cluster.Bucket(update([product], sources, buckets, shard), len(sources))
+
+    return bring
+
+
 def main() -> None:
-    arguments = passes_parser(__doc__).parse_args()
+    arguments = cluster.add_bucket_engine(passes_parser(__doc__)).parse_args()
     refuse_compile(arguments)
     keep_memory()
     params = load_params(arguments.params)
     name, buckets = arguments.encoder, params.dataset.buckets
-    settings = params.image_encoder(name)
+    params.image_encoder(name)
     if name not in params.tokens:
         remedy = f"add it, as in `tokens: {{{name}: {{layers: [-2]}}}}`"
         raise UserError(f"params.yaml: tokens.{name}: is not there, so that no layer is asked for; {remedy}")
-    asked = params.tokens[name]
-    sources = read_sources(params.dataset.folder)
-    if run_shards("stages.embed_tokens", [EMBED / name / "tokens"], buckets, arguments):
+    folder = EMBED / name / "tokens"
+    if cluster.on_cluster(arguments):
+        cluster.run_buckets(cluster.Job("stages.embed_tokens", "open_buckets", arguments, params), [folder])
         return
-    devices = list_devices(arguments.device)
-    encoder = load_image_encoder(name, settings, choose_device(devices[0]), params.towers)
-    choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key_of(encoder))
-    product = tokens_of(encoder, choice, params.embed)
+    sources = read_sources(params.dataset.folder)
+    if run_shards("stages.embed_tokens", [folder], buckets, arguments):
+        return
+    product = open_product(arguments, params)
     if arguments.find_batch_size:
         print(find_batch_size(product))
         return
     # Of all buckets, since each process writes to the same disk.
     work, each = find_work(product, sources, buckets), bytes_an_image(product)
-    needed, free = space_needed(work, each), free_space(product.folder)
     size = f"at most {len(work.missing) * each / 1e6:.2f} MB to write, {each / 1e6:.2f} MB an image"
-    layers = ", ".join(map(str, choice.layers))
-    print(f"{product.folder}: layers {layers}; {size}; {free / 1e6:.0f} MB are free", flush=True)
+    layers, free = ", ".join(map(str, product.made_by["layers"])), free_space(folder)
+    print(f"{folder}: layers {layers}; {size}; {free / 1e6:.0f} MB are free", flush=True)
     if arguments.dry_run:
-        print(preview([product], sources, buckets, len(devices)))
+        print(preview([product], sources, buckets, len(list_devices(arguments.device))))
         return
-    if needed > free:
-        problem = f"up to {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free"
-        raise UserError(f"{product.folder}: {problem}; free some, or take layers out of tokens.{name}.layers")
+    check_space(product, space_needed(work, each))
     update([product], sources, buckets, arguments.shard)
 
 

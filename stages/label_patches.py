@@ -11,8 +11,11 @@ Costs   softmax: one matrix product of all nodes with the kept concepts, seconds
 What is stored, and by which equations, stands in fieldmark/labels/labelling.py.
 
     python -m stages.label_patches --encoder reef
+    python -m stages.label_patches --encoder reef --engine ray
 """
 
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fieldmark import store
+from fieldmark import cluster, store
 from fieldmark.command import UserError, encoder_parser, run
 from fieldmark.labels.labelling import (
     Labelled,
@@ -169,19 +172,41 @@ def read_objects() -> pa.Table:
     return table.filter(pc.and_(pc.equal(table.column("status"), "ok"), pc.invert(cut)))
 
 
-def main() -> None:
-    arguments = encoder_parser(__doc__).parse_args()
-    params = load_params(arguments.params)
-    labelling = read_labelling(arguments.encoder, params)
+def label_buckets(name: str, params: Params, labelling: Labelling) -> Callable[[int], cluster.Bucket]:
+    """What is done with a bucket of an encoder."""
     mark = store.fingerprint(SCHEMA, labelling.made_by)
-    images, folder = EMBED / arguments.encoder / "images", LABELS / arguments.encoder
+    images, folder = EMBED / name / "images", LABELS / name
     columns = ["image_id", "view", "node", "x0", "y0", "x1", "y1", "vector"]
-    buckets, by_pixels = params.dataset.buckets, params.labels.density == "pixel"
-    for bucket in tqdm(range(buckets), desc=f"label {arguments.encoder}", unit="bucket"):
+    by_pixels = params.labels.density == "pixel"
+
+    def label_bucket(bucket: int) -> cluster.Bucket:
         nodes = store.read_table(store.bucket_path(images, bucket), "embed.nodes/1", columns)
         thumbs = store.read_table(store.bucket_path(THUMBS, bucket), "thumbs/1") if by_pixels else None
         labels = labelling.label(nodes, thumbs)
         store.write_table(labels, store.bucket_path(folder, bucket), SCHEMA, labelling.made_by, mark)
+        images_there = pc.count_distinct(nodes.column("image_id")).as_py()
+        return cluster.Bucket(images_there, images_there)
+
+    return label_bucket
+
+
+def open_buckets(arguments: Namespace, params: Params) -> Callable[[int], cluster.Bucket]:
+    """What a worker of a cluster does with a bucket."""
+    return label_buckets(arguments.encoder, params, read_labelling(arguments.encoder, params))
+
+
+def main() -> None:
+    arguments = cluster.add_bucket_engine(encoder_parser(__doc__)).parse_args()
+    params = load_params(arguments.params)
+    params.encoder(arguments.encoder)
+    buckets, folder = params.dataset.buckets, LABELS / arguments.encoder
+    if cluster.on_cluster(arguments):
+        cluster.run_buckets(cluster.Job("stages.label_patches", "open_buckets", arguments, params), [folder])
+        return
+    labelling = read_labelling(arguments.encoder, params)
+    label_bucket = label_buckets(arguments.encoder, params, labelling)
+    for bucket in tqdm(range(buckets), desc=f"label {arguments.encoder}", unit="bucket"):
+        label_bucket(bucket)
     store.remove_strays(folder, buckets)
     print(f"{folder}: nodes labelled with {len(labelling.concepts)} concepts, by {labelling.settings.mode}")
 

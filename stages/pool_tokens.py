@@ -24,11 +24,13 @@ weight @ pooled + bias. It holds no tensor where the head is not linear, or proj
 
     python -m stages.pool_tokens --encoder reef --dry-run
     python -m stages.pool_tokens --encoder reef
+    python -m stages.pool_tokens --encoder reef --engine ray
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -42,19 +44,21 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from fieldmark import store
+from fieldmark import cluster, store
 from fieldmark.command import UserError, run
 from fieldmark.encoders import layers as tower_layers
 from fieldmark.encoders.base import ImageEncoder, choose_device
 from fieldmark.encoders.layers import find_tower, number_layer
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (
+    ALL_BUCKETS,
     Clock,
     ForwardPass,
     Maker,
     Outputs,
     Passed,
     Product,
+    Shard,
     find_batch_size,
     find_work,
     forward_sources,
@@ -71,8 +75,8 @@ from fieldmark.encoders.pooled import pool_batch, projection_of
 from fieldmark.labels.splits import read_split
 from fieldmark.memory import keep_memory
 from fieldmark.moments import CHUNK, RULES, Basis, TokenSums, length_of, pool
-from fieldmark.params import Embed, Moment, load_params
-from fieldmark.pictures.views import Source, View, read_sources
+from fieldmark.params import Embed, Moment, Params, load_params
+from fieldmark.pictures.views import BucketSources, Source, View, read_sources
 
 EMBED = Path("data/embed")
 INDEX = Path("data/index/images.parquet")
@@ -228,10 +232,14 @@ def write_projection(encoder: ImageEncoder) -> None:
     write_tensors(EMBED / encoder.name / PROJECTION, tensors, made_by)
 
 
-def find_stored(encoder: ImageEncoder, views: int, buckets: int) -> Stored | None:
-    """What embed_tokens has stored of this encoder and these views, if it has. Raises UserError for a broken file."""
+def find_stored(encoder: ImageEncoder, views: int, buckets: int, bucket: int | None = None) -> Stored | None:
+    """What embed_tokens has stored of this encoder and these views, if it has, in all buckets or in one of them.
+
+    Raises UserError for a broken file.
+    """
     folder = EMBED / encoder.name / "tokens"
-    paths = [store.bucket_path(folder, bucket) for bucket in range(buckets)]
+    looked_at = range(buckets) if bucket is None else [bucket]
+    paths = [store.bucket_path(folder, each) for each in looked_at]
     if not all(path.is_file() for path in paths):
         return None
     headers = [store.read_header(path, TOKENS) for path in paths]
@@ -352,56 +360,131 @@ def remove_former(encoder: ImageEncoder, asked: list[Asked]) -> None:
             (each.folder / BASIS).unlink(missing_ok=True)
 
 
+class Opened(NamedTuple):
+    """An encoder, loaded, and what is asked of it."""
+
+    encoder: ImageEncoder
+    asked: list[Asked]
+    embed: Embed
+    widths: Widths
+    bases: dict[str, Basis]  # as they are kept, or one that stands in
+    unfitted: list[Asked]  # whose basis is not there
+
+
+def open_moments(arguments: Namespace, params: Params, refit: bool) -> Opened:
+    """What this stage works with, on the first device that is named; with `refit` no basis is there."""
+    name = arguments.encoder
+    device = choose_device(list_devices(arguments.device)[0])
+    encoder = load_image_encoder(name, params.image_encoder(name), device, params.towers)
+    asked = find_asked(encoder, params.moments[name])
+    widths = measure(encoder, asked)
+    bases: dict[str, Basis] = {}
+    unfitted = []
+    for each in asked:
+        if each.directions is not None:
+            kept = None if refit else read_basis(encoder, each)
+            if kept is None:
+                unfitted.append(each)
+            bases[each.name] = kept or Basis.stand_in(widths[each.layer], each.directions)
+    return Opened(encoder, asked, params.embed.uncut, widths, bases, unfitted)
+
+
+def fit_unfitted(opened: Opened, sample: list[Source], stored: Stored | None) -> dict[str, Basis]:
+    """All bases, those that are not there fitted on a sample."""
+    encoder = opened.encoder
+    if not opened.unfitted:
+        return opened.bases
+    batches = sample_cells(encoder, opened.unfitted, sample, stored, opened.embed)
+    told = tqdm(batches, desc=f"basis {encoder.name}", total=-(-len(sample) // encoder.batch_size), unit="batch")
+    return opened.bases | fit_bases(encoder, opened.unfitted, opened.widths, told)
+
+
+def on_device(encoder: ImageEncoder, bases: dict[str, Basis]) -> dict[str, Basis]:
+    return {key: Basis(*(tensor.to(encoder.device) for tensor in basis)) for key, basis in bases.items()}
+
+
+def choose_maker(
+    opened: Opened, bases: dict[str, Basis], sources: list[Source], stored: Stored | None, buckets: int, shard: Shard
+) -> tuple[list[Product], Maker]:
+    """What is made of images in some buckets, and from what: stored tokens where these are enough, else the images."""
+    encoder, asked, embed, widths = opened[:4]
+    found = products_of(encoder, asked, asked, bases, widths, embed)
+    lacking = [find_work(product, sources, buckets, shard).missing for product in found]
+    needed = [each for each, missing in zip(asked, lacking, strict=True) if missing]
+    products = products_of(encoder, asked, needed, bases, widths, embed)
+    if stored is not None and stored.has(needed, [source for missing in lacking for source in missing]):
+        return products, partial(pool_stored, stored, needed, bases)
+    return products, forward_sources
+
+
+def open_basis(arguments: Namespace, params: Params) -> Callable[[None], None]:
+    """What one worker of a cluster does first: it makes what all buckets share."""
+
+    def prepare(_: None) -> None:
+        opened, buckets = open_moments(arguments, params, arguments.refit), params.dataset.buckets
+        remove_former(opened.encoder, opened.asked)
+        write_projection(opened.encoder)
+        if opened.unfitted:
+            sample = draw_sample(read_sources(params.dataset.folder), buckets)
+            fit_unfitted(opened, sample, find_stored(opened.encoder, opened.embed.views, buckets))
+
+    return prepare
+
+
+def open_buckets(arguments: Namespace, params: Params) -> Callable[[int], cluster.Bucket]:
+    """What a worker of a cluster does with a bucket. Raises UserError where it does not see the bases."""
+    keep_memory()
+    opened, buckets = open_moments(arguments, params, refit=False), params.dataset.buckets
+    if opened.unfitted:
+        path = opened.unfitted[0].folder / BASIS
+        raise UserError(f"{path}: is not seen by all nodes; pool_tokens needs a disk that they share (docs/cluster.md)")
+    encoder, bases = opened.encoder, on_device(opened.encoder, opened.bases)
+    images = BucketSources(params.dataset.folder, buckets)
+
+    def bring(bucket: int) -> cluster.Bucket:
+        sources, shard = images[bucket], (bucket, buckets)
+        stored = find_stored(encoder, opened.embed.views, buckets, bucket)
+        products, make = choose_maker(opened, bases, sources, stored, buckets, shard)
+        return cluster.Bucket(update(products, sources, buckets, shard, make), len(sources))
+
+    return bring
+
+
 def main() -> None:
-    parser = passes_parser(__doc__)
+    parser = cluster.add_bucket_engine(passes_parser(__doc__))
     parser.add_argument("--refit", action="store_true", help="fit the bases again; every vector along them changes")
     arguments = parser.parse_args()
     refuse_compile(arguments)
     keep_memory()
     params = load_params(arguments.params)
     name, buckets = arguments.encoder, params.dataset.buckets
-    settings = params.image_encoder(name)
+    params.image_encoder(name)
     if name not in params.moments:
         remedy = f"add it, as in `moments: {{{name}: {{pooled: {{kind: pooled}}}}}}`"
         raise UserError(f"params.yaml: moments.{name}: is not there, so that no vector is asked for; {remedy}")
+    folders = [EMBED / name / "moments" / each for each in params.moments[name]]
+    if cluster.on_cluster(arguments):
+        job = cluster.Job("stages.pool_tokens", "open_buckets", arguments, params)
+        cluster.run_buckets(job, folders, first="open_basis")
+        return
     sources = read_sources(params.dataset.folder)
-    devices = list_devices(arguments.device)
-    encoder = load_image_encoder(name, settings, choose_device(devices[0]), params.towers)
-    asked, embed = find_asked(encoder, params.moments[name]), params.embed.uncut
-    widths, stored = measure(encoder, asked), find_stored(encoder, embed.views, buckets)
-
-    bases: dict[str, Basis] = {}
-    unfitted = []
-    for each in asked:
-        if each.directions is not None:
-            kept = None if arguments.refit else read_basis(encoder, each)
-            if kept is None:
-                unfitted.append(each)
-            bases[each.name] = kept or Basis.stand_in(widths[each.layer], each.directions)
+    opened = open_moments(arguments, params, arguments.refit)
+    encoder, asked, embed, widths, bases, unfitted = opened
+    stored = find_stored(encoder, embed.views, buckets)
     sample = draw_sample(sources, buckets) if unfitted else []
     if not arguments.dry_run and not arguments.find_batch_size:
         if arguments.shard is None:
             remove_former(encoder, asked)
             write_projection(encoder)
-        if unfitted:
-            batches = sample_cells(encoder, unfitted, sample, stored, embed)
-            told = tqdm(batches, desc=f"basis {name}", total=-(-len(sample) // encoder.batch_size), unit="batch")
-            bases |= fit_bases(encoder, unfitted, widths, told)
-        folders = [each.folder for each in asked]
+        bases = fit_unfitted(opened, sample, stored)
         if run_shards("stages.pool_tokens", folders, buckets, arguments, done="--refit"):
             return
 
-    bases = {key: Basis(*(tensor.to(encoder.device) for tensor in basis)) for key, basis in bases.items()}
-    found = products_of(encoder, asked, asked, bases, widths, embed)
+    bases = on_device(encoder, bases)
     if arguments.find_batch_size:
-        print(find_batch_size(found[0]))
+        print(find_batch_size(products_of(encoder, asked, asked, bases, widths, embed)[0]))
         return
-    lacking = [find_work(product, sources, buckets).missing for product in found]
-    needed = [each for each, missing in zip(asked, lacking, strict=True) if missing]
-    products = products_of(encoder, asked, needed, bases, widths, embed)
-    make: Maker = forward_sources
-    if stored is not None and stored.has(needed, [source for missing in lacking for source in missing]):
-        make = partial(pool_stored, stored, needed, bases)
+    products, make = choose_maker(opened, bases, sources, stored, buckets, ALL_BUCKETS)
     if not arguments.dry_run:
         update(products, sources, buckets, arguments.shard, make)
         return
@@ -410,7 +493,7 @@ def main() -> None:
     if unfitted:
         names = ", ".join(each.name for each in unfitted)
         print(f"first of all {len(sample)} training images more, for the directions of {names}")
-    print(preview(products, sources, buckets, len(devices), make))
+    print(preview(products, sources, buckets, len(list_devices(arguments.device)), make))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,13 @@
 
 import io
 import json
-from collections.abc import Sequence
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +186,31 @@ def write_concepts(concepts: Sequence[tuple[str, str | None, str]]) -> None:
     ]
     table = store.make_table("concepts/1", rows)
     store.write_table(table, "data/concepts/concepts.parquet", "concepts/1", {}, "concepts")
+
+
+@contextmanager
+def ray_cluster(cpus: int) -> Iterator[dict[str, str]]:
+    """A cluster that several commands use; the variables of their environment that name it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        options = [f"--port={port}", f"--num-cpus={cpus}", f"--temp-dir={folder}", "--object-store-memory=200000000"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        head = subprocess.Popen([*command, *options], env=env, stdout=subprocess.PIPE, text=True)
+        assert head.stdout is not None
+        try:
+            assert any("Ray runtime started" in line for line in head.stdout)
+            yield {**variables, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        finally:
+            head.terminate()
+            head.wait()
+
+
+def run_ray(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command on a cluster that begins and ends with it, on this machine."""
+    command = [sys.executable, "-m", module, "--engine", "ray", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)

@@ -19,10 +19,12 @@ Probabilities, and all that is said of how sure they are, are calibrated on the 
     python -m tools.predict photo.jpg
     python -m tools.predict --run concept_graph survey/ --format jsonl --out answers.jsonl
     python -m tools.predict survey.csv --by group --classes north-sea.txt --format csv
+    python -m tools.predict archive/ --engine ray --format parquet --out answers.parquet
 """
 
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,19 +32,21 @@ from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from evaluation.calibration import SETS
 from evaluation.words import percent
+from fieldmark import cluster
 from fieldmark.command import UserError, counted, run, stage_parser
 from fieldmark.memory import keep_memory
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.views import count_passes
 from tools.prediction.answers import Judge, Votes, best_run, read_judge
-from tools.prediction.output import FORMATS, Writer, write_rows
-from tools.prediction.page import Page
-from tools.prediction.pictures import Question, look, read_question
+from tools.prediction.output import FORMATS, Row, Writer, write_rows
+from tools.prediction.page import SHOWN, Page
+from tools.prediction.pictures import Picture, Question, look, read_question
 from tools.prediction.reasons import nothing_to_say, reads_of
 from training.loop import choose_device
 from training.restore import Restored, restore
@@ -54,6 +58,8 @@ DATA = Path("data")
 # Pictures whose features are held at once; fewer where a picture is shown in several passes.
 CHUNK = 256
 Made = TypeVar("Made")
+# The folder that paths start from, pictures, and whether what is said of them is explained.
+Chunk = tuple[Path, list[Picture], bool]
 
 
 class Once(Generic[Made]):
@@ -128,27 +134,60 @@ def chunk_of(params: Params, asked: Restored) -> int:
     return max(1, round(CHUNK / passes / batch)) * batch
 
 
-def ask(
-    judge: Judge, question: Question, size: int, by_group: bool, explained: bool, page: Page | None, writer: Writer
-) -> int:
-    """Write what is said of every picture, `size` at a time as they come, or of every group at the end.
+# Pictures, a row of what is said of each, and the logits (n, K) of those that can be read.
+Answered = tuple[Sequence[Picture], list[Row], np.ndarray]
 
-    Returns how many pictures cannot be read. What stands on the page is explained in any case.
-    """
-    total, broken = len(question.pictures), 0
+
+def answer_here(judge: Judge, question: Question, size: int, explained: int) -> Iterator[Answered]:
+    """What is said of every picture, `size` at a time; chunks that begin before `explained` are explained."""
     looked = look(question, judge.stored.place, lambda *opened: judge.features().prepare(*opened), ahead=size // 4)
-    votes = Votes()
+    done = 0
+    while chunk := list(islice(looked, size)):
+        yield [each.picture for each in chunk], *judge.rows(chunk, question, done < explained)
+        done += len(chunk)
+
+
+def answer_on_cluster(job: cluster.Job, question: Question, size: int, explained: int) -> Iterator[Answered]:
+    """The same of the workers of a cluster, who have a chunk each."""
+    starts = range(0, len(question.pictures), size)
+    chunks = [(question.folder, question.pictures[start : start + size], start < explained) for start in starts]
+    for (_, pictures, _), (rows, logits) in zip(chunks, cluster.map_chunks(job, chunks), strict=True):
+        yield pictures, rows, logits
+
+
+def open_chunks(arguments: Namespace, params: Params) -> Callable[[Chunk], tuple[list[Row], np.ndarray]]:
+    """What a worker of a cluster does with a chunk."""
+    keep_memory()
+    device = choose_device("--device", arguments.device)
+    judge, _ = open_judge(params, arguments.params, arguments.run, arguments.classes, device)
+    size = chunk_of(params, judge.run)
+
+    def answer(chunk: Chunk) -> tuple[list[Row], np.ndarray]:
+        folder, pictures, explained = chunk
+        ((_, rows, logits),) = answer_here(judge, Question(folder, pictures), size, len(pictures) if explained else 0)
+        return rows, logits
+
+    return answer
+
+
+def ask(
+    judge: Judge, answered: Iterator[Answered], total: int, by_group: bool, page: Page | None, writer: Writer
+) -> int:
+    """Write what is said of every picture, chunk by chunk as they come, or of every group at the end.
+
+    Returns how many pictures cannot be read.
+    """
+    broken, votes = 0, Votes()
     with tqdm(total=total, desc=f"ask {judge.run.name}", unit="img", disable=total == 1) as progress:
-        while chunk := list(islice(looked, size)):
-            rows, logits = judge.rows(chunk, question, explained or (page is not None and page.has_room))
+        for pictures, rows, logits in answered:
             broken += sum(row["error"] is not None for row in rows)
             if by_group:
                 votes.add([row["group"] or row["path"] for row in rows if row["error"] is None], logits)
             with progress.external_write_mode(file=sys.stdout):
                 writer.write([row for row in rows if not by_group or row["error"] is not None])
             if page is not None:
-                page.add(chunk, rows)
-            progress.update(len(chunk))
+                page.add(pictures, rows)
+            progress.update(len(pictures))
     writer.write(votes.rows(judge))
     return broken
 
@@ -166,7 +205,8 @@ def main() -> None:
     parser.add_argument("--explain", action="store_true", help=why)
     parser.add_argument("--by", choices=["group"], help="an answer a group of the manifest, by votes of its pictures")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
-    arguments = parser.parse_args()
+    arguments = cluster.add_engine(parser).parse_args()
+    on_cluster = cluster.on_cluster(arguments)
     keep_memory()
     params = load_params(arguments.params)
     if params.dataset.format == "text_graph":
@@ -191,10 +231,18 @@ def main() -> None:
     if judge.whole is None:
         say(f"{name}: no pictures alike are named: it reads no vector of a whole picture, or data/embed is not here")
     page = Page(question, DATA, params.dataset.buckets) if arguments.html else None
-    answer = partial(ask, judge, question, chunk_of(params, judge.run), arguments.by is not None, explained, page)
+    # What stands on the page is explained in any case.
+    size, total = chunk_of(params, judge.run), len(question.pictures)
+    most = total if explained else SHOWN if page is not None else 0
+    if on_cluster:
+        job = cluster.Job("tools.predict", "open_chunks", Namespace(**{**vars(arguments), "run": name}), params)
+        answered = answer_on_cluster(job, question, size, most)
+    else:
+        answered = answer_here(judge, question, size, most)
+    answer = partial(ask, judge, answered, total, arguments.by is not None, page)
     started = perf_counter()
     broken = write_rows(form, arguments.out, judge.names.values(), answer)
-    seconds, total = perf_counter() - started - features.seconds, len(question.pictures)
+    seconds = perf_counter() - started - features.seconds
     unread = f", {broken} cannot be read" if broken else ""
     loaded = f" after {features.seconds:.1f} s to load the encoder" if features.seconds else ""
     say(f"{counted(total, 'picture', 'pictures')}{unread}: {seconds:.1f} s{loaded}, {total / seconds:.1f} a second")

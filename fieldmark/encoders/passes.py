@@ -13,7 +13,6 @@ threads that decode (`CpuSlots`). With several devices there is one process for 
 """
 
 import io
-import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -41,7 +40,7 @@ from fieldmark import store
 from fieldmark.command import UserError, encoder_parser
 from fieldmark.encoders.base import ImageEncoder
 from fieldmark.params import Embed
-from fieldmark.pictures.decode import map_ahead
+from fieldmark.pictures.decode import map_ahead, processors
 from fieldmark.pictures.views import Chosen, Outputs, Source, View, count_passes, image_ids_of, prepare
 
 # How many batches --dry-run embeds to measure the rate.
@@ -341,7 +340,7 @@ def run_views(views: Iterable[View], asked: ForwardPass, slots: CpuSlots, clock:
         return lambda: begun.result()()
 
     coming = clock.timed(iter(come, ...), "decode")
-    cutters = ThreadPoolExecutor(os.cpu_count() or 1, initializer=compute_alone)
+    cutters = ThreadPoolExecutor(processors(), initializer=compute_alone)
     runner = ThreadPoolExecutor(1)
     try:
         while True:
@@ -376,7 +375,7 @@ def run_sources(
     sources: Sequence[Source], asked: ForwardPass, clock: Clock, cut: Callable[[Source], list[View]] | None = None
 ) -> Iterator[Passed]:
     """Decode images and run their views, in order; `cut` makes those of an image (default: `prepare`)."""
-    workers = os.cpu_count() or 1
+    workers = processors()
     slots = CpuSlots(asked.encoder.device, workers)
 
     def prepare_one(source: Source) -> list[View]:

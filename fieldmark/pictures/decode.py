@@ -279,6 +279,11 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
+def processors() -> int:
+    """How many threads of this process decode: all of the machine's processors, or a worker's share (cluster.py)."""
+    return int(os.environ.get("FIELDMARK_PROCESSORS") or os.cpu_count() or 1)
+
+
 def map_ahead(
     function: Callable[[Item], Result],
     items: Iterable[Item],

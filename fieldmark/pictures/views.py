@@ -124,10 +124,27 @@ def image_ids_of(sources: Sequence[Source]) -> pa.Array:
 
 def read_sources(folder: Path) -> Sources:
     """The usable images of the index; none of an index of documents, which have no picture."""
+    return Sources(folder, read_usable())
+
+
+def read_usable() -> pa.Table:
+    """The rows of the usable images of the index; none of an index of documents."""
     index, columns = "data/index/images.parquet", ["image_id", "path", "box", "width", "height"]
     table = store.read_table(index, "index.images/1", [*columns, "status"])
     usable = table.slice(0, 0) if store.are_documents(index) else table.filter(pc.field("status") == "ok")
-    return Sources(folder, usable.select(columns))
+    return usable.select(columns)
+
+
+class BucketSources:
+    """The usable images of the index, to be taken bucket by bucket: as a table, since a million sources take 1 GB."""
+
+    def __init__(self, folder: Path, buckets: int) -> None:
+        self.folder, self.table = folder, read_usable()
+        ids = self.table.column("image_id").to_pylist()
+        self.buckets = np.array([store.bucket_of(each, buckets) for each in ids], dtype=np.int64)
+
+    def __getitem__(self, bucket: int) -> Sources:
+        return Sources(self.folder, self.table.take(pa.array(np.flatnonzero(self.buckets == bucket))))
 
 
 def source_of(

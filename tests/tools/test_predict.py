@@ -21,8 +21,8 @@ from evaluation.runs import read_run
 from evaluation.votes import calibrate_votes, vote
 from fieldmark import store
 from fieldmark.command import UserError
-from tests.project import ROOT, draw
-from tests.tools.conftest import RUNS, Write, run_module
+from tests.project import ROOT, draw, ray_cluster, run_ray
+from tests.tools.conftest import RUNS, Write, contents, run_module
 
 Row = dict[str, Any]
 Ask = Callable[..., list[Row]]
@@ -329,3 +329,43 @@ def test_libraries_of_encoders_are_not_loaded_for_what_is_known(asked: Path) -> 
     code = "import sys; from tools.predict import main; main(); assert 'open_clip' not in sys.modules"
     words = [sys.executable, "-c", code, "--run", "zero_shot", "images/test"]
     subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_cluster_makes_and_says_the_same(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All commands that run on one, each beginning with nothing; a page and groups of the answers too."""
+    copy_of(asked, tmp_path / "copy", monkeypatch)
+    folders = {
+        "embed_images": "data/embed/vit/images", "embed_tokens": "data/embed/vit/tokens",
+        "pool_tokens": "data/embed/vit/moments", "build_graphs": "data/graphs/vit",
+        "label_patches": "data/labels/vit",
+    }  # fmt: skip
+    with ray_cluster(2) as variables:
+        compare_all(folders, variables, tmp_path / "copy/new")
+
+
+def compare_all(folders: dict[str, str], variables: dict[str, str], new: Path) -> None:
+    for stage, folder in folders.items():
+        plain = contents(Path(folder))
+        shutil.rmtree(folder)
+        done = run_ray(f"stages.{stage}", "--encoder", "vit", "--cpus", "1", **variables)
+        assert done.returncode == 0, done.stderr
+        assert contents(Path(folder)) == plain
+    # Moments of the images, without stored tokens.
+    shutil.rmtree("data/embed/vit/tokens")
+    plain = contents(Path("data/embed/vit/moments"))
+    shutil.rmtree("data/embed/vit/moments")
+    done = run_ray("stages.pool_tokens", "--encoder", "vit", "--cpus", "1", **variables)
+    assert done.returncode == 0, done.stderr
+    assert contents(Path("data/embed/vit/moments")) == plain
+
+    new_pictures(new, 400)
+    Path("new/broken.png").write_bytes(b"no picture")
+    for form, more in (("jsonl", ["--html", "page.html"]), ("csv", ["--explain"])):
+        options = ["new", "--run", "concept_graph", "--device", "cpu", "--format", form, *more]
+        run_module("tools.predict", *options, "--out", "plain")
+        pages = [Path("page.html").read_bytes()] if "--html" in more else []
+        done = run_ray("tools.predict", *options, "--cpus", "1", "--out", "ray", **variables)
+        assert done.returncode == 0, done.stderr
+        assert Path("ray").read_bytes() == Path("plain").read_bytes()
+        assert pages == ([Path("page.html").read_bytes()] if "--html" in more else [])

@@ -34,7 +34,7 @@ from fieldmark.graphs.patches import SCHEMA as GRAPHS
 from fieldmark.graphs.patches import graph_rows
 from fieldmark.moments import Basis
 from fieldmark.params import Embed, Graphs, Params
-from fieldmark.pictures.decode import bad_image, open_part
+from fieldmark.pictures.decode import bad_image, open_part, processors
 from fieldmark.pictures.transforms import UNCHANGED, Transform, transformed
 from fieldmark.pictures.views import Outputs, Source, View, cut_views, open_indexed
 from stages import embed_tokens, label_patches, pool_tokens
@@ -244,7 +244,7 @@ class Features:
     ) -> None:
         """`reads` is what is read of each encoder, the run's own first; `known` as in recipe_of."""
         self.classes = classes
-        self.slots = CpuSlots(device, os.cpu_count() or 1)
+        self.slots = CpuSlots(device, processors())
         self.recipes = [recipe_of(params, name, words, known, classes, device) for name, words in reads.items()]
 
     @property

@@ -9,7 +9,7 @@ from evaluation.page import environment
 from evaluation.words import percent
 from fieldmark import store
 from tools.prediction.output import SPLITS, Row
-from tools.prediction.pictures import Looked, Question, thumbnail
+from tools.prediction.pictures import Picture, Question, thumbnail
 
 # Pictures on a page: some 10 MB, with the training pictures that they are like.
 SHOWN = 300
@@ -22,14 +22,10 @@ class Page:
         self.question, self.data, self.buckets = question, data, buckets
         self.rows: list[Row] = []
 
-    @property
-    def has_room(self) -> bool:
-        return len(self.rows) < SHOWN
-
-    def add(self, looked: Sequence[Looked], rows: Sequence[Row]) -> None:
+    def add(self, pictures: Sequence[Picture], rows: Sequence[Row]) -> None:
         """The rows of pictures, with a thumbnail of each that can be decoded."""
-        for each, row in zip(looked, rows[: SHOWN - len(self.rows)], strict=False):
-            webp = None if row["error"] else thumbnail(self.question, each.picture)
+        for picture, row in zip(pictures, rows[: SHOWN - len(self.rows)], strict=False):
+            webp = None if row["error"] else thumbnail(self.question, picture)
             self.rows.append(row | {"webp": None if webp is None else encode(webp)})
 
     def write(self, path: Path, run: str, said: str, names: Mapping[str, str]) -> None:

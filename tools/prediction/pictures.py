@@ -11,7 +11,7 @@ from fieldmark.formats.imagefolder import visible
 from fieldmark.listing import Spelling
 from fieldmark.pictures.boxes import Box, box_of
 from fieldmark.pictures.cuts import file_of, image_id_of, object_of, part_of
-from fieldmark.pictures.decode import IMAGE_SUFFIXES, BadImage, hash_file, map_ahead, open_file
+from fieldmark.pictures.decode import IMAGE_SUFFIXES, BadImage, hash_file, map_ahead, open_file, processors
 from fieldmark.pictures.views import Source, View
 from stages.index_images import look_at
 
@@ -120,7 +120,7 @@ def look(
         except BadImage as error:
             return Looked(picture, image_id, error=str(error))
 
-    return map_ahead(look_at_one, question.pictures, os.cpu_count() or 1, ahead)
+    return map_ahead(look_at_one, question.pictures, processors(), ahead)
 
 
 def thumbnail(question: Question, picture: Picture) -> bytes | None:
