@@ -404,8 +404,9 @@ def on_device(encoder: ImageEncoder, bases: dict[str, Basis]) -> dict[str, Basis
 
 
 def choose_maker(
-    opened: Opened, bases: dict[str, Basis], sources: list[Source], stored: Stored | None, buckets: int, shard: Shard
-) -> tuple[list[Product], Maker]:
+    opened: Opened, bases: dict[str, Basis], sources: Sequence[Source], stored: Stored | None, buckets: int,
+    shard: Shard,
+) -> tuple[list[Product], Maker]:  # fmt: skip
     """What is made of images in some buckets, and from what: stored tokens where these are enough, else the images."""
     encoder, asked, embed, widths = opened[:4]
     found = products_of(encoder, asked, asked, bases, widths, embed)
