@@ -66,7 +66,7 @@ class Dataset(Block):
     val_list: str = NONE
     group_by: Literal["none", "sequence"] = "none"
     seed: int = 0
-    buckets: Annotated[int, Field(ge=1, le=1000)] = 16
+    buckets: Annotated[int, Field(ge=1, le=65_536)] = 16
     without_images: bool = False
 
     @property

@@ -28,6 +28,7 @@ from fieldmark.encoders.nodes import EMBED, nodes_of
 from fieldmark.encoders.passes import (
     Product,
     compile_blocks,
+    count_workers,
     find_batch_size,
     list_devices,
     passes_parser,
@@ -83,7 +84,7 @@ def main() -> None:
     if arguments.find_batch_size:
         print(find_batch_size(product))
     elif arguments.dry_run:
-        print(f"{product.folder}: {preview([product], sources, buckets, len(list_devices(arguments.device)))}")
+        print(f"{product.folder}: {preview([product], sources, buckets, count_workers(arguments))}")
         print(f"forward passes: {count_passes(params.embed)} an image")
     else:
         update([product], sources, buckets, arguments.shard)

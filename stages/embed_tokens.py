@@ -20,7 +20,6 @@ elsewhere.
     python -m stages.embed_tokens --encoder vit-b-16 --engine ray
 """
 
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,8 +39,10 @@ from fieldmark.encoders.passes import (
     Outputs,
     Product,
     Work,
+    count_workers,
     find_batch_size,
     find_work,
+    free_space,
     list_devices,
     passes_parser,
     preview,
@@ -139,11 +140,6 @@ def space_needed(work: Work, bytes_each: int) -> int:
     return most
 
 
-def free_space(folder: Path) -> int:
-    """Bytes that are free on the disk of a folder, which need not be there yet."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-
-
 def open_product(arguments: Namespace, params: Params) -> Product:
     """What this stage makes; its encoder is loaded on the first device that is named."""
     name = arguments.encoder
@@ -204,7 +200,7 @@ def main() -> None:
     layers, free = ", ".join(map(str, product.made_by["layers"])), free_space(folder)
     print(f"{folder}: layers {layers}; {size}; {free / 1e6:.0f} MB are free", flush=True)
     if arguments.dry_run:
-        print(preview([product], sources, buckets, len(list_devices(arguments.device))))
+        print(preview([product], sources, buckets, count_workers(arguments)))
         return
     check_space(product, space_needed(work, each))
     update([product], sources, buckets, arguments.shard)

@@ -36,6 +36,7 @@ from fieldmark.encoders.passes import (
     Outputs,
     Product,
     add_passes,
+    count_workers,
     find_batch_size,
     list_devices,
     preview,
@@ -155,7 +156,8 @@ def main() -> None:
     if arguments.find_batch_size:
         print(find_batch_size(product))
     elif arguments.dry_run:
-        print(f"{product.folder}: {preview([product], sources, buckets, len(devices), partial(look, maps))}")
+        said = preview([product], sources, buckets, count_workers(arguments), partial(look, maps))
+        print(f"{product.folder}: {said}")
     else:
         update([product], sources, buckets, arguments.shard, partial(look, maps))
 

@@ -59,6 +59,7 @@ from fieldmark.encoders.passes import (
     Passed,
     Product,
     Shard,
+    count_workers,
     find_batch_size,
     find_work,
     forward_sources,
@@ -494,7 +495,7 @@ def main() -> None:
     if unfitted:
         names = ", ".join(each.name for each in unfitted)
         print(f"first of all {len(sample)} training images more, for the directions of {names}")
-    print(preview(products, sources, buckets, len(list_devices(arguments.device)), make))
+    print(preview(products, sources, buckets, count_workers(arguments), make))
 
 
 if __name__ == "__main__":

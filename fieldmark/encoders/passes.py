@@ -13,6 +13,7 @@ threads that decode (`CpuSlots`). With several devices there is one process for 
 """
 
 import io
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -502,39 +503,83 @@ def update(
     return len(missing)
 
 
+class Size(NamedTuple):
+    """What a folder of buckets takes on disk."""
+
+    image: float  # bytes an image
+    bucket: int  # bytes of a bucket without a row: what Parquet says of its columns
+
+    def of(self, images: int, buckets: int) -> float:
+        return images * self.image + buckets * self.bucket
+
+
+def size_of(tables: Sequence[pa.Table], images: int, columns: pa.Schema) -> Size:
+    """The size of a folder, from rows of so many of its images, as they are written."""
+
+    def written(pieces: Sequence[pa.Table]) -> int:
+        file = io.BytesIO()
+        store.write_parquet(pieces, file, columns)
+        return file.tell()
+
+    empty = written([])
+    return Size((written(tables) - empty) / images, empty)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+class Measured(NamedTuple):
+    """What a few images took."""
+
+    rate: float  # images a second
+    images: int
+    tables: list[tuple[pa.Table, ...]]  # of each of them the rows, a table for every product
+
+
+def measure(products: Sequence[Product], sources: Sequence[Source], make: Maker = forward_sources) -> Measured:
+    """Make the rows of the first SAMPLE_BATCHES batches of some images, and write none."""
+    product = products[0]
+    sample = sources[: max(1, SAMPLE_BATCHES * product.encoder.batch_size // count_passes(product.embed))]
+    # A first pass is slower than those that follow.
+    list(make(sample[:1], products, Clock()))
+    started = perf_counter()
+    tables = list(make(sample, products, Clock()))
+    return Measured(len(sample) / (perf_counter() - started), len(sample), tables)
+
+
 def preview(
     products: Sequence[Product],
     sources: Sequence[Source],
     buckets: int,
-    devices: int = 1,
+    workers: int = 1,
     make: Maker = forward_sources,
 ) -> str:
-    """What a run would do, for --dry-run. Rate and bytes are measured on a few images that are embedded now."""
+    """What a run would do, for --dry-run. Rate and bytes are measured on a few images that are embedded now.
+
+    `workers` are devices or machines like this one, which share the buckets.
+    """
     works = [find_work(each, sources, buckets) for each in products]
-    lacking = [each for each, work in zip(products, works, strict=True) if work.missing]
+    pairs = [(each, work) for each, work in zip(products, works, strict=True) if work.missing]
     missing = {source.image_id: source for work in works for source in work.missing}
     total, changed = len(missing), sum(len(work.todo) for work in works)
     lines = [f"{total} images to embed, {len(sources) - total} kept; {changed} buckets to write"]
     if total:
-        product = lacking[0]
-        most = max(1, SAMPLE_BATCHES * product.encoder.batch_size // count_passes(product.embed))
-        sample = list(missing.values())[:most]
-        # A first pass is slower than those that follow.
-        list(make(sample[:1], lacking, Clock()))
-        started = perf_counter()
-        images = list(make(sample, lacking, Clock()))
-        rate = len(sample) / (perf_counter() - started)
+        lacking = [product for product, _ in pairs]
+        found = measure(lacking, list(missing.values()), make)
         size = 0.0
-        counts = [len(work.missing) for work in works if work.missing]
-        for rows, count in zip(zip(*images, strict=True), counts, strict=True):
-            file = io.BytesIO()
-            store.write_parquet(rows, file, rows[0].schema)
-            size += file.tell() / len(sample) * count / 1e6
-        measured = f"{rate:.1f} images/s on {product.encoder.device}, measured with {len(sample)} of them"
-        if devices > 1:
-            measured += f", times {devices} devices"
-        seconds = round(total / rate / devices)
-        lines += [f"time: about {timedelta(seconds=seconds)} ({measured})", f"on disk: about {size:.2f} MB"]
+        for (product, work), rows in zip(pairs, zip(*found.tables, strict=True), strict=True):
+            size += size_of(rows, found.images, product.columns).of(len(work.missing), len(work.todo))
+        device, needed = lacking[0].encoder.device, total / found.rate
+        measured = f"{found.rate:.1f} images/s on {device}, measured with {found.images} of them"
+        if workers > 1:
+            measured += f"; {timedelta(seconds=round(needed))} on one, this is on {workers} like it"
+        free = free_space(lacking[0].folder)
+        lines.append(f"time: about {timedelta(seconds=round(needed / workers))} ({measured})")
+        lines.append(f"on disk: about {size / 1e6:.2f} MB, {free / 1e6:.0f} MB are free")
+        if size > free:
+            lines[-1] += ": too few; `python -m tools.plan` says what takes how much"
     return "\n".join(lines)
 
 
@@ -597,6 +642,8 @@ def add_passes(parser: ArgumentParser) -> ArgumentParser:
     compiled = "torch.compile: vectors may differ from those without to cosine 0.999; on CPU it needs a C++ compiler"
     parser.add_argument("--compile", action="store_true", help=compiled)
     parser.add_argument("--dry-run", action="store_true", help="print images, time and bytes to come; write nothing")
+    workers = "for --dry-run: the time on so many workers like this one (default: one for each device)"
+    parser.add_argument("--workers", type=parse_count, metavar="N", help=workers)
     found = "time the forward pass at batch_size, twice that, ..., print what is fastest; write nothing"
     parser.add_argument("--find-batch-size", action="store_true", help=found)
     return parser
@@ -614,6 +661,18 @@ def parse_shard(text: str) -> Shard:
     if not 0 <= rank < world:
         raise ValueError
     return rank, world
+
+
+def parse_count(text: str) -> int:
+    """A whole number above 0. Raises ValueError, which argparse reports."""
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
+def count_workers(arguments: Namespace) -> int:
+    """The workers that --dry-run plans with."""
+    return int(arguments.workers or len(list_devices(arguments.device)))
 
 
 def list_devices(names: str) -> list[str]:
