@@ -206,7 +206,7 @@ def test_an_unknown_key(refuse: Callable[..., None], key: str, value: Any, words
         ("dataset.buckets", "3", ["dataset.buckets: ", "valid integer", "'3'"]),
         ("dataset.buckets", 3.0, ["dataset.buckets: ", "3.0"]),
         ("dataset.buckets", True, ["dataset.buckets: ", "True"]),
-        ("dataset.buckets", 1001, ["dataset.buckets: ", "1000"]),
+        ("dataset.buckets", 65_537, ["dataset.buckets: ", "65536"]),
         ("dataset.val_fraction", 1, ["dataset.val_fraction: ", "less than 1"]),
         ("embed.tokens", "yes", ["embed.tokens: ", "'yes'"]),
         ("embed.grids", [2, 0], ["embed.grids.1: "]),

@@ -259,6 +259,26 @@ def test_what_is_no_bucket_is_removed(tmp_path: Path) -> None:
     store.remove_strays(tmp_path / "none", 2)
 
 
+def test_more_than_a_thousand_buckets(tmp_path: Path) -> None:
+    """Names have three digits, and four where three are too few; so they are told apart, and none is left over."""
+    count, ids = 1_002, [image_id(n) for n in range(20)]
+    write_labels(tmp_path / "one", [], 1)
+    empty = store.bucket_path(tmp_path / "one", 0).read_bytes()
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for bucket in range(count + 2):
+        store.bucket_path(folder, bucket).write_bytes(empty)
+    with pytest.raises(UserError, match=r"more than dataset\.buckets = 1002"):
+        store.read_folder_header(folder, "descriptions/1", count)
+    store.remove_strays(folder, count)
+    assert len(list(folder.iterdir())) == count
+    assert store.bucket_path(folder, 1_001).name == "b1001.parquet"
+    assert len(store.read_buckets(folder, "descriptions/1", count)) == 0
+    split = store.split_buckets(ids, count)
+    assert sum(map(len, split)) == len(ids)
+    assert all(store.bucket_of(each, count) == bucket for bucket, held in enumerate(split) for each in held)
+
+
 def test_what_a_bucket_keeps(tmp_path: Path) -> None:
     old, new = [image_id(n) for n in range(3)], image_id(3)
     write_labels(tmp_path, old, 1)

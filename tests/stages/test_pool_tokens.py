@@ -322,7 +322,7 @@ def test_it_says_beforehand_what_it_would_do(
     assert first == "first of all 6 training images more, for the directions of isqrt, some, projected"
     assert head == "12 images to embed, 0 kept; 28 buckets to write"
     assert re.fullmatch(r"time: about 0:00:\d\d \(.* measured with \d+ of them\)", rate)
-    assert re.fullmatch(r"on disk: about 0\.\d\d MB", disk)
+    assert re.fullmatch(r"on disk: about 0\.\d\d MB, \d+ MB are free", disk)
     assert make("--find-batch-size")[0].split() == ["batch_size", "images/s"]
     assert state() == before
     make()

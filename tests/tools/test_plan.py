@@ -12,6 +12,7 @@ from tests.tools.conftest import run_module
 from tools.plan import Planner, Rates, buckets_for, read_rates, scale_table, what_fits
 from tools.sizes import memory_of
 from training.data.cache import read_cache
+from training.data.part import kind_of
 from training.train import plan_run
 
 IMAGES, CLASSES = 24, 3
@@ -47,13 +48,8 @@ def test_memory_is_that_of_the_arrays_that_a_run_reads(planner: Planner) -> None
         reading = plan_run("params.yaml", planner.params, name).reading
         cache = read_cache("data", "vit", 2, reading.needs)
         words = {word: memory_of(word, "vit", drawn) for word in reading.needs}
-        kinds = {kind.WORD if hasattr(kind, "WORD") else kind for kind in cache.parts.by_kind}
-        held = sum(
-            tensor.nbytes
-            for kind, part in cache.parts.by_kind.items()
-            if kinds and any(words.get(word) for word in (*kind.provides, *words) if word.split("/")[0] in kind.provides)
-            for tensor in part.tensors().values()
-        )
+        kinds = {kind_of(word) for word, size in words.items() if size}
+        held = sum(tensor.nbytes for kind in kinds for tensor in cache.part(kind).tensors().values())
         assert IMAGES * sum(words.values()) == pytest.approx(held, rel=0.1), name
 
 
@@ -64,7 +60,7 @@ def test_a_knob_saves_what_it_is_said_to_save(planner: Planner) -> None:
     assert {"embed.views: 0", "embed.tokens: false", "tokens: without vit", "labels.top: 8"} <= set(saved)
     assert all(size > 0 for said, size in saved.items() if "image_size" not in said), saved
     # Half of all rows are of the view that is drawn.
-    without = {said: other for said, other in planner.savings(now)}["embed.views: 0"]
+    without = dict(planner.savings(now))["embed.views: 0"]
     assert without.size_under("images") < 0.7 * now.size_under("images")
 
 
@@ -85,12 +81,14 @@ def test_rates_make_hours_and_are_of_the_same_encoders(asked: Path, write_other:
         planner = Planner(params, 3, rates)
         drawn = planner.draw(params)
         small, large = (planner.plan(count, params, drawn, 16, rates) for count in (1000, 10_000))
-        assert small.seconds is not None and large.seconds == pytest.approx(10 * small.seconds)
+        assert small.seconds is not None
+        assert large.seconds == pytest.approx(10 * small.seconds)
         # Two passes an image at 20 a second.
         [nodes] = [line for line in small.lines if line.path == "embed/twin/images"]
         assert nodes.seconds == pytest.approx(100)
         table = scale_table([small, large], [1, 8])
-        assert "| 10,000 " in table and "on 8 workers" in table
+        assert "| 10,000 " in table
+        assert "on 8 workers" in table
         assert any(line.startswith("disk: ") for line in what_fits(large))
         encoder["settings"] = encoder["settings"] | {"image_size": 48}  # type: ignore[operator]
         file.write_text(json.dumps(content))
@@ -103,8 +101,10 @@ def test_rates_make_hours_and_are_of_the_same_encoders(asked: Path, write_other:
 def test_a_plan_is_printed(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_module("tools.plan", "--save", str(asked / "rates.json"), "--workers", "4")
     said = capsys.readouterr().out
-    assert "24 images of 3 classes in 16 buckets" in said and "dataset.buckets: 16 in place of 2" in said
-    assert "embed_images" in said and "| write" in said
+    assert "24 images of 3 classes in 16 buckets" in said
+    assert "dataset.buckets: 16 in place of 2" in said
+    assert "embed_images" in said
+    assert "| write" in said
     assert Rates.model_validate_json((asked / "rates.json").read_text()).encoders["vit"].nodes > 0
     run_module("tools.plan", "--rates", "rates.json", "--images", "1e5", "1e8", "--workers", "1", "64")
     (asked / "rates.json").unlink()
