@@ -56,7 +56,7 @@ class Drawn(NamedTuple):
 
     @property
     def size(self) -> Size:
-        return size_of([self.rows], IMAGES, self.rows.schema)
+        return size_of([self.rows], IMAGES)
 
 
 @contextmanager

@@ -507,22 +507,24 @@ class Size(NamedTuple):
     """What a folder of buckets takes on disk."""
 
     image: float  # bytes an image
-    bucket: int  # bytes of a bucket without a row: what Parquet says of its columns
+    bucket: float  # bytes a bucket beside its images: what Parquet says of its columns
 
     def of(self, images: int, buckets: int) -> float:
         return images * self.image + buckets * self.bucket
 
 
-def size_of(tables: Sequence[pa.Table], images: int, columns: pa.Schema) -> Size:
-    """The size of a folder, from rows of so many of its images, as they are written."""
+def size_of(tables: Sequence[pa.Table], images: int) -> Size:
+    """The size of a folder, from rows of some of its images, equally many of each, written as its files are."""
+    table = pa.concat_tables(tables)
+    few = images // 2
 
-    def written(pieces: Sequence[pa.Table]) -> int:
+    def written(count: int) -> int:
         file = io.BytesIO()
-        store.write_parquet(pieces, file, columns)
+        store.write_parquet([table.slice(0, len(table) // images * count)], file, table.schema)
         return file.tell()
 
-    empty = written([])
-    return Size((written(tables) - empty) / images, empty)
+    image = (written(images) - written(few)) / (images - few)
+    return Size(image, written(images) - images * image)
 
 
 def free_space(folder: Path) -> int:
@@ -569,8 +571,8 @@ def preview(
         lacking = [product for product, _ in pairs]
         found = measure(lacking, list(missing.values()), make)
         size = 0.0
-        for (product, work), rows in zip(pairs, zip(*found.tables, strict=True), strict=True):
-            size += size_of(rows, found.images, product.columns).of(len(work.missing), len(work.todo))
+        for (_, work), rows in zip(pairs, zip(*found.tables, strict=True), strict=True):
+            size += size_of(rows, found.images).of(len(work.missing), len(work.todo))
         device, needed = lacking[0].encoder.device, total / found.rate
         measured = f"{found.rate:.1f} images/s on {device}, measured with {found.images} of them"
         if workers > 1:
