@@ -42,7 +42,7 @@ def reading_of(
     """What a run of a method reads under these settings."""
     reads = reads_of(method, settings)
     needs = control.needs(reads)
-    needs = with_globals(needs) if regime.by_probe else needs
+    needs = with_globals(needs) if regime.by_vectors else needs
     also_reads = also_reads_of(method, settings) if also else frozenset()
     files = INDEX | files_of(encoder, needs) | control.files(encoder, reads)
     for other in also:

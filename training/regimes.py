@@ -6,9 +6,11 @@ the index is never touched. Everything drawn follows from `draw` and from paths 
 a draw, and one image more moves no other. `Cache.y` stays the truth.
 
 What val is: `long_tail`, `partial` and `noise` keep both halves of it (fieldmark/halves.py), with clean labels:
-their figures say what a method reaches that was tuned on clean images. `shots` has none: k images a class leave nothing
-to tune on, so its settings come from other classes (`restrict_classes`). `unseen` has val images of the seen classes,
-and of development classes, which training does not see either.
+their figures say what a method reaches that was tuned on clean images. Who has wrong labels has them in val too: under
+`noise` with `val: noisy` the half that chooses is told wrong classes as often as training is, and so are the gate of
+the bank and the choice of a seed; the half that is reported keeps its own. `shots` has no val: k images a class leave
+nothing to tune on, so its settings come from other classes (`restrict_classes`). `unseen` has val images of the seen
+classes, and of development classes, which training does not see either.
 
 `folds` judges train and val by cross-fitting (training/folds.py). Whatever a regime hides, a study hides from bank and
 labels too (evaluation/other_labels.py); a single run under `train.regime` reads those on disk.
@@ -60,8 +62,8 @@ class RegimeBlock(Block):
         raise NotImplementedError
 
     @property
-    def by_probe(self) -> bool:
-        """Whether it asks a linear probe on the global vectors."""
+    def by_vectors(self) -> bool:
+        """Whether it looks at the global vectors."""
         return False
 
     def apply(self, cache: Cache, draw: int) -> Cache:
@@ -158,7 +160,7 @@ class Partial(RegimeBlock):
         return f"partial-{self.wrong}-{self.q:g}"
 
     @property
-    def by_probe(self) -> bool:
+    def by_vectors(self) -> bool:
         return self.wrong == "instance"
 
     def apply(self, cache: Cache, draw: int) -> Cache:
@@ -166,23 +168,36 @@ class Partial(RegimeBlock):
 
 
 class Noise(RegimeBlock):
-    """round(share n) training images, the first in the order of sha256(draw, path), are told a wrong class.
+    """round(share n) training images are told a wrong class; n is how many there are.
 
     symmetric: each other class with the same probability. confused: the class that theirs is most often taken for,
-    argmax over c' of the mean p_c' over the class's training images, p from the probe of `Partial`.
+    argmax over c' of the mean p_c' over the class's training images, p from the probe of `Partial`. nearest: the class
+    whose mean global vector, over training images with their own labels, has the largest cosine with that of theirs.
+    Of these three the images told so are the first in the order of sha256(draw, path).
+
+    instance: what the web gives, as far as clean data can show it: who is wrong depends on the image, not on its class
+    alone. An image is told the class that it looks most like among the wrong ones, argmax of p, and which images are is
+    drawn without replacement, each with a weight of that p. Score and class are those of Chen et al. (AAAI 2021 [mem]);
+    there p is the mean over a network's epochs and the highest scores are taken, here p is cross-fitted and they are
+    drawn [design]. p is of a linear probe on the vectors that the rivals read. Pictures of none of the classes, which
+    the web gives too, are not among them.
+
+    val: clean leaves val as it is; noisy tells the same share of its half that chooses a wrong class, by the same rule,
+    with p the mean of the five probes.
     """
 
     kind: Literal["noise"] = "noise"
-    wrong: Literal["symmetric", "confused"]
+    wrong: Literal["symmetric", "confused", "nearest", "instance"]
     share: Fraction
+    val: Literal["clean", "noisy"] = Field(default="clean", exclude_if=lambda value: value == "clean")
 
     @property
     def label(self) -> str:
-        return f"noise-{self.wrong}-{self.share:g}"
+        return f"noise-{self.wrong}-{self.share:g}" + ("-val" if self.val == "noisy" else "")
 
     @property
-    def by_probe(self) -> bool:
-        return self.wrong == "confused"
+    def by_vectors(self) -> bool:
+        return self.wrong != "symmetric"
 
     def apply(self, cache: Cache, draw: int) -> Cache:
         return replace(cache, target=noisy_targets(cache, self, draw))
@@ -257,17 +272,17 @@ def by_draw(draw: int) -> Callable[[str], str]:
     return lambda name: sha256(f"{draw} {name}")
 
 
-def train_order(cache: Cache, draw: int) -> list[int]:
-    """The training images in the order of a draw."""
+def split_order(cache: Cache, split: str, draw: int) -> list[int]:
+    """The images of a split in the order of a draw."""
     key = by_draw(draw)
-    return sorted(cache.images("train").tolist(), key=lambda image: key(cache.paths[image]))
+    return sorted(cache.images(split).tolist(), key=lambda image: key(cache.paths[image]))
 
 
 def keep_first(cache: Cache, draw: int, sizes: dict[int, int]) -> Cache:
     """Training keeps the first sizes[c] images of each class c in the order of the draw; the others are unused."""
     taken: Counter[int] = Counter()
     left = np.zeros(len(cache.split), dtype=bool)
-    for image in train_order(cache, draw):
+    for image in split_order(cache, "train", draw):
         label = int(cache.y[image])
         left[image] = taken[label] >= sizes[label]
         taken[label] += 1
@@ -285,23 +300,30 @@ def tail_sizes(cache: Cache, regime: LongTail, draw: int) -> dict[int, int]:
 
 
 @functools.lru_cache(maxsize=1)  # draws and shares of a study share it
-def cross_fitted(cache: Cache) -> Tensor:
-    """p (n_train, C): class probabilities of each training image by a linear probe that it had no part in.
+def probed(cache: Cache) -> Tensor:
+    """p (n, C): class probabilities of training images, and of those that choose, by linear probes that saw them not.
 
-    Logistic regression on global vectors of view 0, fitted on four of five folds; sha256(path) says which fold.
+    Logistic regression on global vectors of view 0, fitted on four of five folds of the training images; sha256(path)
+    says which fold. An image that chooses has the mean over the five probes; any other image has zeros.
     """
     train, val = cache.images("train"), cache.images("choose")
     fold = torch.tensor([int(sha256(cache.paths[image])[:8], 16) % FOLDS for image in train.tolist()])
     x, y, x_val = cache.globals(train), cache.y[train], cache.globals(val)
-    p = torch.zeros(len(train), len(cache.classes))
+    p = torch.zeros(len(cache.paths), len(cache.classes))
     for held in range(FOLDS):
         rest, standardise = fold != held, Standardise(x[fold != held])
         probe = fit_logistic(
             standardise(x[rest]), y[rest], standardise(x_val), cache.y[val], p.shape[1], PROBE_STRENGTHS
         ).linear
         with torch.no_grad():
-            p[~rest] = probe(standardise(x[~rest])).softmax(-1)
+            p[train[~rest]] = probe(standardise(x[~rest])).softmax(-1)
+            p[val] += probe(standardise(x_val)).softmax(-1) / FOLDS
     return p
+
+
+def cross_fitted(cache: Cache) -> Tensor:
+    """p (n_train, C): class probabilities of each training image by a linear probe that it had no part in."""
+    return probed(cache)[cache.images("train")]
 
 
 def wrong_probabilities(cache: Cache) -> Tensor:
@@ -323,19 +345,52 @@ def candidate_targets(cache: Cache, regime: Partial, draw: int) -> Tensor:
 
 
 def noisy_targets(cache: Cache, regime: Noise, draw: int) -> Tensor:
-    """(n,): the truth, but for the training images that are told a wrong class."""
-    order, classes = train_order(cache, draw), len(cache.classes)
-    changed = order[: round(regime.share * len(order))]
+    """(n,): the truth, but for the images that are told a wrong class."""
     target = cache.y.clone()
-    if regime.wrong == "symmetric":
-        steps = [1 + int(sha256(f"{draw} wrong {cache.paths[image]}")[:8], 16) % (classes - 1) for image in changed]
-        target[changed] = (target[changed] + torch.tensor(steps, dtype=torch.int64)) % classes
-    else:
-        train = cache.images("train")
-        confusion = torch.zeros(classes, classes).index_add(0, cache.y[train], wrong_probabilities(cache))
-        # A class without training images has a row of zeros; no image of it is among `changed`.
-        target[changed] = confusion.argmax(1)[target[changed]]
+    for split in ("train", "choose") if regime.val == "noisy" else ("train",):
+        order = instance_order(cache, split, draw) if regime.wrong == "instance" else split_order(cache, split, draw)
+        changed = order[: round(regime.share * len(order))]
+        target[changed] = wrong_classes(cache, regime, changed, draw)
     return target
+
+
+def wrong_classes(cache: Cache, regime: Noise, images: list[int], draw: int) -> Tensor:
+    """What each of these images is told under `Noise`, (len(images),): never its own class.
+
+    But for an image that chooses, of a class without a training image: under confused it has nobody to be taken for.
+    """
+    classes, y, train = len(cache.classes), cache.y[images], cache.images("train")
+    if regime.wrong == "symmetric":
+        steps = [1 + int(sha256(f"{draw} wrong {cache.paths[image]}")[:8], 16) % (classes - 1) for image in images]
+        return (y + torch.tensor(steps, dtype=torch.int64)) % classes
+    if regime.wrong == "confused":
+        confusion = torch.zeros(classes, classes).index_add(0, cache.y[train], wrong_probabilities(cache))
+        return confusion.argmax(1)[y]
+    if regime.wrong == "nearest":
+        return nearest_classes(cache)[y]
+    return probed(cache)[images].scatter(1, y[:, None], -1.0).argmax(1)
+
+
+def nearest_classes(cache: Cache) -> Tensor:
+    """(C,): of each class the other one whose mean over training images is nearest by cosine; view 0, true labels."""
+    train, classes = cache.images("train"), len(cache.classes)
+    x, y = cache.globals(train), cache.y[train]
+    means = F.normalize(torch.zeros(classes, x.shape[1]).index_add(0, y, x), dim=1)
+    cosine = means @ means.T
+    cosine[:, torch.bincount(y, minlength=classes) == 0] = -2.0  # a class without images has no mean to be near
+    return cosine.fill_diagonal_(-3.0).argmax(1)
+
+
+def instance_order(cache: Cache, split: str, draw: int) -> list[int]:
+    """The images of a split, drawn one by one without replacement, each with the weight of its largest wrong p.
+
+    By the keys u^(1 / weight) of Efraimidis and Spirakis (2006), the largest first; u is a hash of draw and path.
+    """
+    images = cache.images(split)
+    weight = probed(cache)[images].scatter(1, cache.y[images][:, None], 0.0).amax(1).double().clamp(min=1e-30)
+    u = [(int(sha256(f"{draw} {cache.paths[image]}")[:12], 16) + 0.5) / 16**12 for image in images.tolist()]
+    key = torch.tensor(u, dtype=torch.float64).log() / weight
+    return images[key.argsort(descending=True, stable=True)].tolist()
 
 
 def unseen_split(cache: Cache, regime: Unseen, draw: int) -> np.ndarray:
@@ -438,13 +493,16 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str], others: Sequence[st
 def hide_test(cache: Cache) -> Cache:
     """What a method's fit is given: no label of an image that does not train or choose, be it as class, target or path.
 
-    The half of val that chooses (`choose`) is `val` here. The other one, which is reported, has split `hidden`, as test
-    has. Hidden and unused images have y -1, a target of -1 (or of zeros), a path and group without meaning, no marks.
+    The half of val that chooses (`choose`) is `val` here, with the labels that it is told (`target`), which a regime
+    may have made wrong. The other one, which is reported, has split `hidden`, as test has. Hidden and unused images
+    have y -1, a target of -1 (or of zeros), a path and group without meaning, no marks.
     Evaluate on the cache as it was.
     """
     hidden = ~np.isin(cache.split, ("train", "choose"))
     rows, names = torch.from_numpy(hidden), [f"hidden/{n}" for n in range(len(hidden))]
-    y, target = cache.y.masked_fill(rows, -1), cache.target
+    target = cache.target
+    told = target if target.ndim == 1 else target.argmax(1)
+    y = torch.where(torch.from_numpy(cache.split == "choose"), told, cache.y).masked_fill(rows, -1)
     target = target.masked_fill(rows, -1) if target.ndim == 1 else target.masked_fill(rows[:, None], 0.0)
     return replace(
         cache,

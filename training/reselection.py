@@ -4,7 +4,8 @@ Which concepts tell classes apart, whether they carry signal, and what stands in
 regime or a fold hides images or their labels, the bank on disk knows more than training may; this is what it would have
 been. It is made of vectors of view 0 and of the classes that training is told: of several candidates by their
 probability, and for the gate and for prototypes the most probable one, the first of equals. Texts of classes that the
-cache does not have are left out. The gate is asked where `select.fallback` is auto, on the cache's images that choose.
+cache does not have are left out. The gate is asked where `select.fallback` is auto, on the cache's images that choose,
+with the classes that these are told.
 """
 
 from functools import partial
@@ -61,7 +62,8 @@ def select(cache: Cache, request: Request, judged: Row | None = None) -> Selecte
         if judged is not None or settings.fallback != "auto":
             return judged or {"verdict": "unknown"}
         of_train = x.numpy(), np.array(list(told.values()), dtype=object)
-        return gate.judge(of_train, (cache.globals(val).numpy(), classes[cache.y[val].numpy()]), concepts, owners)
+        told_val = as_probabilities(cache.target[val], len(classes)).argmax(1).numpy()
+        return gate.judge(of_train, (cache.globals(val).numpy(), classes[told_val]), concepts, owners)
 
     return select_bank(
         read_texts(data / CONCEPTS, text, set(cache.classes)),

@@ -46,6 +46,8 @@ REGIMES: list[Regime] = [
     Partial(wrong="instance", q=0.5),
     Noise(wrong="symmetric", share=0.4),
     Noise(wrong="confused", share=0.4),
+    Noise(wrong="nearest", share=0.4),
+    Noise(wrong="instance", share=0.4, val="noisy"),
     Unseen(seen=0.5),
 ]
 draws = st.integers(0, 19)
@@ -83,7 +85,8 @@ def test_only_split_and_target_change_and_a_draw_can_be_repeated(cache: Cache, r
         assert not paths(made, half) & (paths(cache, "test") | paths(made, "train"))
     assert set(made.split) <= {"train", "choose", "val", "test", "unused"}
     told = made.target if made.target.ndim == 1 else made.target.argmax(1)
-    judged = made.split != "train"
+    wrong_too = ("train", "choose") if isinstance(regime, Noise) and regime.val == "noisy" else ("train",)
+    judged = ~np.isin(made.split, wrong_too)
     assert torch.equal(told[judged], cache.y[judged])
 
 
@@ -100,7 +103,8 @@ def test_a_regime_is_read_by_its_kind() -> None:
     assert read({"kind": "unseen", "seen": "seen.txt"}) == Unseen(seen="seen.txt")
     assert [regime.label for regime in REGIMES] == [
         *("full", "4-shot", "long-tail-1", "imbalance-10", "partial-random-0.5", "partial-instance-0.5"),
-        *("noise-symmetric-0.4", "noise-confused-0.4", "unseen-0.5"),
+        *("noise-symmetric-0.4", "noise-confused-0.4", "noise-nearest-0.4", "noise-instance-0.4-val"),
+        "unseen-0.5",
     ]
     assert Unseen(seen="lists/seen.txt").label == "unseen-seen"
     for wrong in ({"kind": "shots", "shots": 3}, {"kind": "shot"}, {"kind": "full", "shots": 1}):
@@ -212,7 +216,7 @@ def test_the_cross_fitted_probe_has_not_seen_what_it_judges(cache: Cache) -> Non
     assert (cross_fitted(cache).argmax(1) == cache.y[train]).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("wrong", ["symmetric", "confused"])
+@pytest.mark.parametrize("wrong", ["symmetric", "confused", "nearest", "instance"])
 @given(draw=draws)
 @settings(max_examples=10)
 def test_the_stated_share_is_told_a_wrong_class(cache: Cache, wrong: str, draw: int) -> None:
@@ -240,6 +244,50 @@ def test_symmetric_noise_spares_no_class_and_confused_noise_has_one(cache: Cache
         mean[label] = 0
         assert told == mean.argmax()
     assert len(pairs["confused"]) == 6
+
+
+def test_nearest_noise_goes_to_the_nearest_mean(cache: Cache) -> None:
+    train = cache.images("train")
+    x, y = cache.globals(train).numpy(), cache.y[train].numpy()
+    means = [x[y == label].mean(0) for label in range(6)]
+    cosine = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in means] for a in means])
+    np.fill_diagonal(cosine, -1)
+    target = Noise(wrong="nearest", share=0.7).apply(cache, 0).target
+    changed = (target != cache.y).nonzero().flatten()
+    assert target[changed].tolist() == cosine.argmax(1)[cache.y[changed]].tolist()
+
+
+def test_who_is_told_wrong_by_instance_is_who_looks_wrong(cache: Cache) -> None:
+    """Over many draws: images whose largest wrong p is large, and they are told the class that it is of."""
+    train = cache.images("train")
+    wrong = cross_fitted(cache).scatter(1, cache.y[train][:, None], 0.0)
+    weight, told = wrong.max(1)
+    often = torch.zeros(len(train))
+    for draw in range(60):
+        target = Noise(wrong="instance", share=0.1).apply(cache, draw).target[train]
+        changed = target != cache.y[train]
+        assert torch.equal(target[changed], told[changed])
+        often += changed
+    # The first of 12 drawn from 120 is drawn by weight: the heavier half has nearly all of it here.
+    heavy = weight >= weight.median()
+    assert often[heavy].sum() > 0.8 * often.sum()
+    assert (often > 0).sum() > 20  # and it is a draw: not the same twelve each time
+
+
+def test_val_is_as_noisy_as_training_where_it_is_said_and_test_never(cache: Cache) -> None:
+    for wrong in ("symmetric", "confused", "nearest", "instance"):
+        clean = Noise(wrong=wrong, share=0.5).apply(cache, 3)
+        noisy = Noise(wrong=wrong, share=0.5, val="noisy").apply(cache, 3)
+        rows = {split: cache.images(split) for split in ("train", "choose", "val", "test")}
+        assert torch.equal(clean.target[rows["train"]], noisy.target[rows["train"]])
+        for split in ("val", "test"):
+            assert torch.equal(noisy.target[rows[split]], cache.y[rows[split]])
+        chosen = rows["choose"]
+        assert (noisy.target[chosen] != cache.y[chosen]).sum() == round(0.5 * len(chosen))
+        assert torch.equal(hide_test(noisy).y[chosen], noisy.target[chosen])
+        assert torch.equal(hide_test(clean).y[chosen], cache.y[chosen])
+    # What identified a run before there was `val` still does.
+    assert Noise(wrong="symmetric", share=0.5).model_dump() == {"kind": "noise", "wrong": "symmetric", "share": 0.5}
 
 
 @given(draw=draws, share=st.floats(0.01, 0.99), development=st.floats(0.01, 0.99))
@@ -382,7 +430,11 @@ def test_a_planted_leak_is_closed(cache: Cache, regime: Regime) -> None:
         images = made.images(split)
         assert torch.equal(hidden.images(told), images)
         assert torch.equal(hidden.target[images], made.target[images])
-        assert torch.equal(hidden.y[images], made.y[images])
+        if split == "train":
+            assert torch.equal(hidden.y[images], made.y[images])
+        else:  # what chooses is told what the regime says
+            told_class = made.target[images] if made.target.ndim == 1 else made.target[images].argmax(1)
+            assert torch.equal(hidden.y[images], told_class)
 
 
 def test_a_method_that_trains_on_test_labels_gains_nothing(cache: Cache) -> None:
