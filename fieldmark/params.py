@@ -148,6 +148,7 @@ class Ask(Block):
     neighbours: Count = 3
     splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)] = ["train", "val", "test"]
     pairs: Literal["siblings", "all"] = "siblings"
+    drawn: Count = 100
     count: Count = 5
     samples: Count = 1
     image_px: Annotated[int, Field(ge=64)] = 512

@@ -1,9 +1,10 @@
-"""Ask a question of your own: about each class, pair of classes, image, or text of an image or document.
+"""Ask a question of your own: about each class, pair of classes, image, pair of images, or text.
 
 Reads   the prompt that `ask.NAME.prompt` names; its front matter says what is asked about (`subject`) and what it uses
         (`variables`; fieldmark/llm/subjects.py lists them). data/index/images.parquet and classes.parquet; for subject
-        image the pictures with status ok as `dataset` says, for subject text data/descriptions/descriptions.parquet,
-        for neighbours the table that `ask.NAME.links` names; params: domain, dataset, llm, ask.NAME.
+        image or image_pair the pictures with status ok as `dataset` says, for subject text
+        data/descriptions/descriptions.parquet, for neighbours the table that `ask.NAME.links` names; params: domain,
+        dataset, llm, ask.NAME.
 Writes  data/asked/NAME/answers.parquet (llm.answers/1): one row a subject and sample, failed ones too;
         data/asked/NAME/texts.parquet (asked/1): every string of the answers, by field and rank; names of classes and of
         their groups are masked in all but guesses of classes (`mask`); data/asked/NAME/metrics.json: rows, tokens and
@@ -15,6 +16,9 @@ Costs   llm.mode live or batch: one call for each subject and sample whose answe
 
 A prompt that is told the class of an image or text asks about training images alone (`splits: [train]`): what is said
 of a val or test image must not know its label. The list of all classes may be told of any.
+
+Pairs of pictures (image_pair) are `drawn` training images, each with the next one by hash; nobody is told of which
+classes. What is said of them can become words for all (`python -m tools.collect_words`).
 
 Images without a description are not asked about where the subject is text, nor texts without a neighbour where the
 prompt uses neighbours: those are the nearest training items of the same class among the links into an item.
@@ -35,7 +39,7 @@ from fieldmark.command import UserError, counted, key_parser, name_some, run
 from fieldmark.concepts.guesses import Guessed
 from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
 from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
-from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part
+from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part, with_parts
 from fieldmark.llm.prompts import Message, Prompt, load_prompt
 from fieldmark.llm.questions import Question, ask, foresee, write_metrics
 from fieldmark.llm.replay import replay
@@ -45,6 +49,8 @@ from fieldmark.llm.subjects import (
     check_blind,
     class_items,
     image_items,
+    image_pair_items,
+    image_pairs,
     names_of,
     nearest_of_class,
     pair_items,
@@ -63,7 +69,10 @@ DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
 ASKED = Path("data/asked")
 TEXTS = "asked/1"
 # What a recording calls its subject, by the prompt's.
-RECORDED = {"class": "class_id", "pair": "subject_id", "image": "image_id", "text": "image_id"}
+RECORDED = {
+    "class": "class_id", "pair": "subject_id", "image": "image_id", "image_pair": "subject_id", "text": "image_id",
+}  # fmt: skip
+PICTURED = ("image", "image_pair")  # subjects whose pictures are sent
 Row = dict[str, Any]
 
 
@@ -92,7 +101,7 @@ def load_question(name: str, settings: Ask, *, documents: bool) -> Prompt:
     prompt, key = load_prompt(settings.prompt), f"ask.{name}"
     if prompt.subject is None:
         raise UserError(f"{prompt.path}: subject: is missing; say class, pair, image or text in the front matter")
-    if documents and prompt.subject == "image":
+    if documents and prompt.subject in PICTURED:
         raise UserError(f"params.yaml: {key}: {prompt.path} sends pictures, and documents have none; ask about texts")
     check_blind(prompt, settings.splits, key)
     near = NEIGHBOURS in prompt.variables
@@ -101,7 +110,7 @@ def load_question(name: str, settings: Ask, *, documents: bool) -> Prompt:
     if near == (settings.links == NONE):
         what = f"uses {NEIGHBOURS}; name a table of data/links" if near else f"uses no {NEIGHBOURS}; set it to {NONE}"
         raise UserError(f"params.yaml: {key}.links: {prompt.path} {what}")
-    of_images = prompt.subject in ("image", "text")
+    of_images = prompt.subject in (*PICTURED, "text")
     if not of_images and set(settings.splits) != {"train", "val", "test"}:
         raise UserError(f"params.yaml: {key}.splits: {prompt.path} asks about a {prompt.subject}; take it out")
     return prompt
@@ -111,7 +120,7 @@ def read_sources(prompt: Prompt, settings: Ask, params: Params) -> Sources:
     """Read what a prompt needs, and no more. Raises UserError where a text is needed and there is none."""
     upstream = [store.read_header(CLASSES, "index.classes/2").fingerprint]
     classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
-    if prompt.subject not in ("image", "text"):
+    if prompt.subject not in (*PICTURED, "text"):
         return Sources(classes, {}, {}, {}, {}, upstream)
     upstream.append(store.read_header(IMAGES, "index.images/1").fingerprint)
     columns = ["path", "image_id", "class_id", "split", "status", "box"]
@@ -122,7 +131,7 @@ def read_sources(prompt: Prompt, settings: Ask, params: Params) -> Sources:
     ]
     images = {row["image_id"]: row["class_id"] for row in rows}
     places = {row["image_id"]: place_of(params.dataset.folder, row["path"], row["box"]) for row in rows}
-    if prompt.subject == "image":
+    if prompt.subject in PICTURED:
         return Sources(classes, images, places, {}, {}, upstream)
     upstream.append(store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint)
     said = texts_of(store.read_table(DESCRIPTIONS, "descriptions/1").to_pylist())
@@ -145,6 +154,9 @@ def items_of(prompt: Prompt, settings: Ask, sources: Sources, params: Params) ->
     def show(messages: list[Message], image_id: str) -> list[Message]:
         return with_part(messages, image_part(image_id, settings.image_px))
 
+    def show_both(messages: list[Message], pair: Sequence[str]) -> list[Message]:
+        return with_parts(messages, [image_part(image_id, settings.image_px) for image_id in pair])
+
     classes, samples = sources.classes, settings.samples
     if prompt.subject == "class":
         return class_items(prompt, classes, card, samples)
@@ -152,6 +164,8 @@ def items_of(prompt: Prompt, settings: Ask, sources: Sources, params: Params) ->
         return pair_items(prompt, classes, card, samples, siblings=settings.pairs == "siblings")
     if prompt.subject == "image":
         return image_items(prompt, sources.images, classes, card, samples, show)
+    if prompt.subject == "image_pair":
+        return image_pair_items(prompt, image_pairs(sources.images, settings.drawn), card, samples, show_both)
     return text_items(prompt, sources.texts, sources.images, sources.neighbours, classes, card, samples)
 
 
@@ -173,6 +187,8 @@ def readable(prompt: Prompt, sources: Sources, items: Sequence[Item]) -> dict[st
     names = {row["class_id"]: row["name"] for row in sources.classes}
     if prompt.subject in ("image", "text"):
         return {item.subject_id: str(sources.places[item.subject_id].file) for item in items}
+    if prompt.subject == "image_pair":
+        names = {image_id: str(place.file) for image_id, place in sources.places.items()}
     return {item.subject_id: " and ".join(names[each] for each in item.subject_id.split(" ")) for item in items}
 
 
@@ -181,6 +197,7 @@ def content_params(prompt: Prompt, settings: Ask, params: Params) -> dict[str, A
     of_subject: dict[str | None, dict[str, Any]] = {
         "pair": {"pairs": settings.pairs},
         "image": {"image_px": settings.image_px, "jpeg_quality": JPEG_QUALITY, "splits": sorted(settings.splits)},
+        "image_pair": {"drawn": settings.drawn, "image_px": settings.image_px, "jpeg_quality": JPEG_QUALITY},
         "text": {"splits": sorted(settings.splits)},
     }
     of_links = {} if settings.links == NONE else {"neighbours": settings.neighbours}
@@ -263,7 +280,7 @@ def main() -> None:
             print(foresee(STAGE, questions, llm, answers_path))
             return
         places = sources.places
-        attach = (lambda item: as_sent(item, places)) if prompt.subject == "image" else (lambda item: item.messages)
+        attach = (lambda item: as_sent(item, places)) if prompt.subject in PICTURED else (lambda item: item.messages)
         rows = ask(STAGE, questions, llm, answers_path, attach=attach)[name]
     else:
         rows = replay(items, RECORDED[str(prompt.subject)], prompt, llm)

@@ -16,6 +16,10 @@ row with subject_id "*". `concepts.contrast`: one call more a class for what tel
 classes of its superclass; a class without any is not asked about, and of more than 20 siblings the first 20 by name are
 named. A class that comes or goes changes the question about its siblings, which is then asked anew.
 
+Classes that are numbers say nothing to a model (cultivars): with `concepts.prompt: data/none` no class is asked about,
+and `concepts.generic` asks once for words of the whole group. Where a file of texts has "*" for a class, these are
+texts of no class too.
+
 Where the data set is of documents (`text_graph`), nobody is asked and no text is missing: concepts are chosen by the
 pictures that they show in, and there is none.
 
@@ -58,7 +62,10 @@ Row = dict[str, Any]
 
 
 def questions_of(classes: list[Row], own: list[Own], params: Params) -> Questions:
-    """What is asked about the classes that have no texts of one's own: `concepts`, and where wanted the other two."""
+    """What is asked about the classes that have no texts of one's own: `concepts`, and where wanted the other two.
+
+    Without a prompt for classes (data/none) none is asked about, but for what tells it from its siblings.
+    """
     settings = params.concepts
     card = {**params.domain.model_dump(), "per_class": settings.per_class, "generic": settings.generic}
     about = {
@@ -66,7 +73,7 @@ def questions_of(classes: list[Row], own: list[Own], params: Params) -> Question
         for row in without_own(classes, own)
     }
     questions = {}
-    if about:
+    if about and settings.prompt != NONE:
         prompt = load_prompt(settings.prompt)
         rendered = {class_id: prompt.render(values) for class_id, values in about.items()}
         samples = range(settings.samples)

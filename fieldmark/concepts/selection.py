@@ -190,7 +190,8 @@ def select_bank(
 
     `judge` is told the vectors (M', D) and owners of what is kept and gives a `verdict` (gate.py). `make_prototypes`,
     as find_prototypes, is called where they stand in for concepts: by `settings.fallback`, prototypes whatever the
-    verdict, auto where it is `none` or nothing is kept.
+    verdict, auto where it is `none` or nothing is kept. Where no class owns a concept, the gate has nothing to judge:
+    auto makes prototypes as well, and the words of no class stay beside them as names of what patches show.
     """
     names, candidates, vector_of = texts
     vectors = np.array([vector_of[row["concept_id"]] for row in candidates]).reshape(-1, means.shape[1])
@@ -199,11 +200,13 @@ def select_bank(
     kept = [i for i, row in enumerate(candidates) if row["kept"]]
     found = judge(vectors[kept], [candidates[i]["class_ids"] for i in kept])
     prototypes: list[Row] = []
-    if settings.fallback == "prototypes" or (settings.fallback == "auto" and (found["verdict"] == "none" or not kept)):
+    owned = any(candidates[i]["class_ids"] for i in kept)
+    auto = settings.fallback == "auto"
+    if settings.fallback == "prototypes" or (auto and (found["verdict"] == "none" or not owned)):
         prototypes, centres = make_prototypes()
         vectors = np.concatenate([vectors, centres])
         gains = np.concatenate([gains, discriminability(centres @ means.T, scale)])
-        for i in kept:
+        for i in kept if owned or not auto else ():
             candidates[i].update(kept=False, drop_reason="visual prototypes stand in for named concepts")
     of_names = np.array([vector_of[row["concept_id"]] for row in names]).reshape(-1, means.shape[1])
     numbers: list[float | None] = [None] * len(names) + [float(gain) for gain in gains]

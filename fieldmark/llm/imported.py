@@ -2,8 +2,8 @@
 
 `concepts.import` and `concepts.edits` are each a JSON object of class -> list of texts, or a folder of CLASS.txt, one
 text a line (blank lines and hidden files are passed over). All is UTF-8, with or without a BOM. A class stands there as
-its folder or given name, its class_id, or else its `name`; names are compared after NFC. A key that is no class is an
-error, unless it is left of a class that was removed: see match_classes.
+its folder or given name, its class_id, or else its `name`; names are compared after NFC. The key "*" holds texts of no
+class. Another key that is no class is an error, unless it is left of a class that was removed: see match_classes.
 
 An edit is a model's answer that someone wrote over. It goes before an import and before every model, whatever becomes
 of the prompt. Like an import's, its row is a function of its texts alone, so it does not name the model that wrote the
@@ -23,6 +23,7 @@ from fieldmark.params import NONE, Concepts
 from fieldmark.store import canonical_json, class_id_of, nfc, sha256, write_text
 
 IMPORT, EDITS = "concepts.import", "concepts.edits"
+GENERIC = "*"  # stands in a file for a class: texts of no class
 FORM = "a JSON object of class -> list of texts, or a folder of CLASS.txt"
 Row = dict[str, Any]
 Texts = dict[str, list[str]]
@@ -106,7 +107,8 @@ def read_folder(folder: Path, key: str) -> list[tuple[str, list[str]]]:
 
 
 def match_classes(path: Path, key: str, pairs: list[tuple[str, Any]], classes: list[Row]) -> Texts:
-    """The texts by class_id. A folder or class_id goes before a name: no two classes share those.
+    """The texts by class_id, those of no class as "*". A folder or class_id goes before a name: no two classes share
+    those.
 
     A name that is no class, and is not like one without texts here, may be of a class that was removed: it is passed
     over with a warning in a file of edits, which few classes have, and where every class has its texts, as long as
@@ -116,6 +118,7 @@ def match_classes(path: Path, key: str, pairs: list[tuple[str, Any]], classes: l
     named: dict[str, list[str]] = defaultdict(list)
     for row in classes:
         named[nfc(row["name"])].append(row["class_id"])
+    named[GENERIC] = [GENERIC]
     found = [[class_id_of(name)] if class_id_of(name) in ids else named.get(nfc(name), []) for name, _ in pairs]
 
     covered = {class_id for matches in found for class_id in matches}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -23,19 +24,27 @@ def image_part(image_id: str, px: int, box: Box | None = None) -> dict[str, Any]
 
 def with_part(messages: list[Message], part: dict[str, Any]) -> list[Message]:
     """The messages with a picture at the end of the last one."""
+    return with_parts(messages, [part])
+
+
+def with_parts(messages: list[Message], parts: Sequence[dict[str, Any]]) -> list[Message]:
+    """The messages with pictures at the end of the last one, in this order."""
     *before, last = messages
-    return [*before, {"role": last["role"], "content": [{"type": "text", "text": last["content"]}, part]}]
+    return [*before, {"role": last["role"], "content": [{"type": "text", "text": last["content"]}, *parts]}]
 
 
 def as_sent(item: Item, places: dict[str, Place]) -> list[Message]:
-    """An item's messages as sent; `places` by image_id. Raises Unaskable where its picture cannot be opened."""
+    """An item's messages as sent; `places` by image_id. Raises Unaskable where a picture of it cannot be opened."""
     *before, last = item.messages
-    text, image = last["content"]
+    text, *images = last["content"]
     try:
-        url = data_url(places[image["image_id"]], image["px"], image["jpeg_quality"], box_of(image.get("box")))
+        urls = [
+            data_url(places[image["image_id"]], image["px"], image["jpeg_quality"], box_of(image.get("box")))
+            for image in images
+        ]
     except BadImage as error:
         raise Unaskable(f"the image cannot be opened: {error}") from None
-    return [*before, {**last, "content": [text, {"type": "image_url", "image_url": {"url": url}}]}]
+    return [*before, {**last, "content": [text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]}]
 
 
 def data_url(place: Place, px: int, quality: int, box: Box | None = None) -> str:

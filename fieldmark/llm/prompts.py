@@ -35,7 +35,7 @@ FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)---\s*\n(.*)", re.DOTALL)
 HEADING = re.compile(r"^# (system|user|assistant)[ \t]*$", re.MULTILINE)
 KEYS = {"purpose", "variables", "schema"}
 OF_ONES_OWN = {"subject", "guesses"}  # may be left out
-SUBJECTS = ("class", "pair", "image", "text")
+SUBJECTS = ("class", "pair", "image", "image_pair", "text")
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),

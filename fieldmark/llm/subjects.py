@@ -5,6 +5,7 @@
 | class | each class | those of a class |
 | pair | two classes, each pair once | first, second: each has those of a class, as in first.name |
 | image | each picture, which is sent with it | for training images alone, those of their class |
+| image_pair | two training pictures that are sent together, drawn | none: nobody says of which classes they are |
 | text | what is said of each image or document | text; for training images alone, those of their class and neighbours |
 
 All may use the words of the domain card (noun, group, attributes, not_shown), count, and classes, the names of all
@@ -24,10 +25,12 @@ from fieldmark.command import UserError
 from fieldmark.concepts.siblings import siblings_of
 from fieldmark.llm.answers import Item
 from fieldmark.llm.prompts import Message, Prompt
+from fieldmark.store import sha256
 
 OF_CLASS = ("class_id", "name", "scientific_name", "superclass", "lineage", "aliases", "note")
 SIBLINGS, NEIGHBOURS = "siblings", "neighbours"
 TELLS_THE_CLASS = {*OF_CLASS, SIBLINGS, NEIGHBOURS}
+OF_PICTURES = ("image", "image_pair", "text")
 # Of more pairs than this, every one rendered before a limit of calls or cost could speak, minutes and memory would go.
 MOST_PAIRS = 200_000
 Row = dict[str, Any]
@@ -51,13 +54,19 @@ def class_values(classes: Sequence[Row]) -> dict[str, Values]:
 
 def told_of_class(prompt: Prompt) -> list[str]:
     """The variables by which a prompt about images or texts is told their class."""
-    return sorted(TELLS_THE_CLASS & set(prompt.variables)) if prompt.subject in ("image", "text") else []
+    return sorted(TELLS_THE_CLASS & set(prompt.variables)) if prompt.subject in OF_PICTURES else []
 
 
 def check_blind(prompt: Prompt, splits: Collection[str], key: str) -> None:
     """Raise UserError where a prompt about images or texts is told their class, and others than training images are
     asked about; `key` of params.yaml names the question."""
     told = told_of_class(prompt)
+    if prompt.subject == "image_pair" and told:
+        known = ", ".join(told)
+        raise UserError(f"{prompt.path}: variables: {known}: pairs of pictures are asked about without any class")
+    if prompt.subject == "image_pair" and set(splits) != {"train"}:
+        why = "what is said of two pictures becomes words for all, which no val or test image may write"
+        raise UserError(f"params.yaml: {key}.splits: {prompt.path} asks about pairs of pictures; {why}; write [train]")
     if told and set(splits) != {"train"}:
         raise UserError(
             f"params.yaml: {key}.splits: {prompt.path} is told the class ({', '.join(told)}), which no text of a val or"
@@ -116,6 +125,29 @@ def image_items(
     else:
         texts = dict.fromkeys(images.values(), prompt.render(card))
     return sampled({image_id: show(texts[images[image_id]], image_id) for image_id in sorted(images)}, samples)
+
+
+def image_pairs(images: Collection[str], most: int) -> list[tuple[str, str]]:
+    """Pairs of image_ids, `most` of them: each image with the next one on a circle whose order are hashes.
+
+    Classes have no say. An image more changes two pairs at most, and pushes out one.
+    """
+    circle = sorted(images, key=lambda image_id: sha256(f"pair {image_id}"))
+    following = zip(circle, circle[1:] + circle[:1], strict=True)
+    pairs = dict.fromkeys((min(pair), max(pair)) for pair in following if pair[0] != pair[1])
+    return list(pairs)[:most]
+
+
+def image_pair_items(
+    prompt: Prompt,
+    pairs: Sequence[tuple[str, str]],
+    card: Values,
+    samples: int,
+    show: Callable[[list[Message], Sequence[str]], list[Message]],
+) -> list[Item]:
+    """One item a pair and sample; the subject_id is both image_ids with a space between."""
+    text = prompt.render(card)
+    return sampled({" ".join(pair): show(text, pair) for pair in sorted(pairs)}, samples)
 
 
 def text_items(

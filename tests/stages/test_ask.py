@@ -11,9 +11,11 @@ from PIL import Image
 from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.llm.prompts import load_prompt
+from fieldmark.llm.subjects import image_pairs
 from stages.ask import main
 from tests.fieldmark.llm.workspace import REPOSITORY, Row, Workspace, answers
 from tests.openai_server import OpenAIServer, content, refusal
+from tools import collect_words
 
 # By name: superclass, scientific name, aliases.
 CLASSES = {
@@ -232,6 +234,49 @@ def test_no_pair_is_a_clear_error(server: OpenAIServer, asked: Callable[..., Wor
         workspace.run(main, "--ask", "differ")
 
 
+def test_pairs_of_training_pictures_are_sent_together_and_nobody_says_of_which_classes(
+    server: OpenAIServer, asked: Callable[..., Workspace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images()
+    train = {row["image_id"] for row in images if row["split"] == "train"}
+    assert len(train) == 3
+    workspace = asked(apart={"prompt": "prompts/contrast_pictures.md", "splits": ["train"], "drawn": 2})
+    said = {"first": ["A fish with BARS."], "second": ["a fish  with bars", "a fish with spots"]}
+    server.answer = lambda request: said
+    workspace.run(main, "--ask", "apart")
+    assert len(server.calls) == 2
+    pairs = [row["subject_id"].split(" ") for row in answers("data/asked/apart/answers.parquet")]
+    assert all(set(pair) <= train and len(set(pair)) == 2 for pair in pairs)
+    for call in server.calls:
+        text, *pictures = call["messages"][-1]["content"]
+        assert [part["type"] for part in pictures] == ["image_url"] * 2
+        assert pictures[0] != pictures[1]
+        put = json.dumps([message["content"] for message in call["messages"][:-1]]) + text["text"]
+        assert not any(name.casefold() in put.casefold() for name in (*IDS, *IDS.values()))
+    # One pair more is one call more, and what is held is not asked again.
+    asked(apart={"prompt": "prompts/contrast_pictures.md", "splits": ["train"], "drawn": 3}).run(main, "--ask", "apart")
+    assert len(server.calls) == 3
+    # What was said most often becomes the words of no class.
+    capsys.readouterr()
+    workspace.run(collect_words.main, "--ask", "apart", "--out", "words.json")
+    assert json.loads(Path("words.json").read_text()) == {"*": ["A fish with BARS", "a fish with spots"]}
+    with pytest.raises(UserError, match=r"ask\.apart\.splits: .* asks about pairs of pictures; .*; write \[train\]$"):
+        asked(apart={"prompt": "prompts/contrast_pictures.md"}).run(main, "--ask", "apart")
+    write_prompt("apart", "{{ name }}", "image_pair", "name")
+    with pytest.raises(UserError, match=r"apart\.md: variables: name: pairs of pictures are asked about with"):
+        asked(apart={"splits": ["train"]}).run(main, "--ask", "apart")
+
+
+def test_an_image_more_changes_two_pairs_at_most() -> None:
+    ids = [store.sha256(f"picture {number}".encode()) for number in range(50)]
+    before, after = set(image_pairs(ids[:-1], 100)), set(image_pairs(ids, 100))
+    assert len(before) == 49
+    assert len(before - after) == 1
+    assert len(after - before) == 2
+    assert image_pairs(ids, 7) == image_pairs(list(reversed(ids)), 100)[:7]
+    assert image_pairs(ids[:1], 5) == []
+
+
 def test_too_many_pairs_are_refused_before_one_is_rendered(
     server: OpenAIServer, asked: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,7 +459,7 @@ def test_every_prompt_for_questions_of_one_s_own_renders_with_what_its_subject_h
     write_links([(source, target, 0.5) for source in ids for target in ids if source != target])
     near = "neighbours" in prompt.variables
     told = near or "name" in prompt.variables
-    settings = {"splits": ["train"]} if told else {}
+    settings = {"splits": ["train"]} if told or prompt.subject == "image_pair" else {}
     settings |= {"links": "data/links/near.parquet"} if near else {}
     asked(**{path.stem: settings}).run(main, "--ask", path.stem, "--show")
     said = capsys.readouterr().out

@@ -441,6 +441,36 @@ def test_beside_the_other_prompts_an_edit_is_still_one_call_a_class(server: Open
     assert store.read_header(ANSWERS, "llm.answers/1").params.keys() >= {"generic_prompt_sha", "contrast_prompt_sha"}
 
 
+def test_of_classes_that_are_numbers_nobody_is_asked_but_once_for_all(
+    server: OpenAIServer, workspace: Workspace
+) -> None:
+    workspace.write_classes(*(f"cultivar {number}" for number in range(40)))
+    workspace.blocks["concepts"] = {"prompt": "data/none", "generic": 30}
+    workspace.write(min_coverage=0.0)
+    workspace.run(main)
+    assert len(server.calls) == 1
+    assert [row["subject_id"] for row in answers()] == ["*"]
+    assert not any("cultivar" in json.dumps(call["messages"]) for call in server.calls)
+    # A class more is no question more.
+    workspace.write_classes(*(f"cultivar {number}" for number in range(41)))
+    workspace.run(main)
+    assert len(server.calls) == 1
+
+
+def test_texts_of_no_class_can_be_imported(server: OpenAIServer, workspace: Workspace) -> None:
+    workspace.write_classes("cultivar 1", "cultivar 2")
+    Path("words.json").write_text(json.dumps({"*": ["a leaf with a wavy margin", "a leaf with a blunt tip"]}))
+    workspace.blocks["concepts"] = {"prompt": "data/none", "import": "words.json"}
+    workspace.write(mode="import", min_coverage=0.0)
+    workspace.run(main)
+    [row] = answers()
+    assert (row["subject_id"], row["source"]) == ("*", "import")
+    assert [each["text"] for each in json.loads(row["response_json"])["concepts"]] == [
+        *("a leaf with a wavy margin", "a leaf with a blunt tip"),
+    ]
+    assert not server.calls
+
+
 def test_of_many_siblings_the_first_are_named(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"ray {number:02}" for number in range(30)]
     workspace.write_classes(*names, superclass="rays")

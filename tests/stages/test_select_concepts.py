@@ -250,6 +250,20 @@ def test_prototypes_without_any_concept(seven: Callable[..., Params], run_stage:
     assert len(rows) == 7 + 11
 
 
+def test_words_of_no_class_stay_beside_prototypes(seven: Callable[..., Params], run_stage: Callable[..., None]) -> None:
+    """Cultivars: no class owns a word, so the gate has nothing to judge; auto makes prototypes and keeps the words."""
+    names = [(f"photo of {name}", name, "name") for name in LABELS]
+    for fallback, kept in (("auto", 7), ("prototypes", 0), ("none", 7)):
+        seven(0, fallback=fallback)
+        write_concepts([*names, *((name, None, "generic") for name in LABELS)])
+        run_stage("select_concepts", "--encoder", "conv")
+        rows, metrics = read_bank()
+        assert metrics["judged"]["verdict"] == "unknown"
+        assert (metrics["kept"], metrics["prototypes"]) == (kept, 0 if fallback == "none" else 11)
+        assert {row["kept"] for row in rows if row["kind"] == "generic"} == {kept > 0}
+    assert [row["class_ids"] for row in rows if row["kind"] == "generic"] == [[]] * 7
+
+
 def test_prototypes_need_local_nodes(seven: Callable[..., Params], run_stage: Callable[..., None]) -> None:
     seven(0, fallback="prototypes")
     write_nodes(Path("data/embed/conv/images"), {image_id(n): unit(np.eye(8)[:1]) for n in range(70)})

@@ -39,6 +39,10 @@ def test_a_key_is_a_folder_a_class_id_or_a_name(tmp_path: Path, key: str) -> Non
     assert read(tmp_path / "own.json", {key: ["a", " b "], "Blue Tang": ["c"]}) == {RAY: ["a", " b "], TANG: ["c"]}
 
 
+def test_a_star_stands_for_no_class(tmp_path: Path) -> None:
+    assert read(tmp_path / "own.json", {"*": ["a wavy tip"], "Iron ray": ["a"]}) == {"*": ["a wavy tip"], RAY: ["a"]}
+
+
 def test_a_folder_goes_before_a_name(tmp_path: Path) -> None:
     classes = [{"class_id": "a", "name": "b"}, {"class_id": "b", "name": "x"}]
     path = tmp_path / "own.json"
