@@ -146,6 +146,50 @@ def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path
 
 
 @pytest.mark.slow
+def test_of_classes_that_are_numbers_the_gate_fires_prototypes_carry_and_the_report_says_so(
+    made: Path, tmp_path: Path
+) -> None:
+    """reef as a set of cultivars: folders are numbers, and what is said of a class is its number too."""
+    folder = tmp_path / "numbers"
+    shutil.copytree(made, folder, symlinks=True)
+    reef, numbered = folder / "data/reef", folder / "data/numbered"
+    names = sorted(path.name for path in (reef / "train").iterdir())
+    for split in ("train", "test"):
+        for number, name in enumerate(names, start=1):
+            shutil.copytree(reef / split / name, numbered / split / str(number))
+    # Spelled in letters: a text that holds the number of a class gives the class away, and is dropped.
+    spell = str.maketrans("0123456789", "ghijklmnop")
+    said = {
+        str(number): [f"mark {sha256(f'{number} {text}')[:7].translate(spell)}" for text in range(8)]
+        for number in range(1, len(names) + 1)
+    }
+    (folder / "numbers.json").write_text(json.dumps(said))
+
+    def change(params: dict[str, Any]) -> None:
+        runs = params["train"]["runs"]
+        params |= {"demo": {}}
+        params["dataset"]["root"] = "data/numbered"
+        params["llm"]["mode"] = "import"
+        params["concepts"]["import"] = "numbers.json"
+        params["clean"]["visibility"] = "off"
+        params["select"]["fallback"] = "auto"
+        params["train"]["runs"] = {name: runs[name] for name in ("description_zero_shot", "linear_probe")}
+
+    edit_params(folder, change)
+    command("dvc", "repro", "report", cwd=folder)
+    bank = json.loads((folder / "data/bank/reef.json").read_text())
+    assert bank["judged"]["verdict"] == "none"
+    assert bank["judged"]["accuracy"] < 3 / len(names)
+    assert (bank["kept"], bank["prototypes"] > 0) == (0, True)
+    page = (folder / "data/report/index.html").read_text()
+    assert "hese concepts carry NO signal on this data set" in page
+    assert "visual prototypes stand in for named concepts" in page
+    # The class by the mean over the prototypes that it owns: by texts that are numbers that would be chance.
+    metrics = json.loads((folder / "data/runs/description_zero_shot/metrics.json").read_text())
+    assert metrics["test"]["accuracy"] > 3 / len(names)
+
+
+@pytest.mark.slow
 def test_an_edited_question_of_ones_own_asks_it_anew_and_makes_anew_what_reads_it_alone(
     made: Path, tmp_path: Path
 ) -> None:

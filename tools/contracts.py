@@ -177,7 +177,7 @@ ABOUT = {
         "the prompt's `subject`, the field that holds `guesses` of classes, whether other fields were masked (`mask`)\n"
         "and whether the prompt was `told` the class of an image or text, so that its texts know the label.",
         {
-            "subject_id": "of what was asked about: an image_id, a class_id, or two class_ids with a space between",
+            "subject_id": "of what was asked about: an image_id, a class_id, or two of either with a space between",
             "sample": "of several answers",
             "field": "where it stands in the answer: the keys that lead there, with a dot between them",
             "rank": "its place, from 0, among what stands there",
