@@ -94,5 +94,5 @@ clean:
 	rm -f data/links/*.parquet
 	rm -rf data/asked/*/texts.parquet data/asked/*/vectors
 	rm -f data/concepts/concepts.parquet data/descriptions/descriptions.parquet data/descriptions/cells.parquet
-	rm -rf "$${FIELDMARK_CACHE:-.cache}/arrays"
+	rm -rf "$${FIELDMARK_CACHE:-.cache}/arrays" "$${FIELDMARK_CACHE:-.cache}/pictures"
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

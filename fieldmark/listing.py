@@ -18,7 +18,9 @@ from fieldmark.command import UserError
 from fieldmark.store import class_id_of, nfc
 
 SPLITS = ("train", "val", "test")
-CLASS_COLUMNS = ("name", "superclass", "scientific_name", "lineage", "aliases", "note")
+CLASS_COLUMNS = ("name", "superclass", "scientific_name", "lineage", "aliases", "note", "aphia_id")
+# How WoRMS names a taxon for good: this and its AphiaID. Among `aliases`, it says which taxon a class is.
+WORMS = "urn:lsid:marinespecies.org:taxname:"
 # The words that stand for yes and no in a table, in any case.
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 # Of more names than this, only so many are looked at for one that was meant: it takes seconds.
@@ -131,7 +133,8 @@ def read_class_table(folder: Path) -> list[Row]:
 
     Columns: class_id (the class as its folder or the data name it), and any of name, superclass, scientific_name,
     lineage (ranks from the highest down, `Animalia > Chordata > Aves`), aliases (other names, `Erne; sea eagle`: what
-    gives the class away beside its own), note. A row may stand for a group of classes:
+    gives the class away beside its own), note, aphia_id (the number of the taxon in WoRMS; it becomes an alias, WORMS
+    and the number). A row may stand for a group of classes:
     `superclass` may name its class_id or its name (see fold_groups). Raises UserError as read_csv does.
     """
     path = folder / "classes.csv"
@@ -145,6 +148,10 @@ def read_class_table(folder: Path) -> list[Row]:
             what = f"names the class {name} twice" if name else "has a row without class_id"
             raise UserError(f"{path}: {what}; correct it")
         seen.add(name)
+        aphia = (row.get("aphia_id") or "").strip().removeprefix(WORMS)
+        if aphia and not (aphia.isascii() and aphia.isdigit()):
+            raise UserError(f"{path}: aphia_id of {name} is {row['aphia_id']!r}; it is the number of a taxon in WoRMS")
+        row["aphia_id"] = aphia or None
         ranks = [rank.strip() for rank in (row.get("lineage") or "").split(">")]
         row["lineage"] = [rank for rank in ranks if rank] or None
         row["aliases"] = [alias.strip() for alias in (row.get("aliases") or "").split(";") if alias.strip()] or None
@@ -320,10 +327,15 @@ def list_classes(listing: Listing) -> list[Row]:
             "name": nfc(row.get("name") or readable(folder)),
             **{column: nfc(text) if text else None for column, text in texts.items()},
             "lineage": [nfc(rank) for rank in row.get("lineage") or []] or None,
-            "aliases": [nfc(alias) for alias in row.get("aliases") or []] or None,
+            "aliases": [*map(nfc, row.get("aliases") or []), *worms_name(row)] or None,
             "from_images": folder in folders,
         })
     return classes
+
+
+def worms_name(row: Row) -> list[str]:
+    """The name that WoRMS gives the taxon of a class for good; none where its AphiaID is not known."""
+    return [f"{WORMS}{row['aphia_id']}"] if row.get("aphia_id") else []
 
 
 def name_classes(folders: set[str]) -> dict[str, str]:

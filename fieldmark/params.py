@@ -68,6 +68,7 @@ class Dataset(Block):
     seed: int = 0
     buckets: Annotated[int, Field(ge=1, le=65_536)] = 16
     without_images: bool = False
+    frames_per_second: Annotated[float, Field(gt=0, le=1000)] = 1.0
 
     @property
     def folder(self) -> Path:

@@ -53,6 +53,8 @@ INDEX = Path("data/index")
 THUMBS = Path("data/thumbs")
 THUMB_PX = 192
 OUTSIDE_PX = 1
+# Formats whose pictures are frames of films.
+OF_FILMS = ("clips", "mammalnet")
 
 
 def refuse_marks(rows: list[Row], root: str) -> None:
@@ -376,6 +378,7 @@ def index(params: Params) -> dict[str, Any]:
         "format": dataset.format, "test_fraction": dataset.test_fraction, "val_fraction": dataset.val_fraction,
         "seed": dataset.seed, **({"without_images": True} if dataset.without_images else {}),
         **({"group_by": dataset.group_by} if dataset.group_by != "none" else {}),
+        **({"frames_per_second": dataset.frames_per_second} if dataset.format in OF_FILMS else {}),
     }
     for schema, content in tables.items():
         path = INDEX / f"{schema.removeprefix('index.').partition('/')[0]}.parquet"

@@ -1,6 +1,6 @@
 """Ask a trained run about pictures: which class each shows, how sure that is, and which training pictures it is like.
 
-Reads   IMAGE, FOLDER or MANIFEST; data/runs/RUN/{config.json,model.safetensors,predictions.parquet};
+Reads   IMAGE, FILM, FOLDER or MANIFEST; data/runs/RUN/{config.json,model.safetensors,predictions.parquet};
         data/index/{images,classes}.parquet. Of what the stages made for the run's encoder E: data/bank/E.parquet,
         data/embed/E/text.parquet and data/embed/E/moments/NAME/basis.safetensors, as far as the run reads what is made
         with them; data/embed/E/images or moments/NAME, to name pictures that are alike; for --html data/thumbs/.
@@ -11,7 +11,9 @@ Costs   loading the encoder, and a forward pass a picture; --explain as many pas
 
 A picture is decoded, cut and embedded as the stages do it. Where weights or parameters are no longer those that the run
 was trained on, that is an error. FOLDER is all pictures in it and below. MANIFEST is a .csv or .parquet with a column
-path, from its own folder on, and, where known, group (a track, an event) and box (of the object).
+path, from its own folder on, and, where known, group (a track, an event) and box (of the object). Of a film the frames
+are asked about, `dataset.frames_per_second` of them, and --by group gives one answer a film; a .parquet with pictures
+in it (as on Hugging Face's hub) is its rows.
 
 Probabilities, and all that is said of how sure they are, are calibrated on the half of val that chose nothing
 (evaluation/calibration.py). A file that is no picture is a row with its reason.
@@ -194,7 +196,7 @@ def ask(
 
 def main() -> None:
     parser = stage_parser(__doc__)
-    parser.add_argument("asked", metavar="IMAGE|FOLDER|MANIFEST", help="a picture, a folder of them, or a table")
+    parser.add_argument("asked", metavar="IMAGE|FILM|FOLDER|MANIFEST", help="a picture, a film, a folder, a table")
     parser.add_argument("--run", metavar="NAME", help="a run of train.runs (default: the best where val chooses)")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="only these classes: a class_id or name a line")
     said = "table, a line a picture; text, all that is said of it (default of one picture); for programs the others"
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures, too")
     why = "name the patches and concepts that speak for the first class against the second (text and --html do)"
     parser.add_argument("--explain", action="store_true", help=why)
-    parser.add_argument("--by", choices=["group"], help="an answer a group of the manifest, by votes of its pictures")
+    parser.add_argument("--by", choices=["group"], help="an answer a film, or a group of the manifest, by votes")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     arguments = cluster.add_engine(parser).parse_args()
     on_cluster = cluster.on_cluster(arguments)
@@ -213,12 +215,12 @@ def main() -> None:
         what = "runs on documents of a text graph, and only pictures are asked about here"
         remedy = "write new documents into nodes.csv, and run `dvc repro`"
         raise UserError(f"{arguments.params}: dataset.format: this project {what}; {remedy}")
-    question = read_question(arguments.asked)
+    question = read_question(arguments.asked, params.dataset.frames_per_second)
     if question.passed_over:
         files = counted(question.passed_over, "file is", "files are")
         say(f"{arguments.asked}: {files} passed over, no pictures by their names")
     if arguments.by and not any(picture.group for picture in question.pictures):
-        raise UserError(f"{arguments.asked}: names no group; --by group needs a manifest with a column group")
+        raise UserError(f"{arguments.asked}: names no group; --by group needs films, or a manifest with a column group")
     form = arguments.format or ("text" if len(question.pictures) == 1 else "table")
     name, device = choose_run(params, arguments.run), choose_device("--device", arguments.device)
     explained = arguments.explain or form == "text"

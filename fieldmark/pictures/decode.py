@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 import os
-import stat
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -24,12 +23,12 @@ import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from fieldmark.pictures.boxes import Box, region_of, scale_region
+from fieldmark.pictures.files import BadImage, open_plain
+from fieldmark.pictures.held import find_held, unpack
 from fieldmark.pictures.metadata import HEAD_BYTES, STEPS, format_of, hide_metadata
 
 # A picture of more pixels is refused as a decompression bomb before it is decoded, which takes up to 24 bytes a pixel.
 MAX_PIXELS = 120_000_000
-# Of a picture of MAX_PIXELS, no format stores more. A larger file is refused before it is read.
-MAX_BYTES = 2**30
 # How much of a file is read at a time to hash it.
 BLOCK_BYTES = 2**20
 # How many pixels all scans of a progressive JPEG may have together, which takes about ten seconds. Cameras and programs
@@ -59,10 +58,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = tuple(TURNS[value] for value in (5, 6, 7, 8))
-# What a name may stand for that is not opened.
-KINDS = {
-    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-}  # fmt: skip
 # Entries of a TIFF's directory.
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 # Raised when the pixels that the rules of this module give for the same file change.
@@ -78,28 +73,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class BadImage(Exception):
-    """A picture that cannot be used; the message says why."""
-
-
 def open_file(path: str | Path) -> IO[bytes]:
-    """A picture's file, opened to be read. Raises BadImage with the reason where it is no file, or too large to be one.
+    """A picture's file, opened to be read, or a picture that lies in another file (held.py).
 
-    A pipe or a device is not opened: a read from it may wait for ever, or never end.
+    Raises BadImage with the reason where it is no file, or too large to be one.
     """
-    try:
-        found = os.stat(path)
-        kind = KINDS.get(stat.S_IFMT(found.st_mode))
-        if kind is not None:
-            raise BadImage(f"is {kind}, not a file")
-        if found.st_size > MAX_BYTES:
-            raise BadImage(f"{found.st_size} bytes, more than {MAX_BYTES}")
-        return open(path, "rb")
-    # No message names the path: the table that they are written to is the same on every machine.
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise BadImage("cannot be read: there is a NUL in its name") from None
+    held = find_held(path)
+    return open_plain(path if held is None else unpack(held))
 
 
 def hash_file(file: IO[bytes]) -> str:

@@ -6,6 +6,8 @@ OUT is a zip of meta.xml, eml.xml and occurrence.txt: an occurrence an image, it
   scientificName, kingdom, higherClassification
                                     of the class, from data/index/classes.parquet: scientific_name, and lineage where it
                                     is known; a class without a scientific name leaves it empty
+  scientificNameID                  of the class, by WoRMS (urn:lsid:marinespecies.org:taxname:AphiaID), as OBIS asks;
+                                    the column is there where a class has one (aphia_id in classes.csv)
   verbatimIdentification            the class as the data set writes it
   identificationVerificationStatus  ValidatedByHuman: the name is the data set's label, whatever the run says;
                                     PredictedByMachine: nobody has looked (the words are OBIS's, after Martin-Cabrera et
@@ -33,6 +35,7 @@ from xml.sax.saxutils import escape
 
 from fieldmark import store
 from fieldmark.command import counted
+from fieldmark.listing import WORMS
 from fieldmark.pictures.cuts import file_of
 from tools.exports.index import Index, Row, check_file
 from tools.exports.predictions import Said, Source
@@ -49,6 +52,8 @@ TERMS = {
 }  # fmt: skip
 HUMAN, MACHINE = "ValidatedByHuman", "PredictedByMachine"
 LABEL = "label of the data set"
+# There where a class has one.
+TAXON = "scientificNameID"
 # Those of GBIF's backbone: a name that is one of these is a kingdom, whatever the ranks beside it.
 KINGDOMS = {"Animalia", "Archaea", "Bacteria", "Chromista", "Fungi", "Plantae", "Protozoa", "Viruses"}
 EXIF_DATE = re.compile(r"(\d{4}):(\d\d):(\d\d) (\d\d:\d\d:\d\d)")
@@ -75,6 +80,7 @@ def taxon(row: Row) -> Row:
     above = [rank for rank in row["lineage"] or [] if rank not in (name, scientific)]
     return {
         "scientificName": scientific,
+        TAXON: next((alias for alias in row["aliases"] or [] if alias.startswith(WORMS)), ""),
         "kingdom": next((rank for rank in above if rank in KINGDOMS), ""),
         "higherClassification": " | ".join(above),
         "vernacularName": name if scientific and name != scientific else "",
@@ -127,10 +133,10 @@ def field(value: object) -> str:
     return re.sub(r"\s+", " ", str(value)).strip()
 
 
-def meta() -> str:
+def meta(terms: dict[str, str]) -> str:
     """meta.xml, which says which term a column is."""
     fields = "\n".join(
-        f'    <field index="{number}" term="{space}{name}"/>' for number, (name, space) in enumerate(TERMS.items())
+        f'    <field index="{number}" term="{space}{name}"/>' for number, (name, space) in enumerate(terms.items())
     )
     return f"""<?xml version="1.0" encoding="UTF-8"?>
 <archive xmlns="http://rs.tdwg.org/dwc/text/" metadata="eml.xml">
@@ -167,9 +173,10 @@ def write_archive(out: Path, index: Index, source: Source, said: Sequence[Said],
     check_file(out, "occurrences.zip")
     classes = {row["class_id"]: row for row in index.classes}
     rows = [occurrence(each, classes, source, media) for each in said]
-    lines = ["\t".join(TERMS), *("\t".join(field(row[name]) for name in TERMS) for row in rows)]
+    terms = TERMS | ({TAXON: DWC} if any(row[TAXON] for row in rows) else {})
+    lines = ["\t".join(terms), *("\t".join(field(row[name]) for name in terms) for row in rows)]
     files = {
-        "meta.xml": meta(),
+        "meta.xml": meta(terms),
         "eml.xml": eml(source, index, len(rows)),
         "occurrence.txt": "\n".join(lines) + "\n",
     }

@@ -18,6 +18,7 @@ hundred pictures, and the texts of the images of a file.
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -138,9 +139,10 @@ def shards(folder: Path, index: Index, *, all_pictures: bool) -> dict[str, list[
 
 def size_of(path: Path) -> int:
     try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {RESTORE}") from None
+        with open_file(path) as file:
+            return os.fstat(file.fileno()).st_size
+    except BadImage as error:
+        raise UserError(f"{path}: {error}; {RESTORE}") from None
 
 
 def make_rows(

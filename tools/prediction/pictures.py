@@ -1,4 +1,8 @@
-"""The pictures that are asked about: one file, all of a folder, or the rows of a manifest; and their files, opened."""
+"""The pictures that are asked about: one file, all of a folder, or the rows of a manifest; and their files, opened.
+
+Frames of a film, and pictures in a Parquet file, are pictures as others are (fieldmark/pictures/held.py). A film is the
+group of its frames.
+"""
 
 import os
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -9,6 +13,7 @@ from fieldmark.command import UserError, counted
 from fieldmark.formats import manifest
 from fieldmark.formats.imagefolder import visible
 from fieldmark.listing import Spelling
+from fieldmark.pictures import clips, shards
 from fieldmark.pictures.boxes import Box, box_of
 from fieldmark.pictures.cuts import file_of, image_id_of, object_of, part_of
 from fieldmark.pictures.decode import IMAGE_SUFFIXES, BadImage, hash_file, map_ahead, open_file, processors
@@ -16,6 +21,8 @@ from fieldmark.pictures.views import Source, View
 from stages.index_images import look_at
 
 TABLES = (".csv", ".parquet")
+# Frames of a film that are asked about, a second, where nothing else is said.
+RATE = 1.0
 # View 0 of a picture for each way in which it is shown to an encoder.
 Views = tuple[list[View], ...]
 
@@ -40,11 +47,17 @@ class Question(NamedTuple):
         return self.folder / (picture.path if picture.part is None else file_of(picture.path))
 
 
-def read_question(asked: str) -> Question:
-    """The pictures of a file, a folder or a manifest (.csv, .parquet). Raises UserError where there is none."""
+def read_question(asked: str, rate: float = RATE) -> Question:
+    """The pictures of a file, a folder or a manifest (.csv, .parquet), and of films, `rate` frames a second.
+
+    Raises UserError where there is none.
+    """
     path = Path(asked)
     if path.is_dir():
-        return list_folder(path)
+        return list_folder(path, rate)
+    inside = pictures_in(asked, rate)
+    if inside is not None:
+        return Question(Path(), inside)
     if path.suffix.lower() in TABLES:
         return list_manifest(path)
     if not os.path.lexists(path):
@@ -52,12 +65,30 @@ def read_question(asked: str) -> Question:
     return Question(Path(), [Picture(asked)])
 
 
-def list_folder(folder: Path) -> Question:
+def pictures_in(path: str, rate: float) -> list[Picture] | None:
+    """The frames of a film, or the rows of a Parquet file with pictures; None where it is neither.
+
+    A film that cannot be read has one frame, which says why.
+    """
+    if clips.is_film(path) and os.path.isfile(path):
+        try:
+            count = clips.count_frames(clips.length_of(path), rate)
+        except BadImage:
+            count = 1
+        return [Picture(clips.frame_path(path, rate, number), group=path) for number in range(count)]
+    if path.lower().endswith(shards.SUFFIX) and shards.has_pictures(Path(path)):
+        return [Picture(f"{path}/{number}") for number in range(shards.count_rows(Path(path)))]
+    return None
+
+
+def list_folder(folder: Path, rate: float) -> Question:
     """All pictures in a folder and the folders in it, by their names; hidden ones do not count."""
     pictures, others = [], 0
     for path in files_below(folder):
         if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
             pictures.append(Picture(path))
+        elif (inside := pictures_in(path, rate)) is not None:
+            pictures += inside
         else:
             others += 1
     if not pictures:

@@ -16,7 +16,6 @@ from PIL import Image, ImageCms
 
 from fieldmark.pictures.decode import (
     BACKGROUND,
-    MAX_BYTES,
     MAX_PIXELS,
     BadImage,
     dhash,
@@ -25,6 +24,7 @@ from fieldmark.pictures.decode import (
     open_file,
     open_rgb,
 )
+from fieldmark.pictures.files import MAX_BYTES
 
 UPRIGHT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
 # How a camera that is held so stores the upright picture: the inverse of what EXIF asks for.
