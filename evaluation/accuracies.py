@@ -1,12 +1,15 @@
-"""The table of accuracies: a row a run, its differences to the reference, and how far the forest plot reaches."""
+"""The table of accuracies: a row a run, its differences to the reference, how far the forest plot reaches; votes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from evaluation.leaks import words_alone
 from evaluation.opened import MARKER
-from evaluation.runs import SPLITS, NotMade, Row, Run, group_numbers
+from evaluation.runs import SPLITS, NotMade, Row, Run, group_numbers, read_logits
 from evaluation.statistics import UNITS, Paired, paired_difference
+from evaluation.votes import shown_classes, vote
 from evaluation.words import lay_out, percent_and_deviation, points, points_range
 from fieldmark.command import printable
 from training.links import TRANSDUCTIVE, named
@@ -34,6 +37,31 @@ def accuracy_rows(runs: Sequence[Run], reference: Run, groups: Mapping[str, str]
     return rows
 
 
+def vote_rows(data: Path, runs: Sequence[Run], groups: Mapping[str, str] | None) -> list[Row]:
+    """Of each run, how often the vote of a group's pictures (evaluation.votes) is right, and of how many groups.
+
+    A row has `name` and, for val and test, (share, groups), of the seed whose model is kept. Groups of one picture
+    count too, those that show several classes do not. Empty where no group of val or test has several pictures.
+    """
+    if groups is None:
+        return []
+    rows = []
+    for found in runs:
+        row: Row = {"name": found.name, "several": False}
+        logits = read_logits(data, found)
+        for split in COMPARED:
+            own = found.split == split
+            numbers = group_numbers([path for path, is_own in zip(found.paths, own, strict=True) if is_own], groups)
+            assert numbers is not None
+            _, voted = vote(logits[own].astype(np.float64), numbers)
+            shown, alike = shown_classes(found.y[own], numbers)
+            right = (voted.argmax(axis=1) == shown)[alike]
+            row[split] = (float(right.mean()) if right.size else 0.0, len(right))
+            row["several"] |= len(shown) < len(numbers)
+        rows.append(row)
+    return [row for row in rows if row["several"]]
+
+
 def reach_of(rows: Sequence[Row]) -> float:
     """How far the forest plot reaches on either side of 0: to the ends of intervals of runs near the reference.
 
@@ -57,6 +85,7 @@ def units_of(rows: Sequence[Row]) -> str:
 
 def summarise(
     rows: Sequence[Row],
+    votes: Sequence[Row],
     not_made: Sequence[NotMade],
     reference: str,
     warning: Row | None,
@@ -66,8 +95,8 @@ def summarise(
 ) -> str:
     """summary.txt: the table in % and points, and the notes that it must not be read without.
 
-    `warning` is about contamination, `leaks` what descriptions of images give away (read_leaks); `was_opened`: test
-    pictures were looked at.
+    `votes` are those of vote_rows, `warning` is about contamination, `leaks` what descriptions of images give away
+    (read_leaks); `was_opened`: test pictures were looked at.
     """
     lines = [["run", *(head for split in COMPARED for head in (split, f"{split} - {reference} [95 %]")), "train"]]
     for row in rows:
@@ -90,6 +119,10 @@ def summarise(
         *missing,
         f"report: {page.as_posix()}",
     ]
+    if votes:
+        counts_of = f"{votes[0]['val'][1]} groups of val and {votes[0]['test'][1]} of test"
+        voted = "; ".join(f"{row['name']} {100 * row['val'][0]:.1f} and {100 * row['test'][0]:.1f}" for row in votes)
+        lasts.insert(-1, f"votes of {counts_of} (tracks, clips) that are right, in %: {voted}")
     if any(row[TRANSDUCTIVE] for row in rows):
         lasts.insert(-1, f"{TRANSDUCTIVE}: images that are judged send to each other (never their labels)")
     if was_opened:

@@ -40,7 +40,7 @@ import numpy as np
 import pyarrow as pa
 
 from evaluation import opened
-from evaluation.accuracies import accuracy_rows, reach_of, summarise, units_of
+from evaluation.accuracies import accuracy_rows, reach_of, summarise, units_of, vote_rows
 from evaluation.calibration import read_half
 from evaluation.changes import GENERIC, compare, dump, last_state, remember, take_state
 from evaluation.classes import class_rows, confused_pairs, confusion, mean_doubt, order_classes
@@ -221,7 +221,8 @@ def report(
     has_texts = shown.encoder in params.encoders
     marks = read_marks(data, shown.encoder, buckets, has_texts)
     check_marks(data, shown, marks)
-    rows = accuracy_rows(runs, reference, groups_of(index))
+    groups = groups_of(index)
+    rows, votes = accuracy_rows(runs, reference, groups), vote_rows(data, runs, groups)
 
     # What is looked at: the answers of a run, or of its folds in a study; `judging` is the split that is counted.
     looked, others, judging = shown, runs, "val" if study is None else FOLD
@@ -274,6 +275,7 @@ def report(
         "near": near,
         "odd": odd,
         "rows": rows,
+        "votes": votes,
         "not_made": not_made,
         "reference": reference.name,
         "reach": reach_of(rows),
@@ -325,7 +327,7 @@ def report(
     }
     page = data / "report/index.html"
     made = render(content, numbers, thumbs)
-    summary = summarise(rows, not_made, reference.name, warning, leaks, bool(content["opened"]), page)
+    summary = summarise(rows, votes, not_made, reference.name, warning, leaks, bool(content["opened"]), page)
     write_report(page, made, summary)
     store.write_text(page.with_name("state.json"), dump(state))
     remember(state, data)

@@ -7,7 +7,7 @@ import numpy as np
 
 from evaluation.calibration import Calibration, calibrate
 from evaluation.taxonomy import Lineages
-from training.metrics import Floats, Ints
+from training.metrics import Bools, Floats, Ints
 
 
 def vote(logits: Floats, groups: Ints) -> tuple[Ints, Floats]:
@@ -23,6 +23,14 @@ def vote(logits: Floats, groups: Ints) -> tuple[Ints, Floats]:
     return names, sums / np.bincount(of)[:, None]
 
 
+def shown_classes(y: Ints, of: Ints) -> tuple[Ints, Bools]:
+    """(G,) each: the class that a group's pictures show, `of` (n,) their groups from 0, and whether they show one."""
+    first, last = np.full(of.max(initial=-1) + 1, np.iinfo(np.int64).max), np.full(of.max(initial=-1) + 1, -1)
+    np.minimum.at(first, of, y)
+    np.maximum.at(last, of, y)
+    return first, first == last
+
+
 def calibrate_votes(
     logits: Floats, y: Ints, groups: Sequence[Any], classes: Sequence[str], lineages: Lineages | None = None
 ) -> Calibration | None:
@@ -31,11 +39,8 @@ def calibrate_votes(
     `logits` (n, C), `y` (n,) and `groups` (n,) are of pictures. A group whose pictures show several classes has no one
     class to be right about, and is left out. None where no group is left.
     """
-    names, of = np.unique(np.asarray(groups), return_inverse=True)
-    first, last = np.full(len(names), len(classes)), np.full(len(names), -1)
-    np.minimum.at(first, of, y)
-    np.maximum.at(last, of, y)
-    alike = first == last
+    _, of = np.unique(np.asarray(groups), return_inverse=True)
+    first, alike = shown_classes(y, of)
     if not alike.any():
         return None
     return calibrate(vote(logits, of)[1][alike], first[alike], None, classes, lineages)

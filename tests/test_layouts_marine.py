@@ -1,4 +1,4 @@
-"""Layouts of fish, of camera traps and of annotation files from their files to a probe, by their profiles."""
+"""Layouts of fish, of films, of camera traps and of annotation files from their files to a probe, by their profiles."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from fieldmark import store
-from tests.fieldmark.formats import test_camtrap_dp, test_coco, test_fathomnet2025, test_fishnet, test_inat2021
+from tests.fieldmark.films import film
+from tests.fieldmark.formats import (
+    test_camtrap_dp,
+    test_coco,
+    test_fathomnet2025,
+    test_fishnet,
+    test_hf_parquet,
+    test_inat2021,
+    test_mammalnet,
+)
 from tests.project import draw
 from tests.test_layouts import small_params
 
@@ -100,10 +109,22 @@ def make_coco(root: Path) -> None:
         test_coco.write(root, **{split: content})
 
 
+def make_clips(root: Path) -> None:
+    """Two seconds each, so that a clip is two pictures."""
+    for seed in range(12):
+        film(root / f"{SPECIES[seed % 3]}/{seed}.mp4", 2.0, seed)
+
+
+def make_mammalnet(root: Path) -> None:
+    """A picture a clip; two parts of one film of each genus in train."""
+    test_mammalnet.make(root, 3, 2, 1.0)
+
+
 # By profile: what makes the data set, and how many rows it has.
 LAYOUTS: dict[str, tuple[Callable[[Path], None], int]] = {
     "fishnet": (make_fishnet, 24), "wildfish": (make_wildfish, 24), "wildfishpp": (make_wildfishpp, 24),
     "fish4knowledge": (make_fish4knowledge, 24), "inat2021": (make_inat2021, 24),
+    "clips": (make_clips, 24), "mammalnet": (make_mammalnet, 24), "hf-parquet": (test_hf_parquet.make, 24),
     "fathomnet2025": (make_fathomnet2025, 24), "camtrap": (make_camtrap, 24), "coco": (make_coco, 33),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from evaluation.accuracies import reach_of
 from evaluation.report import report
 from evaluation.statistics import Paired
 from fieldmark.command import UserError
-from fieldmark.store import read_table, sha256
+from fieldmark.store import read_header, read_table, sha256
 from tests.evaluation.reported import NASTY, RUNS, Page, Row, make_params, rewrite, write_not_made, write_run
 from tests.training.cache import ENCODER, write_other
 
@@ -57,7 +57,27 @@ def test_tracks_are_what_the_intervals_are_over(data: Path) -> None:
     )
     assert before[0] == after[0]
     assert after[2] - after[1] > before[2] - before[1]
-    assert "7 groups of val" in Page((data / "report/index.html").read_text()).text
+    text = Page((data / "report/index.html").read_text()).text
+    assert "7 groups of val" in text
+    assert "Votes of groups" in text
+    assert not any("votes of" in line for line in images)
+    # By hand: the mean logits of each track, of the seed that is kept.
+    rows = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
+    group = {row["path"]: row["group"] or row["path"] for row in rows}
+    seed = json.loads((data / "runs/linear_probe/config.json").read_text())["model_seed"]
+    of_group: dict[str, list[Row]] = {}
+    for row in read_table(data / "runs/linear_probe/predictions.parquet", "run.predictions/1").to_pylist():
+        if row["split"] == "test" and row["seed"] == seed:
+            of_group.setdefault(group[row["path"]], []).append(row)
+    classes = read_header(data / "runs/linear_probe/predictions.parquet", "run.predictions/1").params["classes"]
+    single = [each for each in of_group.values() if len({row["class_id"] for row in each}) == 1]
+    right = [
+        classes[max(range(3), key=lambda at: sum(row["logits"][at] for row in each))] == each[0]["class_id"]
+        for each in single
+    ]
+    said = next(line for line in groups if line.startswith("votes of"))
+    assert f"and {len(single)} of test (tracks, clips) that are right" in said
+    assert re.search(rf"linear_probe \d+\.\d and {100 * sum(right) / len(right):.1f}", said)
 
 
 def test_few_shots_are_judged_over_classes(data: Path) -> None:

@@ -21,6 +21,8 @@ from evaluation.runs import read_run
 from evaluation.votes import calibrate_votes, vote
 from fieldmark import store
 from fieldmark.command import UserError
+from tests.fieldmark.films import film
+from tests.fieldmark.formats.test_hf_parquet import write_shard
 from tests.project import ROOT, draw, ray_cluster, run_ray
 from tests.tools.conftest import RUNS, Write, contents, run_module
 
@@ -369,3 +371,27 @@ def compare_all(folders: dict[str, str], variables: dict[str, str], new: Path) -
         assert done.returncode == 0, done.stderr
         assert Path("ray").read_bytes() == Path("plain").read_bytes()
         assert pages == ([Path("page.html").read_bytes()] if "--html" in more else [])
+
+
+def test_frames_of_films_and_rows_of_shards_are_asked_about(
+    asked: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A film gives a row a frame, and one by its votes; a shard what the pictures in it give as files."""
+    monkeypatch.setenv("FIELDMARK_CACHE", str(tmp_path / "cache"))
+    name = RUNS[0]
+    one = str(film(tmp_path / "new/a.mp4", 3.0))
+    rows = ask("--run", name, one)
+    assert [row["path"] for row in rows] == [f"{one}/1fps/00000{number}.jpg" for number in range(3)]
+    assert {row["group"] for row in rows} == {one}
+    film(tmp_path / "new/b.mp4", 2.0, seed=5)
+    (tmp_path / "new/c.mp4").write_bytes(b"no film")
+    voted = ask("--run", name, "--by", "group", str(tmp_path / "new"))
+    assert [(row["group"], row["pictures"]) for row in voted] == [(one, 3), (str(tmp_path / "new/b.mp4"), 2)]
+    [broken] = [row for row in ask("--run", name, str(tmp_path / "new")) if row["error"]]
+    assert broken["error"].startswith("is no film by its first bytes")
+
+    pictures = [draw(tmp_path / f"drawn/{seed}.png", 100 + seed) for seed in range(3)]
+    write_shard(tmp_path / "new.parquet", [path.read_bytes() for path in pictures], [0, 1, 0])
+    of_rows, of_files = (ask("--run", name, str(tmp_path / each)) for each in ("new.parquet", "drawn"))
+    assert [row["path"] for row in of_rows] == [f"{tmp_path / 'new.parquet'}/{row}" for row in range(3)]
+    assert [{**row, "path": ""} for row in of_rows] == [{**row, "path": ""} for row in of_files]

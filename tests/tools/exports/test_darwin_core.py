@@ -1,6 +1,7 @@
 """A Darwin Core archive as python-dwca-reader opens it."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from fieldmark import store
+from fieldmark.listing import WORMS
 from tools.exports.darwin_core import DWC, TERMS, event_date, taxon
 
 reading = pytest.importorskip("dwca.read")
@@ -64,17 +67,41 @@ def test_dwca_reader_opens_every_occurrence(made: list[Row], calibrated: Kept, e
 
 def test_classes_are_named_as_far_as_they_are_known() -> None:
     lineage = ["Animalia", "Acanthuridae", "Acanthurus coeruleus"]
-    row = {"name": "Blue tang", "scientific_name": "Acanthurus coeruleus", "lineage": lineage}
+    aliases = ["blue doctor", f"{WORMS}159580"]
+    row = {"name": "Blue tang", "scientific_name": "Acanthurus coeruleus", "lineage": lineage, "aliases": aliases}
     assert taxon(row) == {
         "scientificName": "Acanthurus coeruleus",
+        "scientificNameID": "urn:lsid:marinespecies.org:taxname:159580",
         "kingdom": "Animalia",
         "higherClassification": "Animalia | Acanthuridae",
         "vernacularName": "Blue tang",
         "verbatimIdentification": "Blue tang",
     }
-    row = {"name": "Acanthurus coeruleus", "scientific_name": "Acanthurus coeruleus", "lineage": ["Surgeonfish"]}
+    row |= {"name": "Acanthurus coeruleus", "lineage": ["Surgeonfish"], "aliases": None}
     assert taxon(row)["vernacularName"] == taxon(row)["kingdom"] == ""
-    assert taxon({"name": "Blue tang", "scientific_name": None, "lineage": None})["scientificName"] == ""
+    assert taxon(row)["scientificNameID"] == ""
+    assert taxon(row | {"scientific_name": None, "lineage": None})["scientificName"] == ""
+
+
+def test_a_taxon_of_worms_is_named_by_its_number(
+    made: list[Row], export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a class has an AphiaID there is a column of it more; elsewhere the archive is as it was."""
+    export("darwin-core", tmp_path / "before.zip", "--run", "zero_shot")
+    assert "scientificNameID" not in rows_of(tmp_path / "before.zip")[0][0]
+    shutil.copytree(Path.cwd(), tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    path = "data/index/classes.parquet"
+    header, classes = store.read_header(path, "index.classes/2"), store.read_table(path, "index.classes/2").to_pylist()
+    rows = [row | ({"aliases": [f"{WORMS}219671"]} if row["class_id"] == "tang" else {}) for row in classes]
+    store.write_table(
+        store.make_table("index.classes/2", rows), path, "index.classes/2", header.params, header.fingerprint
+    )
+    export("darwin-core", tmp_path / "after.zip", "--run", "zero_shot")
+    found = {(row["scientificName"], row["scientificNameID"]) for row in rows_of(tmp_path / "after.zip")[0]}
+    assert found == {
+        ("Paracanthurus hepatus", "urn:lsid:marinespecies.org:taxname:219671"), ("Acanthurus coeruleus", ""), ("", ""),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
