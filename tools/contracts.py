@@ -59,7 +59,8 @@ ABOUT = {
         "data/index/images.parquet",
         "A file of the data set, or a box of one, usable or not.",
         {
-            "path": "from the folder of the images; `FILE#ID`: the picture is that box of FILE, as all else is",
+            "path": "from the folder of the images; `FILE#ID`: the picture is that box of FILE, as all else is;"
+            " `FILM/1fps/000012.jpg`, `SHARD.parquet/17`: it lies in that file (fieldmark/pictures/held.py)",
             "image_id": "sha256 of the file's bytes (of these and of the box); equal files share it; null: unreadable",
             "class_id": "of index.classes",
             "split": "train, val or test",
@@ -87,7 +88,7 @@ ABOUT = {
             "superclass": "the group in which it has siblings",
             "scientific_name": "of the species, where the data set gives it",
             "lineage": "ranks from the highest down",
-            "aliases": "other names, which give it away as its own does",
+            "aliases": "other names, which give it away as its own does; urn:lsid:marinespecies.org:taxname:AphiaID",
             "note": "a remark that prompts may use",
             "from_images": "whether the data set has images of it",
         },

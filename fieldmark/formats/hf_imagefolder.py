@@ -8,7 +8,7 @@ row has them: split, group, box, captured_at, latitude, longitude, depth_m and l
 read, and named on stderr. A picture that no metadata name is passed over.
 
 A label may be a number: names of numbers stand in a data set's card, which is not read; give them in classes.csv. Data
-sets that keep pictures inside of Parquet files are not of this layout. [web: Hugging Face's pages on image data sets]
+sets that keep pictures inside of Parquet files are of format hf_parquet. [web: Hugging Face's pages on image data sets]
 """
 
 import json
