@@ -378,7 +378,7 @@ def test_frames_of_films_and_rows_of_shards_are_asked_about(
 ) -> None:
     """A film gives a row a frame, and one by its votes; a shard what the pictures in it give as files."""
     monkeypatch.setenv("FIELDMARK_CACHE", str(tmp_path / "cache"))
-    name = RUNS[0]
+    name = "linear_probe"
     one = str(film(tmp_path / "new/a.mp4", 3.0))
     rows = ask("--run", name, one)
     assert [row["path"] for row in rows] == [f"{one}/1fps/00000{number}.jpg" for number in range(3)]
