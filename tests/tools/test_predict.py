@@ -385,9 +385,9 @@ def test_frames_of_films_and_rows_of_shards_are_asked_about(
     assert {row["group"] for row in rows} == {one}
     film(tmp_path / "new/b.mp4", 2.0, seed=5)
     (tmp_path / "new/c.mp4").write_bytes(b"no film")
-    voted = ask("--run", name, "--by", "group", str(tmp_path / "new"))
+    broken, *voted = ask("--run", name, "--by", "group", str(tmp_path / "new"))
     assert [(row["group"], row["pictures"]) for row in voted] == [(one, 3), (str(tmp_path / "new/b.mp4"), 2)]
-    [broken] = [row for row in ask("--run", name, str(tmp_path / "new")) if row["error"]]
+    assert broken["path"] == str(tmp_path / "new/c.mp4/1fps/000000.jpg")
     assert broken["error"].startswith("is no film by its first bytes")
 
     pictures = [draw(tmp_path / f"drawn/{seed}.png", 100 + seed) for seed in range(3)]
