@@ -89,8 +89,8 @@ def write_frames(path: str | Path, rate: float, folder: Path) -> str | None:
     Returns what ends them, None where the film does at its stated length: an error, or its true end. Raises BadImage
     where it is no film, and OSError where the folder cannot be written.
     """
-    wanted, number, content = count_frames(length_of(path), rate), 0, None
-    ends = 0.0
+    wanted, number, ends = count_frames(length_of(path), rate), 0, 0.0
+    content: Callable[[], bytes] | None = None
 
     def show(until: float) -> None:
         nonlocal number
@@ -111,8 +111,8 @@ def write_frames(path: str | Path, rate: float, folder: Path) -> str | None:
         return f"cannot be decoded from {ends:.2f} s on: {error}"
 
 
-def write_moment(path: str | Path, at: float, file: Path) -> None:
-    """Write the frame that is shown `at` seconds as a file. Raises BadImage where there is none."""
+def write_moment(path: str | Path, at: float, file: Path) -> str | None:
+    """Write the frame that is shown at that many seconds as a file; returns why there is none. Raises BadImage."""
     shown, ends = None, 0.0
     # Some containers have no list of places, and a search in them goes too far: then all frames before are decoded.
     for near in (at, None):
@@ -123,8 +123,9 @@ def write_moment(path: str | Path, at: float, file: Path) -> None:
         if shown is not None:
             break
     if shown is None or at > ends + HELD_S:
-        raise BadImage(f"the film ends after {ends:.2f} s")
+        return f"the film ends after {ends:.2f} s"
     file.write_bytes(as_jpeg(shown))
+    return None
 
 
 def once(frame: Any) -> Callable[[], bytes]:
@@ -187,7 +188,7 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
         safe = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
         try:
             with av.open(file, format=kind, options=safe, metadata_errors="ignore", buffer_size=2**18) as container:
-                stream = container.streams.best("video")
+                stream: Any = container.streams.best("video")
                 if stream is None:
                     raise BadImage("holds no stream of pictures")
                 width, height = stream.codec_context.width, stream.codec_context.height
