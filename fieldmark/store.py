@@ -314,6 +314,15 @@ def write_sorted(
     write_side_by_side(((piece,) for piece in pieces), [Target(Path(path), schema, columns, params, mark)])
 
 
+def write_rows(
+    rows: Iterable[dict[str, Any]], path: str | Path, schema: str, params: dict[str, Any], mark: str
+) -> None:
+    """write_table for rows without vectors that come one by one, sorted by key; memory holds a row group of them."""
+    columns, left = arrow_schema(schema), iter(rows)
+    chunks = iter(lambda: list(itertools.islice(left, ROW_GROUP)), [])
+    write_sorted((make_table(schema, chunk).cast(columns) for chunk in chunks), path, schema, columns, params, mark)
+
+
 class Target(NamedTuple):
     """A file to be written, and what it says of itself."""
 

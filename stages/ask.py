@@ -30,18 +30,23 @@ prompt uses neighbours: those are the nearest training items of the same class a
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fieldmark import store
 from fieldmark.command import UserError, counted, key_parser, name_some, run
 from fieldmark.concepts.guesses import Guessed
 from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
-from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
+from fieldmark.llm.answers import Item, check_coverage, keep_answers
+from fieldmark.llm.held import SCHEMA, Named
 from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part, with_parts
 from fieldmark.llm.prompts import Message, Prompt, load_prompt
-from fieldmark.llm.questions import Question, ask, foresee, write_metrics
+from fieldmark.llm.questions import Question, ask, foresee, read_answers, write_answers
 from fieldmark.llm.replay import replay
 from fieldmark.llm.said import strings_in
 from fieldmark.llm.subjects import (
@@ -60,7 +65,7 @@ from fieldmark.llm.subjects import (
 )
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import NONE, Ask, Params, load_params
-from fieldmark.pictures.cuts import Place, place_of
+from fieldmark.pictures.cuts import Places
 
 STAGE = "ask"
 IMAGES = Path("data/index/images.parquet")
@@ -68,6 +73,7 @@ CLASSES = Path("data/index/classes.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
 ASKED = Path("data/asked")
 TEXTS = "asked/1"
+NO_PLACES = Places(Path(), pa.table({"path": [], "image_id": [], "box": []}))
 # What a recording calls its subject, by the prompt's.
 RECORDED = {
     "class": "class_id", "pair": "subject_id", "image": "image_id", "image_pair": "subject_id", "text": "image_id",
@@ -81,7 +87,7 @@ class Sources(NamedTuple):
 
     classes: list[Row]  # of index.classes/2
     images: dict[str, str]  # their class_ids
-    places: dict[str, Place]
+    places: Places
     texts: dict[str, str]
     neighbours: dict[str, list[str]]
     upstream: list[str]  # fingerprints of what was read
@@ -121,16 +127,20 @@ def read_sources(prompt: Prompt, settings: Ask, params: Params) -> Sources:
     upstream = [store.read_header(CLASSES, "index.classes/2").fingerprint]
     classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
     if prompt.subject not in (*PICTURED, "text"):
-        return Sources(classes, {}, {}, {}, {}, upstream)
+        return Sources(classes, {}, NO_PLACES, {}, {}, upstream)
     upstream.append(store.read_header(IMAGES, "index.images/1").fingerprint)
     columns = ["path", "image_id", "class_id", "split", "status", "box"]
-    rows = [
-        row
-        for row in store.read_table(IMAGES, "index.images/1", columns).to_pylist()
-        if row["status"] == "ok" and row["split"] in settings.splits
-    ]
-    images = {row["image_id"]: row["class_id"] for row in rows}
-    places = {row["image_id"]: place_of(params.dataset.folder, row["path"], row["box"]) for row in rows}
+    rows = store.read_table(IMAGES, "index.images/1", columns)
+    of_splits = pc.is_in(rows["split"], pa.array(sorted(settings.splits), store.TEXT))
+    rows = rows.filter(pc.and_(pc.equal(rows["status"], "ok"), of_splits))
+    # A class's name is one text, however many images are of it.
+    class_ids = rows["class_id"].combine_chunks().dictionary_encode()
+    names = class_ids.dictionary.to_pylist()
+    images = {
+        image_id: names[place]
+        for image_id, place in zip(rows["image_id"].to_pylist(), class_ids.indices.to_pylist(), strict=True)
+    }
+    places = Places(params.dataset.folder, rows.select(["path", "image_id", "box"]))
     if prompt.subject in PICTURED:
         return Sources(classes, images, places, {}, {}, upstream)
     upstream.append(store.read_header(DESCRIPTIONS, "descriptions/1").fingerprint)
@@ -147,7 +157,7 @@ def read_sources(prompt: Prompt, settings: Ask, params: Params) -> Sources:
     return Sources(classes, images, places, texts, neighbours, upstream)
 
 
-def items_of(prompt: Prompt, settings: Ask, sources: Sources, params: Params) -> list[Item]:
+def items_of(prompt: Prompt, settings: Ask, sources: Sources, params: Params) -> Sequence[Item]:
     """One item a subject and sample."""
     card = {**params.domain.model_dump(), "count": settings.count, "classes": names_of(sources.classes)}
 
@@ -182,13 +192,12 @@ def not_asked(prompt: Prompt, sources: Sources, items: Sequence[Item]) -> str | 
     return f"{STAGE}: {' and '.join(said)}, and are not asked about" if said else None
 
 
-def readable(prompt: Prompt, sources: Sources, items: Sequence[Item]) -> dict[str, str]:
+def readable(prompt: Prompt, sources: Sources, items: Sequence[Item]) -> Mapping[str, str]:
     """What people call each subject, by subject_id."""
     names = {row["class_id"]: row["name"] for row in sources.classes}
-    if prompt.subject in ("image", "text"):
-        return {item.subject_id: str(sources.places[item.subject_id].file) for item in items}
-    if prompt.subject == "image_pair":
-        names = {image_id: str(place.file) for image_id, place in sources.places.items()}
+    if prompt.subject in (*PICTURED, "text"):
+        places, subjects = sources.places, dict.fromkeys(item.subject_id for item in items)
+        return Named(subjects, lambda subject: " and ".join(str(places[each].file) for each in subject.split(" ")))
     return {item.subject_id: " and ".join(names[each] for each in item.subject_id.split(" ")) for item in items}
 
 
@@ -213,30 +222,39 @@ def content_params(prompt: Prompt, settings: Ask, params: Params) -> dict[str, A
     }
 
 
-def texts_in(answers: Sequence[Row], guesses: str | None, mask: NameMask | None) -> tuple[list[Row], int]:
-    """Rows of asked/1 from the answers that are ok, and how many names were masked in them."""
-    rows, masked = [], 0
-    for answer in answers:
-        if answer["status"] != "ok":
-            continue
-        for said in strings_in(json.loads(answer["response_json"])):
-            text, found = said.text, 0
-            if mask is not None and said.field != guesses:
-                text, found = mask.apply(text)
-            masked += found
+class Texts:
+    """Rows of asked/1 from the answers that are ok, sorted where those are. Once they are taken, `masked` is how many
+    names were masked in them, and `guessed` counts the guesses among them.
+    """
+
+    def __init__(self, answers: Iterable[Row], guesses: str | None, mask: NameMask | None) -> None:
+        self.answers, self.guesses, self.mask = answers, guesses, mask
+        self.masked, self.guessed = 0, Counter[str]()
+
+    def __iter__(self) -> Iterator[Row]:
+        for answer in self.answers:
+            if answer["status"] != "ok":
+                continue
             of_answer = {"subject_id": answer["subject_id"], "sample": answer["sample"]}
-            rows.append({**of_answer, **said._asdict(), "text": text})
-    return rows, masked
+            for said in sorted(strings_in(json.loads(answer["response_json"]))):
+                text, found = said.text, 0
+                if said.field == self.guesses:
+                    self.guessed[text] += 1
+                elif self.mask is not None:
+                    text, found = self.mask.apply(text)
+                self.masked += found
+                yield {**of_answer, **said._asdict(), "text": text}
 
 
-def report_guesses(rows: Sequence[Row], guesses: str, classes: Sequence[Mapping[str, Any]]) -> str | None:
+def report_guesses(guessed: Counter[str], classes: Sequence[Mapping[str, Any]]) -> str | None:
     """What to say of guesses that are no class, where there are any."""
-    known, said = Guessed(classes), [row["text"] for row in rows if row["field"] == guesses]
-    wrong = [text for text in said if known.place(text) is None]
+    known = Guessed(classes)
+    wrong = [text for text in guessed if known.place(text) is None]
     if not wrong:
         return None
-    some = name_some(list(map(repr, dict.fromkeys(wrong))), 5)
-    return f"{STAGE}: of {len(said)} guesses {len(wrong)} name no class, and count as none: {some}"
+    count = sum(guessed[text] for text in wrong)
+    some = name_some(list(map(repr, wrong)), 5)
+    return f"{STAGE}: of {guessed.total()} guesses {count} name no class, and count as none: {some}"
 
 
 def shown(items: Sequence[Item], prompt: Prompt) -> str:
@@ -281,7 +299,7 @@ def main() -> None:
             return
         places = sources.places
         attach = (lambda item: as_sent(item, places)) if prompt.subject in PICTURED else (lambda item: item.messages)
-        rows = ask(STAGE, questions, llm, answers_path, attach=attach)[name]
+        rows: Sequence[Row] = ask(STAGE, questions, llm, answers_path, attach=attach)[name]
     else:
         rows = replay(items, RECORDED[str(prompt.subject)], prompt, llm)
         if args.dry_run:
@@ -291,29 +309,30 @@ def main() -> None:
 
     content = content_params(prompt, settings, params)
     mark = store.fingerprint(SCHEMA, content, sources.upstream)
-    store.write_table(store.make_table(SCHEMA, rows), answers_path, SCHEMA, content, mark)
-    write_metrics(rows, folder / "metrics.json")
-    write_texts(folder / "texts.parquet", rows, prompt, settings, sources, params, mark)
-    check_coverage(rows, readable(prompt, sources, items), llm, answers_path)
+    write_answers([rows], answers_path, content, mark, folder / "metrics.json")
+    kept = read_answers(answers_path, ["subject_id", "sample", "status", "response_json"])
+    write_texts(folder / "texts.parquet", kept, prompt, settings, sources, params, mark)
+    kept = read_answers(answers_path, ["subject_id", "status", "response_json"])
+    check_coverage(kept, readable(prompt, sources, items), llm, answers_path)
 
 
 def write_texts(
-    path: Path, answers: Sequence[Row], prompt: Prompt, settings: Ask, sources: Sources, params: Params, mark: str
+    path: Path, answers: Iterable[Row], prompt: Prompt, settings: Ask, sources: Sources, params: Params, mark: str
 ) -> None:
     """Write asked/1 from answers with this fingerprint, and say what was masked and which guesses mean no class."""
     domain = params.domain
     card = domain_words(domain.noun, domain.group, *domain.attributes)
     mask = NameMask(Keys.of(sources.classes, card), domain.noun) if settings.mask else None
-    rows, masked = texts_in(answers, prompt.guesses, mask)
+    texts = Texts(answers, prompt.guesses, mask)
     content: dict[str, Any] = {"subject": prompt.subject, "guesses": prompt.guesses, "mask": settings.mask}
     content |= {"told": bool(told_of_class(prompt))}
     content |= {"domain": domain.model_dump(), "rules": MASK_RULES} if settings.mask else {}
     upstream = [mark, store.read_header(CLASSES, "index.classes/2").fingerprint]
-    store.write_table(store.make_table(TEXTS, rows), path, TEXTS, content, store.fingerprint(TEXTS, content, upstream))
-    if masked:
-        where = counted(masked, "name of a class or its group is", "names of classes or their groups are")
+    store.write_rows(texts, path, TEXTS, content, store.fingerprint(TEXTS, content, upstream))
+    if texts.masked:
+        where = counted(texts.masked, "name of a class or its group is", "names of classes or their groups are")
         print(f"{STAGE}: {where} masked in {path}", file=sys.stderr)
-    if prompt.guesses and (said := report_guesses(rows, prompt.guesses, sources.classes)):
+    if prompt.guesses and (said := report_guesses(texts.guessed, sources.classes)):
         print(said, file=sys.stderr)
 
 

@@ -13,7 +13,8 @@ Costs   llm.mode live or batch: one call for each image or cell whose answer is 
         which lies in .cache/ of the original checkout of an experiment or worktree (or in $FIELDMARK_CACHE); see
         --dry-run. llm.mode replay, or describe.enabled false: nothing. Of several runs at a time one asks and the
         others wait for its answers. Memory does not grow with the images' sizes: a picture is opened when it is its
-        turn.
+        turn. It grows by about 0.6 kB an image, for keys and places: items, rows and sentences are made, read and
+        written a row group at a time (bench/llm_batch.py).
 
 The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
 
@@ -34,7 +35,9 @@ is, whatever part of it an encoder sees.
 
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,16 +51,17 @@ from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
 from fieldmark.documents import RULES as DOCUMENT_RULES
 from fieldmark.documents import Document, read_documents
-from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
+from fieldmark.llm.answers import Item, check_coverage, keep_answers
+from fieldmark.llm.held import SCHEMA, Made, Named
 from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part
 from fieldmark.llm.prompts import Prompt, load_prompt
-from fieldmark.llm.questions import Question, ask, foresee, write_metrics
+from fieldmark.llm.questions import Question, ask, foresee, read_answers, write_answers
 from fieldmark.llm.replay import replay
 from fieldmark.llm.said import tidy
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.boxes import Box, cut_windows
-from fieldmark.pictures.cuts import place_of
+from fieldmark.pictures.cuts import Places
 
 STAGE = "describe_images"
 IMAGES = Path("data/index/images.parquet")
@@ -97,11 +101,11 @@ def whole_pictures(path: Path) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["view"], 0), pc.equal(table["node"], 0)))
 
 
-def items_of(image_ids: list[str], prompt: Prompt, params: Params) -> list[Item]:
+def items_of(image_ids: Sequence[str], prompt: Prompt, params: Params) -> Sequence[Item]:
     """One item an image, its image at the end of the last message."""
     messages = prompt.render({**params.domain.model_dump(), "sentences": params.describe.sentences})
     px = params.describe.image_px
-    return [Item(image_id, 0, with_part(messages, image_part(image_id, px))) for image_id in image_ids]
+    return Made(image_ids, lambda image_id: Item(image_id, 0, with_part(messages, image_part(image_id, px))))
 
 
 class Cell(NamedTuple):
@@ -116,7 +120,7 @@ class Cell(NamedTuple):
         return f"{self.image_id}#{','.join(f'{side:g}' for side in self.box)}"
 
 
-def cells_of(image_ids: list[str], nodes: Sequence[int]) -> list[Cell]:
+def cells_of(image_ids: Sequence[str], nodes: Sequence[int]) -> list[Cell]:
     """The cells of each image: n x n for each n of `nodes`, once, row by row. A box is written with four decimals."""
     windows = [window for count in dict.fromkeys(nodes) for window in cut_windows((0, 0, 1, 1), count)]
     sides = np.round(np.array(windows, dtype=np.float64).reshape(-1, 4), 4).tolist()
@@ -124,19 +128,25 @@ def cells_of(image_ids: list[str], nodes: Sequence[int]) -> list[Cell]:
     return [Cell(one, number, box) for one in image_ids for number, box in enumerate(boxes, start=1)]
 
 
-def cell_items(cells: list[Cell], prompt: Prompt, params: Params) -> list[Item]:
+def cell_items(cells: Sequence[Cell], prompt: Prompt, params: Params) -> Sequence[Item]:
     """One item a cell; its box stands beside the image that it is cut from."""
     messages = prompt.render({**params.domain.model_dump(), "sentences": params.describe.cell_sentences})
     px = params.describe.image_px
-    return [Item(cell.subject, 0, with_part(messages, image_part(cell.image_id, px, cell.box))) for cell in cells]
+
+    def make(cell: Cell) -> Item:
+        return Item(cell.subject, 0, with_part(messages, image_part(cell.image_id, px, cell.box)))
+
+    return Made(cells, make)
 
 
-def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None) -> tuple[list[Row], int]:
-    """Rows of descriptions/1 from the answers that are ok, and how many class names were masked in them.
+def descriptions_of(
+    answers: Iterable[Row], mask: NameMask, most: int | None, masked: Counter[Path], target: Path
+) -> Iterator[Row]:
+    """Rows of descriptions/1 from the answers that are ok, in their order. Counts in `masked`, for `target`, the names
+    of classes that were masked.
 
     Of an answer that a model gave the first `most` sentences (None: all), none longer than said.LONGEST.
     """
-    rows, masked = [], 0
     for answer in answers:
         if answer["status"] != "ok":
             continue
@@ -144,30 +154,36 @@ def descriptions_of(answers: list[Row], mask: NameMask, most: int | None = None)
         said = said[:most] if answer["source"] in ("live", "batch") else said
         for rank, sentence in enumerate(filter(None, map(tidy, said))):
             text, found = mask.apply(sentence)
-            masked += found
-            rows.append({"image_id": answer["subject_id"], "rank": rank, "text": text})
-    return rows, masked
+            masked[target] += found
+            yield {"image_id": answer["subject_id"], "rank": rank, "text": text}
 
 
-def document_rows(documents: Sequence[Document], used: Collection[str]) -> list[Row]:
-    """Rows of descriptions/1: title and sentences of each document whose image_id is used, once."""
+def document_rows(documents: Sequence[Document], used: Collection[str]) -> Iterator[Row]:
+    """Rows of descriptions/1, sorted: title and sentences of each document whose image_id is used, once."""
     by_id = {document.image_id: document for document in documents if document.image_id in used}
-    return [
-        {"image_id": image_id, "rank": rank, "text": text}
-        for image_id, document in by_id.items()
-        for rank, text in document.sentences
-    ]
+    for image_id in sorted(by_id):
+        for rank, text in by_id[image_id].sentences:
+            yield {"image_id": image_id, "rank": rank, "text": text}
 
 
-def cell_rows(described: list[Row], cells: list[Cell]) -> list[Row]:
-    """Rows of descriptions.cells/1 from those of descriptions_of, whose image_id is the subject of a cell."""
-    known = {cell.subject: cell for cell in cells}
-    rows = []
-    for row in described:
-        cell = known[row["image_id"]]
-        sides = dict(zip(("x0", "y0", "x1", "y1"), cell.box, strict=True))
-        rows.append({**row, "image_id": cell.image_id, "cell": cell.number, **sides})
-    return rows
+def cell_rows(described: Iterable[Row], nodes: Sequence[int]) -> Iterator[Row]:
+    """Rows of descriptions.cells/1, sorted, from those of descriptions_of, whose image_id is the subject of a cell.
+    Those of one image stand together."""
+    known = {cell.subject: cell for cell in cells_of([""], nodes)}
+    for image_id, of_image in groupby(described, lambda row: row["image_id"].partition("#")[0]):
+        rows = []
+        for row in of_image:
+            cell = known[row["image_id"].removeprefix(image_id)]
+            sides = dict(zip(("x0", "y0", "x1", "y1"), cell.box, strict=True))
+            rows.append({**row, "image_id": image_id, "cell": cell.number, **sides})
+        yield from sorted(rows, key=lambda row: (row["cell"], row["rank"]))
+
+
+def kept_answers(kind: str, *columns: str) -> Iterator[Row]:
+    """The rows of answers.parquet about `images`, or about `cells`, in its order: subject_id and some columns."""
+    for row in read_answers(ANSWERS, ["subject_id", *columns]):
+        if ("#" in row["subject_id"]) == (kind == "cells"):
+            yield row
 
 
 def cell_params(prompt: Prompt | None, params: Params) -> dict[str, Any]:
@@ -204,13 +220,12 @@ def main() -> None:
     for table in (IMAGES, CLASSES):
         refuse_old_index(table, params.dataset, args.params)
     upstream = store.read_header(IMAGES, "index.images/1").fingerprint
-    images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status", "box"]).to_pylist()
+    images = store.read_table(IMAGES, "index.images/1", ["path", "image_id", "status", "box"])
     classes_mark = store.read_header(CLASSES, "index.classes/2").fingerprint
     classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
 
-    folder, usable = params.dataset.folder, [row for row in images if row["status"] == "ok"]
-    paths = {row["image_id"]: folder / row["path"] for row in usable}
-    places = {row["image_id"]: place_of(folder, row["path"], row["box"]) for row in usable}
+    places = Places(params.dataset.folder, images.filter(pc.equal(images["status"], "ok")).drop_columns("status"))
+    del images
     wanted, chosen_by = choose_images(sorted(places), params) if params.describe.enabled else ([], [])
     items = items_of(wanted, prompt, params)
     questions = {"images": Question(prompt, items)}
@@ -230,7 +245,7 @@ def main() -> None:
             print(foresee(STAGE, questions, params.llm, ANSWERS))
             return
         asked = ask(STAGE, questions, params.llm, ANSWERS, attach=lambda item: as_sent(item, places))
-        answered = dict(asked)
+        answered: dict[str, Sequence[Row]] = dict(asked)
     else:
         if args.dry_run:
             why = f"llm.mode {params.llm.mode}" if items else "describe.enabled false"
@@ -243,42 +258,49 @@ def main() -> None:
         }
         keep_answers(STAGE, ANSWERS, [])
 
-    rows = [row for of_kind in answered.values() for row in of_kind]
     content = content_params(prompt, params)
     # Cells change nothing of what is said of pictures.
     of_pictures = store.fingerprint(SCHEMA, content, [upstream, *chosen_by])
     content |= cell_params(cell_prompt, params)
     mark = store.fingerprint(SCHEMA, content, [upstream, *chosen_by])
-    store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
-    write_metrics(rows, METRICS)
+    write_answers(list(answered.values()), ANSWERS, content, mark, METRICS)
 
     card = domain_words(params.domain.noun, params.domain.group, *params.domain.attributes)
     mask = NameMask(Keys.of(classes, card), params.domain.noun)
-    described, masked = descriptions_of(answered.get("images", []), mask, params.describe.sentences)
+    said, masked = ("status", "source", "response_json"), Counter[Path]()
     documents = params.dataset.format == "text_graph"
     if documents:
-        described = document_rows(read_documents(Path(params.dataset.root)), paths)
-    said, masked_in_cells = descriptions_of(answered.get("cells", []), mask, params.describe.cell_sentences)
+        described = document_rows(read_documents(Path(params.dataset.root)), places)
+    else:
+        of_images, most = kept_answers("images", *said), params.describe.sentences
+        described = descriptions_of(of_images, mask, most, masked, DESCRIPTIONS)
     schema = "descriptions/1"
     content = {"domain": params.domain.model_dump(), "rules": MASK_RULES}
     if documents:
         content = {"documents": DOCUMENT_RULES}
     table_mark = store.fingerprint(schema, content, [of_pictures, classes_mark])
-    store.write_table(store.make_table(schema, described), DESCRIPTIONS, schema, content, table_mark)
+    store.write_rows(described, DESCRIPTIONS, schema, content, table_mark)
     content |= {"nodes": params.describe.nodes if cells else []}
-    table = store.make_table(CELL_SCHEMA, cell_rows(said, cells))
-    store.write_table(table, CELLS, CELL_SCHEMA, content, store.fingerprint(CELL_SCHEMA, content, [mark, classes_mark]))
-    if masked or masked_in_cells:
-        what = f"{masked + masked_in_cells} names of classes or their groups in the answers"
-        where = f"{DESCRIPTIONS}{f' and {CELLS}' if masked_in_cells else ''}"
+    table_mark = store.fingerprint(CELL_SCHEMA, content, [mark, classes_mark])
+    of_cells = descriptions_of(kept_answers("cells", *said), mask, params.describe.cell_sentences, masked, CELLS)
+    store.write_rows(cell_rows(of_cells, params.describe.nodes), CELLS, CELL_SCHEMA, content, table_mark)
+    if masked.total():
+        what = f"{masked.total()} names of classes or their groups in the answers"
+        where = f"{DESCRIPTIONS}{f' and {CELLS}' if masked[CELLS] else ''}"
         print(f"{STAGE}: {what} are masked in {where}", file=sys.stderr)
     names = {
-        "images": {item.subject_id: str(paths[item.subject_id]) for item in items},
-        "cells": {cell.subject: f"{paths[cell.image_id]} at {cell.subject.partition('#')[2]}" for cell in cells},
+        "images": Named(wanted, lambda subject: called(subject, places)),
+        "cells": Named([cell.subject for cell in cells], lambda subject: called(subject, places)),
     }
     # Kind by kind: there are many cells to a picture, and they would outvote pictures of which none is described.
-    for kind, of_kind in answered.items():
-        check_coverage(of_kind, names[kind], params.llm, ANSWERS)
+    for kind in answered:
+        check_coverage(kept_answers(kind, "status", "response_json"), names[kind], params.llm, ANSWERS)
+
+
+def called(subject: str, places: Places) -> str:
+    """What people call a picture, or a cell of it."""
+    image_id, _, box = subject.partition("#")
+    return f"{places.path_of(image_id)}{f' at {box}' if box else ''}"
 
 
 if __name__ == "__main__":

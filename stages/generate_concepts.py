@@ -38,6 +38,7 @@ Too few classes with an answer (llm.min_coverage) are an error, after the file i
 import difflib
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def main() -> None:
         if args.dry_run:
             print(foresee(STAGE, questions, llm, ANSWERS))
             return
-        answers = ask(STAGE, questions, llm, ANSWERS, attach=lambda item: item.messages)
+        answers: Mapping[str, Sequence[Row]] = ask(STAGE, questions, llm, ANSWERS, attach=lambda item: item.messages)
     else:
         answers = replay_all(questions, params, coverage)
         if args.dry_run:

@@ -14,9 +14,11 @@ import math
 import sys
 import threading
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +31,7 @@ from tqdm import tqdm
 from fieldmark.command import UserError
 from fieldmark.llm.batch import Asked, Batches, Upload, listed, read_uploads, record_path
 from fieldmark.llm.client import LIMITS, Client, Reply, is_local, objection, public_url, server_of, total
+from fieldmark.llm.held import Held, Missing, Output, Rows
 from fieldmark.llm.journal import (
     BadLine,
     Entry,
@@ -42,9 +45,8 @@ from fieldmark.llm.parsing import misfit
 from fieldmark.llm.prompts import Message, Prompt
 from fieldmark.llm.turn import NOTHING, Spent, Turn
 from fieldmark.params import Llm, Price
-from fieldmark.store import canonical_json, read_table, sha256
+from fieldmark.store import canonical_json, sha256
 
-SCHEMA = "llm.answers/1"
 # What someone paid for or wrote by hand; a replayed answer never stands in for a live one, an imported one has no key
 # that is asked.
 EARNED = {"live", "batch", "edited"}
@@ -81,8 +83,8 @@ class PlannedCalls(NamedTuple):
     """
 
     keys: list[str]
-    held: dict[str, Row]
-    new: dict[str, Item]
+    held: Mapping[str, Row]
+    new: Mapping[str, Item]
     base_urls: set[str]
     under_way: frozenset[str] = frozenset()
     bad: dict[Path, list[str]] = {}  # noqa: RUF012 (of a NamedTuple, never changed)
@@ -113,34 +115,25 @@ def answers_with(row: Row, prompt: Prompt) -> bool:
     return earned(row) and misfit(json.loads(row["response_json"]), prompt.schema) is None
 
 
-def plan_calls(stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path) -> PlannedCalls:
-    """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing."""
+def plan_calls(stage: str, items: Sequence[Item], prompt: Prompt, llm: Llm, output: Path) -> PlannedCalls:
+    """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing.
+
+    Of a million items memory holds keys and places: 0.3 kB each.
+    """
     keys = [item_key(item, prompt, llm) for item in items]
-    wanted = set(keys)
     bad: dict[Path, list[str]] = {output: [], journal_path(stage): [], record_path(stage): []}
-    rows = [row for row in read_rows(output, bad[output]) if row["item_key"] in wanted]
-    held = {row["item_key"]: row for row in rows if answers_with(row, prompt)}
-    journal = read_journal(journal_path(stage), wanted, bad[journal_path(stage)])
-    for key, entry in journal.items():
-        if answers_with(entry.row, prompt):
-            held.setdefault(key, entry.row)
-    new = {key: item for key, item in zip(keys, items, strict=True) if key not in held}
-    base_urls = {entry.base_url for key, entry in journal.items() if key in held and entry.base_url}
+    places = {key: place for place, key in enumerate(keys)}
+    held = Held(places, output, journal_path(stage), partial(answers_with, prompt=prompt), bad)
+    new = Missing(items, held)
     here = public_url(server_of(llm))
     uploads = [upload for upload in read_uploads(stage, new, bad[record_path(stage)]) if upload.base_url == here]
-    return PlannedCalls(keys, held, new, base_urls, keys_in(uploads, new), bad)
+    return PlannedCalls(keys, held, new, held.base_urls, keys_in(uploads, new), bad)
 
 
-def read_rows(output: Path, bad: list[str] | None = None) -> list[Row]:
-    """The rows of a stage's output that can be relied on; the others are added to `bad`, in words."""
-    rows = []
-    for number, row in enumerate(read_table(output, SCHEMA).to_pylist() if output.exists() else [], start=1):
-        try:
-            rows.append(checked_row(row))
-        except BadLine as error:
-            if bad is not None:
-                bad.append(f"row {number} ({error})")
-    return rows
+def traces(stage: str, output: Path) -> list[tuple[int, int, int] | None]:
+    """What tells whether a plan still holds: which files it was made of, how long they are and when they changed."""
+    found = [path.stat() if path.exists() else None for path in (output, journal_path(stage), record_path(stage))]
+    return [each and (each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
 
 
 def keep_answers(stage: str, output: Path, wanted: Iterable[str]) -> None:
@@ -161,13 +154,23 @@ def keep_in_turn(stage: str, output: Path, wanted: Iterable[str]) -> None:
 
 def lost_answers(stage: str, output: Path, wanted: Iterable[str]) -> list[Row]:
     kept = set(wanted)
-    rows = {row["item_key"]: row for row in read_rows(output) if earned(row) and row["item_key"] not in kept}
+    rows = {}
+    for _, row in Output(output):
+        with suppress(BadLine):
+            if row.get("item_key") not in kept and earned(row := checked_row(row)):
+                rows[row["item_key"]] = row
     known = read_journal(journal_path(stage), rows) if rows else {}
     return [row for key, row in rows.items() if key not in known or not earned(known[key].row)]
 
 
 def live_answers(
-    stage: str, items: list[Item], prompt: Prompt, llm: Llm, output: Path, *, attach: Callable[[Item], list[Message]]
+    stage: str,
+    items: Sequence[Item],
+    prompt: Prompt,
+    llm: Llm,
+    output: Path,
+    *,
+    attach: Callable[[Item], list[Message]],
 ) -> list[Row]:
     """One row an item, asking for what is not held, in mode live or batch, when this process has its turn. `attach`
     makes the messages to send, and may raise Unaskable.
@@ -175,37 +178,35 @@ def live_answers(
     Raises UserError: a limit would be passed, there is no key, no call can succeed, or answers cannot be kept.
     """
     with Turn(stage) as turn:
-        plan_calls(stage, items, prompt, llm, output).warn()
-        return answers_in_turn(turn, items, prompt, llm, output, attach=attach)
+        plan = plan_calls(stage, items, prompt, llm, output)
+        plan.warn()
+        keep_in_turn(stage, output, plan.keys)
+        return list(answers_in_turn(turn, plan, items, prompt, llm, attach=attach))
 
 
 def answers_in_turn(
-    turn: Turn, items: list[Item], prompt: Prompt, llm: Llm, output: Path, *, attach: Callable[[Item], list[Message]]
-) -> list[Row]:
-    """live_answers for who has the turn."""
-    stage = turn.stage
-    plan = plan_calls(stage, items, prompt, llm, output)
-    answers = dict(plan.held)
+    turn: Turn,
+    plan: PlannedCalls,
+    items: Sequence[Item],
+    prompt: Prompt,
+    llm: Llm,
+    *,
+    attach: Callable[[Item], list[Message]],
+) -> Rows:
+    """live_answers for who has the turn, as a plan says that was made since."""
+    stage, told = turn.stage, dict[str, Row | int]()
     warn_of_other_servers(plan, llm)
-    keep_in_turn(stage, output, plan.keys)
     if plan.new:
         spent = turn.spent()
         check_limits(plan, llm, spent)
         client = Client(prompt, llm)
         with Journal(journal_path(stage)) as journal:
             if llm.mode == "batch":
-                answers |= ask_in_batches(stage, plan, client, journal, attach, spent.usd)
+                told = ask_in_batches(stage, plan, client, journal, attach, spent.usd)
             else:
                 warn_of_batches(plan)
-                answers |= ask_all(stage, plan.new, client, journal, attach, spent.usd)
-    return rows_in_order(plan, items, answers)
-
-
-def rows_in_order(plan: PlannedCalls, items: list[Item], answers: dict[str, Row]) -> list[Row]:
-    return [
-        {**answers[key], "subject_id": item.subject_id, "sample": item.sample}
-        for key, item in zip(plan.keys, items, strict=True)
-    ]
+                told = ask_all(stage, plan.new, client, journal, attach, spent.usd)
+    return Rows(plan.keys, items, plan.held, told, journal_path(stage))
 
 
 def warn_of_other_servers(plan: PlannedCalls, llm: Llm) -> None:
@@ -230,34 +231,36 @@ def warn_of_batches(plan: PlannedCalls) -> None:
 
 def ask_all(
     stage: str,
-    new: dict[str, Item],
+    new: Mapping[str, Item],
     client: Client,
     journal: Journal,
     attach: Callable[[Item], list[Message]],
     charged: float,
-) -> dict[str, Row]:
+) -> dict[str, Row | int]:
     """Ask with llm.concurrency threads. However it ends, calls under way are awaited and what they bring is kept.
 
-    `charged` are the US dollars that count against llm.max_usd already.
+    By item key where the journal has each answer, and the rows of those that it has not. `charged` are the US dollars
+    that count against llm.max_usd already.
     """
     llm = client.llm
-    answers: dict[str, Row] = {}
+    answers: dict[str, Row | int] = {}
     spent = 0.0
     pool = ThreadPoolExecutor(llm.concurrency, ASKING)
     progress = tqdm(total=len(new), desc=stage, unit="call", dynamic_ncols=True)
     try:
         ask = partial(ask_one, client=client, journal=journal, attach=attach)
-        for entry in rows_of(pool, ask, new, 2 * llm.concurrency):
-            if entry is None:
+        for told in rows_of(pool, ask, new, 2 * llm.concurrency):
+            if told is None:
                 continue
+            entry, place = told
             row = entry.row
-            answers[row["item_key"]] = row
+            answers[row["item_key"]] = row if place is None else place
             spent += row["cost_usd"] or 0.0
             charged += entry.charged or 0.0
             progress.set_postfix_str(f"${spent:.4f}" if price_of(llm) else "unknown price", refresh=False)
             progress.update()
             if llm.max_usd is not None and charged > llm.max_usd:
-                kept = sum(answer["status"] != "error" for answer in answers.values())
+                kept = sum(isinstance(answer, int) for answer in answers.values())
                 raise UserError(
                     f"params.yaml: llm.max_usd: ${charged:.4f} is spent, more than {llm.max_usd}; {kept} of {len(new)}"
                     " answers are kept, raise the limit to go on"
@@ -292,7 +295,7 @@ def settle(pool: ThreadPoolExecutor) -> None:
 
 
 def rows_of(
-    pool: ThreadPoolExecutor, ask: Callable[[str, Item], T | None], new: dict[str, Item], room: int
+    pool: ThreadPoolExecutor, ask: Callable[[str, Item], T | None], new: Mapping[str, Item], room: int
 ) -> Iterator[T | None]:
     """What `ask` gives, in the order in which it comes; no more than `room` questions wait in the pool."""
     waiting = iter(new.items())
@@ -306,25 +309,25 @@ def rows_of(
 
 def ask_one(
     key: str, item: Item, client: Client, journal: Journal, attach: Callable[[Item], list[Message]]
-) -> Entry | None:
-    """Ask and journal. None where the run is stopping: another call has shown that none can succeed."""
+) -> tuple[Entry, int | None] | None:
+    """Ask and journal: what came, and where the journal has it. None where the run is stopping: another call has shown
+    that none can succeed."""
     if client.stopping.is_set():
         return None
     asked = Asked(key, item.subject_id, item.sample)
     try:
         messages = attach(item)
     except Unaskable as error:
-        return Entry(row_of(asked, unasked(error), client.prompt.sha, client.llm), None)
+        return Entry(row_of(asked, unasked(error), client.prompt.sha, client.llm), None), None
     sent = tokens_of(item.messages)
     reply = client.ask(messages, sent)
     row = row_of(asked, reply, client.prompt.sha, client.llm)
     # An error is no answer: there is nothing to keep, but what got lost may be paid for.
     if row["status"] == "error":
         lost = (reply.unheard * sent, reply.unheard * client.llm.max_output_tokens)
-        return Entry(row, client.base_url, cost(*lost, price_of(client.llm)))
+        return Entry(row, client.base_url, cost(*lost, price_of(client.llm))), None
     entry = Entry(row, client.base_url, charge(row, sent, client.llm, reply.unheard))
-    journal.append(entry)
-    return entry
+    return entry, journal.append(entry)
 
 
 def charge(row: Row, sent: int, llm: Llm, unheard: int = 0) -> float | None:
@@ -349,14 +352,14 @@ def ask_in_batches(
     journal: Journal,
     attach: Callable[[Item], list[Message]],
     charged: float,
-) -> dict[str, Row]:
+) -> dict[str, Row | int]:
     """Ask in batches, those of an earlier run first; what failed goes into a further one, llm.max_attempts at most.
 
     An answer that is invalid or truncated is asked for once more. However it ends, batches go on at the server and the
-    next run reads them. `charged` as in `ask_all`.
+    next run reads them. `charged`, and what is returned, as in `ask_all`.
     """
     llm = client.llm
-    answers: dict[str, Row] = {}
+    answers: dict[str, Row | int] = {}
     before: dict[str, float] = {}
 
     def requests(todo: list[Asked]) -> Iterator[tuple[Asked, dict[str, Any]]]:
@@ -372,7 +375,7 @@ def ask_in_batches(
         Journal(record_path(stage)) as record,
         tqdm(total=len(plan.new), desc=stage, unit="answer", dynamic_ncols=True) as progress,
     ):
-        batches = Batches(stage, client, record, progress)
+        batches = Batches(stage, client, record, journal, progress)
         try:
             batches.resume(set(plan.new))
             under_way = keys_in(batches.open, plan.new)
@@ -385,19 +388,20 @@ def ask_in_batches(
                 for upload, asked, reply, passing in batches.answers():
                     if asked.item_key in plan.held:
                         continue
-                    row = row_of(asked, reply, upload.prompt_sha, llm)
+                    row, usd, place = row_of(asked, reply, upload.prompt_sha, llm), None, None
                     if row["status"] != "error":
                         item = plan.new.get(asked.item_key)
                         usd = charge(row, tokens_of(item.messages) if item else 0, llm)
-                        journal.append(Entry(row, client.base_url, usd))
+                        place = journal.append_unsynced(Entry(row, client.base_url, usd))
                         # Of a question that is asked again, the row has what was paid before.
                         charged += (usd or 0.0) - before.get(asked.item_key, 0.0)
-                        before[asked.item_key] = usd or 0.0
                     if asked.item_key not in plan.new:
                         continue
-                    answers[asked.item_key] = row
+                    answers[asked.item_key] = row if place is None else place
                     mendable = reply.status in MENDABLE and reply.status not in asked.mended
                     if row["attempts"] < llm.max_attempts and (passing or mendable):
+                        if place is not None:
+                            before[asked.item_key] = usd or 0.0
                         mended = (*asked.mended, reply.status) if mendable else asked.mended
                         todo.append(asked._replace(before=row, mended=mended))
                 check_spending(charged, todo, plan, llm)
@@ -558,33 +562,55 @@ def preview(stage: str, plan: PlannedCalls, llm: Llm) -> str:
     return "\n".join(lines)
 
 
-def summarise(rows: list[Row]) -> dict[str, Any]:
+def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     """What a stage's rows amount to, for its metrics file: the same rows in any order, the same numbers.
+
+    They may come one by one; of each, item_key, status, source, attempts, tokens and cost_usd are looked at.
 
     Rows by status and by source; then, each question counted once, attempts, tokens and US dollars as far as they are
     known. `unpriced` are the questions put to a server whose cost is not: no price in params.yaml, or no usage block.
     """
-    asked = {row["item_key"]: row for row in rows}.values()
-    costs = [row["cost_usd"] for row in asked if row["cost_usd"] is not None]
+    status, source, asked = Counter[str](), Counter[str](), set[bytes]()
+    sums, costs = Counter[str](attempts=0, input_tokens=0, output_tokens=0, unpriced=0), array("d")
+    for row in rows:
+        status[row["status"]] += 1
+        source[row["source"]] += 1
+        key = row["item_key"].encode()
+        if key in asked:
+            continue
+        asked.add(key)
+        for name in ("attempts", "input_tokens", "output_tokens"):
+            sums[name] += row[name] or 0
+        if row["cost_usd"] is not None:
+            costs.append(row["cost_usd"])
+        elif row["source"] in ("live", "batch"):
+            sums["unpriced"] += 1
     return {
-        "rows": len(rows),
-        "status": dict(sorted(Counter(row["status"] for row in rows).items())),
-        "source": dict(sorted(Counter(row["source"] for row in rows).items())),
-        "attempts": sum(row["attempts"] for row in asked),
-        "input_tokens": sum(row["input_tokens"] or 0 for row in asked),
-        "output_tokens": sum(row["output_tokens"] or 0 for row in asked),
+        "rows": status.total(),
+        "status": dict(sorted(status.items())),
+        "source": dict(sorted(source.items())),
+        "attempts": sums["attempts"],
+        "input_tokens": sums["input_tokens"],
+        "output_tokens": sums["output_tokens"],
         "cost_usd": math.fsum(costs),
-        "unpriced": sum(row["cost_usd"] is None and row["source"] in ("live", "batch") for row in asked),
+        "unpriced": sums["unpriced"],
     }
 
 
-def check_coverage(rows: list[Row], names: dict[str, str], llm: Llm, output: Path) -> None:
+def check_coverage(rows: Iterable[Row], names: Mapping[str, str], llm: Llm, output: Path) -> None:
     """Raises UserError naming the subjects without an `ok` row where their share passes 1 - llm.min_coverage.
 
-    `names` maps every subject_id to what a person calls it.
+    Of the rows, which may come one by one, subject_id, status and response_json are looked at. `names` maps every
+    subject_id to what a person calls it.
     """
-    answered = {row["subject_id"] for row in rows if row["status"] == "ok"}
-    failed = {row["subject_id"]: row for row in rows if row["subject_id"] not in answered}
+    answered, failed = set[str](), dict[str, Row]()
+    for row in rows:
+        subject = row["subject_id"]
+        if row["status"] == "ok":
+            answered.add(subject)
+            failed.pop(subject, None)
+        elif subject not in answered:
+            failed[subject] = row
     if names and len(answered) < llm.min_coverage * len(names):
         listed = [f"{names[subject]} ({row['status']})" for subject, row in failed.items()]
         first = next(iter(failed.values()))

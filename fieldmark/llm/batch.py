@@ -42,6 +42,12 @@ from fieldmark.store import canonical_json
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 # OpenAI takes files of at most 200 MB and 50,000 requests (llm.batch_requests) [mem].
 LARGEST_FILE = 200_000_000
+# What is recorded of a file is one line, no longer than a line may be: else it could not be read, and what is in its
+# batch would be paid for again. Of requests that are asked again it holds what was answered before.
+LONGEST_NOTE = LONGEST_LINE // 2
+# Batches under way at a time. The next file is written and sent when one of these has ended: a million pictures are
+# hundreds of files of LARGEST_FILE, and neither this disk nor the server's queue has to hold them all.
+MOST_OPEN = 100
 # Bytes a second, on average, under which a download is none.
 SLOWEST_DOWNLOAD = 1_000
 ENDED = {"completed", "failed", "expired", "cancelled"}
@@ -99,12 +105,12 @@ def read_uploads(stage: str, wanted: Container[str], bad: list[str] | None = Non
     """The recorded uploads that have not ended and hold a wanted item key; the lines that are no record are added to
     `bad`, in words. A last line without an end was torn by a kill and is passed over in silence."""
     uploads: dict[tuple[str, str], Upload] = {}
-    for number, line in read_lines(record_path(stage)):
+    for line in read_lines(record_path(stage)):
         try:
-            note(load_line(line), uploads)
+            note(load_line(line.content), uploads)
         except BadLine as error:
-            if bad is not None and (line is None or line.endswith(b"\n")):
-                bad.append(f"line {number} ({error})")
+            if bad is not None and line.is_whole:
+                bad.append(f"line {line.number} ({error})")
     return [upload for upload in uploads.values() if any(key in wanted for key in upload.asked)]
 
 
@@ -140,15 +146,20 @@ def asked_of(fields: Any) -> Asked:
 
 
 class Batches:
-    """What a stage has at its server. `open` are the uploads that are not read to their end.
+    """What a stage has at its server. `open` are the uploads that are not read to their end, `waiting` the files that
+    are not written yet.
 
     Every method raises UserError where the server refuses or cannot be reached; what is recorded is then resumed by the
-    next run.
+    next run. Whoever takes the answers appends them to `journal`, which is on the disk before a batch counts as ended.
     """
 
-    def __init__(self, stage: str, client: Client, record: Journal, progress: "tqdm[Any]") -> None:
+    def __init__(
+        self, stage: str, client: Client, record: Journal, journal: Journal, progress: "tqdm[Any]"
+    ) -> None:
         self.stage, self.client, self.record, self.progress = stage, client, record, progress
+        self.journal = journal
         self.open: list[Upload] = []
+        self.waiting: Iterator[tuple[IO[bytes], dict[str, Asked]]] = iter(())
         self.full = False
         self.taken = 0
         self.failed = 0
@@ -179,22 +190,39 @@ class Batches:
             )
 
     def send(self, requests: Iterable[tuple[Asked, dict[str, Any]]]) -> None:
-        """Upload requests in files of llm.batch_requests, written to disk one by one, and start a batch of each."""
+        """Upload requests in files, and start a batch of each; those beyond MOST_OPEN as `answers` comes to the end of
+        others."""
+        self.waiting = self.files_of(requests)
+        self.fill()
+
+    def fill(self) -> None:
+        """Send what there is room for."""
+        while len(self.open) < MOST_OPEN and not self.full and (written := next(self.waiting, None)):
+            self.upload(*written)
+
+    def files_of(
+        self, requests: Iterable[tuple[Asked, dict[str, Any]]]
+    ) -> Iterator[tuple[IO[bytes], dict[str, Asked]]]:
+        """Files of llm.batch_requests, or of as many as LARGEST_FILE and LONGEST_NOTE have room for, each written to
+        disk request by request when it is wanted: the file is the same one each time."""
         limit = self.client.llm.batch_requests
         asked: dict[str, Asked] = {}
+        noted = 0
         with tempfile.TemporaryFile(dir=record_path(self.stage).parent) as file:
             for one, body in requests:
                 request = {"custom_id": one.item_key, "method": "POST", "url": ENDPOINT, "body": body}
-                line = json.dumps(request).encode() + b"\n"
-                if asked and (len(asked) == limit or file.tell() + len(line) > LARGEST_FILE):
-                    self.upload(file, asked)
+                line, note_size = json.dumps(request).encode() + b"\n", len(canonical_json(one).encode())
+                full = file.tell() + len(line) > LARGEST_FILE or noted + note_size > LONGEST_NOTE
+                if asked and (len(asked) == limit or full):
+                    yield file, asked
                     file.seek(0)
                     file.truncate()
-                    asked = {}
+                    asked, noted = {}, 0
                 file.write(line)
                 asked[one.item_key] = one
+                noted += note_size
             if asked:
-                self.upload(file, asked)
+                yield file, asked
 
     def upload(self, file: IO[bytes], asked: dict[str, Asked]) -> None:
         def attempt() -> str:
@@ -255,6 +283,7 @@ class Batches:
                         self.taken += 1
                         self.failed += answered.reply.status == "error"
                         yield answered
+                    self.journal.sync()
                     self.note(upload, ended=batch.status)
                     self.open.remove(upload)
                     self.full = False
@@ -263,6 +292,7 @@ class Batches:
             self.show(done)
             if trouble:
                 raise UserError(trouble[0])
+            self.fill()
             if self.open:
                 self.client.stopping.wait(self.client.llm.batch_poll_s)
 

@@ -1,9 +1,9 @@
 """The lower layer of the item cache: every answer is appended to a file before anything else is done with it.
 
 One JSON object a line, one file a stage, in the original checkout's `.cache/` or $FIELDMARK_CACHE. It outlives
-`kill -9`, a full disk, a change of branch, a reverted prompt, and the workspace that an experiment ran in. No whole
-line is ever taken out; of two lines with one key the later counts, and an `ok` before others. A line that is no entry
-is passed over, and said. Who appends has the Turn (fieldmark.llm.turn).
+`kill -9`, a full disk, a change of branch, a reverted prompt, and the workspace that an experiment ran in. Of two lines
+with one key the later counts, and an `ok` before others; nothing but fieldmark.llm.compaction takes out the one that
+does not. A line that is no entry is passed over, and said. Who appends has the Turn (fieldmark.llm.turn).
 """
 
 import errno
@@ -13,10 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeGuard
+from typing import IO, Any, NamedTuple, Self, TypeGuard
 
 from fieldmark.checkout import cache_folder
 from fieldmark.command import UserError
@@ -53,18 +53,28 @@ def read_journal(path: Path, keys: Container[str], bad: list[str] | None = None)
     """The entries of the wanted item keys; the lines that are none are added to `bad`, in words. A last line without an
     end was torn by a kill and is passed over in silence."""
     entries: dict[str, Entry] = {}
-    for number, line in read_lines(path):
-        try:
-            entry = entry_of(line)
-        except BadLine as error:
-            if bad is not None and (line is None or line.endswith(b"\n")):
-                bad.append(f"line {number} ({error})")
-            continue
+    for _, entry in entries_in(read_lines(path), bad):
         key = entry.row["item_key"]
-        held = entries.get(key)
-        if key in keys and not (held and held.row["status"] == "ok" and entry.row["status"] != "ok"):
+        if key in keys and supersedes(entry, key in entries and entries[key].row["status"] == "ok"):
             entries[key] = entry
     return entries
+
+
+def supersedes(entry: Entry, held_is_ok: bool) -> bool:
+    """Whether an entry counts in the place of earlier ones with its key."""
+    return entry.row["status"] == "ok" or not held_is_ok
+
+
+def entries_in(lines: Iterator["Line"], bad: list[str] | None) -> Iterator[tuple["Line", Entry]]:
+    """The lines that are entries; the others are added to `bad`, in words."""
+    for line in lines:
+        try:
+            entry = entry_of(line.content)
+        except BadLine as error:
+            if bad is not None and line.is_whole:
+                bad.append(f"line {line.number} ({error})")
+        else:
+            yield line, entry
 
 
 def warn_of_bad(path: Path, bad: list[str]) -> None:
@@ -75,28 +85,51 @@ def warn_of_bad(path: Path, bad: list[str]) -> None:
         print(f"warning: {path}: {lines} set aside and not read: {', '.join(bad[:5])}{more}", file=sys.stderr)
 
 
-def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
-    """The lines from a byte on, by number from 1; None for one that is too long to hold. No file has no lines.
+class Line(NamedTuple):
+    """A line by its number from 1, the byte at which it begins, and what it holds (None: too much for memory)."""
 
-    Raises UserError where there is something that cannot be read.
-    """
+    number: int
+    start: int
+    content: bytes | None
+
+    @property
+    def is_whole(self) -> bool:
+        """False for the last line where it has no end: a kill tore it."""
+        return self.content is None or self.content.endswith(b"\n")
+
+
+def open_lines(path: Path) -> IO[bytes] | None:
+    """A file of lines, or None where there is none. Raises UserError where there is something that cannot be read."""
     if not path.exists():
-        return
+        return None
     if not path.is_file():
         raise UserError(f"{path}: is no file; take it away, or let FIELDMARK_CACHE name another folder")
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend that before answers are paid again") from None
-    with file:
-        file.seek(start)
-        number = 0
-        while line := file.readline(LONGEST_LINE):
-            number += 1
-            whole = line
-            while line and not line.endswith(b"\n") and len(line) == LONGEST_LINE:
-                line = file.readline(LONGEST_LINE)
-            yield number, whole if line is whole else None
+
+
+def read_lines(path: Path, start: int = 0) -> Iterator[Line]:
+    """The lines of a file from a byte on; no file has no lines. Raises UserError as open_lines does."""
+    file = open_lines(path)
+    if file is not None:
+        with file:
+            yield from lines_of(file, start)
+
+
+def lines_of(file: IO[bytes], start: int = 0) -> Iterator[Line]:
+    """The lines of an open file from a byte on."""
+    file.seek(start)
+    number = 0
+    while content := file.readline(LONGEST_LINE):
+        number += 1
+        whole, size = content, len(content)
+        while content and not content.endswith(b"\n") and len(content) == LONGEST_LINE:
+            content = file.readline(LONGEST_LINE)
+            size += len(content)
+        yield Line(number, start, whole if content is whole else None)
+        start += size
 
 
 class BadLine(ValueError):
@@ -151,7 +184,8 @@ def checked_row(row: Any) -> Row:
         raise BadLine("response_json is not JSON") from None
     tokens = {name: token_count(row.get(name)) for name in ("input_tokens", "output_tokens")}
     cost = row.get("cost_usd")
-    cost = float(cost) if is_amount(cost) and None not in tokens.values() else None
+    # A server on this machine costs nothing, whether it counts tokens or not.
+    cost = float(cost) if is_amount(cost) and (cost == 0 or None not in tokens.values()) else None
     optional = {name: row.get(name) for name in ("model_reported", "response_id", "finish_reason")}
     return {**row, **optional, **tokens, "cost_usd": cost}
 
@@ -209,24 +243,40 @@ class Journal:
         else:
             self.write(b"\n")
 
-    def append(self, entry: Entry) -> None:
-        """Raises UserError where there is no room; the entry is then kept in memory."""
+    def append(self, entry: Entry) -> int:
+        """The byte at which the entry stands. Raises UserError where there is no room; it is then kept in memory."""
+        return self.add(entry, self.keep)
+
+    def append_unsynced(self, entry: Entry) -> int:
+        """append for what can be had again where the power fails before `sync`: of a kill the system keeps it."""
+        return self.add(entry, self.write)
+
+    def add(self, entry: Entry, write: Callable[[bytes], int]) -> int:
         line = canonical_json(entry._asdict()).encode() + b"\n"
         try:
-            self.keep(line)
+            return write(line)
         except OSError as error:
             self.unwritten.append(line)
             raise cannot_keep(self.path, error) from None
 
-    def keep(self, line: bytes) -> None:
-        self.write(line)
+    def sync(self) -> None:
+        """Have the disk hold all that was appended. Raises UserError."""
+        try:
+            os.fsync(self.file)
+        except OSError as error:
+            raise cannot_keep(self.path, error) from None
+
+    def keep(self, line: bytes) -> int:
+        start = self.write(line)
         # Outside the lock, so that threads share one wait for the disk.
         os.fsync(self.file)
+        return start
 
-    def write(self, line: bytes) -> None:
-        """Write a line or nothing of it. Raises OSError."""
+    def write(self, line: bytes) -> int:
+        """Write a line or nothing of it; the byte that it begins at. Raises OSError."""
         with self.lock:
             end = os.fstat(self.file).st_size
+            start = end + self.torn
             rest = b"\n" + line if self.torn else line
             try:
                 while rest:
@@ -235,6 +285,7 @@ class Journal:
                 self.torn = not self.cut_back(end)
                 raise
             self.torn = False
+        return start
 
     def cut_back(self, end: int) -> bool:
         """Take back what a failed write left; False where that fails too."""

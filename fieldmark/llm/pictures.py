@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -33,7 +33,7 @@ def with_parts(messages: list[Message], parts: Sequence[dict[str, Any]]) -> list
     return [*before, {"role": last["role"], "content": [{"type": "text", "text": last["content"]}, *parts]}]
 
 
-def as_sent(item: Item, places: dict[str, Place]) -> list[Message]:
+def as_sent(item: Item, places: Mapping[str, Place]) -> list[Message]:
     """An item's messages as sent; `places` by image_id. Raises Unaskable where a picture of it cannot be opened."""
     *before, last = item.messages
     text, *images = last["content"]

@@ -6,6 +6,7 @@ of no class is "*".
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fieldmark.params import Llm
 from fieldmark.store import canonical_json
 
 
-def replay(items: list[Item], subject: str, prompt: Prompt, llm: Llm) -> list[Row]:
+def replay(items: Sequence[Item], subject: str, prompt: Prompt, llm: Llm) -> list[Row]:
     """One row an item. `subject` is the key that holds its subject_id. Raises UserError where a recording is missing,
     does not fit the prompt's schema, or answers another version of the prompt."""
     path = Path(llm.recordings, f"{prompt.name}.jsonl")

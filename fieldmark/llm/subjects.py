@@ -24,6 +24,7 @@ from typing import Any
 from fieldmark.command import UserError
 from fieldmark.concepts.siblings import siblings_of
 from fieldmark.llm.answers import Item
+from fieldmark.llm.held import Made
 from fieldmark.llm.prompts import Message, Prompt
 from fieldmark.store import sha256
 
@@ -117,14 +118,20 @@ def image_items(
     card: Values,
     samples: int,
     show: Callable[[list[Message], str], list[Message]],
-) -> list[Item]:
-    """One item an image and sample. `images`: the class_id of each image_id; `show` adds the picture to messages."""
+) -> Sequence[Item]:
+    """One item an image and sample, made when it is looked at. `images`: the class_id of each image_id; `show` adds the
+    picture to messages."""
     if told_of_class(prompt):
         values = class_values(classes)
         texts = {class_id: prompt.render(card | values[class_id]) for class_id in sorted(set(images.values()))}
     else:
         texts = dict.fromkeys(images.values(), prompt.render(card))
-    return sampled({image_id: show(texts[images[image_id]], image_id) for image_id in sorted(images)}, samples)
+
+    def make(subject: tuple[str, int]) -> Item:
+        image_id, sample = subject
+        return Item(image_id, sample, show(texts[images[image_id]], image_id))
+
+    return Made([(image_id, sample) for image_id in sorted(images) for sample in range(samples)], make)
 
 
 def image_pairs(images: Collection[str], most: int) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import sys
 from types import TracebackType
 from typing import IO, NamedTuple, Self
 
-from fieldmark.llm.journal import BadLine, cannot_keep, entry_of, journal_path, read_lines, whole_lines
+from fieldmark.llm.journal import cannot_keep, entries_in, journal_path, read_lines, whole_lines
 
 
 class Spent(NamedTuple):
@@ -79,11 +79,7 @@ class Turn:
     def spent(self) -> Spent:
         """What those who ask or wait have asked of servers until now."""
         calls, usd = NOTHING
-        for _, line in read_lines(self.path, self.began):
-            try:
-                entry = entry_of(line)
-            except BadLine:
-                continue
+        for _, entry in entries_in(read_lines(self.path, self.began), None):
             # What was merely copied here from an output came from nowhere now.
             if entry.base_url is not None:
                 calls += 1

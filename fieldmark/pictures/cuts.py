@@ -8,11 +8,12 @@ ID holds none of `.`, `/` and `#`: a file `a#1.jpg` is a file, and `a.jpg#1` a b
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from fieldmark.pictures.boxes import Box, box_of
 from fieldmark.store import sha256
@@ -59,6 +60,30 @@ def object_of(path: str, box: Sequence[float] | None) -> Box | None:
 def place_of(folder: Path, path: str, box: Sequence[float] | None) -> Place:
     part = part_of(path, box)
     return Place(folder / (path if part is None else file_of(path)), part)
+
+
+class Places(Mapping[str, Place]):
+    """Where the pictures of some rows of index.images/1 are, by image_id. A place is made when it is looked at: memory
+    holds the columns path, image_id and box.
+    """
+
+    def __init__(self, folder: Path, rows: pa.Table) -> None:
+        self.folder, self.rows = folder, rows.combine_chunks()
+        self.numbers = {image_id: number for number, image_id in enumerate(rows["image_id"].to_pylist())}
+
+    def path_of(self, image_id: str) -> Path:
+        """The path of a picture's row, below the data set's folder."""
+        return self.folder / self.rows["path"][self.numbers[image_id]].as_py()
+
+    def __getitem__(self, image_id: str) -> Place:
+        number = self.numbers[image_id]
+        return place_of(self.folder, self.rows["path"][number].as_py(), self.rows["box"][number].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 def image_id_of(digest: str, part: Box | None) -> str:

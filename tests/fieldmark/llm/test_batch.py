@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,14 @@ def test_killed_at_every_step_a_run_uploads_and_pays_once(tmp_path: Path, monkey
 
 
 def test_killed_while_it_reads_a_run_keeps_each_answer(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = Journal.append
+    add = Journal.add
 
-    def dies(self: Journal, entry: Entry) -> None:
-        append(self, entry)
+    def dies(self: Journal, entry: Entry, write: Callable[[bytes], int]) -> None:
+        add(self, entry, write)
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", dies)
+        patch.setattr(Journal, "add", dies)
         with pytest.raises(RuntimeError):
             ask(server, "abc")
     first = set(read_journal(journal_path(STAGE), Everything()))
@@ -495,3 +496,65 @@ def test_no_redirect_is_followed(server: OpenAIServer, kind: str) -> None:
         assert (stranger.kinds, stranger.uploads, stranger.calls) == ([], [], [])
     assert f"answers with a redirect (307) to {new}/files;" in str(caught.value)
     assert [row["status"] for row in ask(server, "a")] == ["ok"]
+
+
+def test_what_is_noted_of_a_file_is_a_line_that_can_be_read(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of questions that are asked again the record holds what was answered before, long or not."""
+    longest = 4_000
+    monkeypatch.setattr("fieldmark.llm.batch.LONGEST_NOTE", longest)
+    long = broken(json.dumps({"y": "z" * 1_000}))
+    server.courses.append(Course(lines=dict.fromkeys(range(8), long)))
+    assert outcomes(ask(server, "abcdefgh")) == [("ok", 2)] * 8
+    lines = record_path(STAGE).read_bytes().splitlines()
+    assert max(map(len, lines)) < longest + 200
+    assert [server.files[file].count(b"\n") for file in server.uploads][0] == 8
+    assert len(server.uploads) > 3
+    assert len(server.batched) == 16
+
+
+def test_no_more_batches_are_under_way_than_may_be(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next file is written when one has ended; what a run that is stopped did not send the next one sends."""
+    monkeypatch.setattr("fieldmark.llm.batch.MOST_OPEN", 2)
+    attached: list[str] = []
+
+    def attach(item: Item) -> list[Message]:
+        attached.append(item.messages[0]["content"])
+        if attached == list("abcd"):
+            raise KeyboardInterrupt
+        return item.messages
+
+    def under_way() -> int:
+        return sum(batch["status"] in ("validating", "in_progress") for batch in server.batches.values())
+
+    most = []
+    find = server.make_batch
+    monkeypatch.setattr(server, "make_batch", lambda request: (find(request), most.append(under_way()))[0])
+    llm = llm_of(server, batch_requests=1)
+    with pytest.raises(KeyboardInterrupt):
+        live_answers(STAGE, items_of("abcdefg"), PROMPT, llm, OUTPUT, attach=attach)
+    rows = live_answers(STAGE, items_of("abcdefg"), PROMPT, llm, OUTPUT, attach=attach)
+    assert outcomes(rows) == [("ok", 1)] * 7
+    assert (max(most), len(server.uploads), len(server.batched)) == (2, 7, 7)
+
+
+def test_answers_are_on_the_disk_before_their_batch_counts_as_ended(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share one wait for the disk; if the power fails before it, the batch is read again."""
+    done: list[str] = []
+    sync, keep = Journal.sync, Journal.keep
+
+    def synced(self: Journal) -> None:
+        done.append("sync")
+        sync(self)
+
+    def kept(self: Journal, line: bytes) -> int:
+        done.extend(["ended"] * (b'"ended"' in line))
+        return keep(self, line)
+
+    monkeypatch.setattr(Journal, "sync", synced)
+    monkeypatch.setattr(Journal, "keep", kept)
+    ask(server, "abcd", batch_requests=2)
+    assert done == ["sync", "ended", "sync", "ended"]

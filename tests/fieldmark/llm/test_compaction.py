@@ -1,0 +1,159 @@
+"""Compaction takes lines out and changes nothing of what is read, whoever asks, reads or is killed meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fieldmark.command import UserError
+from fieldmark.llm import compaction
+from fieldmark.llm.batch import read_uploads, record_path
+from fieldmark.llm.compaction import compact
+from fieldmark.llm.held import Held
+from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
+from fieldmark.llm.turn import Spent, Turn
+from fieldmark.store import canonical_json
+from tests.fieldmark.llm.workspace import REPOSITORY, row_with
+
+STAGE = "test_stage"
+# By key the statuses that came, one after the other, and which of them counts.
+CAME = {
+    "mended": ["invalid", "truncated", "ok", "invalid"],
+    "twice": ["ok", "ok"],
+    "bad": ["refused", "invalid"],
+    "once": ["ok"],
+}
+
+
+@pytest.fixture(autouse=True)
+def journal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("FIELDMARK_CACHE", str(tmp_path))
+    with Journal(journal_path(STAGE)) as lines:
+        for turn in range(4):
+            for key, statuses in CAME.items():
+                if turn < len(statuses):
+                    values = {"item_key": key, "status": statuses[turn], "response_json": f'"{key} {turn}"'}
+                    lines.append(Entry(row_with(**values), "http://x", 0.5))
+    return journal_path(STAGE)
+
+
+def answers(path: Path) -> dict[str, Entry]:
+    return read_journal(path, CAME)
+
+
+def test_what_is_read_stays_and_the_rest_goes(journal: Path) -> None:
+    before, content = answers(journal), journal.read_bytes()
+    journal.write_bytes(content + b"no entry\n" + b"x" * 33 * 2**20 + b"\n" + content[-60:-1])
+    [done] = compact(STAGE)
+    assert answers(journal) == before
+    assert [entry.row["response_json"] for entry in before.values()] == [
+        '"mended 2"', '"twice 1"', '"bad 1"', '"once 0"',
+    ]  # fmt: skip
+    # What somebody may mend stays, whole; a line that a kill tore does not.
+    assert done.lines == (12, 6)
+    assert [len(line) for line in journal.read_bytes().splitlines()].count(33 * 2**20) == 1
+    assert b"no entry\n" in journal.read_bytes()
+    again = journal.read_bytes()
+    compact(STAGE)
+    assert journal.read_bytes() == again
+
+
+def test_nobody_who_asks_or_counts_is_passed_by(journal: Path) -> None:
+    before = journal.read_bytes()
+    with Turn(STAGE), pytest.raises(UserError, match="a process asks and keeps its answers there"):
+        compact(STAGE)
+    assert journal.read_bytes() == before
+    compact(STAGE)
+    # Limits count from the new end: what is journalled next, and no old line.
+    with Turn(STAGE) as turn:
+        assert turn.spent() == Spent(0, 0.0)
+        with Journal(journal) as lines:
+            lines.append(Entry(row_with(item_key="new"), "http://x", 0.25))
+        assert turn.spent() == Spent(1, 0.25)
+    with pytest.raises(UserError, match="there is no journal of that stage"):
+        compact("another")
+
+
+def test_who_comes_while_it_runs_counts_from_the_new_end(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Turn that waits for the compaction reads the byte that it left."""
+    rewrite = compaction.rewrite
+
+    def and_look(*arguments: Any) -> Any:
+        done = rewrite(*arguments)
+        told = int(journal.with_suffix(".asking").read_bytes())
+        assert told == journal.stat().st_size
+        return done
+
+    monkeypatch.setattr(compaction, "rewrite", and_look)
+    compact(STAGE)
+
+
+def test_places_in_an_old_journal_are_read_after_it_was_compacted(journal: Path, tmp_path: Path) -> None:
+    output = tmp_path / "none.parquet"
+    places = {key: place for place, key in enumerate(CAME)}
+    bad: dict[Path, list[str]] = {output: [], journal: []}
+    held = Held(places, output, journal, lambda row: bool(row["status"] == "ok"), bad)
+    compact(STAGE)
+    assert {key: row["response_json"] for key, row in held.items()} == {
+        "mended": '"mended 2"', "twice": '"twice 1"', "once": '"once 0"',
+    }  # fmt: skip
+    assert held.base_urls == {"http://x"}
+
+
+def test_batches_that_ended_go_and_open_ones_stay(journal: Path) -> None:
+    def line(name: str, **content: Any) -> str:
+        return canonical_json({"base_url": "http://x", "file_id": name, **content}) + "\n"
+
+    asked = [["key", "subject", 0, None, []]]
+    for name in ("done", "open"):
+        with record_path(STAGE).open("a") as file:
+            file.write(line(name, prompt_sha="0", asked=asked) + line(name, batch_id=f"batch of {name}"))
+    with record_path(STAGE).open("a") as file:
+        file.write(line("done", ended="completed") + "no record\n")
+    before = read_uploads(STAGE, {"key"})
+    compact(STAGE)
+    assert read_uploads(STAGE, {"key"}) == before
+    assert [upload.batch_id for upload in before] == ["batch of open"]
+    said = record_path(STAGE).read_text()
+    assert (said.count('"done"'), said.count("no record"), said.count("\n")) == (0, 1, 3)
+
+
+KILLED = """
+import os, signal, sys
+from fieldmark import store
+from fieldmark.llm.compaction import compact
+moment, count = int(sys.argv[1]), 0
+for name in ("write", "replace", "fsync", "ftruncate"):
+    def dies(*arguments, do=getattr(os, name)):
+        global count
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do(*arguments)
+    setattr(os, name, dies)
+compact("test_stage")
+"""
+
+
+def test_killed_at_any_step_it_leaves_all_answers_and_no_lock(journal: Path) -> None:
+    before = answers(journal)
+    script = journal.with_name("killed.py")
+    script.write_text(KILLED)
+    for moment in range(1, 9):
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run([sys.executable, str(script), str(moment)], env=environment, check=False)
+        assert answers(journal) == before
+        with Turn(STAGE) as turn:
+            # Nothing that was asked before counts as free: too much may count, never less than what is asked now.
+            with Journal(journal) as lines:
+                lines.append(Entry(row_with(item_key="new"), "http://x", 0.25))
+            assert turn.spent().usd >= 0.25
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+    assert done.returncode == 0
+    assert moment > 2
