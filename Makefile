@@ -9,6 +9,8 @@ PYTHON ?= python3
 RUN ?=
 NAME ?=
 export REMOTE ?=
+export PARTS ?=
+export ENCODER ?=
 PROFILE ?=
 SHELL := /bin/bash
 
@@ -60,12 +62,18 @@ compare: setup
 	@test -n "$(NAME)" || { echo "error: make compare NAME=NAME, a file of studies/ without .yaml" >&2; exit 1; }
 	@python -m evaluation.compare --name "$(NAME)"
 
-# What `dvc repro --single-item train@RUN` reads, and nothing else: no images, no key, no GPU needed.
+# What `dvc repro --single-item train@RUN` reads, and nothing else: no images, no key, no GPU needed. PARTS="moments
+# graphs", ENCODER=NAME or both bring these parts of the cache in its place (python -m tools.inputs --help lists them).
 pull: setup
+ifneq ($(strip $(PARTS)$(ENCODER)),)
+	@paths=$$(python -m tools.inputs $(if $(strip $(PARTS)),--parts $(PARTS)) \
+		$(if $(strip $(ENCODER)),--encoder $(ENCODER))) && dvc pull $$paths
+else
 	@test -n "$(RUN)" || { echo "error: make pull RUN=NAME, a name under train.runs in params.yaml" >&2; exit 1; }
 	@dvc pull --quiet data/inputs && paths=$$(python -m tools.inputs train@$(RUN)) && dvc pull $$paths
+endif
 
-# Push every output to the remote. REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH sets it first, named `share`.
+# Push every output to the remote, or those of PARTS and ENCODER. REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH sets it first, named `share`.
 share: setup
 	@python -m tools.share
 

@@ -1,4 +1,5 @@
-"""Which data a stage reads that a remote can hold, as dvc.lock and, for a run, data/inputs/RUN.json list them.
+"""Which data a stage reads that a remote can hold, as dvc.lock and, for a run, data/inputs/RUN.json list them; or which
+outputs are of a part of the cache or of an encoder.
 
 Reads   dvc.lock, dvc.yaml and params.yaml in the working folder, as plain YAML; for a stage train@RUN also
         data/inputs/RUN.json (`dvc pull data/inputs` fetches it). Stages that DVC keeps in dvc.lock though an encoder or
@@ -6,13 +7,19 @@ Reads   dvc.lock, dvc.yaml and params.yaml in the working folder, as plain YAML;
 Writes  to stdout, one path a line. Source code is not listed.
 Costs   nothing.
 
+A part is a folder of data/ (concepts, descriptions, thumbs, bank, labels, graphs, runs ...) or what stands under an
+encoder in data/embed (images, tokens, moments, text, projection). --encoder leaves what is of these encoders: with no
+part all of it, with parts what is both.
+
     dvc pull $(python -m tools.inputs train@linear_probe)
+    dvc pull $(python -m tools.inputs --encoder clip --parts moments graphs)
 """
 
 import argparse
 import difflib
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -24,6 +31,8 @@ PIPELINE = Path("dvc.yaml")
 PARAMS = Path("params.yaml")
 INPUTS = Path("data/inputs")
 RUN = "train@"  # how the stage of a run begins
+# Folders of data/, beside embed, in which each encoder has a file or a folder of its name.
+OF_ENCODERS = {"bank", "graphs", "labels"}
 
 
 def defined_stages() -> set[str]:
@@ -63,6 +72,32 @@ def data_of(name: str) -> list[str]:
     return sorted(set(found))
 
 
+def outputs_of(parts: Sequence[str], encoders: Sequence[str]) -> list[str]:
+    """The outputs in dvc.lock of these parts and encoders (none: all of them), of stages that dvc.yaml defines. Raises
+    UserError for a word of which there is none."""
+    defined = defined_stages()
+    outs = [out for stage, entry in read_stages().items() if stage in defined for out in paths_of(entry, "outs")]
+    words = {out: words_of(out) for out in outs if covers("data", out)}
+    for wanted, option, place in ((parts, "parts", 0), (encoders, "encoder", 1)):
+        known = sorted(set().union(*(of_out[place] for of_out in words.values())))
+        for word in wanted:
+            if word not in known:
+                raise UserError(f"{LOCK}: no output is of {option} {word!r}; it knows {', '.join(known) or 'none'}")
+        words = {out: of_out for out, of_out in words.items() if not wanted or of_out[place] & set(wanted)}
+    if not words:
+        raise UserError(f"{LOCK}: no output is of both, parts {', '.join(parts)} and encoder {', '.join(encoders)}")
+    return sorted(words)
+
+
+def words_of(out: str) -> tuple[set[str], set[str]]:
+    """Of which parts an output below data/ is, and of which encoder."""
+    _, folder, *below = PurePosixPath(out).parts
+    stems = [PurePosixPath(name).stem for name in below]
+    if folder == "embed":
+        return {folder, *stems[1:2]}, set(stems[:1])
+    return {folder}, set(stems[:1]) if folder in OF_ENCODERS else set()
+
+
 def unknown(name: str, stages: dict[str, dict[str, Any]]) -> str:
     """What to say of a stage that is not there; of a run where a run was meant, as `make pull RUN=` does."""
     what, known, wanted = "has no stage", list(stages), name
@@ -85,8 +120,14 @@ def files_of(path: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", metavar="STAGE", help="a stage as dvc.lock names it, e.g. train@linear_probe")
-    for path in data_of(parser.parse_args().stage):
+    parser.add_argument("stage", nargs="?", metavar="STAGE", help="a stage of dvc.lock, e.g. train@linear_probe")
+    parser.add_argument("--parts", nargs="+", default=[], metavar="PART", help="outputs of these parts of the cache")
+    parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME", help="outputs of these encoders")
+    arguments = parser.parse_args()
+    chosen = bool(arguments.parts or arguments.encoder)
+    if chosen == (arguments.stage is not None):
+        parser.error("give a stage, or --parts or --encoder or both of these")
+    for path in outputs_of(arguments.parts, arguments.encoder) if chosen else data_of(arguments.stage):
         print(path)
 
 

@@ -1,15 +1,17 @@
-"""Push every output to DVC's remote: `make share REMOTE=URL` sets the remote first, named `share`.
+"""Push outputs to DVC's remote, all or some: `make share REMOTE=URL` sets the remote first, named `share`.
 
 Reads   REMOTE in the environment (FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH; empty: the remote that is set);
-        dvc.lock, .dvc/config, DVC's cache.
+        PARTS and ENCODER, words with spaces between: only the outputs that tools/inputs.py lists for them; dvc.lock,
+        .dvc/config, DVC's cache.
 Writes  .dvc/config where REMOTE is given, and the remote, by `dvc push`. Where outputs are then still neither in this
-        clone's cache nor on the remote, it names them and ends with an error.
+        clone's cache nor on the remote, it names them and ends with an error; of a share of the outputs, those of it.
 Costs   what has to be sent, and one look at the remote for each file.
 
 .dvc/config is committed. So a REMOTE with a password, a token or a signature in it is refused, and so is a
 .dvc/config that holds one already; they belong into .dvc/config.local.
 
     make share REMOTE=../fieldmark-cache
+    make share ENCODER=clip PARTS="moments graphs"
 """
 
 import argparse
@@ -18,11 +20,13 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from fieldmark.command import UserError, redact, run
-from fieldmark.lock import LOCK
+from fieldmark.lock import LOCK, covers
+from tools.inputs import outputs_of
 
 CONFIG = Path(".dvc/config")
 EXAMPLES = "REMOTE=FOLDER, s3://BUCKET/PATH or ssh://HOST/PATH"
@@ -91,13 +95,14 @@ def dvc(*words: str) -> str:
     return done.stdout
 
 
-def lacking() -> list[str]:
-    """The files of outputs that are neither in this clone's cache nor on the remote."""
+def lacking(outputs: Sequence[str]) -> list[str]:
+    """The files of these outputs (none: of all) that are neither in this clone's cache nor on the remote."""
     status = json.loads(dvc("data", "status", "--granular", "--not-in-remote", "--json"))
-    return sorted(path for path in status.get("not_in_remote", []) if not path.endswith("/"))
+    files = sorted(path for path in status.get("not_in_remote", []) if not path.endswith("/"))
+    return [path for path in files if not outputs or any(covers(out, path) for out in outputs)]
 
 
-def share(remote: str) -> None:
+def share(remote: str, parts: Sequence[str] = (), encoders: Sequence[str] = ()) -> None:
     if not LOCK.is_file():
         raise UserError(f"{LOCK}: is missing: nothing to share; run make repro first")
     if remote:
@@ -105,9 +110,10 @@ def share(remote: str) -> None:
     elif subprocess.run(["dvc", "remote", "default"], capture_output=True, check=False).returncode != 0:
         raise UserError(f"no remote is set; make share {EXAMPLES}")
     check_config()
-    if subprocess.run(["dvc", "push"], check=False).returncode != 0:
+    outputs = outputs_of(parts, encoders) if parts or encoders else []
+    if subprocess.run(["dvc", "push", *outputs], check=False).returncode != 0:
         raise UserError("not all outputs were pushed; mend what dvc push says above and run make share again")
-    missing = lacking()
+    missing = lacking(outputs)
     if missing:
         some = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
         raise UserError(
@@ -119,7 +125,8 @@ def share(remote: str) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    share(os.environ.get("REMOTE", ""))
+    parts, encoders = (os.environ.get(name, "").split() for name in ("PARTS", "ENCODER"))
+    share(os.environ.get("REMOTE", ""), parts, encoders)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fieldmark.command import UserError
-from tools.inputs import data_of, main
+from tools.inputs import data_of, main, outputs_of
 
 LOCK = """\
 schema: '2.0'
@@ -139,3 +139,27 @@ def test_of_a_run_runs_are_listed_and_of_a_stage_stages() -> None:
         data_of("train@nope")
     with pytest.raises(UserError, match=r"^dvc\.lock: has no stage 'nope'; it knows draw_reef, generate_concepts, "):
         data_of("nope")
+
+
+@pytest.mark.parametrize(
+    ("parts", "encoders", "found"),
+    [
+        ([], ["toy"], ["data/embed/toy/images", "data/embed/toy/tokens"]),
+        (["tokens"], ["toy"], ["data/embed/toy/tokens"]),
+        (["concepts", "images"], [], ["data/concepts/answers.parquet", "data/embed/toy/images"]),
+        (["embed"], [], ["data/embed/toy/images", "data/embed/toy/tokens"]),
+        (["runs"], [], ["data/runs/probe"]),
+    ],
+)
+def test_outputs_are_found_by_part_and_by_encoder(parts: list[str], encoders: list[str], found: list[str]) -> None:
+    assert outputs_of(parts, encoders) == found
+
+
+def test_a_part_or_encoder_that_is_not_there_is_one_line() -> None:
+    # A run or the pictures of the demo may have an encoder's name and are not of it.
+    with pytest.raises(UserError, match=r"no output is of encoder 'probe'; it knows toy"):
+        outputs_of([], ["probe"])
+    with pytest.raises(UserError, match=r"no output is of parts 'moment'; it knows concepts, embed, images"):
+        outputs_of(["moment"], [])
+    with pytest.raises(UserError, match="no output is of both, parts runs and encoder toy"):
+        outputs_of(["runs"], ["toy"])
