@@ -45,7 +45,8 @@ from typing import Any
 from fieldmark import store
 from fieldmark.command import UserError, name_some, run, stage_parser
 from fieldmark.concepts.siblings import siblings_of
-from fieldmark.llm.answers import SCHEMA, Item, check_coverage, keep_answers
+from fieldmark.llm.answers import Item, check_coverage, keep_answers
+from fieldmark.llm.held import SCHEMA
 from fieldmark.llm.imported import EDITS, Own, read_own, row_of, start_edit
 from fieldmark.llm.prompts import load_prompt
 from fieldmark.llm.questions import Question, Questions, ask, foresee, write_metrics

@@ -5,6 +5,7 @@ What is shared is a small reef; links between DVC's cache and the outputs are tr
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -254,6 +255,54 @@ def test_a_clone_that_lacks_files_says_so(tmp_path: Path) -> None:
     assert share(first).stdout.endswith("to commit for a second machine: dvc.lock and .dvc/config\n")
     # What the remote has need not be here.
     assert share(second).returncode == 0
+
+
+@pytest.mark.slow
+def test_parts_travel_alone_and_one_image_more_moves_its_bucket(tmp_path: Path) -> None:
+    """A pipeline of two encoders, 16 buckets in each of two folders: what a folder remote gets, in files and bytes."""
+    first, remote = tmp_path / "first", tmp_path / "remote"
+    first.mkdir()
+    (first / "params.yaml").write_text("encoders: {one: {}, two: {}}\n")
+    (first / "make.py").write_text(MAKE_BUCKETS)
+    (first / "more").touch()
+    stage = {"cmd": "python make.py ${key}", "deps": ["make.py", "more"],
+             "outs": ["data/embed/${key}/images", "data/graphs/${key}"]}  # fmt: skip
+    (first / "dvc.yaml").write_text(json.dumps({"stages": {"embed": {"foreach": "${encoders}", "do": stage}}}))
+    git("init", "-q", "-b", "main", cwd=first)
+    command("dvc", "init", "-q", cwd=first)
+    command("dvc", "repro", "-q", cwd=first)
+    commit(first)
+
+    def moved(**words: str) -> tuple[int, int]:
+        """Files and bytes that a share brings to the remote."""
+        before = set(remote.rglob("*"))
+        command(sys.executable, "-m", "tools.share", cwd=first, PYTHONPATH=str(ROOT), REMOTE=str(remote), **words)
+        new = [path for path in remote.rglob("*") if path.is_file() and path not in before]
+        return len(new), sum(path.stat().st_size for path in new)
+
+    files, size = moved(ENCODER="one", PARTS="graphs")
+    assert (files, size) == (17, pytest.approx(16 * 6_400, rel=0.1))
+    assert moved(ENCODER="one")[0] == 17
+    assert moved(PARTS="embed")[0] == 17
+    assert moved()[0] == 17
+    (first / "more").write_text("one image more")
+    command("dvc", "repro", "-q", cwd=first)
+    files, size = moved()
+    # Of each of four folders a bucket and the list of its buckets.
+    assert files == 8
+    assert size < 4 * (6_400 + 16 * 120)
+    assert moved() == (0, 0)
+
+
+MAKE_BUCKETS = """
+import hashlib, pathlib, sys
+for folder in (f"data/embed/{sys.argv[1]}/images", f"data/graphs/{sys.argv[1]}"):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for bucket in range(16):
+        more = pathlib.Path("more").read_text() if bucket == 3 else ""
+        content = hashlib.sha256(f"{folder} {bucket} {more}".encode()).digest() * 200
+        pathlib.Path(folder, f"b{bucket:03d}.parquet").write_bytes(content)
+"""
 
 
 def test_nothing_made_is_nothing_to_share(bare: Path) -> None:

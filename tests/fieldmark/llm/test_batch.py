@@ -509,7 +509,7 @@ def test_what_is_noted_of_a_file_is_a_line_that_can_be_read(
     assert outcomes(ask(server, "abcdefgh")) == [("ok", 2)] * 8
     lines = record_path(STAGE).read_bytes().splitlines()
     assert max(map(len, lines)) < longest + 200
-    assert [server.files[file].count(b"\n") for file in server.uploads][0] == 8
+    assert server.files[server.uploads[0]].count(b"\n") == 8
     assert len(server.uploads) > 3
     assert len(server.batched) == 16
 
