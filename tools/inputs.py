@@ -78,15 +78,16 @@ def outputs_of(parts: Sequence[str], encoders: Sequence[str]) -> list[str]:
     defined = defined_stages()
     outs = [out for stage, entry in read_stages().items() if stage in defined for out in paths_of(entry, "outs")]
     words = {out: words_of(out) for out in outs if covers("data", out)}
+    found = set(words)
     for wanted, option, place in ((parts, "parts", 0), (encoders, "encoder", 1)):
         known = sorted(set().union(*(of_out[place] for of_out in words.values())))
         for word in wanted:
             if word not in known:
                 raise UserError(f"{LOCK}: no output is of {option} {word!r}; it knows {', '.join(known) or 'none'}")
-        words = {out: of_out for out, of_out in words.items() if not wanted or of_out[place] & set(wanted)}
-    if not words:
+        found = {out for out in found if not wanted or words[out][place] & set(wanted)}
+    if not found:
         raise UserError(f"{LOCK}: no output is of both, parts {', '.join(parts)} and encoder {', '.join(encoders)}")
-    return sorted(words)
+    return sorted(found)
 
 
 def words_of(out: str) -> tuple[set[str], set[str]]:
