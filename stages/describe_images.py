@@ -13,8 +13,8 @@ Costs   llm.mode live or batch: one call for each image or cell whose answer is 
         which lies in .cache/ of the original checkout of an experiment or worktree (or in $FIELDMARK_CACHE); see
         --dry-run. llm.mode replay, or describe.enabled false: nothing. Of several runs at a time one asks and the
         others wait for its answers. Memory does not grow with the images' sizes: a picture is opened when it is its
-        turn. It grows by about 0.6 kB an image, for keys and places: items, rows and sentences are made, read and
-        written a row group at a time (bench/llm_batch.py).
+        turn. It grows by a key and a few places an image: items, rows and sentences are made, read and written a row
+        group at a time (bench/llm_batch.py).
 
 The image goes as a JPEG of at most describe.image_px; no class, folder or file name leaves this machine.
 

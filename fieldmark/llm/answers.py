@@ -118,7 +118,7 @@ def answers_with(row: Row, prompt: Prompt) -> bool:
 def plan_calls(stage: str, items: Sequence[Item], prompt: Prompt, llm: Llm, output: Path) -> PlannedCalls:
     """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing.
 
-    Of a million items memory holds keys and places: 0.3 kB each.
+    Memory holds a key and places an item, no item and no row.
     """
     keys = [item_key(item, prompt, llm) for item in items]
     bad: dict[Path, list[str]] = {output: [], journal_path(stage): [], record_path(stage): []}
