@@ -27,6 +27,7 @@ from training.links import TRANSDUCTIVE, is_transductive
 from training.loop import assess_split, predict, predict_all
 from training.methods import Fitted, NotPossible, borrows_others, load_method, reads_of, single_points
 from training.metrics import (
+    Measure,
     ahead,
     calibration_gap,
     class_rates,
@@ -228,9 +229,8 @@ def measure_run(logits: np.ndarray, cache: Cache, judged: str) -> dict[str, Any]
         images = np.flatnonzero(cache.split == split)
         if not len(images):
             continue
-        right, before, losses, sure = (
-            in_blocks(measure, logits, y, images) for measure in (correct, ahead, log_losses, confidence)
-        )
+        measures: tuple[Measure, ...] = (correct, ahead, log_losses, confidence)
+        right, before, losses, sure = (in_blocks(measure, logits, y, images) for measure in measures)
         within = class_rates(right, y[images], logits.shape[1])
         metrics[split] |= {
             "accuracy": float(right.mean()),

@@ -17,11 +17,10 @@ Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
 TIERS = ("few", "medium", "many")
 ROOM = 2**22  # logits that are looked at at a time
+Measure = Callable[[Floats, Ints], NDArray[Any]]  # of logits (n, C) and y (n,), a number an image (n,)
 
 
-def in_blocks(
-    measure: Callable[[Floats, Ints], NDArray[Any]], logits: Floats, y: Ints, images: Ints | None = None
-) -> NDArray[Any]:
+def in_blocks(measure: Measure, logits: Floats, y: Ints, images: Ints | None = None) -> NDArray[Any]:
     """(n,): measure(logits, y), a number an image, found for some images at a time; of `images` alone where given."""
     images = np.arange(len(y)) if images is None else images
     step = max(1, ROOM // max(logits.shape[1], 1))

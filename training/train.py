@@ -52,7 +52,7 @@ from training.links import TRANSDUCTIVE, check_links, is_transductive, named
 from training.looks import check_looks, plan_look
 from training.loop import choose_device, predict_all, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings, reads_of
-from training.metrics import ahead, class_rates, correct, in_blocks, log_losses
+from training.metrics import Measure, ahead, class_rates, correct, in_blocks, log_losses
 from training.regimes import Folds, Regime, hide_test, read_regime
 from training.runs import SCHEMA, history_csv, write_json, write_predictions
 
@@ -121,7 +121,8 @@ def figures_by_split(logits: np.ndarray, cache: Cache) -> dict[str, Numbers]:
     """By split, the half of val that chooses among them: how good logits (n, C) of all images are."""
     numbers = {}
     y = cache.y.numpy()
-    right, before, losses = (in_blocks(measure, logits, y) for measure in (correct, ahead, log_losses))
+    measures: tuple[Measure, ...] = (correct, ahead, log_losses)
+    right, before, losses = (in_blocks(measure, logits, y) for measure in measures)
     for split in (*SPLITS, "choose"):
         chosen = cache.split == split
         numbers[split] = {

@@ -112,7 +112,8 @@ class EncoderFiles:
         return self.keep("mask", [self.nodes_folder], lambda zeros: {"mask": self.read_mask()})["mask"]
 
     def read_mask(self) -> np.ndarray:
-        folder, placed = self.nodes_folder, []
+        folder = self.nodes_folder
+        placed: list[tuple[np.ndarray, np.ndarray]] = []
         for table, row in self.tables(folder, "embed.nodes/1", ["image_id", "view", "node"]):
             placed.append((row, column(table, "node")))
         most = max(int(node.max(initial=0)) for _, node in placed)

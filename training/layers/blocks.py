@@ -57,7 +57,7 @@ class Span:
 
     def __init__(self, x: Tensor | None) -> None:
         """Of rows x (m, F): at most min(m, F) axes. None stands for rows of which there are more than dimensions."""
-        self.axes = None
+        self.axes: Tensor | None = None
         if x is not None and x.shape[1] > len(x):
             # Householder's: axes are orthonormal to the last digits even where rows nearly depend on each other.
             self.axes = torch.linalg.qr(x.double().T)[0].to(x.dtype)

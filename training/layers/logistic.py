@@ -185,7 +185,8 @@ def minimise(
         nonlocal passes
         passes += 1
         optimiser.zero_grad()
-        penalty, total = l2 / 2 * linear.weight.square().sum(), None
+        penalty = l2 / 2 * linear.weight.square().sum()
+        total: Tensor | None = None
         for loss in losses():
             # The penalty goes with the first block, so that one block alone is one sum.
             part = loss + penalty if total is None else loss

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -64,12 +65,11 @@ def test_blocks_of_rows_sum_to_the_same_fit(told: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("method", [linear_probe, lda, ridge])
 def test_probes_read_the_rows_that_they_do_not_keep_and_say_the_same(
-    method: object, planted: Planted, monkeypatch: pytest.MonkeyPatch
+    method: Any, planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = planted(Plan(views=2, noise=2.0))
-    module: object = method
-    settings = module.Settings(features=["global", "pooled"])  # type: ignore[attr-defined]
-    whole = module.fit(cache, settings, 0)  # type: ignore[attr-defined]
+    settings = method.Settings(features=["global", "pooled"])
+    whole = method.fit(cache, settings, 0)
     largest = 0
     cut = Cache.batch
 
@@ -83,7 +83,7 @@ def test_probes_read_the_rows_that_they_do_not_keep_and_say_the_same(
     monkeypatch.setattr("training.layers.features.ROOM", 700)
     monkeypatch.setattr(logistic, "ROOM", 700)
     monkeypatch.setattr(Cache, "batch", count)
-    read = module.fit(cache, settings, 0)  # type: ignore[attr-defined]
+    read = method.fit(cache, settings, 0)
     assert largest <= 700 // 32  # images at a time, of 68 numbers or fewer
     assert read.chosen == whole.chosen
     for one, other in zip(read.history, whole.history, strict=True):
