@@ -44,9 +44,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
-from fieldmark import informative, store
+from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
 from fieldmark.documents import RULES as DOCUMENT_RULES
@@ -82,6 +81,11 @@ def choose_images(image_ids: list[str], params: Params) -> tuple[list[str], list
     by, buckets = Path(params.describe.by), params.dataset.buckets
     if params.describe.share == 1 or not image_ids:
         return image_ids, []
+    # torch takes two seconds to import, and a choice alone needs it.
+    import torch
+
+    from fieldmark import informative
+
     mark = store.read_folder_header(by, "embed.nodes/1", buckets).fingerprint
     # A bucket at a time: of its rows, most are of parts of pictures.
     table = pa.concat_tables([whole_pictures(store.bucket_path(by, bucket)) for bucket in range(buckets)])

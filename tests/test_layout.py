@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
@@ -33,6 +35,17 @@ OPENS_THUMBS = Path("fieldmark/labels/pixels.py")
 # Every knob stands under `params:` of the stage that reads it, and command.py says errors and help: neither decides
 # what a stage writes. Listed, an edit of them would run every stage again.
 NOT_LISTED = {Path("fieldmark/params.py"), Path("fieldmark/command.py")}
+# A stage is a process of its own, and most often finds little to do: what takes seconds to import is imported by those
+# alone that compute with it. torch takes two, open_clip six with all that it brings.
+WITHOUT_TORCH = [
+    "tools.inputs", "tools.preflight", "tools.profiles", "tools.repro", "tools.share", "stages.draw_reef",
+    "stages.index_images", "stages.clean_concepts", "stages.generate_concepts", "stages.describe_images", "stages.ask",
+]
+WITHOUT_ENCODERS = [
+    "stages.select_concepts", "stages.label_patches", "stages.build_graphs", "stages.link_images",
+    "training.plan_first_looks", "training.first_look", "training.plan_runs", "training.train", "evaluation.report",
+]
+OF_ENCODERS = {"open_clip", "timm", "torchvision", "transformers", "torch_geometric", "sklearn", "scipy", "pandas"}
 STAGES: dict[str, dict[str, Any]] = {
     name: stage.get("do", stage)
     for name, stage in YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"].items()
@@ -93,6 +106,23 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     except CycleError as error:
         circle = error.args[1]
     refuse([" is imported by ".join(map(str, circle))] if circle else [])
+
+
+def test_what_computes_little_imports_little() -> None:
+    """All in one process, what imports least first: the first of them that brings a library is named."""
+    refused = {each: {"torch", *OF_ENCODERS} for each in WITHOUT_TORCH} | dict.fromkeys(WITHOUT_ENCODERS, OF_ENCODERS)
+    script = "\n".join([
+        "import importlib, sys",
+        "seen = set()",
+        f"for module, names in {refused}.items():",
+        "    importlib.import_module(module)",
+        "    found = names & set(sys.modules) - seen",
+        "    seen |= found",
+        "    [print(module, 'imports', each) for each in found]",
+    ])
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    refuse(done.stdout.splitlines())
 
 
 def test_nouns_have_no_command() -> None:
