@@ -98,13 +98,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def with_data(folder: Path, data: Path) -> Path:
+    """A folder, with that cache as its data/."""
+    (folder / "data").mkdir()
+    for entry in data.iterdir():
+        (folder / "data" / entry.name).symlink_to(entry)
+    return folder
+
+
 @pytest.fixture
 def project(data: Path, tmp_path: Path) -> Path:
-    """A folder with that cache as data/, in which studies are run."""
-    (tmp_path / "data").mkdir()
-    for entry in data.iterdir():
-        (tmp_path / "data" / entry.name).symlink_to(entry)
-    return tmp_path
+    """A folder in which studies are run."""
+    return with_data(tmp_path, data)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a folder in which the study SMALL has run. For reading and copies only."""
+    folder = with_data(tmp_path_factory.mktemp("finished"), data)
+    ran(folder)
+    return folder
 
 
 def write_params(folder: Path, blocks: dict[str, Any] | None = None, **studies: dict[str, Any]) -> Path:
@@ -165,10 +178,10 @@ def run_small(folder: Path, *arguments: str, **environment: str) -> subprocess.C
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_every_run_is_written_whole(project: Path) -> None:
-    plan = ran(project)
+def test_every_run_is_written_whole(finished: Path) -> None:
+    plan, grid = planned(finished)
     assert len(made(plan)) == RUNS + SEARCHES
-    for cell in cells(plan, 0):
+    for cell in grid:
         folder = plan.folder / cell.run
         assert sorted(file.name for file in folder.iterdir()) == WRITTEN
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
@@ -189,7 +202,7 @@ def test_every_run_is_written_whole(project: Path) -> None:
             assert metrics[split]["images"] == of_split.sum()
         assert metrics["test"] == {"images": 6 * len(classes)}
         assert config["control"]["name"] == cell.control.name
-        assert not any(str(project) in (folder / name).read_text(errors="ignore") for name in WRITTEN)
+        assert not any(str(finished) in (folder / name).read_text(errors="ignore") for name in WRITTEN)
 
 
 def test_few_shot_settings_come_from_development_classes_only(project: Path) -> None:
@@ -230,10 +243,10 @@ def test_the_search_is_scored_on_all_that_a_draw_leaves_over_but_test(
         assert not any(path.startswith(("test", "hidden")) for path in paths)
 
 
-def test_shots_are_shared_by_methods_and_val_is_not_trained_on(project: Path) -> None:
-    plan = ran(project, controls=["none"])
+def test_shots_are_shared_by_methods_and_val_is_not_trained_on(finished: Path) -> None:
+    plan, grid = planned(finished)
     shots: dict[int, set[frozenset[str]]] = {}
-    for cell in cells(plan, 0):
+    for cell in grid:
         if plan.searched(cell):
             table = pq.read_table(plan.folder / cell.run / "predictions.parquet")
             rows = zip(table["path"].to_pylist(), table["split"].to_pylist(), strict=True)
@@ -244,10 +257,12 @@ def test_shots_are_shared_by_methods_and_val_is_not_trained_on(project: Path) ->
     assert first != second
 
 
-def test_what_is_there_is_not_made_again(project: Path) -> None:
-    plan = ran(project)
+def test_what_is_there_is_not_made_again(project: Path, finished: Path) -> None:
+    shutil.copytree(finished / "data/studies", project / "data/studies")
+    plan, grid = planned(project)
     before = made(plan)
-    assert run_study(plan, cells(plan, 0), 1) == 0
+    assert len(before) == RUNS + SEARCHES
+    assert run_study(plan, grid, 1) == 0
     assert made(plan) == before
     # Another seed adds its runs; another knob makes one method's anew, and nothing else.
     more = ran(project, seeds=3)
