@@ -111,7 +111,10 @@ def test_unknown_key_stops_every_stage_with_one_line(made: Path, tmp_path: Path)
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path, tmp_path: Path) -> None:
+# What a run reads stands in its plan, and a run is made anew when its plan changed (the test of plans below): training
+# besides, which takes most of the time, shows that DVC does so, and brings back what an undone edit had given.
+@pytest.mark.parametrize("last", ["plan_runs", pytest.param("train", marks=pytest.mark.slow)])
+def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path, tmp_path: Path, last: str) -> None:
     """Promise 2: live against a local server; undoing the edit calls nobody and restores the bytes.
 
     Runs that read no text are left alone too.
@@ -120,30 +123,36 @@ def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path
     shutil.copytree(made, folder, symlinks=True)
     prompt = folder / "prompts/concepts.md"
     text, classes = prompt.read_text(), 24
+    refits = OF_TEXT if last == "train" else set()
 
-    def run() -> tuple[int, set[str], dict[str, bytes], dict[str, tuple[int, bytes]]]:
-        before = len(server.calls)
-        made_anew = refitted(folder, "train", OPENAI_API_KEY="sk-test-key-123")
+    def plans() -> dict[str, bytes]:
+        return {path.stem: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")}
+
+    def run() -> tuple[int, set[str], set[str], dict[str, bytes], dict[str, tuple[int, bytes]]]:
+        before, planned = len(server.calls), plans()
+        made_anew = refitted(folder, last, OPENAI_API_KEY="sk-test-key-123")
+        changed = {name for name, plan in plans().items() if plan != planned[name]}
         files = [*image_files(folder), *folder.glob("data/graphs/*/*")]
         files += [file for name in set(RUNS) - OF_TEXT for file in (folder / "data/runs" / name).iterdir()]
         untouched = {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
         made_of_text = {path: (folder / path).read_bytes() for path in (
             "data/concepts/answers.parquet", "data/bank/reef.parquet", "data/labels/reef/b000.parquet",
-        )}
-        return len(server.calls) - before, made_anew, made_of_text, untouched
+        )} | plans()
+        return len(server.calls) - before, changed, made_anew, made_of_text, untouched
 
     with OpenAIServer() as server:
         edit_params(folder, lambda params: params["llm"].update(mode="live", base_url=server.base_url))
-        calls, made_anew, first, images = run()
-        assert (calls, made_anew) == (classes, OF_TEXT)
+        calls, changed, made_anew, first, images = run()
+        assert (calls, changed, made_anew) == (classes, OF_TEXT, refits)
         prompt.write_text(text.replace("based on just a photo", "seen in just one photo"))
-        calls, made_anew, edited, after = run()
-        assert (calls, made_anew) == (classes, OF_TEXT)
+        calls, changed, made_anew, edited, after = run()
+        assert (calls, changed, made_anew) == (classes, OF_TEXT, refits)
         assert after == images
         assert edited["data/concepts/answers.parquet"] != first["data/concepts/answers.parquet"]
         prompt.write_text(text)
-        calls, made_anew, undone, after = run()
-        assert (calls, made_anew) == (0, set())  # DVC remembers what these inputs gave
+        calls, changed, made_anew, undone, after = run()
+        # DVC remembers what these inputs gave.
+        assert (calls, changed, made_anew) == (0, OF_TEXT, set())
         assert undone == first
         assert after == images
 
