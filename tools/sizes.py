@@ -129,7 +129,8 @@ def draw_artefacts(encoder: ImageEncoder, params: Params, classes: int) -> dict[
     nodes = found[f"embed/{name}/images"].rows
     found[f"graphs/{name}"] = Drawn(link(nodes, params), "graphs/1")
     if name in params.encoders:
-        found[f"labels/{name}"] = Drawn(label_drawn(nodes, params, classes), "labels/1")
+        concepts = count_concepts(name, params, classes)
+        found[f"labels/{name}"] = Drawn(label_drawn(nodes, params, classes, concepts), "labels/1")
     return found
 
 
@@ -138,23 +139,25 @@ def link(nodes: pa.Table, params: Params) -> pa.Table:
     return graph_rows(nodes.combine_chunks(), params.graphs).cast(store.arrow_schema("graphs/1"))
 
 
-def label_drawn(nodes: pa.Table, params: Params, classes: int) -> pa.Table:
-    """labels/1 of nodes, with drawn concepts, means and centres, as many as `select` and `labels` ask for.
+def count_concepts(encoder: str, params: Params, classes: int) -> int:
+    """The concepts that the bank keeps; before there is one, as many as `select` may keep."""
+    bank = Path("data/bank") / f"{encoder}.parquet"
+    if not bank.is_file():
+        return classes * params.select.per_class
+    return int(pc.sum(store.read_table(bank, "bank/1", ["kept"])["kept"]).as_py() or 0)
+
+
+def label_drawn(nodes: pa.Table, params: Params, classes: int, count: int) -> pa.Table:
+    """labels/1 of nodes, with `count` drawn concepts, and means and centres as `labels` asks for them.
 
     Density of pixels needs pictures; another one takes as many bytes.
     """
     settings = params.labels.model_copy(update={"inside_object": False})
     if settings.density == "pixel":
         settings = settings.model_copy(update={"density": "neg_entropy"})
-    concepts, numbers = draw_concepts(nodes, params, classes)
-    table = label(nodes, concepts, numbers, SCALE, settings, draw_reference(nodes, settings, classes))
+    concepts, reference = draw_unit(count, dimension_of(nodes)), draw_reference(nodes, settings, classes)
+    table = label(nodes, concepts, np.arange(count), SCALE, settings, reference)
     return table.cast(store.arrow_schema("labels/1"))
-
-
-def draw_concepts(nodes: pa.Table, params: Params, classes: int) -> tuple[Tensor, np.ndarray]:
-    """Unit vectors of the concepts that may be kept, and their numbers."""
-    count = classes * params.select.per_class
-    return draw_unit(count, dimension_of(nodes)), np.arange(count)
 
 
 def draw_reference(nodes: pa.Table, settings: Labels, classes: int) -> Reference:
