@@ -310,7 +310,9 @@ def measure_rates(planner: Planner, sources: list[Source]) -> Rates:
             tokens=measure([tokens], some).rate * (params.embed.views + 1) if tokens else None,
             moments=measure(moments, some).rate * (params.embed.views + 1) if moments else None,
             linked=len(nodes) / seconds_to(link, nodes, params),
-            labelled=len(nodes) / seconds_to(label_drawn, nodes, params, planner.classes, concepts) if of_text else None,
+            labelled=(
+                len(nodes) / seconds_to(label_drawn, nodes, params, planner.classes, concepts) if of_text else None
+            ),
         )  # fmt: skip
     return Rates(
         machine=describe_machine(), classes=planner.classes, index=measure_index(planner.params), encoders=encoders
