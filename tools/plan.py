@@ -40,6 +40,7 @@ from pydantic import ValidationError
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.encoders.base import ImageEncoder, choose_device
+from fieldmark.encoders.clip import LoadedEncoder
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import nodes_of
 from fieldmark.encoders.passes import Product, free_space, measure, measure_rate, parse_count
@@ -50,7 +51,6 @@ from stages.index_images import hash_files, look_at
 from tools.sizes import (
     IMAGES,
     Drawn,
-    count_concepts,
     draw_artefacts,
     label_drawn,
     link,
@@ -302,7 +302,7 @@ def measure_rates(planner: Planner, sources: list[Source]) -> Rates:
         found = measure([nodes_of(encoder, params.embed)], some)
         tokens, moments = tokens_product(encoder, params), moments_products(encoder, params)
         nodes = pa.concat_tables(rows for rows, in found.tables)
-        of_text, concepts = name in params.encoders, count_concepts(name, params, planner.classes)
+        classes, of_text = planner.classes, isinstance(encoder, LoadedEncoder)
         encoders[name] = EncoderRates(
             settings=params.image_encoder(name).model_dump(mode="json"),
             device=str(encoder.device),
@@ -310,9 +310,7 @@ def measure_rates(planner: Planner, sources: list[Source]) -> Rates:
             tokens=measure([tokens], some).rate * (params.embed.views + 1) if tokens else None,
             moments=measure(moments, some).rate * (params.embed.views + 1) if moments else None,
             linked=len(nodes) / seconds_to(link, nodes, params),
-            labelled=(
-                len(nodes) / seconds_to(label_drawn, nodes, params, planner.classes, concepts) if of_text else None
-            ),
+            labelled=len(nodes) / seconds_to(label_drawn, nodes, params, classes, encoder) if of_text else None,
         )  # fmt: skip
     return Rates(
         machine=describe_machine(), classes=planner.classes, index=measure_index(planner.params), encoders=encoders

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fieldmark import store
 from fieldmark.encoders.base import ImageEncoder
+from fieldmark.encoders.clip import LoadedEncoder
 from fieldmark.encoders.layers import choose_layers, find_tower
 from fieldmark.encoders.nodes import nodes_of
 from fieldmark.encoders.passes import Product, Size, size_of
@@ -40,8 +41,6 @@ from training.runs import write_predictions
 
 # Images that are drawn, and the side of a picture in pixels, of which only the boxes of its nodes depend.
 IMAGES, SIDE = 24, 512
-# The scale of cosines that open_clip models are trained to; it decides how the weights of labels spread.
-SCALE = 100.0
 # Bytes of a node or a view in memory, beside its vectors: the mask; the four sides of a box.
 MASK, BOX = 1, 16
 # Of an edge the two nodes and the two weights; of a view where its edges start, and how many there are.
@@ -128,9 +127,8 @@ def draw_artefacts(encoder: ImageEncoder, params: Params, classes: int) -> dict[
         found[f"embed/{name}/moments/{product.folder.name}"] = Drawn(draw_rows(product), product.schema)
     nodes = found[f"embed/{name}/images"].rows
     found[f"graphs/{name}"] = Drawn(link(nodes, params), "graphs/1")
-    if name in params.encoders:
-        concepts = count_concepts(name, params, classes)
-        found[f"labels/{name}"] = Drawn(label_drawn(nodes, params, classes, concepts), "labels/1")
+    if isinstance(encoder, LoadedEncoder):
+        found[f"labels/{name}"] = Drawn(label_drawn(nodes, params, classes, encoder), "labels/1")
     return found
 
 
@@ -147,16 +145,17 @@ def count_concepts(encoder: str, params: Params, classes: int) -> int:
     return int(pc.sum(store.read_table(bank, "bank/1", ["kept"])["kept"]).as_py() or 0)
 
 
-def label_drawn(nodes: pa.Table, params: Params, classes: int, count: int) -> pa.Table:
-    """labels/1 of nodes, with `count` drawn concepts, and means and centres as `labels` asks for them.
+def label_drawn(nodes: pa.Table, params: Params, classes: int, encoder: LoadedEncoder) -> pa.Table:
+    """labels/1 of nodes, with drawn concepts, and means and centres as `labels` asks for them.
 
     Density of pixels needs pictures; another one takes as many bytes.
     """
     settings = params.labels.model_copy(update={"inside_object": False})
     if settings.density == "pixel":
         settings = settings.model_copy(update={"density": "neg_entropy"})
+    count = count_concepts(encoder.name, params, classes)
     concepts, reference = draw_unit(count, dimension_of(nodes)), draw_reference(nodes, settings, classes)
-    table = label(nodes, concepts, np.arange(count), SCALE, settings, reference)
+    table = label(nodes, concepts, np.arange(count), encoder.logit_scale, settings, reference)
     return table.cast(store.arrow_schema("labels/1"))
 
 
