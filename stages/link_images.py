@@ -42,18 +42,19 @@ SUMMED = 4096
 def read_vectors(folder: Path, schema: str, buckets: int, image_ids: Sequence[str]) -> np.ndarray:
     """(n, D) float16: view 0 of these images, sorted, and of nodes node 0. Raises UserError where one is missing."""
     columns = ["image_id", "view", "vector", *(["node"] if schema == "embed.nodes/1" else [])]
-    wanted = pa.array(image_ids, store.TEXT)
+    # Made once: Arrow's index_in would hash all images anew for every row group.
+    place_of = {image_id: place for place, image_id in enumerate(image_ids)}
     vectors, present = np.empty((0, 0), np.float16), np.zeros(len(image_ids), dtype=bool)
     for bucket in range(buckets):
         for group in store.iterate_groups(store.bucket_path(folder, bucket), schema, columns):
             whole = pc.field("view") == 0
             table = group.filter(whole & (pc.field("node") == 0) if "node" in columns else whole)
-            table = table.filter(pc.is_in(table["image_id"], value_set=wanted))
             if not len(vectors):
                 vectors = np.empty((len(image_ids), table.schema.field("vector").type.list_size), np.float16)
-            place = pc.index_in(table["image_id"], value_set=wanted).to_numpy()
-            vectors[place] = store.vectors_of(table)
-            present[place] = True
+            places = np.array([place_of.get(each, -1) for each in table["image_id"].to_pylist()], dtype=np.int64)
+            known = places >= 0
+            vectors[places[known]] = store.vectors_of(table)[known]
+            present[places[known]] = True
     if not present.all():
         stage = "pool_tokens" if schema == "embed.moments/1" else "embed_images"
         raise UserError(f"{folder}: has no row of image {image_ids[int(present.argmin())]}; run {stage} (dvc repro)")

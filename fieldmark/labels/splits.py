@@ -54,12 +54,15 @@ def iterate_nodes(folder: Path, buckets: int, images: Mapping[str, str], columns
 def read_globals(folder: Path, buckets: int, images: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Global vectors (n, D) float16, as they are stored, and class_ids (n,) of these images, by image_id."""
     ordered = sorted(images)
-    ids, vectors = pa.array(ordered, store.TEXT), np.empty((0, 0), np.float16)
+    # Made once: Arrow's index_in would hash all images anew for every bucket.
+    place_of = {image_id: place for place, image_id in enumerate(ordered)}
+    vectors = np.empty((0, 0), np.float16)
     for table in iterate_nodes(folder, buckets, images, ["image_id", "node", "vector"]):
         table = table.filter(pc.field("node") == 0)
         if not vectors.shape[1]:
-            vectors = np.empty((len(ids), table.schema.field("vector").type.list_size), np.float16)
-        vectors[pc.index_in(table["image_id"], value_set=ids).to_numpy()] = store.vectors_of(table)
+            vectors = np.empty((len(ordered), table.schema.field("vector").type.list_size), np.float16)
+        places = np.array([place_of[image_id] for image_id in table["image_id"].to_pylist()], dtype=np.int64)
+        vectors[places] = store.vectors_of(table)
     return vectors, np.array([images[image_id] for image_id in ordered], dtype=object)
 
 
