@@ -164,7 +164,7 @@ def descriptions_of(
 
 def document_rows(documents: Sequence[Document], used: Collection[str]) -> Iterator[Row]:
     """Rows of descriptions/1, sorted: title and sentences of each document whose image_id is used, once."""
-    by_id = {document.image_id: document for document in documents if document.image_id in used}
+    by_id = {image_id: document for document in documents if (image_id := document.image_id) and image_id in used}
     for image_id in sorted(by_id):
         for rank, text in by_id[image_id].sentences:
             yield {"image_id": image_id, "rank": rank, "text": text}

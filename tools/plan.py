@@ -25,7 +25,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -293,7 +293,7 @@ def variants(params: Params) -> Iterator[tuple[str, Params]]:
         yield f"labels.top: {params.labels.top // 2}", changed("labels", top=params.labels.top // 2)
 
 
-def measure_rates(planner: Planner, sources: list[Source]) -> Rates:
+def measure_rates(planner: Planner, sources: Sequence[Source]) -> Rates:
     """Rates of this machine, from a few pictures of the data set, taken evenly from all of it."""
     encoders = {}
     for name, encoder in planner.encoders.items():

@@ -97,7 +97,7 @@ def tokens_product(encoder: ImageEncoder, params: Params) -> Product | None:
     if encoder.name not in params.tokens:
         return None
     asked = params.tokens[encoder.name]
-    choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key_of(encoder))  # type: ignore[attr-defined]
+    choice = choose_layers(find_tower(encoder.model), asked.layers, asked.rollout, key_of(encoder))
     return tokens_of(encoder, choice, params.embed)
 
 
@@ -182,7 +182,7 @@ def size_of_predictions(classes: int, seeds: int) -> float:
         path, written = Path(folder) / "predictions.parquet", []
         for images in (IMAGES, 2 * IMAGES):
             random = np.random.default_rng(0)
-            logits = {seed: random.standard_normal((images, classes)) for seed in range(seeds)}
+            logits = [(seed, random.standard_normal((images, classes))) for seed in range(seeds)]
             write_predictions(path, logits, stand_in_cache(images, classes), "0" * 64)
             written.append(path.stat().st_size)
     return (written[1] - written[0]) / IMAGES

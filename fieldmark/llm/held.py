@@ -117,7 +117,8 @@ class Held(Mapping[str, Row]):
     def look_through_journal(self, size: int, answers: Callable[[Row], bool], bad: list[str]) -> set[str]:
         if self.journal is None:
             return set()
-        is_ok, server, servers = bytearray(size), array("H", [0]) * size, {None: 0}
+        is_ok, server = bytearray(size), array("H", [0]) * size
+        servers: dict[str | None, int] = {None: 0}
         for line, entry in entries_in(lines_of(self.journal), bad):
             place = self.places.get(entry.row["item_key"])
             if place is None or not supersedes(entry, bool(is_ok[place])):
