@@ -12,7 +12,7 @@ frame's own time follows from it), latitude, longitude, depth_m, and
                with a path `CLIP#ID` the picture is what lies in the box (fieldmark/pictures/cuts.py)
 A clip may have several rows; a frame that two of them claim is an error. classes.csv in root as elsewhere.
 
-Listing reads how long each clip is, a few milliseconds each; a clip that cannot be read is one row, which becomes
+Listing reads how long each clip is; a clip that cannot be read is one row, which becomes
 `broken` with the reason. PyAV is needed, the extra `video`.
 """
 

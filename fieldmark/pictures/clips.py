@@ -38,7 +38,7 @@ TRANSPORT = ((188, 0), (192, 4))
 HEAD_BYTES = 400
 # A film of 8K has 33 million pixels a frame.
 MAX_PIXELS = 40_000_000
-# Five hours of 1920 x 1080 at 25 frames a second: an hour or so of decoding on one core.
+# Five hours of 1920 x 1080 at 25 frames a second.
 MAX_DECODED = 10**12
 # Frames that are made of one film, ten hours of it at one a second.
 MOST = 36_000
@@ -72,7 +72,7 @@ def count_frames(seconds: float, rate: float) -> int:
 def length_of(path: str | Path) -> float:
     """Seconds that the pictures of a film last, as its container states; where it does not, all of it is read.
 
-    Costs a few milliseconds. Raises BadImage with the reason where it is no film.
+    Raises BadImage with the reason where it is no film.
     """
     with opened(path) as (container, stream):
         if stream.duration is not None:
