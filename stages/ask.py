@@ -65,7 +65,7 @@ from fieldmark.llm.subjects import (
 )
 from fieldmark.lock import refuse_cold_start, refuse_old_index
 from fieldmark.params import NONE, Ask, Params, load_params
-from fieldmark.pictures.cuts import Places
+from fieldmark.pictures.cuts import Place, Places
 
 STAGE = "ask"
 IMAGES = Path("data/index/images.parquet")
@@ -73,7 +73,6 @@ CLASSES = Path("data/index/classes.parquet")
 DESCRIPTIONS = Path("data/descriptions/descriptions.parquet")
 ASKED = Path("data/asked")
 TEXTS = "asked/1"
-NO_PLACES = Places(Path(), pa.table({"path": [], "image_id": [], "box": []}))
 # What a recording calls its subject, by the prompt's.
 RECORDED = {
     "class": "class_id", "pair": "subject_id", "image": "image_id", "image_pair": "subject_id", "text": "image_id",
@@ -87,7 +86,7 @@ class Sources(NamedTuple):
 
     classes: list[Row]  # of index.classes/2
     images: dict[str, str]  # their class_ids
-    places: Places
+    places: Mapping[str, Place]
     texts: dict[str, str]
     neighbours: dict[str, list[str]]
     upstream: list[str]  # fingerprints of what was read
@@ -127,7 +126,7 @@ def read_sources(prompt: Prompt, settings: Ask, params: Params) -> Sources:
     upstream = [store.read_header(CLASSES, "index.classes/2").fingerprint]
     classes = store.read_table(CLASSES, "index.classes/2").to_pylist()
     if prompt.subject not in (*PICTURED, "text"):
-        return Sources(classes, {}, NO_PLACES, {}, {}, upstream)
+        return Sources(classes, {}, {}, {}, {}, upstream)
     upstream.append(store.read_header(IMAGES, "index.images/1").fingerprint)
     columns = ["path", "image_id", "class_id", "split", "status", "box"]
     rows = store.read_table(IMAGES, "index.images/1", columns)
