@@ -164,7 +164,8 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     cache = needed.only(reading.reads)
     told = hide_test(planned.regime.apply(needed, params.train.seed)).only(reading.reads)
     # What chooses among seeds is told what training is; what is reported keeps its own labels.
-    judged = replace(cache, y=torch.where(torch.from_numpy(cache.split == "choose"), told.y, cache.y))
+    told_otherwise = torch.from_numpy(cache.split == "choose") & (told.y >= 0)
+    judged = replace(cache, y=torch.where(told_otherwise, told.y, cache.y))
     told, seen = told.on(device), cache.on(device)  # both without copies of each other's
     config = {**planned.describe(), "seeds": seeds, "classes": cache.classes, "fingerprints": fingerprints}
     # Rows of a bank are what labels name: the fingerprint of one says how it was made, this, which rows it has.

@@ -293,7 +293,7 @@ def test_what_cannot_be_is_one_line_with_its_key(method: str) -> None:
         return str(error.value)
 
     key = "params.yaml: train.runs.x.settings.with_probe"
-    what = f"{key}.method: value error, input should be a probe: balanced_probe, lda,"
+    what = f"{key}.method: value error, input should be a probe: balanced_probe, label_smoothing, lda,"
     assert refused(with_probe={"method": "mlp"}).startswith(what)
     assert "concept_graph" not in refused(with_probe={"method": "concept_graph"}).split("but it is")[0]
     assert refused(with_probe={"metod": "ridge"}).startswith(f"{key}.metod: unknown key; did you mean `method`?")

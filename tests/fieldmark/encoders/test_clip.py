@@ -270,7 +270,8 @@ def test_an_encoder_like_siglip_gives_global_row_and_cells(readers: dict[str, Lo
     encoder = readers["siglip"]
     pixels = noise(encoder, 4)
     pooled, tokens = encoder.embed_images(pixels)
-    assert torch.equal(pooled, encoder.model.encode_image(pixels))  # type: ignore[operator]
+    # To the last bits alone: without AVX-512 the attention pool is computed by other kernels than inside the model.
+    torch.testing.assert_close(pooled, encoder.model.encode_image(pixels), atol=1e-6, rtol=1e-5)  # type: ignore[operator]
     assert tokens.shape == (4, 10, 10, 64)
 
 

