@@ -753,8 +753,9 @@ def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int, **ch
         assert (plan.folder / name).read_bytes() == (expected_plan.folder / name).read_bytes()
 
 
-def test_a_killed_study_goes_on_where_it_was(project: Path) -> None:
-    kill_and_finish(project, kills=3, jobs=1, random_seed=0)
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_killed_study_goes_on_where_it_was(project: Path, kills: int) -> None:
+    kill_and_finish(project, kills=kills, jobs=1, random_seed=0)
 
 
 @pytest.mark.slow

@@ -108,6 +108,7 @@ def test_rates_make_hours_and_are_of_the_same_encoders(asked: Path, write_other:
         file.unlink()
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_module("tools.plan", "--save", str(asked / "rates.json"), "--workers", "4")
     said = capsys.readouterr().out

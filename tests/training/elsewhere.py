@@ -4,12 +4,14 @@ Its tensors hold one of the CPU each and say that they lie elsewhere, so that va
 takes up the place that PyTorch has for one more backend, in a process of its own:
 
     python -m tests.training.elsewhere       # fits every method on it, and compares the logits with those of the CPU
+    python -m tests.training.elsewhere trd   # some methods
 
 CUDA has other rules than the CPU for what autocast narrows, and PyTorch knows them without a GPU: methods with epochs
 go forward on tensors without values under these too. What is left (determinism, speed) shows on a GPU alone.
 """
 
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
@@ -199,6 +201,7 @@ def main() -> None:
     set_up_torch()
     torch.set_num_threads(1)
     said: list[str] = []
+    asked = set(sys.argv[1:] or METHODS)
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(views=2, rings=3, sentences=4, described="all", train=8, val=4, test=2)
         write_cache(Path(folder), plan)
@@ -208,7 +211,7 @@ def main() -> None:
             write_moments(Path(folder), "other", name, 24)
         # A forward without values last: it changes what PyTorch knows of CUDA.
         for check, methods in ((compare, METHODS), (compare_far, ["concept_graph"]), (narrow, LOOPED)):
-            for method in methods:
+            for method in sorted(asked.intersection(methods)):
                 for knobs in VARIED.get(method, [{}, WHOLE[method]] if method in WHOLE else [{}]):
                     if check is narrow and ("with_probe" in knobs or method in LINKED):
                         continue  # training batches hold an offset; how much reaches a batch is known by values alone
