@@ -118,7 +118,7 @@ def answers_with(row: Row, prompt: Prompt) -> bool:
 def plan_calls(stage: str, items: Sequence[Item], prompt: Prompt, llm: Llm, output: Path) -> PlannedCalls:
     """Look each item up, first in the stage's output, then in its journal, then in its batches. Writes nothing.
 
-    Memory holds a key and places an item, no item and no row.
+    Memory holds for each item its key, as text and in a dictionary, and two places, no item and no row.
     """
     keys = [item_key(item, prompt, llm) for item in items]
     bad: dict[Path, list[str]] = {output: [], journal_path(stage): [], record_path(stage): []}
@@ -259,12 +259,8 @@ def ask_all(
             charged += entry.charged or 0.0
             progress.set_postfix_str(f"${spent:.4f}" if price_of(llm) else "unknown price", refresh=False)
             progress.update()
-            if llm.max_usd is not None and charged > llm.max_usd:
-                kept = sum(isinstance(answer, int) for answer in answers.values())
-                raise UserError(
-                    f"params.yaml: llm.max_usd: ${charged:.4f} is spent, more than {llm.max_usd}; {kept} of {len(new)}"
-                    " answers are kept, raise the limit to go on"
-                )
+            if passes_limit(charged, llm):
+                raise overspent(charged, answers, len(new), llm)
     except BaseException as error:
         client.stopping.set()
         if isinstance(error, KeyboardInterrupt):
@@ -278,6 +274,19 @@ def ask_all(
         settle(pool)
         progress.close()
     return answers
+
+
+def passes_limit(charged: float, llm: Llm) -> bool:
+    return llm.max_usd is not None and charged > llm.max_usd
+
+
+def overspent(charged: float, answers: Mapping[str, Row | int], count: int, llm: Llm) -> UserError:
+    """What to say where llm.max_usd stops a run of `count` questions, with these answers."""
+    kept = sum(isinstance(answer, int) for answer in answers.values())
+    return UserError(
+        f"params.yaml: llm.max_usd: ${charged:.4f} is spent, more than {llm.max_usd}; {kept} of {count} answers are"
+        " kept, raise the limit to go on"
+    )
 
 
 def settle(pool: ThreadPoolExecutor) -> None:
@@ -354,6 +363,7 @@ def ask_in_batches(
     charged: float,
 ) -> dict[str, Row | int]:
     """Ask in batches, those of an earlier run first; what failed goes into a further one, llm.max_attempts at most.
+    Where answers pass llm.max_usd no further file is sent; what is under way is paid for, and read.
 
     An answer that is invalid or truncated is asked for once more. However it ends, batches go on at the server and the
     next run reads them. `charged`, and what is returned, as in `ask_all`.
@@ -368,6 +378,7 @@ def ask_in_batches(
                 messages = attach(plan.new[asked.item_key])
             except Unaskable as error:
                 answers[asked.item_key] = row_of(asked, unasked(error), client.prompt.sha, llm)
+                batches.unsent -= 1
             else:
                 yield asked, request_of(asked, messages, client)
 
@@ -383,7 +394,7 @@ def ask_in_batches(
             while todo or batches.open:
                 if todo:
                     written = tqdm(requests(todo), f"{stage}, writing", len(todo), leave=False, dynamic_ncols=True)
-                    batches.send(written)
+                    batches.send(written, len(todo))
                 todo = []
                 for upload, asked, reply, passing in batches.answers():
                     if asked.item_key in plan.held:
@@ -395,6 +406,7 @@ def ask_in_batches(
                         place = journal.append_unsynced(Entry(row, client.base_url, usd))
                         # Of a question that is asked again, the row has what was paid before.
                         charged += (usd or 0.0) - before.get(asked.item_key, 0.0)
+                        batches.stopped = batches.stopped or passes_limit(charged, llm)
                     if asked.item_key not in plan.new:
                         continue
                     answers[asked.item_key] = row if place is None else place
@@ -404,6 +416,8 @@ def ask_in_batches(
                             before[asked.item_key] = usd or 0.0
                         mended = (*asked.mended, reply.status) if mendable else asked.mended
                         todo.append(asked._replace(before=row, mended=mended))
+                if batches.stopped and (batches.unsent or batches.open):
+                    raise overspent(charged, answers, len(plan.new), llm)
                 check_spending(charged, todo, plan, llm)
         except KeyboardInterrupt:
             names = listed([upload.batch_id for upload in batches.open if upload.batch_id])

@@ -46,7 +46,8 @@ LARGEST_FILE = 200_000_000
 # batch would be paid for again. Of requests that are asked again it holds what was answered before.
 LONGEST_NOTE = LONGEST_LINE // 2
 # Batches under way at a time. The next file is written and sent when one of these has ended: a million pictures are
-# hundreds of files of LARGEST_FILE, and neither this disk nor the server's queue has to hold them all.
+# hundreds of files of LARGEST_FILE, which the server's queue does not have to hold all at once, and what is answered in
+# the first of them may show that no more is to be sent (llm.max_usd).
 MOST_OPEN = 100
 # Bytes a second, on average, under which a download is none.
 SLOWEST_DOWNLOAD = 1_000
@@ -147,7 +148,7 @@ def asked_of(fields: Any) -> Asked:
 
 class Batches:
     """What a stage has at its server. `open` are the uploads that are not read to their end, `waiting` the files that
-    are not written yet.
+    are not written yet, with `unsent` requests. Once `stopped`, nothing more is sent, and what is under way is read.
 
     Every method raises UserError where the server refuses or cannot be reached; what is recorded is then resumed by the
     next run. Whoever takes the answers appends them to `journal`, which is on the disk before a batch counts as ended.
@@ -160,7 +161,9 @@ class Batches:
         self.journal = journal
         self.open: list[Upload] = []
         self.waiting: Iterator[tuple[IO[bytes], dict[str, Asked]]] = iter(())
+        self.unsent = 0
         self.full = False
+        self.stopped = False
         self.taken = 0
         self.failed = 0
 
@@ -189,15 +192,19 @@ class Batches:
                 file=sys.stderr,
             )
 
-    def send(self, requests: Iterable[tuple[Asked, dict[str, Any]]]) -> None:
-        """Upload requests in files, and start a batch of each; those beyond MOST_OPEN as `answers` comes to the end of
-        others."""
-        self.waiting = self.files_of(requests)
+    def send(self, requests: Iterable[tuple[Asked, dict[str, Any]]], count: int) -> None:
+        """Upload `count` requests in files, and start a batch of each; those beyond MOST_OPEN as `answers` comes to the
+        end of others. Whoever leaves some of them out counts `unsent` down."""
+        self.waiting, self.unsent = self.files_of(requests), count
         self.fill()
 
     def fill(self) -> None:
         """Send what there is room for."""
-        while len(self.open) < MOST_OPEN and not self.full and (written := next(self.waiting, None)):
+        while (
+            len(self.open) < MOST_OPEN
+            and not (self.full or self.stopped)
+            and (written := next(self.waiting, None))
+        ):
             self.upload(*written)
 
     def files_of(
@@ -232,6 +239,7 @@ class Batches:
         upload = Upload(self.insist(attempt), self.client.base_url, self.client.prompt.sha, asked)
         self.note(upload, prompt_sha=upload.prompt_sha, asked=list(asked.values()))
         self.open.append(upload)
+        self.unsent -= len(asked)
         self.start(upload)
 
     def start(self, upload: Upload) -> None:
@@ -263,16 +271,17 @@ class Batches:
 
     def answers(self) -> Iterator[Answered]:
         """What became of every request, as its batch ends. A batch counts as ended when all its answers were taken.
+        Files without a batch are left for the next run where this one is stopped.
 
         Raises UserError where a batch failed or was cancelled, or a request shows that none can succeed; first it
         gives the answers that there are.
         """
         trouble: list[str] = []
-        while self.open:
+        while self.expected():
             done = 0
             for upload in list(self.open):
                 if upload.batch_id is None:
-                    if self.full:
+                    if self.full or self.stopped:
                         continue
                     self.start(upload)
                 batch = self.look(upload)
@@ -293,8 +302,12 @@ class Batches:
             if trouble:
                 raise UserError(trouble[0])
             self.fill()
-            if self.open:
+            if self.expected():
                 self.client.stopping.wait(self.client.llm.batch_poll_s)
+
+    def expected(self) -> list[Upload]:
+        """The uploads whose answers this run waits for."""
+        return [upload for upload in self.open if upload.batch_id or not self.stopped]
 
     def postpone(self, upload: Upload, batch: Batch) -> bool:
         """Whether a batch failed for want of room and others of ours will make some: it is then made again."""
@@ -429,7 +442,7 @@ class Batches:
     def show(self, done: int) -> None:
         """Progress: requests whose answers are here, and those that batches under way have done."""
         under_way = [upload.batch_id or "waiting for room" for upload in self.open]
-        self.progress.total = self.taken + sum(len(upload.asked) for upload in self.open)
+        self.progress.total = self.taken + sum(len(upload.asked) for upload in self.open) + self.unsent
         self.progress.n = self.taken + done
         self.progress.set_postfix_str(f"{listed(under_way)}; {self.failed} failed")
 

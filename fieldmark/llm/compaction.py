@@ -9,6 +9,7 @@ and renamed, so that a kill at any moment leaves one of the two, whole; whoever 
 """
 
 import fcntl
+import shutil
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from fieldmark.command import UserError
 from fieldmark.llm.batch import Upload, note, record_path
 from fieldmark.llm.journal import (
     BadLine,
+    Journal,
     cannot_keep,
     entries_in,
     entry_of,
@@ -25,6 +27,7 @@ from fieldmark.llm.journal import (
     load_line,
     read_lines,
     supersedes,
+    whole_lines,
 )
 from fieldmark.store import write_atomic
 
@@ -42,14 +45,16 @@ def compact(stage: str) -> list[Compacted]:
     or where the new file cannot be written: the old one is then as it was."""
     journal, record = journal_path(stage), record_path(stage)
     with alone(journal) as asking:
+        written = [path for path in (journal, record) if path.exists()]
+        for path in written:
+            tidy(path)
 
         def tell(size: int) -> None:
             """Whoever comes while this runs counts what is journalled from here on. It is told before the rename: of a
             journal that a kill left as it was, too much is counted then, never too little."""
-            asking.truncate(0)
-            asking.write(str(size).encode())
+            write_down(size, asking)
 
-        done = [rewrite(record, open_batches(record), lambda size: None)] if record.exists() else []
+        done = [rewrite(record, open_batches(record), lambda size: None)] if record in written else []
         return [rewrite(journal, counted_entries(journal), tell), *done]
 
 
@@ -61,11 +66,30 @@ def alone(journal: Path) -> Iterator[IO[bytes]]:
     try:
         with journal.with_suffix(".asking").open("a+b", buffering=0) as asking:
             fcntl.flock(asking, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # As Turn.join does: whoever comes meanwhile reads no byte of an earlier session, wherever this ends.
+            write_down(whole_lines(journal), asking)
             yield asking
     except BlockingIOError:
         raise UserError(f"{journal}: a process asks and keeps its answers there; run this when it is done") from None
     except OSError as error:
         raise cannot_keep(journal, error) from None
+
+
+def write_down(size: int, asking: IO[bytes]) -> None:
+    asking.truncate(0)
+    asking.write(str(size).encode())
+
+
+def tidy(path: Path) -> None:
+    """Have a file end with a whole line, and remove what a killed compaction left beside it.
+
+    Readers count a last line that lacks nothing but its end, so it gets that; one that a kill tore is taken out.
+    """
+    with Journal(path):
+        pass
+    path = path.resolve()
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def counted_entries(journal: Path) -> Callable[[int, bytes | None], bool]:
@@ -110,7 +134,7 @@ def is_bad(content: bytes | None, read: Callable[[bytes | None], Any]) -> bool:
 
 
 def rewrite(path: Path, wanted: Callable[[int, bytes | None], bool], tell: Callable[[int], None]) -> Compacted:
-    """Write the wanted lines of a file in its place. A last line that a kill tore is left out, as Journal does."""
+    """Write the wanted lines of a file, all of them whole, in its place and with its permissions."""
     path = path.resolve()
     lines, before = [0, 0], path.stat().st_size
     size = 0
@@ -118,9 +142,10 @@ def rewrite(path: Path, wanted: Callable[[int, bytes | None], bool], tell: Calla
     def write(partial: Path) -> None:
         nonlocal size
         with partial.open("wb") as file, path.open("rb") as old:
+            shutil.copymode(path, partial)
             for line in read_lines(path):
                 lines[0] += 1
-                if not line.is_whole or not wanted(line.start, line.content):
+                if not wanted(line.start, line.content):
                     continue
                 lines[1] += 1
                 content = line.content

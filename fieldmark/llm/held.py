@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar, overload
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fieldmark.command import UserError
 from fieldmark.llm.journal import (
     LONGEST_LINE,
     BadLine,
@@ -73,20 +74,30 @@ class Output:
         raise IndexError(number)
 
 
-def read_rows(output: Path, bad: list[str] | None = None) -> Iterator[tuple[int, Row]]:
-    """The rows of a stage's output that can be relied on, by number from 0; the others are added to `bad`, in words."""
-    for number, row in Output(output):
+def read_rows(output: Output, bad: list[str]) -> Iterator[tuple[int, Row]]:
+    """The rows of an output that can be relied on, by number from 0; the others are added to `bad`, in words."""
+    for number, row in output:
         try:
             yield number, checked_row(row)
         except BadLine as error:
-            if bad is not None:
-                bad.append(f"row {number + 1} ({error})")
+            bad.append(f"row {number + 1} ({error})")
 
 
-def row_at(file: IO[bytes], start: int) -> Row:
+def entry_at(file: IO[bytes], start: int) -> Row:
     """The row of the entry that begins at a byte of a journal. Raises BadLine."""
     file.seek(start)
     return entry_of(file.readline(LONGEST_LINE)).row
+
+
+def row_of(key: str, read: Callable[[], Row], path: Path | str) -> Row:
+    """The row that stands where that of an item key was found in a file. Raises UserError where it is another one."""
+    try:
+        row = read()
+    except BadLine:
+        row = {}
+    if row.get("item_key") != key:
+        raise UserError(f"{path}: was changed in place while it was read; run again, when nothing else writes there")
+    return row
 
 
 class Held(Mapping[str, Row]):
@@ -107,7 +118,7 @@ class Held(Mapping[str, Row]):
         self.places, self.output, self.journal = places, Output(output), open_lines(journal)
         size = max(places.values(), default=-1) + 1
         self.in_output, self.in_journal = array("q", [NOWHERE]) * size, array("q", [NOWHERE]) * size
-        for number, row in read_rows(output, bad[output]):
+        for number, row in read_rows(self.output, bad[output]):
             place = places.get(row["item_key"])
             if place is not None and answers(row):
                 self.in_output[place] = number
@@ -135,10 +146,11 @@ class Held(Mapping[str, Row]):
     def __getitem__(self, key: str) -> Row:
         place = self.places[key]
         if self.in_output[place] != NOWHERE:
-            return self.output[self.in_output[place]]
-        if self.in_journal[place] == NOWHERE or self.journal is None:
+            return row_of(key, lambda: self.output[self.in_output[place]], self.output.path)
+        journal = self.journal
+        if self.in_journal[place] == NOWHERE or journal is None:
             raise KeyError(key)
-        return row_at(self.journal, self.in_journal[place])
+        return row_of(key, lambda: entry_at(journal, self.in_journal[place]), journal.name)
 
     def __contains__(self, key: object) -> bool:
         place = self.places.get(key) if isinstance(key, str) else None
@@ -237,7 +249,8 @@ class Rows(Sequence[Row]):
         row: Row | int = self.told[key] if key in self.told else self.held[key]
         if isinstance(row, int):
             assert self.journal is not None
-            row = row_at(self.journal, row)
+            journal, start = self.journal, row
+            row = row_of(key, lambda: entry_at(journal, start), journal.name)
         return {**row, "subject_id": item.subject_id, "sample": item.sample}
 
     def __len__(self) -> int:

@@ -539,6 +539,20 @@ def test_no_more_batches_are_under_way_than_may_be(server: OpenAIServer, monkeyp
     assert (max(most), len(server.uploads), len(server.batched)) == (2, 7, 7)
 
 
+def test_once_the_limit_is_passed_no_further_file_is_sent(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is under way then is read; the next run, with a higher limit, sends the rest."""
+    monkeypatch.setattr("fieldmark.llm.batch.MOST_OPEN", 2)
+    # A call may cost 0.000026 and costs 0.0001.
+    values = {"batch_requests": 1, "max_output_tokens": 25}
+    with pytest.raises(UserError, match=r"max_usd: \$0\.0004 is spent, more than 0\.00025; 4 of 8 answers are kept"):
+        ask(server, "abcdefgh", max_usd=0.00025, **values)
+    assert (len(server.uploads), len(server.batched)) == (4, 4)
+    assert outcomes(ask(server, "abcdefgh", **values)) == [("ok", 1)] * 8
+    assert (len(server.uploads), len(server.batched)) == (8, 8)
+
+
 def test_answers_are_on_the_disk_before_their_batch_counts_as_ended(
     server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from fieldmark import store
 from fieldmark.command import UserError
 from fieldmark.llm import compaction
+from fieldmark.llm import held as held_answers
 from fieldmark.llm.batch import read_uploads, record_path
 from fieldmark.llm.compaction import compact
-from fieldmark.llm.held import Held
+from fieldmark.llm.held import SCHEMA, Held
 from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
 from fieldmark.llm.turn import Spent, Turn
 from fieldmark.store import canonical_json
@@ -53,13 +55,53 @@ def test_what_is_read_stays_and_the_rest_goes(journal: Path) -> None:
     assert [entry.row["response_json"] for entry in before.values()] == [
         '"mended 2"', '"twice 1"', '"bad 1"', '"once 0"',
     ]  # fmt: skip
-    # What somebody may mend stays, whole; a line that a kill tore does not.
-    assert done.lines == (12, 6)
+    # What somebody may mend stays, whole; a line that a kill tore is no line.
+    assert done.lines == (11, 6)
     assert [len(line) for line in journal.read_bytes().splitlines()].count(33 * 2**20) == 1
     assert b"no entry\n" in journal.read_bytes()
     again = journal.read_bytes()
     compact(STAGE)
     assert journal.read_bytes() == again
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(journal: Path) -> None:
+    """Readers count it, so that it displaces an earlier answer; so does the upload that is noted last."""
+    with Journal(journal) as lines:
+        lines.append(Entry(row_with(item_key="once", response_json='"once 1"'), "http://x", 0.5))
+    journal.write_bytes(journal.read_bytes()[:-1])
+    asked = [["key", "subject", 0, None, []]]
+    upload = {"base_url": "http://x", "file_id": "f", "prompt_sha": "0", "asked": asked}
+    record_path(STAGE).write_text(canonical_json(upload))
+    before, uploads = answers(journal), read_uploads(STAGE, {"key"})
+    assert before["once"].row["response_json"] == '"once 1"'
+    assert len(uploads) == 1
+    compact(STAGE)
+    assert answers(journal) == before
+    assert read_uploads(STAGE, {"key"}) == uploads
+
+
+def test_the_new_file_has_the_mode_of_the_old_and_partial_ones_go(journal: Path) -> None:
+    journal.chmod(0o660)
+    left = [path.with_name(f".{path.name}.123.partial") for path in (journal, record_path(STAGE))]
+    record_path(STAGE).touch()
+    for path in left:
+        path.write_text("{")
+    compact(STAGE)
+    assert journal.stat().st_mode & 0o777 == 0o660
+    assert not any(path.exists() for path in left)
+
+
+def test_one_that_ends_early_leaves_no_byte_of_an_earlier_session(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    journal.with_suffix(".asking").write_text("0")
+    monkeypatch.setattr(compaction, "counted_entries", stops)
+    with pytest.raises(KeyboardInterrupt):
+        compact(STAGE)
+    assert int(journal.with_suffix(".asking").read_bytes()) == journal.stat().st_size
 
 
 def test_nobody_who_asks_or_counts_is_passed_by(journal: Path) -> None:
@@ -102,6 +144,34 @@ def test_places_in_an_old_journal_are_read_after_it_was_compacted(journal: Path,
         "mended": '"mended 2"', "twice": '"twice 1"', "once": '"once 0"',
     }  # fmt: skip
     assert held.base_urls == {"http://x"}
+
+
+def test_an_output_that_is_renamed_into_place_meanwhile_changes_nothing(
+    journal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "answers.parquet"
+
+    def write(keys: str) -> None:
+        rows = [row_with(item_key=key, subject_id=key, response_json=f'"{key}"') for key in keys]
+        store.write_table(store.make_table(SCHEMA, rows), output, SCHEMA, {}, "mark")
+
+    def written_anew(*arguments: Any) -> Any:
+        write("abcd")
+        return read_rows(*arguments)
+
+    write("bcd")
+    read_rows = held_answers.read_rows
+    monkeypatch.setattr(held_answers, "read_rows", written_anew)
+    held = Held({"b": 0, "c": 1}, output, journal, lambda row: True, {output: [], journal: []})
+    assert {key: row["item_key"] for key, row in held.items()} == {"b": "b", "c": "c"}
+
+
+def test_a_journal_that_is_edited_in_place_meanwhile_is_said(journal: Path, tmp_path: Path) -> None:
+    output = tmp_path / "none.parquet"
+    held = Held({"once": 0}, output, journal, lambda row: True, {output: [], journal: []})
+    journal.write_bytes(b"\n" + journal.read_bytes())
+    with pytest.raises(UserError, match=r"test_stage\.jsonl: was changed in place while it was read; run again"):
+        held["once"]
 
 
 def test_batches_that_ended_go_and_open_ones_stay(journal: Path) -> None:
