@@ -63,9 +63,12 @@ compare: setup
 	@python -m evaluation.compare --name "$(NAME)"
 
 # What `dvc repro --single-item train@RUN` reads, and nothing else: no images, no key, no GPU needed. PARTS="moments
-# graphs", ENCODER=NAME or both bring these parts of the cache in its place (python -m tools.inputs --help lists them).
+# graphs", ENCODER=NAME or both bring these parts of the cache in its place (python -m tools.inputs --help lists them);
+# with RUN beside them, wherever they were set, nothing is pulled.
 pull: setup
 ifneq ($(strip $(PARTS)$(ENCODER)),)
+	@test -z "$(RUN)" || { echo "error: make pull takes RUN, or PARTS and ENCODER, which the environment or the command" \
+		"line sets; unset one of these" >&2; exit 1; }
 	@paths=$$(python -m tools.inputs $(if $(strip $(PARTS)),--parts $(PARTS)) \
 		$(if $(strip $(ENCODER)),--encoder $(ENCODER))) && dvc pull $$paths
 else

@@ -45,7 +45,7 @@ from fieldmark.concepts.names import MASK_RULES, Keys, NameMask, domain_words
 from fieldmark.llm.answers import Item, check_coverage, keep_answers
 from fieldmark.llm.held import SCHEMA, Named
 from fieldmark.llm.pictures import JPEG_QUALITY, as_sent, image_part, with_part, with_parts
-from fieldmark.llm.prompts import Message, Prompt, load_prompt
+from fieldmark.llm.prompts import SUBJECTS, Message, Prompt, load_prompt
 from fieldmark.llm.questions import Question, ask, foresee, read_answers, write_answers
 from fieldmark.llm.replay import replay
 from fieldmark.llm.said import strings_in
@@ -105,7 +105,7 @@ def load_question(name: str, settings: Ask, *, documents: bool) -> Prompt:
     where settings and prompt contradict. `documents`: whether the data set is of these, which have no picture."""
     prompt, key = load_prompt(settings.prompt), f"ask.{name}"
     if prompt.subject is None:
-        raise UserError(f"{prompt.path}: subject: is missing; say class, pair, image or text in the front matter")
+        raise UserError(f"{prompt.path}: subject: is missing; say one of {', '.join(SUBJECTS)} in the front matter")
     if documents and prompt.subject in PICTURED:
         raise UserError(f"params.yaml: {key}: {prompt.path} sends pictures, and documents have none; ask about texts")
     check_blind(prompt, settings.splits, key)

@@ -27,7 +27,8 @@ A class in `concepts.edits` is not asked and not imported, whatever becomes of p
 answer holds into that file, for you to edit. Texts of kind habitat stay behind: an edited text counts as visual.
 
 An answer that came back refused, broken or not at all is a row with its status, asked again whenever the stage runs.
-Too few classes with an answer (llm.min_coverage) are an error, after the file is written.
+Too few classes with an answer (llm.min_coverage) are an error, after the file is written, where classes are asked
+about or imported; texts of no class do not count.
 
     python -m stages.generate_concepts
     python -m stages.generate_concepts --dry-run
@@ -38,7 +39,7 @@ Too few classes with an answer (llm.min_coverage) are an error, after the file i
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from fieldmark.command import UserError, name_some, run, stage_parser
 from fieldmark.concepts.siblings import siblings_of
 from fieldmark.llm.answers import Item, check_coverage, keep_answers
 from fieldmark.llm.held import SCHEMA
-from fieldmark.llm.imported import EDITS, Own, read_own, row_of, start_edit
+from fieldmark.llm.imported import EDITS, GENERIC, IMPORT, Own, read_own, row_of, start_edit
 from fieldmark.llm.prompts import load_prompt
 from fieldmark.llm.questions import Question, Questions, ask, foresee, write_metrics
 from fieldmark.llm.replay import replay
@@ -58,7 +59,6 @@ STAGE = "generate_concepts"
 CLASSES = Path("data/index/classes.parquet")
 ANSWERS = Path("data/concepts/answers.parquet")
 METRICS = Path("data/concepts/metrics.json")
-GENERIC = "*"  # no class_id: those match [a-z0-9_-]+
 NOT_OF_DOCUMENTS = "the data set is of documents, which have no pictures to choose concepts by: nobody is asked"
 Row = dict[str, Any]
 
@@ -168,20 +168,27 @@ def find_class(wanted: str, classes: list[Row], option: str) -> Row:
 
 
 def show(wanted: str, classes: list[Row], own: list[Own], questions: Questions) -> str:
-    """What is asked of a class, by prompt, or its texts of one's own; for "*" what is asked of no class."""
-    if wanted == GENERIC and "generic" not in questions:
-        raise UserError(f"--show: nothing is asked for {GENERIC!r}: concepts.generic is 0 in params.yaml; set a number")
+    """The texts of one's own for a class, and what is asked of it, by prompt; for "*" those of no class."""
     class_id = GENERIC if wanted == GENERIC else find_class(wanted, classes, "--show")["class_id"]
-    for each in own:
-        if class_id in each.texts:
-            return "\n".join([f"# from {each}\n", *each.texts[class_id]])
-    return "\n\n".join(
+    shown = ["\n".join([f"# from {each}\n", *each.texts[class_id]]) for each in own if class_id in each.texts]
+    shown += [
         f"# {message['role']} ({prompt.path})\n\n{message['content']}"
         for prompt, items in questions.values()
         for item in items
         if (item.subject_id, item.sample) == (class_id, 0)
         for message in item.messages
-    )
+    ]
+    if class_id == GENERIC and not shown:
+        raise UserError(
+            f"--show: there are no texts of {GENERIC!r} and nothing is asked for it: concepts.generic is 0 in"
+            " params.yaml; set a number"
+        )
+    return "\n\n".join(shown)
+
+
+def of_classes(texts: Collection[str]) -> set[str]:
+    """The subjects that are classes."""
+    return set(texts) - {GENERIC}
 
 
 def edit(wanted: str, classes: list[Row], params: Params) -> str:
@@ -228,7 +235,9 @@ def main() -> None:
         print(show(args.show, classes, own, questions))
         return
 
-    coverage = "; ".join(f"{each} covers {len(each.texts)} of {len(classes)} classes" for each in own if each.texts)
+    coverage = "; ".join(
+        f"{each} covers {len(of_classes(each.texts))} of {len(classes)} classes" for each in own if each.texts
+    )
     if llm.mode == "import" and not documents:
         check_imported(classes, own, params)
         questions = {}
@@ -260,9 +269,11 @@ def main() -> None:
     mark = store.fingerprint(SCHEMA, content, [upstream])
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
     write_metrics(rows, METRICS)
-    if llm.mode != "import" and not documents:
+    imported = any(each.key == IMPORT and of_classes(each.texts) for each in own)
+    if llm.mode != "import" and ("concepts" in questions or imported):
         names = {row["class_id"]: row["name"] for row in classes}
-        check_coverage([*owned, *answers.get("concepts", [])], names, llm, ANSWERS)
+        own_rows = [row for row in owned if row["subject_id"] != GENERIC]
+        check_coverage([*own_rows, *answers.get("concepts", [])], names, llm, ANSWERS)
 
 
 if __name__ == "__main__":

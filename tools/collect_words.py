@@ -1,6 +1,6 @@
 """Words of no class, out of what a vision model said of pairs of pictures: a file for `concepts.import`.
 
-Reads   data/asked/NAME/texts.parquet of a question of subject image_pair or image (`python -m stages.ask --ask NAME`).
+Reads   data/asked/NAME/texts.parquet of a question of subject image_pair (`python -m stages.ask --ask NAME`).
 Writes  the file that `--out` names: a JSON object with the one key "*", its texts by how often each was said, the most
         often first, of equals by the alphabet. Case, spaces and a full stop at the end make no other text.
 Costs   nothing.
@@ -19,7 +19,8 @@ from fieldmark.command import UserError, run, stage_parser
 from fieldmark.llm.imported import GENERIC
 
 ASKED = Path("data/asked")
-WRITTEN_BLIND = ("image", "image_pair")
+# Of training pictures alone, and told no class (fieldmark.llm.subjects: check_blind): no val or test image writes them.
+WRITTEN_BLIND = "image_pair"
 
 
 def most_said(texts: Iterable[str], most: int) -> list[str]:
@@ -42,10 +43,10 @@ def main() -> None:
     arguments = parser.parse_args()
     path = ASKED / arguments.ask / "texts.parquet"
     made_by = store.read_header(path, "asked/1").params
-    if made_by["subject"] not in WRITTEN_BLIND or made_by["told"] or made_by["guesses"]:
+    if made_by["subject"] != WRITTEN_BLIND or made_by["told"] or made_by["guesses"]:
         raise UserError(
-            f"{path}: holds no words of pictures alone; name a question of subject image_pair that is told no class and"
-            " guesses none"
+            f"{path}: holds no words of training pictures alone; name a question of subject image_pair that is told no"
+            " class and guesses none"
         )
     texts = most_said(store.read_table(path, "asked/1", ["text"])["text"].to_pylist(), arguments.most)
     if not texts:

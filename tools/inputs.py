@@ -8,8 +8,8 @@ Writes  to stdout, one path a line. Source code is not listed.
 Costs   nothing.
 
 A part is a folder of data/ (concepts, descriptions, thumbs, bank, labels, graphs, runs ...) or what stands under an
-encoder in data/embed (images, tokens, moments, text, projection). --encoder leaves what is of these encoders: with no
-part all of it, with parts what is both.
+encoder in data/embed (images, tokens, moments, text, projection). --encoder leaves what is of these encoders, and what
+a tuned one is loaded from (data/adapted): with no part all of it, with parts what is both.
 
     dvc pull $(python -m tools.inputs train@linear_probe)
     dvc pull $(python -m tools.inputs --encoder clip --parts moments graphs)
@@ -77,7 +77,8 @@ def outputs_of(parts: Sequence[str], encoders: Sequence[str]) -> list[str]:
     UserError for a word of which there is none."""
     defined = defined_stages()
     outs = [out for stage, entry in read_stages().items() if stage in defined for out in paths_of(entry, "outs")]
-    words = {out: words_of(out) for out in outs if covers("data", out)}
+    loaded = places_of_encoders()
+    words = {out: words_of(out, loaded) for out in outs if covers("data", out)}
     found = set(words)
     for wanted, option, place in ((parts, "parts", 0), (encoders, "encoder", 1)):
         known = sorted(set().union(*(of_out[place] for of_out in words.values())))
@@ -90,10 +91,22 @@ def outputs_of(parts: Sequence[str], encoders: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def words_of(out: str) -> tuple[set[str], set[str]]:
-    """Of which parts an output below data/ is, and of which encoder."""
+def places_of_encoders() -> dict[str, list[str]]:
+    """Where each encoder and tower of params.yaml may lie: the folder of its model, and its file."""
+    params = YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8"))
+    encoders = {**params["encoders"], **params.get("towers", {})}
+    return {
+        name: [str(settings.get(key) or "").removeprefix("local-dir:") for key in ("model", "pretrained")]
+        for name, settings in encoders.items()
+    }
+
+
+def words_of(out: str, loaded: dict[str, list[str]]) -> tuple[set[str], set[str]]:
+    """Of which parts an output below data/ is, and of which encoders; `loaded` says where these lie."""
     _, folder, *below = PurePosixPath(out).parts
     stems = [PurePosixPath(name).stem for name in below]
+    if folder == "adapted":
+        return {folder}, {name for name, places in loaded.items() if any(covers(out, place) for place in places)}
     if folder == "embed":
         return {folder, *stems[1:2]}, set(stems[:1])
     return {folder}, set(stems[:1]) if folder in OF_ENCODERS else set()

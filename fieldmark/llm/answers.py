@@ -612,7 +612,8 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def check_coverage(rows: Iterable[Row], names: Mapping[str, str], llm: Llm, output: Path) -> None:
-    """Raises UserError naming the subjects without an `ok` row where their share passes 1 - llm.min_coverage.
+    """Raises UserError naming the subjects without an `ok` row where their share passes 1 - llm.min_coverage, whether
+    they have another row or none.
 
     Of the rows, which may come one by one, subject_id, status and response_json are looked at. `names` maps every
     subject_id to what a person calls it.
@@ -626,10 +627,17 @@ def check_coverage(rows: Iterable[Row], names: Mapping[str, str], llm: Llm, outp
         elif subject not in answered:
             failed[subject] = row
     if names and len(answered) < llm.min_coverage * len(names):
-        listed = [f"{names[subject]} ({row['status']})" for subject, row in failed.items()]
-        first = next(iter(failed.values()))
+        missing = [*failed, *(subject for subject in names if subject not in answered and subject not in failed)]
+        listed = [
+            f"{names[subject]} ({failed[subject]['status'] if subject in failed else 'not asked'})"
+            for subject in missing[:20]
+        ]
+        what_next = "write texts of what was not asked about"
+        if failed:
+            said = next(iter(failed.values()))["response_json"][:200]
+            what_next = f"the first said {said}; run the stage again (make retry)"
         raise UserError(
             f"{output}: {len(answered)} of {len(names)} answered, under llm.min_coverage {llm.min_coverage}; missing:"
-            f" {', '.join(listed[:20])}{f' and {len(listed) - 20} more' if len(listed) > 20 else ''}; the first said"
-            f" {first['response_json'][:200]}; run the stage again (make retry), or lower llm.min_coverage"
+            f" {', '.join(listed)}{f' and {len(missing) - 20} more' if len(missing) > 20 else ''}; {what_next}, or"
+            " lower llm.min_coverage"
         )

@@ -64,7 +64,7 @@ def place_of(folder: Path, path: str, box: Sequence[float] | None) -> Place:
 
 class Places(Mapping[str, Place]):
     """Where the pictures of some rows of index.images/1 are, by image_id. A place is made when it is looked at: memory
-    holds the columns path, image_id and box.
+    holds the columns path, image_id and box, and beside these each image_id as a key.
     """
 
     def __init__(self, folder: Path, rows: pa.Table) -> None:
@@ -78,6 +78,9 @@ class Places(Mapping[str, Place]):
     def __getitem__(self, image_id: str) -> Place:
         number = self.numbers[image_id]
         return place_of(self.folder, self.rows["path"][number].as_py(), self.rows["box"][number].as_py())
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.numbers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.numbers)

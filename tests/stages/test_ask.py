@@ -260,6 +260,11 @@ def test_pairs_of_training_pictures_are_sent_together_and_nobody_says_of_which_c
     capsys.readouterr()
     workspace.run(collect_words.main, "--ask", "apart", "--out", "words.json")
     assert json.loads(Path("words.json").read_text()) == {"*": ["A fish with BARS", "a fish with spots"]}
+    texts = store.read_table("data/asked/apart/texts.parquet", "asked/1")
+    blind = {"subject": "image", "told": False, "guesses": None}
+    store.write_table(texts, "data/asked/single/texts.parquet", "asked/1", blind, "mark")
+    with pytest.raises(UserError, match=r"holds no words of training pictures alone; name a question of subj"):
+        workspace.run(collect_words.main, "--ask", "single", "--out", "words.json")
     with pytest.raises(UserError, match=r"ask\.apart\.splits: .* asks about pairs of pictures; .*; write \[train\]$"):
         asked(apart={"prompt": "prompts/contrast_pictures.md"}).run(main, "--ask", "apart")
     write_prompt("apart", "{{ name }}", "image_pair", "name")
@@ -331,7 +336,7 @@ def test_neighbours_are_the_nearest_training_texts_of_the_same_class(
         ({"combine": {"splits": ["train"]}}, r"ask\.combine\.links: prompts/combine\.md uses neighbours; name a table"),
         ({"shorten": {"links": "data/links/near.parquet"}}, r"ask\.shorten\.links: .*uses no neighbours; set it to"),
         ({"mood": {"splits": ["train"]}}, r"ask\.mood\.splits: prompts/mood\.md asks about a class; take it out"),
-        ({"concepts": {}}, r"prompts/concepts\.md: subject: is missing; say class, pair, image or text"),
+        ({"concepts": {}}, r"prompts/concepts\.md: subject: is missing; say one of class, pair, image, image_pair,"),
         ({"shorten": {}}, r"descriptions\.parquet: says nothing of any image that prompts/shorten\.md asks about"),
         ({"other": {}}, r"ask\.NAME: is not there; choose one of: other"),
     ],

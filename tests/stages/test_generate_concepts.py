@@ -446,7 +446,7 @@ def test_of_classes_that_are_numbers_nobody_is_asked_but_once_for_all(
 ) -> None:
     workspace.write_classes(*(f"cultivar {number}" for number in range(40)))
     workspace.blocks["concepts"] = {"prompt": "data/none", "generic": 30}
-    workspace.write(min_coverage=0.0)
+    workspace.write()
     workspace.run(main)
     assert len(server.calls) == 1
     assert [row["subject_id"] for row in answers()] == ["*"]
@@ -468,6 +468,25 @@ def test_texts_of_no_class_can_be_imported(server: OpenAIServer, workspace: Work
     assert [each["text"] for each in json.loads(row["response_json"])["concepts"]] == [
         *("a leaf with a wavy margin", "a leaf with a blunt tip"),
     ]
+    assert not server.calls
+
+
+def test_texts_of_no_class_make_up_for_none(
+    server: OpenAIServer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.write_classes("alpha", "beta", "gamma")
+    texts = {"*": ["a fish with bars"], "alpha": ["a red fish"], "beta": ["a blue fish"]}
+    Path("own.json").write_text(json.dumps(texts))
+    workspace.blocks["concepts"] = {"prompt": "data/none", "import": "own.json"}
+    workspace.write()
+    with pytest.raises(UserError, match=r"2 of 3 answered, .*; missing: gamma \(not asked\); write texts of what"):
+        workspace.run(main)
+    workspace.run(main, "--dry-run")
+    assert "own.json (concepts.import) covers 2 of 3 classes" in capsys.readouterr().out
+    workspace.run(main, "--show", "*")
+    assert capsys.readouterr().out == "# from own.json (concepts.import)\n\na fish with bars\n"
+    workspace.write(min_coverage=0.5)
+    workspace.run(main)
     assert not server.calls
 
 

@@ -155,6 +155,16 @@ def test_outputs_are_found_by_part_and_by_encoder(parts: list[str], encoders: li
     assert outputs_of(parts, encoders) == found
 
 
+def test_what_a_tuned_encoder_is_loaded_from_is_of_it() -> None:
+    tuned = "  adapt_encoder@mine:\n    cmd: x\n    outs: [{path: data/adapted/mine, md5: f.dir, size: 1}]\n"
+    Path("dvc.lock").write_text(LOCK + tuned)
+    Path("dvc.yaml").write_text(PIPELINE + '  adapt_encoder: {foreach: "${adapt}", do: {cmd: x}}\n')
+    encoders = "{toy: {model: local-dir:data/adapted/mine}, other: {model: x}}"
+    Path("params.yaml").write_text(f"{{encoders: {encoders}, adapt: {{mine: {{}}}}, train: {{runs: {{probe: {{}}}}}}}}")
+    assert outputs_of([], ["toy"]) == ["data/adapted/mine", "data/embed/toy/images", "data/embed/toy/tokens"]
+    assert outputs_of(["adapted"], ["toy"]) == ["data/adapted/mine"]
+
+
 def test_a_part_or_encoder_that_is_not_there_is_one_line() -> None:
     # A run or the pictures of the demo may have an encoder's name and are not of it.
     with pytest.raises(UserError, match=r"no output is of encoder 'probe'; it knows toy"):

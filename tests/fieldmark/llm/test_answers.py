@@ -370,6 +370,8 @@ def test_coverage_names_the_missing(server: OpenAIServer) -> None:
         check_coverage(rows, names, llm_of(server), OUTPUT)
     check_coverage(rows, names, llm_of(server, min_coverage=0.5), OUTPUT)
     check_coverage([], {}, llm_of(server), OUTPUT)
+    with pytest.raises(UserError, match=r"0 of 2 answered, .*missing: A ray \(not asked\), B ray \(not asked\); write"):
+        check_coverage([], names, llm_of(server), OUTPUT)
 
 
 def test_no_more_questions_wait_than_there_is_room_for(server: OpenAIServer) -> None:
