@@ -1,8 +1,9 @@
 """Seconds, memory and bytes of training, judging and reporting as images grow: what is not linear shows here.
 
-The cache is written straight, without a picture: an index, vectors of N images (a global one of D dimensions around a
-prototype of their class), graphs, and what the report asks for beside them; buckets of about a thousand images. Eight
-of ten images train, one is val, one is test. Then each command runs as a process of its own, as `dvc repro` runs it:
+The cache is written straight, without a picture: an index (groups of four images), vectors of N images (a global one of
+D dimensions around a prototype of their class), graphs, and what the report asks for beside them; buckets of about a
+thousand images. Eight of ten images train, one is val, one is test. Then each command runs as a process of its own, as
+`dvc repro` runs it:
 
     plan     training.plan_runs: the sha256 of all that runs read
     read     training.data.read_cache of the probes' parts, the first time, when arrays are made
@@ -71,6 +72,10 @@ def write_index(data: Path, count: int, classes: int) -> dict[str, int]:
         "image_id": ids,
         "class_id": [f"c{number % classes:05d}" for number in range(count)],
         "split": np.array(SPLITS)[numbers // classes % len(SPLITS)],
+        # Four pictures of a class and split are one, as frames of a track are: so halves, intervals and votes go by it.
+        "group": [
+            f"{n % classes}-{n // classes % len(SPLITS)}-{n // classes // len(SPLITS) // 4}" for n in range(count)
+        ],
         "status": pa.array(["ok"] * count), "width": pa.array(200 + numbers % 100, pa.int32()),
         "height": pa.array(np.full(count, 200), pa.int32()),
     })  # fmt: skip

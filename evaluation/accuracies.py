@@ -48,12 +48,11 @@ def vote_rows(data: Path, runs: Sequence[Run], groups: Mapping[str, str] | None)
     rows = []
     for found in runs:
         row: Row = {"name": found.name, "several": False}
-        logits = read_logits(data, found)
         for split in COMPARED:
             own = found.split == split
             numbers = group_numbers([path for path, is_own in zip(found.paths, own, strict=True) if is_own], groups)
             assert numbers is not None
-            _, voted = vote(logits[own].astype(np.float64), numbers)
+            _, voted = vote(read_logits(data, found, [split]).astype(np.float64), numbers)
             shown, alike = shown_classes(found.y[own], numbers)
             right = (voted.argmax(axis=1) == shown)[alike]
             row[split] = (float(right.mean()) if right.size else 0.0, len(right))

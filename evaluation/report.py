@@ -118,12 +118,12 @@ def find_reference(data: Path, found: Sequence[Run | NotMade], name: str) -> Run
 
 
 def find_shown(data: Path, found: Sequence[Run | NotMade], name: str | None) -> Run:
-    """The run shown in detail: `name`, or the best on the half of val that chooses, of equals the first.
+    """The run shown in detail: `name`, or the one that is best where val chooses (Run.chosen_by), of equals the first.
 
     Raises UserError where its method cannot work on this data.
     """
     if name is None:
-        return max((one for one in found if isinstance(one, Run)), key=lambda one: one.accuracy("choose")[0])
+        return max((one for one in found if isinstance(one, Run)), key=lambda one: one.chosen_by)
     shown = next(one for one in found if one.name == name)
     if isinstance(shown, NotMade):
         raise UserError(

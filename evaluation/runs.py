@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from fieldmark import store
 from fieldmark.command import UserError
 from training.links import TRANSDUCTIVE
-from training.metrics import Bools, Floats, Ints, mean_and_deviation
+from training.metrics import TOLD_CHOOSE, Bools, Floats, Ints, mean_and_deviation
 
 PREDICTIONS = "run.predictions/1"
 SPLITS = ("train", "val", "test")
@@ -36,6 +36,7 @@ class Run(NamedTuple):
     mark: str  # its own fingerprint
     by_class: bool  # whether its regime makes its accuracy a claim about other classes: few shots, unseen classes
     transductive: bool = False  # whether images that are judged sent to each other (training/links.py)
+    told: float | None = None  # mean accuracy where val chooses, by what that was told; None where that is the truth
 
     @property
     def right(self) -> Bools:
@@ -49,6 +50,11 @@ class Run(NamedTuple):
     def accuracy(self, split: str) -> tuple[float, float]:
         """Mean and standard deviation over seeds; for one seed the deviation is 0."""
         return mean_and_deviation(self.on(split).mean(axis=1).tolist())
+
+    @property
+    def chosen_by(self) -> float:
+        """The accuracy that runs are chosen by: on the half of val that chooses, by the labels that it is told."""
+        return self.accuracy("choose")[0] if self.told is None else self.told
 
 
 class NotMade(NamedTuple):
@@ -99,6 +105,7 @@ def read_run(data: Path, name: str, encoder: str) -> Run | NotMade:
         mark=header.fingerprint,
         by_class=config["regime"]["kind"] in ("shots", "unseen"),
         transductive=config.get(TRANSDUCTIVE, False),
+        told=config[TOLD_CHOOSE]["accuracy"] if TOLD_CHOOSE in config else None,
     )
     for split in SPLITS:
         if not found.on(split).size or abs(metrics[split]["accuracy"] - found.accuracy(split)[0]) > 1e-6:

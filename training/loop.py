@@ -122,7 +122,7 @@ def margin(logits: Tensor, classes: Tensor) -> Tensor:
 
 def untrained(model: nn.Module, cache: Cache) -> Fitted:
     """A model that needs no training, with one row of history."""
-    return Fitted(model, [state_row(0, assess_split(model, cache, "train")[1], assess_split(model, cache, "val"))])
+    return Fitted(model, [state_row(0, told_loss(model, cache), assess_split(model, cache, "val"))])
 
 
 def assess_split(model: nn.Module, cache: Cache, split: str) -> tuple[float, float]:
@@ -132,6 +132,17 @@ def assess_split(model: nn.Module, cache: Cache, split: str) -> tuple[float, flo
         if len(images):
             tally.add(predict(model, cache, images), cache.y[images])
     return tally.result()
+
+
+@torch.no_grad()
+def told_loss(model: nn.Module, cache: Cache) -> float:
+    """Mean cross entropy of the training images with what is told of them, in evaluation mode."""
+    if cache.target.ndim == 1:
+        return assess_split(model, replace(cache, y=cache.target), "train")[1]
+    total, train = 0.0, cache.images("train")
+    for images in train.split(TALLIED):
+        total += F.cross_entropy(predict(model, cache, images), cache.target[images], reduction="sum").item()
+    return total / len(train)
 
 
 def state_row(epoch: int, train_loss: float, val: tuple[float, float]) -> dict[str, float]:
@@ -228,7 +239,7 @@ def fit_once(
             seconds.append(perf_counter() - started)
         if epoch in looked:
             # Epoch 0 counts too: a model that starts from a fitted one may be best as it starts.
-            train_loss = loss if epoch else assess_split(model, cache, "train")[1]
+            train_loss = loss if epoch else told_loss(model, cache)
             accuracy, log_loss = assess_split(model, cache, "val")
             history.append(state_row(epoch, train_loss, (accuracy, log_loss)))
             progress.set_postfix(val_accuracy=f"{accuracy:.3f}")

@@ -16,6 +16,7 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
 TIERS = ("few", "medium", "many")
+TOLD_CHOOSE = "told_choose"  # of config.json: figures of the half of val that chooses, by wrong classes it is told
 ROOM = 2**22  # logits that are looked at at a time
 Measure = Callable[[Floats, Ints], NDArray[Any]]  # of logits (n, C) and y (n,), a number an image (n,)
 

@@ -5,18 +5,19 @@ training may not use become `unused`) and `target` (what training is told); vect
 the index is never touched. Everything drawn follows from `draw` and from paths and class ids, so that all methods share
 a draw, and one image more moves no other. `Cache.y` stays the truth.
 
-What val is: `long_tail`, `partial` and `noise` keep both halves of it (fieldmark/halves.py), with clean labels:
-their figures say what a method reaches that was tuned on clean images. Who has wrong labels has them in val too: under
-`noise` with `val: noisy` the half that chooses is told wrong classes as often as training is, and so are the gate of
-the bank and the choice of a seed; the half that is reported keeps its own. `shots` has no val: k images a class leave
-nothing to tune on, so its settings come from other classes (`restrict_classes`). `unseen` has val images of the seen
-classes, and of development classes, which training does not see either.
+What val is: `long_tail`, `partial` and `noise` keep both halves of it (fieldmark/halves.py), with clean labels: their
+figures say what a method reaches that was tuned on clean images. Who has wrong labels has them in val too: under
+`noise` with `val: noisy` the half that chooses is told wrong classes as often as training is; so is the choice of a
+seed or a run, and, in a study, the gate of the bank; the half that is reported keeps its own. `shots` has no val: k
+images a class leave nothing to tune on, so its settings come from other classes (`restrict_classes`). `unseen` has val
+images of the seen classes, and of development classes, which training does not see either.
 
 `folds` judges train and val by cross-fitting (training/folds.py). Whatever a regime hides, a study hides from bank and
-labels too (evaluation/other_labels.py); a single run under `train.regime` reads those on disk.
+labels too (evaluation/other_labels.py); a single run under `train.regime` reads those on disk, which know
+the truth.
 
-`hide_test` makes the cache that a method's fit is given: it holds no label of an image that is evaluated, and the half
-of val that chooses is all its val.
+`hide_test` makes the cache that a method's fit is given: it holds no label of an image that is evaluated, the truth of
+no other where a regime tells another class, and the half of val that chooses is all its val.
 """
 
 import functools
@@ -345,10 +346,16 @@ def candidate_targets(cache: Cache, regime: Partial, draw: int) -> Tensor:
 
 
 def noisy_targets(cache: Cache, regime: Noise, draw: int) -> Tensor:
-    """(n,): the truth, but for the images that are told a wrong class."""
-    target = cache.y.clone()
+    """(n,): the truth, but for the images that are told a wrong class.
+
+    Confused and nearest say nothing of a class without a training image: images of it that choose keep theirs, and are
+    not counted in the share.
+    """
+    target, is_trained = cache.y.clone(), set(cache.y[cache.images("train")].tolist())
     for split in ("train", "choose") if regime.val == "noisy" else ("train",):
         order = instance_order(cache, split, draw) if regime.wrong == "instance" else split_order(cache, split, draw)
+        if regime.wrong in ("confused", "nearest"):
+            order = [image for image in order if int(cache.y[image]) in is_trained]
         changed = order[: round(regime.share * len(order))]
         target[changed] = wrong_classes(cache, regime, changed, draw)
     return target
@@ -357,7 +364,7 @@ def noisy_targets(cache: Cache, regime: Noise, draw: int) -> Tensor:
 def wrong_classes(cache: Cache, regime: Noise, images: list[int], draw: int) -> Tensor:
     """What each of these images is told under `Noise`, (len(images),): never its own class.
 
-    But for an image that chooses, of a class without a training image: under confused it has nobody to be taken for.
+    Under confused and nearest their classes have training images.
     """
     classes, y, train = len(cache.classes), cache.y[images], cache.images("train")
     if regime.wrong == "symmetric":
@@ -493,16 +500,16 @@ def restrict_classes(cache: Cache, class_ids: Sequence[str], others: Sequence[st
 def hide_test(cache: Cache) -> Cache:
     """What a method's fit is given: no label of an image that does not train or choose, be it as class, target or path.
 
-    The half of val that chooses (`choose`) is `val` here, with the labels that it is told (`target`), which a regime
-    may have made wrong. The other one, which is reported, has split `hidden`, as test has. Hidden and unused images
-    have y -1, a target of -1 (or of zeros), a path and group without meaning, no marks.
+    y of images that train or choose is what they are told (`target`), of several classes the most probable one, the
+    first of equals. The half of val that chooses (`choose`) is `val`. The other one, which is reported, has split
+    `hidden`, as test has. Hidden and unused images have y -1, a target of -1 (or of zeros), a path and group without
+    meaning, no marks.
     Evaluate on the cache as it was.
     """
     hidden = ~np.isin(cache.split, ("train", "choose"))
     rows, names = torch.from_numpy(hidden), [f"hidden/{n}" for n in range(len(hidden))]
     target = cache.target
     told = target if target.ndim == 1 else target.argmax(1)
-    y = torch.where(torch.from_numpy(cache.split == "choose"), told, cache.y).masked_fill(rows, -1)
     target = target.masked_fill(rows, -1) if target.ndim == 1 else target.masked_fill(rows[:, None], 0.0)
     return replace(
         cache,
@@ -511,7 +518,7 @@ def hide_test(cache: Cache) -> Cache:
         split=np.select(
             [cache.split == "choose", np.isin(cache.split, ("val", "test"))], ["val", "hidden"], cache.split
         ),
-        y=y,
+        y=told.masked_fill(rows, -1),
         target=target,
         parts=cache.parts.hide(rows),
         others=None if cache.others is None else hide_test(cache.others),

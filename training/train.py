@@ -7,7 +7,8 @@ Writes  data/runs/RUN/: metrics.json (the dozen figures that people compare, the
         images that are judged send too, training/links.py), history.csv (a row a look at val), timing.json,
         predictions.parquet (every logit of every image and seed), model.safetensors (the seed that is best on the half
         of val that chooses), config.json (settings, what each seed chose, images by split, class order, device,
-        fingerprints of what was read).
+        fingerprints of what was read; `told_choose` where a regime tells the half of val that chooses wrong classes:
+        accuracy and log loss there by what it is told, the mean over seeds).
         Where the method cannot work on this data, metrics.json and config.json say why (`not_possible`) and the others
         are empty.
 Costs   time of the processor, or of the GPU that train.device gives: none to speak of for the zero-shot methods; an
@@ -52,7 +53,7 @@ from training.links import TRANSDUCTIVE, check_links, is_transductive, named
 from training.looks import check_looks, plan_look
 from training.loop import choose_device, predict_all, set_up_torch
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings, reads_of
-from training.metrics import Measure, ahead, class_rates, correct, in_blocks, log_losses
+from training.metrics import TOLD_CHOOSE, Measure, ahead, class_rates, correct, in_blocks, log_losses
 from training.regimes import Folds, Regime, hide_test, read_regime
 from training.runs import SCHEMA, history_csv, write_json, write_predictions
 
@@ -203,6 +204,12 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
         config |= {"model_seed": best, "chosen": {str(seed): fitted.chosen for seed, fitted in fits.items()}}
         config |= mark_of_links
         config["images"] = {split: int((cache.split == split).sum()) for split in SPLITS}
+        if not torch.equal(judged.y, cache.y):
+            # predictions.parquet has the truth: who chooses among runs is to choose by what these were told.
+            config[TOLD_CHOOSE] = {
+                name: float(np.mean([numbers[name] for numbers in chosen_by.values()]))
+                for name in ("accuracy", "log_loss")
+            }
         state = state_of(fits[best].model)
         write_run(folder, fits, config, metrics, state)
     timing = {

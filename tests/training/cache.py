@@ -3,12 +3,13 @@
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from fieldmark.store import (
     write_table,
 )
 from training.data import Cache
+from training.data.nodes import Globals
 
 ENCODER = "tiny"
 # What `write_cache` writes, but the global vectors alone, which the nodes hold too.
@@ -77,6 +79,12 @@ def tensors(cache: Cache) -> dict[str, Tensor]:
     for kind, part in cache.parts.by_kind.items():
         found |= {f"{kind.__name__}.{name}": value for name, value in part.tensors().items()}
     return found
+
+
+def seen_twice(cache: Cache) -> Cache:
+    """A cache of one view, read for its global vectors, whose images have that view twice."""
+    g = cache.globals(torch.arange(len(cache.paths)))
+    return replace(cache, views=2, parts=cache.parts.only(()).with_part(Globals(g.half().repeat_interleave(2, 0))))
 
 
 def unit(x: np.ndarray) -> np.ndarray:

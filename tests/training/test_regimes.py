@@ -286,8 +286,22 @@ def test_val_is_as_noisy_as_training_where_it_is_said_and_test_never(cache: Cach
         assert (noisy.target[chosen] != cache.y[chosen]).sum() == round(0.5 * len(chosen))
         assert torch.equal(hide_test(noisy).y[chosen], noisy.target[chosen])
         assert torch.equal(hide_test(clean).y[chosen], cache.y[chosen])
+        train = rows["train"]
+        assert torch.equal(hide_test(noisy).y[train], noisy.target[train])  # the truth is nowhere
     # What identified a run before there was `val` still does.
     assert Noise(wrong="symmetric", share=0.5).model_dump() == {"kind": "noise", "wrong": "symmetric", "share": 0.5}
+
+
+@pytest.mark.parametrize("wrong", ["confused", "nearest"])
+def test_who_has_nobody_to_be_taken_for_keeps_the_class(cache: Cache, wrong: str) -> None:
+    """Images that choose, of a class without a training image: and the share is of the others."""
+    gone = (cache.y.numpy() == 0) & (cache.split == "train")
+    few = dataclasses.replace(cache, split=np.where(gone, "unused", cache.split))
+    target, chosen = Noise(wrong=wrong, share=0.99, val="noisy").apply(few, 0).target, few.images("choose")
+    others = few.y[chosen] != 0
+    assert torch.equal(target[chosen[~others]], few.y[chosen[~others]])
+    assert (~others).any()
+    assert (target != few.y)[chosen].sum() == round(0.99 * int(others.sum()))
 
 
 @given(draw=draws, share=st.floats(0.01, 0.99), development=st.floats(0.01, 0.99))
@@ -430,11 +444,8 @@ def test_a_planted_leak_is_closed(cache: Cache, regime: Regime) -> None:
         images = made.images(split)
         assert torch.equal(hidden.images(told), images)
         assert torch.equal(hidden.target[images], made.target[images])
-        if split == "train":
-            assert torch.equal(hidden.y[images], made.y[images])
-        else:  # what chooses is told what the regime says
-            told_class = made.target[images] if made.target.ndim == 1 else made.target[images].argmax(1)
-            assert torch.equal(hidden.y[images], told_class)
+        told_class = made.target[images] if made.target.ndim == 1 else made.target[images].argmax(1)
+        assert torch.equal(hidden.y[images], told_class)
 
 
 def test_a_method_that_trains_on_test_labels_gains_nothing(cache: Cache) -> None:

@@ -15,15 +15,17 @@ import pytest
 from ruamel.yaml import YAML
 
 from evaluation.accuracies import accuracy_rows, summarise
+from evaluation.report import find_shown
 from evaluation.runs import Run, read_run
 from fieldmark import command as command_line
 from fieldmark.command import UserError
 from fieldmark.params import load_params
 from fieldmark.store import read_header, read_table, write_table
 from tests.training.cache import Plan, write_cache, write_other
-from training.data import arrays
+from training.data import arrays, read_cache
 from training.methods import concept_graph
 from training.metrics import accuracy, log_loss
+from training.regimes import Noise
 from training.train import plan_run, train
 
 PARAMS = """
@@ -189,6 +191,40 @@ def test_the_model_that_is_kept_is_best_where_val_chooses(params: Path, tmp_path
         }
     best = {half: max(of_half, key=of_half.__getitem__) for half, of_half in score.items()}
     assert config["model_seed"] == best["choose"] != best["val"]  # the halves disagree here
+
+
+def test_where_val_is_told_wrong_classes_these_choose(params: Path, tmp_path: Path) -> None:
+    """The seed, and what the report and predict choose a run by, are by what val was told, not by the truth."""
+    data = tmp_path / "data"
+    write_cache(data, Plan(noise=2.5, val=20))
+    regime = "  regime: {kind: noise, wrong: symmetric, share: 0.5, val: noisy}\n"
+    params.write_text(PARAMS.replace("seeds: 2", "seeds: 6").replace("  runs:\n", regime + "  runs:\n"))
+    read = load_params(params)
+    train(read, str(params), "concept_graph", data)
+    config = json.loads((data / "runs/concept_graph/config.json").read_text())
+    table = pq.read_table(data / "runs/concept_graph/predictions.parquet")
+    cache = read_cache(data, "tiny", 3, ["globals"])
+    noise = Noise(wrong="symmetric", share=0.5, val="noisy")
+    told = dict(zip(cache.paths, noise.apply(cache, 3).target.tolist(), strict=True))
+    logits, seeds, splits = (np.array(table[name].to_pylist()) for name in ("logits", "seed", "split"))
+    true = np.array([config["classes"].index(name) for name in table["class_id"].to_pylist()])
+    score = {}
+    for name, y in (("told", np.array([told[path] for path in table["path"].to_pylist()])), ("true", true)):
+        images = {seed: (splits == "choose") & (seeds == seed) for seed in range(3, 9)}
+        score[name] = {
+            seed: (accuracy(logits[rows], y[rows]), -log_loss(logits[rows], y[rows])) for seed, rows in images.items()
+        }
+    best = {name: max(of, key=of.__getitem__) for name, of in score.items()}
+    assert config["model_seed"] == best["told"] != best["true"]
+    mean = {name: np.mean(list(of.values()), axis=0) for name, of in score.items()}
+    assert config["told_choose"]["accuracy"] == pytest.approx(mean["told"][0])
+    assert config["told_choose"]["log_loss"] == pytest.approx(-mean["told"][1])
+    found = read_run(data, "concept_graph", "tiny")
+    assert isinstance(found, Run)
+    assert found.chosen_by == config["told_choose"]["accuracy"] != found.accuracy("choose")[0]
+    # Of two runs, report and predict take the one that is better by what was told, though it is worse by the truth.
+    other = found._replace(name="other", told=found.chosen_by + 0.01, predicted=np.full_like(found.predicted, -1))
+    assert find_shown(data, [found, other], None) is other
 
 
 def test_a_method_that_draws_nothing_stands_for_every_seed(params: Path, tmp_path: Path) -> None:

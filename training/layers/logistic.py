@@ -62,12 +62,13 @@ class Tally:
     count: int = 0
     right: int = 0
     loss: float = 0.0  # a sum
+    room: int = ROOM  # logits that may wait
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, logits: Tensor, y: Tensor) -> None:
         """logits (n, C) of images of the classes y (n,)."""
         self.waiting.append((logits, y))
-        if sum(some.numel() for some, _ in self.waiting) > ROOM:
+        if sum(some.numel() for some, _ in self.waiting) > self.room:
             self.settle()
 
     def settle(self) -> None:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from fieldmark.command import UserError
 from training.data import Cache
-from training.layers.features import Features
-from training.layers.logistic import Tally, as_probabilities
+from training.layers.features import Features, chunk_of
+from training.layers.logistic import ROOM, Tally, as_probabilities
 from training.metrics import fit_temperature
 
 RANK = 1e-13  # of the largest eigenvalue: what is below it is rounding
@@ -249,8 +249,11 @@ def choose_left_out(
 def assess_layers(
     layers: Sequence[nn.Module], cache: Cache, features: Features, images: Tensor
 ) -> list[tuple[float, float]]:
-    """Accuracy and log loss of several layers on x, which is read once, a chunk at a time."""
-    tallies = [Tally() for _ in layers]
+    """Accuracy and log loss of several layers on x, which is read once, a chunk at a time.
+
+    The logits that wait to be judged are no more of all layers together than of one elsewhere.
+    """
+    tallies = [Tally(room=ROOM // len(layers)) for _ in layers]
     for some in images.split(features.chunk):
         x = features.of(cache, some)
         for layer, tally in zip(layers, tallies, strict=True):
@@ -259,9 +262,12 @@ def assess_layers(
 
 
 def training_rows(cache: Cache, features: Features, unit: float = 1.0, kept: int = 0) -> Rows:
-    """The training images by their vectors x / unit; no more numbers of them than `kept` are one chunk."""
-    train = cache.images("train")
-    is_kept = len(train) * cache.views * features.size <= kept
+    """The training images by their vectors x / unit; no more numbers of them than `kept` are one chunk.
+
+    Numbers of an image are those of x or of what is told of it, whichever are more.
+    """
+    train, size = cache.images("train"), max(features.size, len(cache.classes))
+    is_kept = len(train) * cache.views * size <= kept
 
     def x(chunk: slice) -> Tensor:
         views = [features.of(cache, train[chunk], view) for view in range(cache.views)]
@@ -270,7 +276,7 @@ def training_rows(cache: Cache, features: Features, unit: float = 1.0, kept: int
     def y(chunk: slice) -> Tensor:
         return as_probabilities(cache.target[train[chunk]], len(cache.classes)).double()
 
-    chunk = max(1, len(train)) if is_kept else max(1, features.chunk // cache.views)
+    chunk = max(1, len(train)) if is_kept else max(1, chunk_of(size) // cache.views)
     return Rows(len(train), cache.views, features.size, chunk, x, y)
 
 

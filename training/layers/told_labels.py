@@ -1,8 +1,8 @@
 """Logistic regression where what training images are told may be wrong: told anew, fitted, and chosen by val.
 
 The methods that share this differ in what they tell alone. Each has one knob beside l2 with a value that changes
-nothing, at which it is linear_probe on fewer strengths. Val chooses among all points of both; where its labels are
-wrong too (`val: noisy` of a regime, or data as the web gives them), so is what chooses.
+nothing, at which the objective is that of linear_probe, on fewer strengths. Val chooses among all points of both; where
+its labels are wrong too (`val: noisy` of a regime, or data as the web gives them), so is what chooses.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class ToldSettings(FeatureSettings):
     max_iterations: Count = MAX_ITERATIONS  # of L-BFGS, for each fit
 
 
-class Rows(NamedTuple):
+class ToldRows(NamedTuple):
     """The training images of a cache as rows."""
 
     x: Tensor  # (V n, F): all of view 0 first
@@ -59,7 +59,7 @@ def fit_told(
     x = features.of_training(cache)
     span = Span(x)
     told = as_probabilities(cache.target[train], len(cache.classes))
-    rows = Rows(span.into(x), told, [cache.groups[image] for image in train.tolist()])
+    rows = ToldRows(span.into(x), told, [cache.groups[image] for image in train.tolist()])
     x_val = span.into(features.of(cache, val))
     layers: dict[tuple[float, ...], nn.Linear] = {}
 

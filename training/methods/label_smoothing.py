@@ -3,8 +3,8 @@
     minimise   mean over images of CE(W x + b, (1 - s) y + s / C) + l2/2 |W|^2
 
 y is what training is told of an image, as probabilities (C,), x the probe's vector (layers/features.py). A wrong label
-then asks for a logit that is finite, and pulls less. With s = 0 it is linear_probe on these strengths. Val chooses s
-and l2; as regularisation the two do much alike.
+then asks for a logit that is finite, and pulls less. With s = 0 it is the objective of linear_probe. Val chooses
+s and l2; as regularisation the two do much alike.
 """
 
 from typing import Annotated
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.data import Cache, feature_words
 from training.layers.features import feature_also_reads, feature_reads
-from training.layers.told_labels import Rows, ToldSettings, fit_told
+from training.layers.told_labels import ToldRows, ToldSettings, fit_told
 from training.methods import Fitted, linear_probe
 
 SEEDED = False
@@ -30,7 +30,7 @@ class Settings(ToldSettings):
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
-    def smoothed(rows: Rows, smoothing: float, l2: float) -> Tensor:
+    def smoothed(rows: ToldRows, smoothing: float, l2: float) -> Tensor:
         return (1 - smoothing) * rows.told + smoothing / rows.told.shape[1]
 
     return fit_told(cache, settings, linear_probe.Probe, smoothed)

@@ -12,7 +12,7 @@ same images would be one, and the second one is here the probe of other images [
 
 The share is dropped class by class, at least one image of each stays: over all images, a hard class would lose most.
 A rate with one value is given; of several val chooses, together with l2, which is the same in every fit. With rate 0 it
-is linear_probe on these strengths. x is the probe's vector (layers/features.py).
+is the objective of linear_probe. x is the probe's vector (layers/features.py).
 """
 
 import math
@@ -27,7 +27,7 @@ from fieldmark.params import Count
 from fieldmark.store import sha256
 from training.data import Cache, feature_words
 from training.layers.features import feature_also_reads, feature_reads
-from training.layers.told_labels import Rows, ToldSettings, fit_told
+from training.layers.told_labels import ToldRows, ToldSettings, fit_told
 from training.methods import Fitted, linear_probe
 
 SEEDED = False
@@ -44,7 +44,7 @@ class Settings(ToldSettings):
     folds: Annotated[int, Field(ge=2)] = 5  # parts, each of which the others judge
 
 
-def losses(rows: Rows, kept: Tensor, folds: int, l2: float, max_iterations: int) -> Tensor:
+def losses(rows: ToldRows, kept: Tensor, folds: int, l2: float, max_iterations: int) -> Tensor:
     """(n,): the loss of each image under a probe of the images `kept` (n,) of the other parts."""
     part = torch.tensor([int(sha256(group)[:8], 16) % folds for group in rows.groups], device=rows.x.device)
     found, views = torch.zeros(len(part), device=rows.x.device), len(rows.x) // len(part)
@@ -72,7 +72,7 @@ def smallest(loss: Tensor, told: Tensor, rate: float) -> Tensor:
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     first: dict[float, Tensor] = {}  # the losses of the first round, by l2: it knows no rate
 
-    def selected(rows: Rows, rate: float, l2: float) -> Tensor:
+    def selected(rows: ToldRows, rate: float, l2: float) -> Tensor:
         if rate == 0:
             return rows.told
         told, kept = rows.told.argmax(1), rows.told.sum(1) > 0

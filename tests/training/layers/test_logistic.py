@@ -90,14 +90,13 @@ def test_probes_read_the_rows_that_they_do_not_keep_and_say_the_same(
         assert one == pytest.approx(other, abs=1e-3 if method is linear_probe else 1e-6)
 
 
-def test_a_tally_judges_chunks_as_the_whole_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tally_judges_chunks_as_the_whole_is_judged() -> None:
     x, y = sample()
     logits = x[:, :3]
-    few, many = Tally(), Tally()
+    few, many = Tally(), Tally(room=50)
     for some, own in zip(logits.split(8), y.split(8), strict=True):
         few.add(some, own)
     assert few.result() == assess(logits, y)
-    monkeypatch.setattr(logistic, "ROOM", 50)
     for some, own in zip(logits.split(8), y.split(8), strict=True):
         many.add(some, own)
         assert len(many.waiting) < 3

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from tests.training.cache import Plan
+from tests.training.cache import Plan, seen_twice
 from training.data import Cache
 from training.layers.features import Features
 from training.layers.logistic import assess
@@ -54,3 +54,12 @@ def test_val_chooses_among_all_points(planted: Planted) -> None:
     soft = torch.nn.functional.one_hot(cache.target, 6).float()
     other = label_smoothing.fit(replace(cache, target=soft), label_smoothing.Settings(), 0)
     assert other.chosen == fitted.chosen
+
+
+def test_a_view_that_is_a_copy_changes_nothing(planted: Planted) -> None:
+    cache = planted(PLAN)
+    twice, images = seen_twice(cache), cache.images("test")
+    settings = label_smoothing.Settings(smoothing=[0.2], l2=[0.1])
+    once = predict(label_smoothing.fit(cache, settings, 0).model, cache, images)
+    again = predict(label_smoothing.fit(twice, settings, 0).model, twice, images)
+    torch.testing.assert_close(again, once, atol=1e-3, rtol=1e-3)

@@ -1,14 +1,15 @@
 """Nearest-neighbour cleaning, against a loop, and on labels that are planted wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from tests.training.cache import Plan
+from tests.training.cache import Plan, seen_twice
 from training.data import Cache
 from training.layers.told_labels import spare_classes
 from training.loop import assess_split, predict
@@ -24,13 +25,36 @@ def test_votes_are_those_of_the_nearest_others(monkeypatch: pytest.MonkeyPatch) 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(30, 4, generator=generator)
     told = F.one_hot(torch.randint(3, (30,), generator=generator), 3).float()
-    found = neighbour_cleaning.votes(x, told, 5).numpy()
+    groups = [f"group-{number % 15}" for number in range(30)]
+    found = neighbour_cleaning.votes(x, told, groups, 5).numpy()
     unit = (x / x.norm(dim=1, keepdim=True)).numpy()
     for image in range(30):
         cosine = unit @ unit[image]
-        near = [other for other in np.argsort(-cosine) if other != image][:5]
+        near = [other for other in np.argsort(-cosine) if groups[other] != groups[image]][:5]
         np.testing.assert_allclose(found[image], told.numpy()[near].sum(0))
-    assert neighbour_cleaning.votes(x[:3], told[:3], 5).sum(1).tolist() == [2, 2, 2]  # itself is no neighbour
+    assert neighbour_cleaning.votes(x[:3], told[:3], groups[:3], 5).sum(1).tolist() == [2, 2, 2]  # itself is none
+    assert neighbour_cleaning.votes(x[:3], told[:3], ["a", "a", "b"], 5).sum(1).tolist() == [1, 1, 2]
+
+
+def test_neighbours_are_looked_for_once_for_all_strengths(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, votes = [], neighbour_cleaning.votes
+
+    def counted(x: Tensor, told: Tensor, groups: Sequence[str], k: int) -> Tensor:
+        asked.append(k)
+        return votes(x, told, groups, k)
+
+    monkeypatch.setattr(neighbour_cleaning, "votes", counted)
+    cache = planted(Plan(classes=3, train=6, val=2, test=2))
+    neighbour_cleaning.fit(cache, neighbour_cleaning.Settings(k=[0, 2, 3], l2=[1.0, 0.1]), 0)
+    assert sorted(asked) == [2, 3]
+
+
+def test_a_view_that_is_a_copy_changes_nothing(planted: Planted) -> None:
+    cache = Noise(wrong="symmetric", share=0.4).apply(planted(PLAN), 0)
+    twice, images, settings = seen_twice(cache), cache.images("test"), neighbour_cleaning.Settings(k=[10], l2=[0.1])
+    once = predict(neighbour_cleaning.fit(cache, settings, 0).model, cache, images)
+    again = predict(neighbour_cleaning.fit(twice, settings, 0).model, twice, images)
+    torch.testing.assert_close(again, once, atol=1e-3, rtol=1e-3)
 
 
 def test_a_class_that_would_vanish_keeps_its_images() -> None:
