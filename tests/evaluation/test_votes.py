@@ -1,10 +1,17 @@
 """Votes against a loop."""
 
-import numpy as np
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+from evaluation import accuracies
 from evaluation.calibration import SETS, calibrate
+from evaluation.runs import Run, read_logits, read_run
 from evaluation.votes import calibrate_votes, vote
-from training.metrics import softmax
+from tests.training.cache import ENCODER
+from training.metrics import Floats, softmax
 
 
 def test_votes_are_the_mean_of_log_probabilities() -> None:
@@ -55,3 +62,20 @@ def test_a_group_of_two_classes_has_no_class_to_be_right_about() -> None:
     assert found is not None
     assert found.images == found.units == 1
     assert calibrate_votes(logits[:2], np.array([0, 1]), ["a", "a"], ["x", "y"]) is None
+
+
+def test_logits_of_one_split_are_read_at_a_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str]] = []
+
+    def read(data: Path, run: Run, splits: Sequence[str] = ()) -> Floats:
+        asked.append(splits)
+        return read_logits(data, run, splits)
+
+    monkeypatch.setattr(accuracies, "read_logits", read)
+    found = read_run(data, "linear_probe", ENCODER)
+    assert isinstance(found, Run)
+    # Tracks of two pictures; of test, one picture of class-00 is taken for another: its track may go either way.
+    [row] = accuracies.vote_rows(data, [found], {path: f"{path[:-5]}{int(path[-5]) // 2}" for path in found.paths})
+    assert asked == [["val"], ["test"]]
+    assert row["val"] == (1.0, 6)
+    assert row["test"][1] == 6

@@ -157,3 +157,12 @@ def test_what_training_is_told_moves_in_a_copy_for_each_model() -> None:
     seen.clear()
     fit_epochs(lambda: Probe(nn.Linear(dimension, CLASSES)), cache, schedule, 0, retell=retell)
     assert seen == []  # classes are what they are
+
+
+def test_the_loss_before_training_is_of_what_is_told(planted: Callable[[Plan], Cache]) -> None:
+    cache = planted(Plan(classes=3, train=4, val=2, test=2))
+    train, model = cache.images("train"), linear_probe.fit(cache, linear_probe.Settings(l2=[1.0]), 0).model
+    wrong, uniform = (cache.y + 1) % 3, torch.full((len(cache.y), 3), 1 / 3)
+    for target in (cache.y, wrong, uniform):
+        expected = F.cross_entropy(predict(model, cache, train), target[train]).item()
+        assert told_loss(model, replace(cache, target=target)) == pytest.approx(expected, rel=1e-6)

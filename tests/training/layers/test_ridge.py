@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.training.cache import Plan
+from training.data import Cache
+from training.layers import ridge
+from training.layers.features import Features
 from training.layers.kernels import gauss
+from training.layers.logistic import Tally
 from training.layers.ridge import Basis, Rows, basis_of_kernel, basis_of_rows, judge_left_out
 from training.methods.rbf_ridge import Settings as RbfSettings
 from training.methods.ridge import Settings
@@ -185,3 +190,23 @@ def test_weights_are_those_of_the_direct_system(dimension: int) -> None:
         torch.testing.assert_close(basis.solve(penalty), torch.linalg.solve(system, centred.T @ y))
     torch.testing.assert_close(mean, x.mean(0))
     torch.testing.assert_close(basis.mean, y.mean(0))
+
+
+def test_many_classes_are_counted_as_many_dimensions_are(
+    planted: Callable[[Plan], Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told of an image may be longer than its vector: 24 images of 8 dimensions and 12 classes."""
+    cache, rooms = planted(Plan(classes=12, train=2, val=2, test=2, dimension=8)), []
+    features = Features.measure(cache, Settings())
+    monkeypatch.setattr("training.layers.features.ROOM", 60)
+    assert ridge.training_rows(cache, features, kept=12 * 24).chunk == 24
+    assert ridge.training_rows(cache, features, kept=12 * 24 - 1).chunk == 60 // 12
+
+    def tally(room: int) -> Tally:
+        rooms.append(room)
+        return Tally(room=room)
+
+    monkeypatch.setattr(ridge, "Tally", tally)
+    monkeypatch.setattr(ridge, "ROOM", 90)
+    ridge.assess_layers([torch.nn.Linear(8, 12)] * 3, cache, features, cache.images("val"))
+    assert rooms == [30, 30, 30]  # the logits of all layers wait in the room of one
