@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.halves import halve
+from tests.training.cache import Plan
 from training.data import Batch, Cache, Parts
 from training.data.nodes import Nodes
 from training.layers.logistic import fit_logistic
-from training.loop import Schedule, epochs_to_look, fit_epochs, predict
+from training.loop import Schedule, epochs_to_look, fit_epochs, predict, told_loss
 from training.methods import BUDGET, Output, attention_pool, linear_probe
 from training.regimes import hide_test
 
