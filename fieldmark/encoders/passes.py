@@ -256,10 +256,11 @@ def find_work(product: Product, sources: Sequence[Source], buckets: int, shard: 
     members = np.split(order[np.argsort(numbers, kind="stable")], ends[:-1])
     todo: list[tuple[Path, store.Kept]] = []
     for bucket in range(rank, buckets, world):
-        path, wanted = store.bucket_path(product.folder, bucket), image_ids.take(pa.array(members[bucket])).to_pylist()
-        kept = store.find_kept(path, product.schema, product.fingerprint, wanted)
+        path, own = store.bucket_path(product.folder, bucket), image_ids.take(pa.array(members[bucket]))
+        kept = store.find_kept(path, product.schema, product.fingerprint, own.to_pylist())
         if product.outdated is not None and kept.present:
-            kept = kept.without(product.outdated(path, list(choose(sources, image_ids, kept.present))))
+            present = Chosen(sources, members[bucket][places_of(kept.present, own)])
+            kept = kept.without(product.outdated(path, list(present)))
         if kept.changes:
             todo.append((path, kept))
     return Work(todo, choose(sources, image_ids, [image_id for _, kept in todo for image_id in kept.missing]))
@@ -267,7 +268,13 @@ def find_work(product: Product, sources: Sequence[Source], buckets: int, shard: 
 
 def choose(sources: Sequence[Source], image_ids: pa.Array, wanted: Sequence[str]) -> Sequence[Source]:
     """The sources of some images, in their order; `image_ids` are those of all."""
-    return Chosen(sources, pc.index_in(pa.array(wanted, store.TEXT), value_set=image_ids).to_numpy())
+    return Chosen(sources, places_of(wanted, image_ids))
+
+
+def places_of(wanted: Sequence[str], image_ids: pa.Array) -> np.ndarray:
+    """Where some images stand among others, which are all hashed for it."""
+    found: np.ndarray = pc.index_in(pa.array(wanted, image_ids.type), value_set=image_ids).to_numpy()
+    return found
 
 
 def stack_pictures(pixels: list[Tensor]) -> Tensor:

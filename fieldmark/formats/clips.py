@@ -26,7 +26,7 @@ from fieldmark.formats.hf_imagefolder import visible_files
 from fieldmark.formats.manifest import OPTIONAL, image_of, number
 from fieldmark.listing import SPLITS, Listing, Row, Spelling, read_class_table, read_csv
 from fieldmark.params import Dataset
-from fieldmark.pictures.clips import MOST, count_frames, frame_path, is_film, length_of, moment_path
+from fieldmark.pictures.clips import MAX_SECONDS, MOST, count_frames, frame_path, is_film, length_of, moment_path
 from fieldmark.pictures.cuts import file_of, is_cut
 from fieldmark.pictures.files import BadImage
 
@@ -84,16 +84,22 @@ def read_table(root: Path, rate: float) -> list[Row]:
             raise UserError(f"{where}: has a time, and a start or an end; write the one or the others")
         if min(start or 0, time or 0) < 0 or (end is not None and end <= (start or 0)):
             raise UserError(f"{where}: start, end, time are seconds from the first frame, and end comes after start")
+        if max(start or 0, end or 0, time or 0) > MAX_SECONDS:
+            raise UserError(f"{where}: start, end, time are seconds, and no film has {MAX_SECONDS:.0f} of them")
         if image["box"] is not None and time is None:
             raise UserError(f"{where}: has a box and no time; a box is of one frame: write when it was annotated")
         if is_cut(image["path"]) and image["box"] is None:
             raise UserError(f"{where}: {image['path']!r} names a box by its `#`; give the row a box and a time")
         named = image.pop("path")
         clip, mark = spelling.on_disk(file_of(named)), named[len(file_of(named)) :]
-        if time is None:
-            frames = frames_of(root, clip, image, rate, start, end)
-        else:
-            frames = [{"group": clip, **given(image), "path": moment_path(clip, time) + mark, **taken(image, time)}]
+        try:
+            if time is None:
+                frames = frames_of(root, clip, image, rate, start, end)
+            else:
+                frames = [{"group": clip, **given(image), "path": moment_path(clip, time) + mark, **taken(image, time)}]
+        except OverflowError:
+            said = f"captured_at is {image['captured_at']!r}, and frames are later than any date can say"
+            raise UserError(f"{where}: {said}; correct it") from None
         for frame in frames:
             other = lines.setdefault(frame["path"], where)
             # Of a clip that cannot be read, one row says so.

@@ -19,15 +19,18 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fieldmark.command import UserError, name_some
+from fieldmark.command import UserError
 from fieldmark.formats.hf_imagefolder import SPLIT, visible_files
 from fieldmark.formats.manifest import OPTIONAL, image_of
 from fieldmark.listing import Listing, check_columns, read_class_table
 from fieldmark.params import Dataset
-from fieldmark.pictures.shards import SUFFIX, features_of, picture_column
+from fieldmark.pictures.files import BadImage
+from fieldmark.pictures.shards import SUFFIX, count_rows, features_of, picture_column
 
 LABELS = ("label", "fine_label")
 READ = [name for name in OPTIONAL if name != "split"]
+# So many rows without a label are named.
+NAMED = 10
 UNLABELLED = -1
 
 
@@ -46,8 +49,7 @@ def read(dataset: Dataset) -> Listing:
         said = "holds no .parquet" if root.is_dir() else "is not a folder"
         raise UserError(f"params.yaml: dataset.root: {root} {said}; name the folder of the data set's Parquet files")
     listing = Listing([], read_class_table(root))
-    bare: list[str] = []
-    named: dict[str, Path] = {}
+    bare, unlabelled = 0, list[str]()
     for path in files:
         inside = path.relative_to(root).as_posix()
         label, rows = open_shard(path, said_before=path != files[0])
@@ -55,18 +57,20 @@ def read(dataset: Dataset) -> Listing:
         for number, row in enumerate(rows):
             place, value = f"{inside}/{number}", row.pop(label.column)
             if value is None or value == UNLABELLED or value == "":
-                bare.append(place)
+                bare += 1
+                unlabelled += [place] if bare <= NAMED else []
                 continue
             where = f"{path}: row {number}"
             if label.names is not None and not 0 <= value < len(label.names):
                 raise UserError(f"{where}: {label.column} is {value}, and {len(label.names)} names are in the schema")
             name = str(value) if label.names is None else label.names[value]
-            named.setdefault(name, path)
             listing.images.append(image_of({**row, "path": place, "class": name, "split": split}, where))
     if not listing.images:
         raise UserError(f"{root}: no row has a label; take the files of a split that is labelled")
     if bare:
-        listing.warnings.append(f"{root}: {len(bare)} rows have no label and are left out: {name_some(bare)}")
+        more = f" and {bare - NAMED} more" if bare > NAMED else ""
+        said = f"{bare} rows have no label and are left out: {', '.join(unlabelled)}{more}"
+        listing.warnings.append(f"{root}: {said}")
     listing.images.sort(key=lambda row: row["path"])
     return listing
 
@@ -83,8 +87,14 @@ def open_shard(path: Path, said_before: bool) -> tuple[Label, Iterator[dict[str,
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
-    except (OSError, pa.ArrowException) as error:
+        count_rows(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(unreadable(path, error)) from None
+    except BadImage as error:
+        raise UserError(f"{path}: {error}; take it out of the folder") from None
+    several = [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]
+    if several:
+        raise UserError(f"{path}: several columns are called {several[0]!r}; rename or remove one (rename_column)")
     column = picture_column(schema)
     if column is None:
         remedy = "Parquet of a manifest is format manifest, beside pictures hf_imagefolder"
@@ -101,7 +111,7 @@ def rows_of(path: Path, file: pq.ParquetFile, wanted: list[str]) -> Iterator[dic
         with file:
             for batch in file.iter_batches(batch_size=10_000, columns=wanted):
                 yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(unreadable(path, error)) from None
 
 

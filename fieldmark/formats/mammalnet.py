@@ -28,7 +28,7 @@ from fieldmark.formats.clips import numbers_within
 from fieldmark.formats.manifest import inside
 from fieldmark.listing import SPLITS, Listing, Row, merge_classes, read_class_table, read_lines
 from fieldmark.params import Dataset
-from fieldmark.pictures.clips import frame_path, length_of
+from fieldmark.pictures.clips import MAX_SECONDS, frame_path, length_of
 from fieldmark.pictures.files import BadImage
 
 GENERA, BEHAVIOURS = 173, 12
@@ -59,9 +59,9 @@ def read(dataset: Dataset) -> Listing:
             if split == "train":
                 shown[name].append(doing)
             about = {"name": name, "split": split, "group": film}
-            whole, segments = f"full_videos/{film}.mp4", segments_of(annotated.get(film))
-            if not (root / clip).is_file() and (root / whole).is_file() and part <= len(segments):
-                paths = frames(root, whole, dataset.frames_per_second, *segments[part - 1])
+            whole, segment = f"full_videos/{film}.mp4", segment_of(annotated.get(film), part)
+            if not (root / clip).is_file() and (root / whole).is_file() and segment is not None:
+                paths = frames(root, whole, dataset.frames_per_second, *segment)
             else:
                 paths = frames(root, clip, dataset.frames_per_second)
                 gone += [] if (root / clip).is_file() else [clip]
@@ -121,16 +121,13 @@ def read_annotations(path: Path) -> dict[str, Any]:
     return found
 
 
-def segments_of(film: Any) -> list[tuple[float, float]]:
-    """The annotated parts of a film in seconds, in their order; what is none is left out."""
-    segments = []
-    for each in film.get("annotations") or [] if isinstance(film, dict) else []:
-        try:
-            start, end = (float(side) for side in each["segment"])
-        except (KeyError, TypeError, ValueError):
-            continue
-        segments.append((start, end))
-    return [(start, end) for start, end in segments if 0 <= start < end]
+def segment_of(film: Any, part: int) -> tuple[float, float] | None:
+    """Start and end in seconds of an annotated part of a film, counted from 1; None where it has no such."""
+    try:
+        start, end = (float(side) for side in film["annotations"][part - 1]["segment"])
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+    return (start, end) if part > 0 and 0 <= start < end <= MAX_SECONDS else None
 
 
 def frames(root: Path, clip: str, rate: float, start: float | None = None, end: float | None = None) -> Iterable[str]:

@@ -6,14 +6,17 @@ shown until the next one is. It is turned upright as the film says, and written 
 full resolution: what an H.264 film has lost before is more. The same film gives the same bytes on one machine.
 
 No film reaches another file or server: the container is known by its first bytes, of those of CONTAINERS alone, so that
-no playlist or script is read as one, and FFmpeg may open nothing by itself. Frames over MAX_PIXELS, and what is left of
-a film after MAX_DECODED pixels or MOST frames, are refused. A film that breaks off, or cannot be decoded from some
-place on, has the frames before that.
+no playlist or script is read as one, and FFmpeg may open nothing by itself. Frames over MAX_PIXELS or MAX_SIDE, and what
+is left of a film after MAX_DECODED pixels, MAX_WRITTEN bytes or MOST frames, are refused. A film that breaks off, or
+cannot be decoded from some place on, has the frames before that.
 """
 
+import importlib.util
 import io
 import math
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,20 +41,43 @@ TRANSPORT = ((188, 0), (192, 4))
 HEAD_BYTES = 400
 # A film of 8K has 33 million pixels a frame.
 MAX_PIXELS = 40_000_000
+# No JPEG of Pillow's is wider or higher.
+MAX_SIDE = 65_500
 # Five hours of 1920 x 1080 at 25 frames a second.
 MAX_DECODED = 10**12
 # Frames that are made of one film, ten hours of it at one a second.
 MOST = 36_000
+# Bytes of the frames of a film at one rate, a megabyte for each of MOST.
+MAX_WRITTEN = MOST * 10**6
+# Frames a second, and seconds from the first frame, that a path may name; the last is over eleven days.
+MAX_RATE = 1000
+MAX_SECONDS = 1e6
 # A container may state a longer time than its pictures have: the last frame is shown for as long at most.
 HELD_S = 1.0
 QUALITY = 95
+# What turns a frame by so many quarters, against the clock.
+TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
 # Raised when the bytes that the rules of this module give for the same film change.
-RULES = 1
+RULES = 2
 
 
 def is_film(path: str | Path) -> bool:
     """Whether a file is one by its name."""
     return Path(path).suffix.lower() in SUFFIXES
+
+
+def begins_as_film(path: str | Path) -> bool:
+    """Whether a file is one by its first bytes."""
+    try:
+        with open_plain(path, math.inf) as file:
+            return container_of(file.read(HEAD_BYTES)) is not None
+    except (BadImage, OSError):
+        return False
+
+
+def can_read() -> bool:
+    """Whether PyAV is installed."""
+    return importlib.util.find_spec("av") is not None
 
 
 def frame_path(clip: str, rate: float, number: int) -> str:
@@ -79,71 +105,84 @@ def length_of(path: str | Path) -> float:
             return float(stream.duration * stream.time_base)
         if container.duration is not None:
             return float(container.duration / 1_000_000)
-        times = [float(packet.pts * stream.time_base) for packet in container.demux(stream) if packet.pts is not None]
-        return max(times) - min(times) if times else 0.0
+        first, last = math.inf, -math.inf
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                at = float(packet.pts * stream.time_base)
+                first, last = min(first, at), max(last, at)
+        return max(0.0, last - first)
 
 
 def write_frames(path: str | Path, rate: float, folder: Path) -> str | None:
     """Write the frames of a film at a rate into a folder, NUMBER.jpg each, in one pass over it.
 
-    Returns what ends them, None where the film does at its stated length: an error, or its true end. Raises BadImage
-    where it is no film, and OSError where the folder cannot be written.
+    A frame that is shown at several of the times is one file of several names. Returns what ends them, None where the
+    film does at its stated length: an error, or its true end. Raises BadImage where it is no film, and OSError where
+    the folder cannot be written.
     """
-    wanted, number, ends = count_frames(length_of(path), rate), 0, 0.0
-    content: Callable[[], bytes] | None = None
+    wanted, number, ends, size = count_frames(length_of(path), rate), 0, 0.0, 0
+    shown: Any = None
+    written: Path | None = None  # the file of the frame that is shown
 
     def show(until: float) -> None:
-        nonlocal number
-        while number < wanted and content is not None and number / rate < until - 1e-6:
-            (folder / f"{number:06d}.jpg").write_bytes(content())
-            number += 1
+        nonlocal number, size, written
+        while number < wanted and shown is not None and number / rate < until - 1e-6:
+            file = folder / f"{number:06d}.jpg"
+            if size > MAX_WRITTEN:
+                raise BadImage(f"its frames have more than {MAX_WRITTEN} bytes; take fewer a second")
+            size += file.write_bytes(as_jpeg(shown)) if written is None else link(written, file)
+            number, written = number + 1, file
 
     try:
         for at, lasts, frame in decoded(path):
             show(at)
-            content, ends = once(frame), at + lasts
+            shown, written, ends = frame, None, at + lasts
             if number >= wanted:
                 return None
         show(ends + HELD_S)
         return None if number >= wanted else f"the film ends after {ends:.2f} s"
     except BadImage as error:
-        show(ends)
+        if size <= MAX_WRITTEN:
+            show(ends)
         return f"cannot be decoded from {ends:.2f} s on: {error}"
+
+
+def link(file: Path, other: Path) -> int:
+    """Give a file a second name; where the file system has none, or no more, copy it. Returns the bytes it takes."""
+    try:
+        os.link(file, other)
+        return 0
+    except OSError:
+        shutil.copyfile(file, other)
+        return file.stat().st_size
 
 
 def write_moment(path: str | Path, at: float, file: Path) -> str | None:
     """Write the frame that is shown at that many seconds as a file; returns why there is none. Raises BadImage."""
-    shown, ends = None, 0.0
+    shown, ends, later = None, 0.0, False
     # Some containers have no list of places, and a search in them goes too far: then all frames before are decoded.
     for near in (at, None):
         for time, lasts, frame in decoded(path, near):
-            if time > at + 1e-6:
+            later = time > at + 1e-6
+            if later:
                 break
             shown, ends = frame, time + lasts
         if shown is not None:
             break
-    if shown is None or at > ends + HELD_S:
+    if shown is None and later:
+        return "no frame up to there can be decoded"
+    if shown is None or (not later and at > ends + HELD_S):
         return f"the film ends after {ends:.2f} s"
     file.write_bytes(as_jpeg(shown))
     return None
 
 
-def once(frame: Any) -> Callable[[], bytes]:
-    """The JPEG of a frame, made when it is first asked for: most frames are shown at no asked time."""
-    made: list[bytes] = []
-
-    def content() -> bytes:
-        if not made:
-            made.append(as_jpeg(frame))
-        return made[0]
-
-    return content
-
-
 def as_jpeg(frame: Any) -> bytes:
     image = frame.to_image()
-    if frame.rotation:
-        image = image.rotate(frame.rotation, expand=True, resample=Image.Resampling.NEAREST)
+    # Films are turned by quarters. Another angle would have corners that no frame has.
+    quarters = round(frame.rotation / 90) % 4
+    if quarters:
+        image = image.transpose(TURNS[quarters])
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
@@ -163,8 +202,9 @@ def decoded(path: str | Path, near: float | None = None) -> Iterator[tuple[float
             container.seek(int((start + near) / unit), stream=stream)
         for frame in container.decode(stream):
             pixels += frame.width * frame.height
-            if frame.width * frame.height > MAX_PIXELS or pixels > MAX_DECODED:
-                raise BadImage(f"more than {MAX_PIXELS} pixels a frame, or {MAX_DECODED} in all")
+            check_size(frame.width, frame.height)
+            if pixels > MAX_DECODED:
+                raise BadImage(f"more than {MAX_DECODED} pixels in all")
             if frame.pts is None or frame.is_corrupt:
                 continue
             time = frame.pts * unit
@@ -191,17 +231,24 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 stream: Any = container.streams.best("video")
                 if stream is None:
                     raise BadImage("holds no stream of pictures")
-                width, height = stream.codec_context.width, stream.codec_context.height
-                if width * height > MAX_PIXELS:
-                    raise BadImage(f"{width} x {height} pixels a frame, more than {MAX_PIXELS}")
+                check_size(stream.codec_context.width, stream.codec_context.height)
                 stream.codec_context.options = {"max_pixels": safe["max_pixels"]}
-                stream.thread_type = "AUTO"
+                # Several films are unpacked at once, one a thread of ours.
+                stream.codec_context.thread_count = 1
                 yield container, stream
         except av.FFmpegError as error:
             raise BadImage(f"cannot be decoded: {error.strerror}") from None
         # Broken bytes raise others, too: a text that is not UTF-8, a rate of nothing.
         except (ValueError, ArithmeticError, TypeError, IndexError) as error:
             raise BadImage(f"cannot be decoded: {type(error).__name__}") from None
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises BadImage for frames that are not taken."""
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels a frame, more than {MAX_PIXELS}")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{width} x {height} pixels a frame, more than {MAX_SIDE} on a side")
 
 
 def container_of(head: bytes) -> str | None:

@@ -6,22 +6,33 @@ is a struct of `bytes` and `path`, else in a column of bytes named image or img.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fieldmark.pictures.files import MAX_BYTES, BadImage
+from fieldmark.pictures.files import MAX_BYTES, BadImage, open_plain
 
 SUFFIX = ".parquet"
 NAMES = ("image", "img")
 BYTES = (pa.binary(), pa.large_binary())
-# So many pictures are held at a time, beside what a row group takes while it is read.
-ROWS = 8
-# A column of a row group of more bytes than this, as it states itself, is refused; the hub's have 100 to 1,000 rows.
+# So many rows are held at a time, fewer where they would have more than ROOM bytes if each was as large as its group.
+ROWS = 1000
+ROOM = 2**26
+# A column of a row group of more bytes than this, as it states itself, is refused.
 MOST_BYTES = 8 * MAX_BYTES
+# Pictures are compressed already. A file whose pictures have more bytes than this, and than so many times its own, has
+# the same one again and again.
+FEW_BYTES, TIMES = 2**30, 4
+# No picture is smaller. A file may state any number of rows, but not more than this many or its bytes can hold.
+FEW_ROWS, LEAST_BYTES = 100_000, 32
+# Raised when the bytes that the rules of this module give for the same file change.
+RULES = 1
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
@@ -34,33 +45,44 @@ def features_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def picture_column(schema: pa.Schema) -> str | None:
-    """The column that holds pictures; None where none does."""
+    """The column that holds pictures; None where none does. One whose name another has too cannot be read."""
     features = features_of(schema)
-    stated = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    structs = [column.name for column in schema if holds_bytes(column.type)]
-    plain = [column.name for column in schema if column.name in NAMES and column.type in BYTES]
+    own = [column for column in schema if schema.names.count(column.name) == 1 and holds_bytes(column.type)]
+    stated = [column.name for column in own if features.get(column.name, {}).get("_type") == "Image"]
+    structs = [column.name for column in own if fields_of(column.type) == {"bytes", "path"}]
+    plain = [column.name for column in own if column.name in NAMES and column.type in BYTES]
     return next(iter([*stated, *structs, *plain]), None)
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Whether it is a struct of `bytes` and `path`."""
-    if not pa.types.is_struct(kind):
-        return False
-    inside = {kind.field(place).name: kind.field(place).type for place in range(kind.num_fields)}
-    return set(inside) == {"bytes", "path"} and inside["bytes"] in BYTES
+    """Whether it is bytes, or a struct of `bytes` and what else there is."""
+    return (kind.field("bytes").type if "bytes" in fields_of(kind) else kind) in BYTES
+
+
+def fields_of(kind: pa.DataType) -> set[str]:
+    """The names in a struct; none of any other type."""
+    return {kind.field(place).name for place in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
 
 
 def has_pictures(path: Path) -> bool:
     """Whether a file is Parquet that holds pictures, and no manifest, which has a column `path`."""
     try:
-        schema = pq.read_schema(path)
-    except (OSError, pa.ArrowException):
+        # A read from a pipe would wait.
+        schema = pq.read_schema(path) if path.is_file() else pa.schema([])
+    except (OSError, ValueError, pa.ArrowException):
         return False
     return "path" not in schema.names and picture_column(schema) is not None
 
 
 def count_rows(path: Path) -> int:
-    return int(pq.read_metadata(path).num_rows)
+    """How many rows a file has. Raises BadImage where it states more than it can hold pictures."""
+    return check_rows(pq.read_metadata(path).num_rows, os.path.getsize(path))
+
+
+def check_rows(rows: int, size: int) -> int:
+    if rows > max(FEW_ROWS, size // LEAST_BYTES):
+        raise BadImage(f"states {rows} rows, more pictures than its {size} bytes can hold")
+    return rows
 
 
 def write_rows(path: str | Path, folder: Path) -> str | None:
@@ -70,43 +92,54 @@ def write_rows(path: str | Path, folder: Path) -> str | None:
     no Parquet with pictures, and OSError where the folder cannot be written.
     """
     try:
-        with pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True) as file:
+        with open_plain(path, math.inf) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
+            size = os.fstat(opened.fileno()).st_size
             column = picture_column(file.schema_arrow)
             if column is None:
-                raise BadImage("holds no pictures")
-            largest = max(map(group_bytes(file, column), range(file.num_row_groups)), default=0)
+                raise BadImage("holds no column of pictures, or several of one name")
+            check_rows(file.metadata.num_rows, size)
+            sizes = group_bytes(file, column)
+            largest = max(sizes, default=0)
             if largest > MOST_BYTES:
                 raise BadImage(f"has row groups of {largest} bytes, more than {MOST_BYTES}; write it again with fewer")
-            number = 0
-            for rows in read_rows(file, column):
+            most, written, number = max(FEW_BYTES, TIMES * size), 0, 0
+            for rows in read_rows(file, column, sizes):
                 if isinstance(rows, str):
                     return f"cannot be read from row {number} on: {rows}"
-                for row in rows:
-                    content = row["bytes"] if isinstance(row, dict) else row
-                    if content is not None:
-                        (folder / str(number)).write_bytes(content)
+                lengths = pc.binary_length(rows).fill_null(0).to_pylist()
+                for length, content in zip(lengths, rows, strict=True):
+                    written += length
+                    if length > MAX_BYTES:
+                        return f"cannot be read from row {number} on: it has {length} bytes, more than {MAX_BYTES}"
+                    if written > most:
+                        return f"cannot be read from row {number} on: its pictures have more than {most} bytes"
+                    if content.is_valid:
+                        (folder / str(number)).write_bytes(content.as_buffer())
                     number += 1
         return None
     except pa.ArrowException as error:
         raise BadImage(f"is no readable Parquet: {' '.join(str(error).split())[:120]}") from None
 
 
-def read_rows(file: pq.ParquetFile, column: str) -> Iterator[list[Any] | str]:
-    """A column, some rows at a time; at its end, if it cannot be read to the end, why."""
+def read_rows(file: pq.ParquetFile, column: str, sizes: list[int]) -> Iterator[pa.Array | str]:
+    """The bytes of a column, some rows at a time; at its end, if it cannot be read to the end, why."""
     try:
-        for group in range(file.num_row_groups):
-            for batch in file.iter_batches(ROWS, row_groups=[group], columns=[column], use_threads=False):
-                yield batch[column].to_pylist()
+        for group, size in enumerate(sizes):
+            # One value of a dictionary may stand in all rows.
+            rows = max(1, min(ROWS, ROOM // max(1, size)))
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
+                read = batch[column]
+                yield pc.struct_field(read, "bytes") if pa.types.is_struct(read.type) else read
     except (OSError, pa.ArrowException) as error:
         yield " ".join(str(error).split())[:120]
 
 
-def group_bytes(file: pq.ParquetFile, column: str) -> Callable[[int], int]:
-    """How many bytes the pictures of a row group have, as it states, by its number."""
-
-    def size(number: int) -> int:
+def group_bytes(file: pq.ParquetFile, column: str) -> list[int]:
+    """How many bytes the pictures of each row group have, as it states."""
+    sizes = []
+    for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         chunks = [group.column(place) for place in range(group.num_columns)]
-        return sum(each.total_uncompressed_size for each in chunks if each.path_in_schema.split(".")[0] == column)
-
-    return size
+        own = [each.total_uncompressed_size for each in chunks if each.path_in_schema.split(".")[0] == column]
+        sizes.append(sum(own))
+    return sizes

@@ -5,6 +5,7 @@ group of its frames.
 """
 
 import os
+import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -68,29 +69,48 @@ def read_question(asked: str, rate: float = RATE) -> Question:
 def pictures_in(path: str, rate: float) -> list[Picture] | None:
     """The frames of a film, or the rows of a Parquet file with pictures; None where it is neither.
 
-    A film that cannot be read has one frame, which says why.
+    A film that cannot be read has one frame, which says why. Raises UserError where a Parquet file states more rows
+    than it can hold, and where PyAV is missing.
     """
-    if clips.is_film(path) and os.path.isfile(path):
+    if is_film(path):
         try:
             count = clips.count_frames(clips.length_of(path), rate)
         except BadImage:
             count = 1
         return [Picture(clips.frame_path(path, rate, number), group=path) for number in range(count)]
     if path.lower().endswith(shards.SUFFIX) and shards.has_pictures(Path(path)):
-        return [Picture(f"{path}/{number}") for number in range(shards.count_rows(Path(path)))]
+        try:
+            return [Picture(f"{path}/{number}") for number in range(shards.count_rows(Path(path)))]
+        except BadImage as error:
+            raise UserError(f"{path}: {error}; leave it out") from None
     return None
+
+
+def is_film(path: str) -> bool:
+    """Whether it is a file that is a film by its name; .ts, which is TypeScript too, by its first bytes as well."""
+    if not clips.is_film(path) or not os.path.isfile(path):
+        return False
+    return not path.lower().endswith(".ts") or clips.begins_as_film(path)
 
 
 def list_folder(folder: Path, rate: float) -> Question:
     """All pictures in a folder and the folders in it, by their names; hidden ones do not count."""
-    pictures, others = [], 0
+    pictures, others, films, readable = [], 0, 0, clips.can_read()
     for path in files_below(folder):
         if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
             pictures.append(Picture(path))
+        elif not readable and is_film(path):
+            films += 1
         elif (inside := pictures_in(path, rate)) is not None:
             pictures += inside
         else:
             others += 1
+    if films:
+        remedy = "install the extra (pip install -c constraints.txt '.[video]')"
+        said = f"{counted(films, 'film is', 'films are')} passed over, since PyAV is not installed; {remedy}"
+        if not pictures:
+            raise UserError(f"{folder}: holds no picture: {said}")
+        print(f"{folder}: {said}", file=sys.stderr)
     if not pictures:
         has = f"{counted(others, 'file is', 'files are')} none by the name" if others else "it is empty"
         raise UserError(f"{folder}: holds no picture ({has}); name a folder of {', '.join(sorted(IMAGE_SUFFIXES))}")
