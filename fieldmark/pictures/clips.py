@@ -6,9 +6,9 @@ shown until the next one is. It is turned upright as the film says, and written 
 full resolution: what an H.264 film has lost before is more. The same film gives the same bytes on one machine.
 
 No film reaches another file or server: the container is known by its first bytes, of those of CONTAINERS alone, so that
-no playlist or script is read as one, and FFmpeg may open nothing by itself. Frames over MAX_PIXELS or MAX_SIDE, and what
-is left of a film after MAX_DECODED pixels, MAX_WRITTEN bytes or MOST frames, are refused. A film that breaks off, or
-cannot be decoded from some place on, has the frames before that.
+no playlist or script is read as one, and FFmpeg may open nothing by itself. Frames over MAX_PIXELS or MAX_SIDE, and
+what is left of a film after MAX_DECODED pixels, MAX_WRITTEN bytes or MOST frames, are refused. A film that breaks off,
+or cannot be decoded from some place on, has the frames before that.
 """
 
 import importlib.util

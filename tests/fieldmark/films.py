@@ -1,5 +1,7 @@
 """Small films for tests, encoded when they are asked for: blocks of colour that change with every frame."""
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -19,6 +21,22 @@ def film(path: Path, seconds: float = 3.0, seed: int = 0, fps: int = 10, codec: 
         for _ in range(round(seconds * fps)):
             blocks = chance.integers(0, 256, (3, 4, 3), dtype=np.uint8)
             frame = av.VideoFrame.from_ndarray(np.kron(blocks, np.ones((16, 16, 1), dtype=np.uint8)), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def film_at(path: Path, times: Sequence[float], size: tuple[int, int] = SIZE, codec: str = "mpeg4") -> Path:
+    """A film whose frames, each of one grey, are shown at such seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            grey = np.full((size[1], size[0], 3), number * 40, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = int(time * 1000), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path

@@ -90,6 +90,8 @@ def test_a_table_of_parts_and_moments(root: Path) -> None:
         ("goby/a.mp4#1,goby,,,1\n", "line 2: 'goby/a.mp4#1' names a box by its `#`"),
         ("goby/a.mp4,goby,x,,\n", "line 2: start is 'x', which is no number"),
         ("../a.mp4,goby,,,\n", "line 2: path '../a.mp4' leads out"),
+        ("goby/a.mp4,goby,,,1e13\n", "line 2: start, end, time are seconds, and no film has 1000000 of them"),
+        ("goby/a.mp4,goby,,1e13,\n", "line 2: start, end, time are seconds, and no film has 1000000 of them"),
     ],
 )
 def test_a_row_that_cannot_stand(lines: str, said: str, root: Path) -> None:
@@ -131,3 +133,11 @@ def test_what_is_no_folder_of_films(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(UserError, match="is not a folder; name the one that holds the clips"):
         read(tmp_path / "gone")
+
+
+def test_a_time_after_the_last_year_is_said(root: Path) -> None:
+    for time in ("1", ""):
+        row = f"goby/a.mp4,goby,{time},9999-12-31T23:59:59"
+        (root / "clips.csv").write_text(f"path,class,time,captured_at\n{row}\n")
+        with pytest.raises(UserError, match=r"line 2: captured_at is '9999-12-31T23:59:59', and frames are later"):
+            read(root)

@@ -165,3 +165,19 @@ def test_broken_bytes_in_a_shard_end_it_there(tmp_path: Path, monkeypatch: pytes
     assert open_rgb(path / "1").size == (80, 60)
     with pytest.raises(BadImage, match="cannot be read from row 4 on"):
         open_rgb(path / "5")
+
+
+def test_rows_that_are_only_stated_and_names_that_stand_twice(tmp_path: Path) -> None:
+    path, good = tmp_path / "set/train.parquet", drawn(tmp_path / "drawn", [1])[0]
+    write_shard(path, [good] * 13, [0] + [-1] * 12, rows=13)
+    [said] = read(tmp_path / "set").warnings
+    assert said.partition(" rows have no label and are left out: ")[0].endswith(": 12")
+    assert said.endswith("train.parquet/9, train.parquet/10 and 2 more")
+    write_shard(path, [None] * 100_001, [0] * 100_001, rows=100_001)
+    with pytest.raises(UserError, match=r"train\.parquet: states 100001 rows, more pictures than its") as error:
+        read(tmp_path / "set")
+    assert "\n" not in str(error.value)
+    image = pa.array([{"bytes": good, "path": None}])
+    pq.write_table(pa.Table.from_arrays([image, pa.array([1]), pa.array([1])], names=["image", "label", "label"]), path)
+    with pytest.raises(UserError, match="several columns are called 'label'"):
+        read(tmp_path / "set")

@@ -7,6 +7,7 @@ import pytest
 
 from fieldmark.command import UserError
 from fieldmark.formats import read_listing
+from fieldmark.formats.mammalnet import segment_of
 from fieldmark.listing import Listing
 from fieldmark.params import Dataset
 from tests.fieldmark.films import film
@@ -107,3 +108,10 @@ def test_what_is_broken(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
         assert path.name in str(error.value) or "genus_to_id" in str(error.value)
         path.write_text(before)
+
+
+def test_odd_segments_are_none_and_move_no_other() -> None:
+    parts = [{"segment": [0, float("inf")]}, {"segment": [2, 1]}, {"segment": [10**400, 1]}, 7, {"segment": ["3", 4]}]
+    assert [segment_of({"annotations": parts}, part) for part in range(7)] == [None] * 5 + [(3.0, 4.0), None]
+    for other in (None, 5, {}, {"annotations": 5}, {"annotations": {}}):
+        assert segment_of(other, 1) is None

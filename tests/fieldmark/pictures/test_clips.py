@@ -14,7 +14,7 @@ from fieldmark.command import UserError
 from fieldmark.pictures import clips, held
 from fieldmark.pictures.clips import container_of, count_frames, frame_path, length_of, moment_path
 from fieldmark.pictures.decode import BadImage, hash_file, open_file, open_rgb
-from tests.fieldmark.films import SIZE, all_frames, film
+from tests.fieldmark.films import SIZE, all_frames, film, film_at
 
 
 @pytest.fixture(autouse=True)
@@ -200,3 +200,77 @@ def test_a_folder_may_be_named_as_a_film(tmp_path: Path) -> None:
     Image.new("RGB", (5, 4)).save(buffer, "PNG")
     (tmp_path / "old.mp4/a.png").write_bytes(buffer.getvalue())
     assert open_rgb(tmp_path / "old.mp4/a.png").size == (5, 4)
+
+
+def test_a_frame_that_is_shown_for_long_is_one_file(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(film_at(tmp_path / "long.mp4", (0, 600, 600.1)))
+    open_rgb(frame_path(path, 1, 500))
+    files = [file.stat() for file in cache.glob("pictures/*/*/1fps/*.jpg")]
+    assert len(files) > 600
+    assert len({file.st_ino for file in files}) == 2
+
+    def no_link(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    # Where a file system has no links, copies count.
+    monkeypatch.setattr(clips.os, "link", no_link)
+    monkeypatch.setattr(clips, "MAX_WRITTEN", 20 * files[0].st_size)
+    assert open_rgb(frame_path(path, 0.5, 20)).size == SIZE
+    assert "its frames have more than" in reason(frame_path(path, 0.5, 22))
+
+
+def test_the_frames_of_a_film_have_a_bound(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(film(tmp_path / "a.mp4", 3.0))
+    monkeypatch.setattr(clips, "MAX_WRITTEN", 2000)
+    assert open_rgb(frame_path(path, 10, 0)).size == SIZE
+    assert reason(frame_path(path, 10, 20)).endswith("its frames have more than 2000 bytes; take fewer a second")
+
+
+@pytest.mark.parametrize("name", ["gap.mkv", "gap.mp4"])
+def test_a_moment_between_two_frames_is_no_end(name: str, tmp_path: Path) -> None:
+    path = str(film_at(tmp_path / name, (0, 0.04, 10, 10.04)))
+    assert np.asarray(open_rgb(moment_path(path, 5.0))).mean() == pytest.approx(40, abs=3)
+    assert reason(moment_path(path, 25.0)).startswith("the film ends after 10.")
+
+
+def test_a_slanted_film_is_no_larger(tmp_path: Path) -> None:
+    content = bytearray(film(tmp_path / "a.mp4", 0.5).read_bytes())
+    place = content.rindex(struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30))
+    content[place : place + 36] = struct.pack(">9i", 56756, 32768, 0, -32768, 56756, 0, 0, 0, 1 << 30)  # 30 degrees
+    (tmp_path / "b.mp4").write_bytes(content)
+    assert open_rgb(frame_path(str(tmp_path / "b.mp4"), 1, 0)).size == SIZE
+
+
+def test_a_frame_that_no_jpeg_can_have(tmp_path: Path) -> None:
+    path = str(film_at(tmp_path / "wide.mkv", (0, 0.1), (70_000, 16), "ffv1"))
+    assert reason(frame_path(path, 1, 0)) == "70000 x 16 pixels a frame, more than 65500 on a side"
+
+
+def test_a_film_is_decoded_by_one_thread(tmp_path: Path) -> None:
+    with clips.opened(film(tmp_path / "a.mp4", 0.5)) as (container, stream):
+        next(container.decode(stream))
+        assert stream.codec_context.thread_count == 1
+
+
+def test_a_length_that_no_head_states_is_read_from_the_packets(tmp_path: Path) -> None:
+    class Packet:
+        def __init__(self, pts: int | None) -> None:
+            self.pts = pts
+
+    class Stream:
+        duration, time_base = None, 0.5
+
+    class Container:
+        duration = None
+
+        def demux(self, _: object) -> list[Packet]:
+            return [Packet(each) for each in packets]
+
+    packets: list[int | None] = [4, None, 2, 10]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(clips, "opened", lambda _: contextlib.nullcontext((Container(), Stream())))
+        assert length_of(tmp_path) == 4.0
+        packets = []
+        assert length_of(tmp_path) == 0.0

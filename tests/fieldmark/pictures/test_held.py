@@ -42,7 +42,7 @@ def test_folders_may_be_named_as_what_holds_pictures(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_frame_has_one_path_and_no_endless_one(inside: str, tmp_path: Path, cache: Path) -> None:
     film(tmp_path / "a.mp4", 0.5)
-    with pytest.raises(BadImage, match="^is no path of a frame$"):
+    with pytest.raises(BadImage, match=r"^is no path of a frame$"):
         open_file(f"a.mp4/{inside}")
     assert not cache.exists()
 

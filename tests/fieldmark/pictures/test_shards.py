@@ -67,7 +67,7 @@ def test_a_value_that_is_no_picture_by_its_size_is_not_written(cache: Path, monk
     values = [{"bytes": each, "path": None} for each in (png(), bytes(1001))]
     pq.write_table(pa.table({"image": pa.array(values, KIND)}), "a.parquet")
     assert open_rgb("a.parquet/0").size == (5, 4)
-    with pytest.raises(BadImage, match="^cannot be read from row 1 on: it has 1001 bytes, more than 1000$"):
+    with pytest.raises(BadImage, match=r"^cannot be read from row 1 on: it has 1001 bytes, more than 1000$"):
         open_file("a.parquet/1")
     assert not list(cache.glob("pictures/*/*/rows/1"))
 
@@ -85,7 +85,7 @@ def test_rows_that_are_only_stated() -> None:
 def test_a_column_that_says_it_holds_pictures_and_does_not(values: list[int | str]) -> None:
     pq.write_table(pa.table({"image": values}).replace_schema_metadata(STATED), "a.parquet")
     assert not shards.has_pictures(Path("a.parquet"))
-    with pytest.raises(BadImage, match="^holds no column of pictures, or several of one name$"):
+    with pytest.raises(BadImage, match=r"^holds no column of pictures, or several of one name$"):
         open_file("a.parquet/0")
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -179,3 +180,26 @@ def test_a_thin_picture_has_all_its_views(encoder: LoadedEncoder, tmp_path: Path
     assert [view.pixels.shape[0] for view in made] == [5, 5]
     assert all(torch.equal(view.pixels[:, 0], torch.full_like(view.pixels[:, 0], 200)) for view in made)
     assert made[0].boxes[0] == pytest.approx((0.5 - 0.5 / 60_000, 0, 0.5 + 0.5 / 60_000, 1))
+
+
+def test_ids_of_many_sources_are_one_array(tmp_path: Path) -> None:
+    """Of a type that holds any number of them; of bucket sources, each is in its bucket."""
+    ids = [image_id(number) for number in range(6)]
+    one, two = (
+        pa.table({
+            "image_id": pa.array(part, pa.string()), "path": part, "box": pa.nulls(3, pa.list_(pa.float32())),
+            "width": [8] * 3, "height": [6] * 3,
+        })
+        for part in (ids[:3], ids[3:])
+    )  # fmt: skip
+    table = pa.concat_tables([one, two])
+    found = views.image_ids_of(views.Sources(tmp_path, table))
+    assert found.type == views.image_ids_of([]).type == pa.large_string()
+    assert found.to_pylist() == ids
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(views, "read_usable", lambda: table)
+        images = views.BucketSources(tmp_path, 4)
+    for bucket in range(4):
+        assert [source.image_id for source in images[bucket]] == [
+            each for each in ids if store.bucket_of(each, 4) == bucket
+        ]
