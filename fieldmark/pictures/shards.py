@@ -23,7 +23,7 @@ NAMES = ("image", "img")
 BYTES = (pa.binary(), pa.large_binary())
 # So many rows are held at a time, fewer where they would have more than ROOM bytes if each was as large as its group.
 ROWS = 1000
-ROOM = 2**26
+ROOM = 2**28
 # A column of a row group of more bytes than this, as it states itself, is refused.
 MOST_BYTES = 8 * MAX_BYTES
 # Pictures are compressed already. A file whose pictures have more bytes than this, and than so many times its own, has
