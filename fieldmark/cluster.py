@@ -15,18 +15,20 @@ import io
 import logging
 import os
 import pickle
+import re
 import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -45,6 +47,12 @@ OBJECT_STORE_BYTES = 200_000_000
 IN_FLIGHT = 2
 # How often a cluster of this machine is started before that is given up.
 STARTS = 3
+# How often an item is done again whose worker was lost; Ray would go on for ever where the item itself kills workers.
+RETRIES = 5
+# A bucket at an address, or half of one.
+BUCKET_NAME = re.compile(r"b\d+\.parquet(\..*\.partial)?")
+# Keys that no worker needs, beside llm.api_key_env. Those of the address of --out stay.
+KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 HOW_TO_INSTALL = 'pip install -c constraints.txt "ray[data]"'
 
 
@@ -87,7 +95,7 @@ class Shelf(NamedTuple):
         try:
             files, root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            said = " ".join(str(error).split())
+            said = redact(" ".join(str(error).split()))
             raise UserError(f"--out {redact(self.url)}: cannot be used ({said}); see docs/cluster.md") from None
         return files, root.rstrip("/")
 
@@ -96,31 +104,34 @@ class Shelf(NamedTuple):
         files, root = self.open()
         paths = [store.bucket_path(folder, bucket) for folder in self.folders]
         own = [path for path in paths if not path.exists()]  # those that lie here only while this runs
+        fetched = {}
         for path in own:
             target = f"{root}/{path.as_posix()}"
             if files.exists(target):
                 store.write_atomic(path, partial(fetch, files, target))
-        before = [state_of(path) for path in paths]
+                fetched[path] = state_of(path)
         try:
             done = do(bucket)
-            for path, old in zip(paths, before, strict=True):
-                target = f"{root}/{path.as_posix()}"
-                if state_of(path) != old or not files.exists(target):
-                    put(files, path, target)
+            # What lay here before is sent even if it is up to date: a worker that was lost may have left it, unsent.
+            for path in paths:
+                if state_of(path) != fetched.get(path):
+                    put(files, path, f"{root}/{path.as_posix()}")
         finally:
             for path in own:
                 path.unlink(missing_ok=True)
         return done
 
     def remove_strays(self, buckets: int) -> None:
-        """store.remove_strays of the folders at the address."""
+        """store.remove_strays of the folders at the address. What else people keep there stays."""
         files, root = self.open()
         wanted = {store.bucket_path("", bucket).name for bucket in range(buckets)}
         for folder in self.folders:
             with suppress(FileNotFoundError):
                 for found in files.ls(f"{root}/{folder.as_posix()}", detail=False):
                     name = found.rsplit("/", 1)[-1]
-                    if ".p" in name and name not in wanted:
+                    if BUCKET_NAME.fullmatch(name) and name not in wanted and not store.in_use(
+                        name, partial(written_at, files, found)
+                    ):
                         files.rm_file(found)
 
 
@@ -131,9 +142,17 @@ def fetch(files: Any, source: str, path: Path) -> None:
 def put(files: Any, path: Path, target: str) -> None:
     """Send a file. It has its name once it is whole: a worker may be lost on the way."""
     files.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-    half = f"{target}.{secrets.token_hex(4)}.partial"
+    half = store.partial_name(target)
     files.put_file(str(path), half)
     files.mv(half, target)
+
+
+def written_at(files: Any, path: str) -> float:
+    """When a file was written, in seconds since 1970; now, where its file system does not tell."""
+    try:
+        return float(files.modified(path).timestamp())
+    except NotImplementedError:
+        return time()
 
 
 def state_of(path: Path) -> tuple[int, int] | None:
@@ -201,9 +220,9 @@ class Worker:
                 result = self.do(pickle.loads(batch["item"][0]))
                 done = Done(result, perf_counter() - started)
         except Exception as error:
-            done = Done(error=str(error) if isinstance(error, UserError) else explain(error))
-        warnings = tuple(line for line in said.getvalue().splitlines() if line.startswith("warning: "))
-        return {"done": [pickle.dumps(done._replace(warnings=warnings))]}
+            done = Done(error=redact(str(error) if isinstance(error, UserError) else explain(error)))
+        warned = tuple(line for line in said.getvalue().splitlines() if line.startswith("warning: "))
+        return {"done": [pickle.dumps(done._replace(warnings=warned))]}
 
     def open(self) -> Callable[[Any], Any]:
         import torch
@@ -262,22 +281,30 @@ def connected(params: Params) -> Iterator[Any]:
         local = {"include_dashboard": False, "_temp_dir": folder, "object_store_memory": OBJECT_STORE_BYTES}
     import ray
 
-    # Workers inherit this process's environment. They ask no model, so that they do not get its key.
-    key = os.environ.pop(params.llm.api_key_env, None)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        start(ray, address, {"log_to_driver": False, "logging_level": logging.ERROR, **local})
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-        # What Ray says of lost workers goes to stdout, where answers may go.
-        with redirect_stdout(sys.stderr):
-            yield ray
+        # Workers inherit this process's environment.
+        with without_keys(params.llm.api_key_env):
+            start(ray, address, {"log_to_driver": False, "logging_level": logging.ERROR, **local})
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+            # What Ray says of lost workers goes to stdout, where answers may go.
+            with redirect_stdout(sys.stderr):
+                yield ray
     finally:
         ray.shutdown()
-        if key is not None:
-            os.environ[params.llm.api_key_env] = key
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def without_keys(name: str) -> Iterator[None]:
+    """The environment without the key of that name and without KEYS, while the block runs."""
+    held = {each: os.environ.pop(each) for each in {name, *KEYS} if each in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 def start(ray: Any, address: str | None, options: dict[str, Any]) -> None:
@@ -290,35 +317,41 @@ def start(ray: Any, address: str | None, options: dict[str, Any]) -> None:
         except Exception as error:  # Ray says some failures by no class of its own
             ray.shutdown()
             if not left:
-                said = " ".join(str(error).split())[:300]
-                where = f"the cluster of RAY_ADDRESS={address}" if address else "a Ray cluster of this machine"
+                said = redact(" ".join(str(error).split()))[:300]
+                where = f"the cluster of RAY_ADDRESS={redact(address)}" if address else "a Ray cluster of this machine"
                 raise UserError(f"--engine ray: {where} does not answer ({said}); see docs/cluster.md") from None
 
 
 def map_items(ray: Any, job: Job, items: Sequence[Any], share: Share, ordered: bool = False) -> Iterator[Done]:
     """What workers say of each item, as they come or in order. Raises UserError where an item fails.
 
-    Items of a worker or a node that is lost are done again, by another worker or on another node.
+    Items of a worker or a node that is lost are done again, by another worker or on another node, RETRIES times. All
+    items are pickled at once, so that the head's memory grows with them: they should be small.
     """
     data = importlib.import_module("ray.data")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What it says of a failure, with a traceback, is one line in rows_of.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = ordered
     rows = [{"item": pickle.dumps(item)} for item in items]
-    # A block an item: what is handed out, and what is lost.
-    found = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Worker,
-        batch_size=1,
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
-        fn_constructor_args=(job, Path.cwd(), share.cpus),
-        compute=data.ActorPoolStrategy(
-            min_size=1, max_size=share.workers, initial_size=min(share.workers, len(rows)),
-            max_tasks_in_flight_per_actor=IN_FLIGHT,
-        ),
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # Ray 2.60 warns of max_task_retries, which it will name another way in 2.64; it has no other way yet.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        # A block an item: what is handed out, and what is lost.
+        found = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            Worker,
+            batch_size=1,
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            fn_constructor_args=(job, Path.cwd(), share.cpus),
+            max_task_retries=RETRIES,
+            compute=data.ActorPoolStrategy(
+                min_size=1, max_size=share.workers, initial_size=min(share.workers, len(rows)),
+                max_tasks_in_flight_per_actor=IN_FLIGHT,
+            ),
+        )  # fmt: skip
     for row in rows_of(ray, found):
         done: Done = pickle.loads(row["done"])
         for warning in done.warnings:
@@ -333,8 +366,9 @@ def rows_of(ray: Any, found: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from found.iter_rows()
     except ray.exceptions.RayError as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"--engine ray: the cluster gave up ({said}); what is finished is kept, run again") from None
+        said = redact(" ".join(str(error).split()))[:300]
+        remedy = "what is finished is kept, run again; where workers end again and again, they often lack memory"
+        raise UserError(f"--engine ray: the cluster gave up ({said}); {remedy}") from None
 
 
 def for_worker(job: Job, share: Share) -> Job:
@@ -348,7 +382,7 @@ def find_share(ray: Any, job: Job) -> Share:
 
 
 def map_chunks(job: Job, chunks: Sequence[Any]) -> Iterator[Any]:
-    """What workers give for each of some chunks, in order."""
+    """What workers give for each of some chunks, in order. All chunks are held here, pickled, while it runs."""
     with connected(job.params) as ray:
         share = find_share(ray, job)
         for done in map_items(ray, for_worker(job, share), chunks, share, ordered=True):

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -38,6 +39,9 @@ ROW_GROUP = 4096
 WIDE_ROW_GROUP = 16
 # Vectors of more than 2,048 numbers come in fewer rows, of as many numbers: 16 MB.
 LONGEST_ROW_GROUP = 4096 * 2048
+# How the name of a file ends that is not whole yet (partial_name), and how long its maker may write nothing.
+PARTIAL = re.compile(r"\.(?P<process>\d+)@(?P<host>[^/]+)\.partial$")
+STRAY_AFTER_S = 24 * 3600
 
 
 def required(name: str, kind: pa.DataType) -> pa.Field:
@@ -255,7 +259,7 @@ def write_atomics(paths: Sequence[Path], write: Callable[[list[Path]], None]) ->
     """write_atomic for several files that are written side by side; each of them is whole, but all are not one."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
+    partials = [path.with_name(f".{partial_name(path.name)}") for path in paths]
     try:
         write(partials)
         for partial in partials:
@@ -269,6 +273,28 @@ def write_atomics(paths: Sequence[Path], write: Callable[[list[Path]], None]) ->
         raise
     for path in paths:
         sync(path.parent)
+
+
+def partial_name(name: str) -> str:
+    """What this process calls a file of that name until it is whole: machines that share a disk share numbers."""
+    return f"{name}.{os.getpid()}@{os.uname().nodename}.partial"
+
+
+def in_use(name: str, written: Callable[[], float]) -> bool:
+    """Whether a file of a partial_name may still be written. One whose process is gone is not, nor one a day old.
+
+    `written` says when it was written, in seconds since 1970; it is asked only where that matters.
+    """
+    if not (maker := PARTIAL.search(name)):
+        return False
+    if maker["host"] == os.uname().nodename:
+        try:
+            os.kill(int(maker["process"]), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # it is another user's
+    return time.time() - written() < STRAY_AFTER_S
 
 
 def sync(path: Path) -> None:
@@ -491,11 +517,16 @@ def read_buckets(folder: str | Path, schema: str, buckets: int, columns: list[st
 
 
 def remove_strays(folder: str | Path, buckets: int) -> None:
-    """Remove what is not one of a folder's buckets: those of a former count, and what a killed run left."""
+    """Remove what is not one of a folder's buckets: those of a former count, and what a killed run left.
+
+    What another process is writing stays (in_use).
+    """
     wanted = {bucket_path(folder, bucket).name for bucket in range(buckets)}
     for path in Path(folder).glob("*.p*"):
-        if path.name not in wanted:
-            path.unlink()
+        # Another process may rename or remove its own meanwhile.
+        with suppress(FileNotFoundError):
+            if path.name not in wanted and not in_use(path.name, lambda path=path: path.stat().st_mtime):
+                path.unlink()
 
 
 class Kept(NamedTuple):

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.schema import COMPILED_MULTI_STAGE_SCHEMA
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from voluptuous import Invalid
 
 from fieldmark.sources import PACKAGES, imported_names, imports_of, modules_named
 from tests.project import ROOT
@@ -46,10 +49,18 @@ WITHOUT_ENCODERS = [
     "training.plan_first_looks", "training.first_look", "training.plan_runs", "training.train", "evaluation.report",
 ]
 OF_ENCODERS = {"open_clip", "timm", "torchvision", "transformers", "torch_geometric", "sklearn", "scipy", "pandas"}
-STAGES: dict[str, dict[str, Any]] = {
-    name: stage.get("do", stage)
-    for name, stage in YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"].items()
-}
+
+
+def read_stages() -> dict[str, dict[str, Any]]:
+    """The stages of dvc.yaml; none where that is no YAML, of which a test of its own tells."""
+    try:
+        stages = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+    except YAMLError:
+        return {}
+    return {name: stage.get("do", stage) for name, stage in stages.items()}
+
+
+STAGES = read_stages()
 # Folders whose modules are loaded by a name in params.yaml: a stage that imports the folder may run any of them.
 BY_NAME = [Path("fieldmark/formats"), Path("fieldmark/encoders/towers")]
 # What train runs depends on the methods of params.yaml: plan_runs, which reads all of that code, finds it run by run.
@@ -132,6 +143,16 @@ def test_nouns_have_no_command() -> None:
 def has_main(file: Path) -> bool:
     body = ast.parse((ROOT / file).read_text()).body
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in body)
+
+
+def test_dvc_reads_dvc_yaml() -> None:
+    """A line says where it does not: other tests, which run dvc, fail of it without saying so."""
+    refused = ""
+    try:
+        COMPILED_MULTI_STAGE_SCHEMA(YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text()))
+    except (YAMLError, Invalid) as error:
+        refused = " ".join(str(error).split())
+    assert not refused
 
 
 def code_of(stage: dict[str, Any]) -> list[Path]:

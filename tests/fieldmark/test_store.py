@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,7 +217,7 @@ def test_a_file_and_its_name_are_on_the_disk(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fsync", note)
     store.write_text(tmp_path / "file", "text")
-    assert [Path(each).name for each in synced] == [f".file.{os.getpid()}.partial", tmp_path.name]
+    assert [Path(each).name for each in synced] == [f".{store.partial_name('file')}", tmp_path.name]
 
 
 def write_labels(folder: Path, ids: list[str], buckets: int, mark: str = "mark") -> None:
@@ -257,6 +259,26 @@ def test_what_is_no_bucket_is_removed(tmp_path: Path) -> None:
     store.remove_strays(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b000.parquet", "b001.parquet"]
     store.remove_strays(tmp_path / "none", 2)
+
+
+def test_what_another_process_writes_is_no_stray(tmp_path: Path) -> None:
+    """It goes when its process is gone; of another machine, whose processes are not known here, after a day."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        alive = tmp_path / f".b000.parquet.{other.pid}@{os.uname().nodename}.partial"
+        far, old = tmp_path / ".b001.parquet.1@a.far.host.partial", tmp_path / ".b002.parquet.1@a.far.host.partial"
+        for path in (alive, far, old):
+            path.write_text("half")
+        os.utime(old, (0, 0))
+        store.remove_strays(tmp_path, 3)
+        assert {*tmp_path.iterdir()} == {alive, far}
+        other.kill()
+    store.remove_strays(tmp_path, 3)
+    assert [*tmp_path.iterdir()] == [far]
+
+
+def test_a_partial_name_is_of_this_process() -> None:
+    assert store.in_use(store.partial_name("b000.parquet"), time.time)
+    assert not store.in_use("b000.parquet", time.time)
 
 
 def test_more_than_a_thousand_buckets(tmp_path: Path) -> None:
