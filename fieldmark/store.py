@@ -13,6 +13,7 @@ of one that is written at once.
 """
 
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -525,7 +526,7 @@ def remove_strays(folder: str | Path, buckets: int) -> None:
     for path in Path(folder).glob("*.p*"):
         # Another process may rename or remove its own meanwhile.
         with suppress(FileNotFoundError):
-            if path.name not in wanted and not in_use(path.name, lambda path=path: path.stat().st_mtime):
+            if path.name not in wanted and not in_use(path.name, functools.partial(os.path.getmtime, path)):
                 path.unlink()
 
 

@@ -264,10 +264,10 @@ def test_killed_workers_and_a_killed_head_lose_a_bucket_each(
                 assert finished.setdefault(path, state) == state
             if kills == 5 and not head_killed:
                 if len(finished) > at_start:
-                    everyone = process.children(recursive=True)
+                    workers = workers_of(process)
                     running.kill()
                     head_killed = True
-                    assert not psutil.wait_procs(everyone, timeout=60)[1]
+                    assert not psutil.wait_procs(workers, timeout=60)[1]
             elif kills < 10 and time.monotonic() > moment and (workers := workers_of(process)):
                 if moment:
                     with contextlib.suppress(psutil.NoSuchProcess):
