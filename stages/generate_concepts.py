@@ -270,7 +270,7 @@ def main() -> None:
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
     write_metrics(rows, METRICS)
     imported = any(each.key == IMPORT and of_classes(each.texts) for each in own)
-    if llm.mode != "import" and ("concepts" in questions or imported):
+    if llm.mode != "import" and not documents and ("concepts" in questions or imported):
         names = {row["class_id"]: row["name"] for row in classes}
         own_rows = [row for row in owned if row["subject_id"] != GENERIC]
         check_coverage([*own_rows, *answers.get("concepts", [])], names, llm, ANSWERS)
