@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fieldmark.labels.splits import read_globals, read_split
 from fieldmark.store import sha256
 from tests.checkout import command, edit_params
 from tests.openai_server import OpenAIServer, default_answer
+from tools.repro import stages_behind
 
 RUNS = ["zero_shot", "description_zero_shot", "linear_probe", "moments", "attention_pool", "concept_graph"]
 OF_TEXT = {"zero_shot", "description_zero_shot", "concept_graph"}  # those that read the bank or the labels
@@ -111,10 +112,56 @@ def test_unknown_key_stops_every_stage_with_one_line(made: Path, tmp_path: Path)
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-# What a run reads stands in its plan, and a run is made anew when its plan changed (the test of plans below): training
-# besides, which takes most of the time, shows that DVC does so, and brings back what an undone edit had given.
-@pytest.mark.parametrize("last", ["plan_runs", pytest.param("train", marks=pytest.mark.slow)])
-def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path, tmp_path: Path, last: str) -> None:
+TOUCHED = ["data/concepts/answers.parquet", "data/bank/reef.parquet", "data/labels/reef/b000.parquet"]
+
+
+def test_an_edited_prompt_costs_one_call_a_class_and_leads_to_no_image(
+    made: Path, tmp_path: Path, run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 2 in this process: the stages that DVC says depend on the answers, up to the plans of the runs.
+
+    A run is made anew when its plan changed (the test of plans below). DVC itself goes this way in the test after this.
+    """
+    folder = tmp_path / "live"
+    shutil.copytree(made, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key-123")
+    of_text = [f"{stage}@reef" for stage in ("embed_text", "select_concepts", "label_patches")]
+    trained = {f"train@{run}" for run in RUNS}
+    plans = {"plan_first_looks", "plan_runs"}
+    assert stages_behind("generate_concepts") == {"clean_concepts", *of_text, *plans, *trained, "report"}
+
+    def contents() -> dict[str, bytes]:
+        return {path: (folder / path).read_bytes() for path in TOUCHED} | {
+            path.stem: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")
+        }
+
+    def run() -> tuple[int, set[str]]:
+        calls, before = len(server.calls), contents()
+        for stage in ("generate_concepts", "clean_concepts"):
+            run_stage(stage)
+        for stage in of_text:
+            run_stage(stage.removesuffix("@reef"), "--encoder", "reef")
+        run_stage("training.plan_runs")
+        changed = {name for name, content in contents().items() if content != before[name]}
+        return len(server.calls) - calls, changed - set(TOUCHED)
+
+    prompt = folder / "prompts/concepts.md"
+    text = prompt.read_text()
+    with OpenAIServer() as server:
+        edit_params(folder, lambda params: params["llm"].update(mode="live", base_url=server.base_url))
+        assert run() == (24, OF_TEXT)
+        first = contents()
+        prompt.write_text(text.replace("based on just a photo", "seen in just one photo"))
+        assert run() == (24, OF_TEXT)
+        assert contents()[TOUCHED[0]] != first[TOUCHED[0]]
+        prompt.write_text(text)
+        assert run() == (0, OF_TEXT)
+        assert contents() == first
+
+
+@pytest.mark.slow
+def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path, tmp_path: Path) -> None:
     """Promise 2: live against a local server; undoing the edit calls nobody and restores the bytes.
 
     Runs that read no text are left alone too.
@@ -123,30 +170,27 @@ def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path
     shutil.copytree(made, folder, symlinks=True)
     prompt = folder / "prompts/concepts.md"
     text, classes = prompt.read_text(), 24
-    refits = OF_TEXT if last == "train" else set()
 
     def plans() -> dict[str, bytes]:
         return {path.stem: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")}
 
     def run() -> tuple[int, set[str], set[str], dict[str, bytes], dict[str, tuple[int, bytes]]]:
         before, planned = len(server.calls), plans()
-        made_anew = refitted(folder, last, OPENAI_API_KEY="sk-test-key-123")
+        made_anew = refitted(folder, "train", OPENAI_API_KEY="sk-test-key-123")
         changed = {name for name, plan in plans().items() if plan != planned[name]}
         files = [*image_files(folder), *folder.glob("data/graphs/*/*")]
         files += [file for name in set(RUNS) - OF_TEXT for file in (folder / "data/runs" / name).iterdir()]
         untouched = {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-        made_of_text = {path: (folder / path).read_bytes() for path in (
-            "data/concepts/answers.parquet", "data/bank/reef.parquet", "data/labels/reef/b000.parquet",
-        )} | plans()
+        made_of_text = {path: (folder / path).read_bytes() for path in TOUCHED} | plans()
         return len(server.calls) - before, changed, made_anew, made_of_text, untouched
 
     with OpenAIServer() as server:
         edit_params(folder, lambda params: params["llm"].update(mode="live", base_url=server.base_url))
         calls, changed, made_anew, first, images = run()
-        assert (calls, changed, made_anew) == (classes, OF_TEXT, refits)
+        assert (calls, changed, made_anew) == (classes, OF_TEXT, OF_TEXT)
         prompt.write_text(text.replace("based on just a photo", "seen in just one photo"))
         calls, changed, made_anew, edited, after = run()
-        assert (calls, changed, made_anew) == (classes, OF_TEXT, refits)
+        assert (calls, changed, made_anew) == (classes, OF_TEXT, OF_TEXT)
         assert after == images
         assert edited["data/concepts/answers.parquet"] != first["data/concepts/answers.parquet"]
         prompt.write_text(text)
@@ -262,6 +306,8 @@ def test_an_edited_question_of_ones_own_asks_it_anew_and_makes_anew_what_reads_i
         assert untouched() == images
 
 
+# Each of these stages counts the same in its own tests, without DVC.
+@pytest.mark.slow
 def test_one_image_more_is_one_image_embedded_and_one_bucket_changed(made: Path, tmp_path: Path) -> None:
     """Promise 3, by DVC: and taking the image away restores every byte."""
     folder = tmp_path / "more"
