@@ -1,4 +1,4 @@
-"""Layouts of fish, of films, of camera traps and of annotation files from their files to a probe, by their profiles."""
+"""Layouts of fish, of films, of camera traps and of annotation files from their files to the report, by their profiles."""
 
 import json
 from collections.abc import Callable
@@ -18,8 +18,9 @@ from tests.fieldmark.formats import (
     test_inat2021,
     test_mammalnet,
 )
+from tests.openai_server import OpenAIServer
 from tests.project import draw
-from tests.test_layouts import small_params
+from tests.test_layouts import run_all, small_params
 
 SPECIES = ("Amphiprion_clarkii", "Dascyllus_reticulatus", "Zebrasoma_scopas")
 
@@ -131,18 +132,14 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], int]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", LAYOUTS)
-def test_a_profile_goes_from_the_layout_to_a_probe(
-    profile: str, project: Path, run_stage: Callable[..., None]
+def test_a_profile_goes_from_the_layout_to_the_report(
+    profile: str, project: Path, run_stage: Callable[..., None], server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, count = LAYOUTS[profile]
     make(project / "data/set")
-    params = small_params(profile, project / "data/set")
+    params = small_params(profile, project / "data/set", server)
     params["dataset"].update(images=None, test_fraction=0.25)
-    (project / "params.yaml").write_text(json.dumps(params))
-    run_stage("index_images")
-    run_stage("embed_images", "--encoder", "reef")
-    run_stage("training.plan_runs")
-    run_stage("training.train", "--run", "linear_probe")
+    run_all(params, project, run_stage, monkeypatch)
     rows = store.read_table("data/index/images.parquet", "index.images/1").to_pylist()
     assert (len(rows), {row["status"] for row in rows}) == (count, {"ok"})
     judged = sum(row["split"] == "test" for row in rows)

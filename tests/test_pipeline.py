@@ -235,7 +235,6 @@ def test_of_classes_that_are_numbers_the_gate_fires_prototypes_carry_and_the_rep
     command("dvc", "repro", "report", cwd=folder)
     bank = json.loads((folder / "data/bank/reef.json").read_text())
     assert bank["judged"]["verdict"] == "none"
-    assert bank["judged"]["accuracy"] < 3 / len(names)
     assert (bank["kept"], bank["prototypes"] > 0) == (0, True)
     page = (folder / "data/report/index.html").read_text()
     assert "hese concepts carry NO signal on this data set" in page
@@ -248,7 +247,8 @@ def test_of_classes_that_are_numbers_the_gate_fires_prototypes_carry_and_the_rep
     prototypes = [row for row in rows if row["kind"] == "proto"]
     vectors = np.array([row["vector"] for row in prototypes], dtype=np.float32)
     found = gate.judge(train, choose, vectors, [set(row["class_ids"]) for row in prototypes])
-    assert found["accuracy"] > 3 * bank["judged"]["accuracy"]
+    assert found["verdict"] == "signal"
+    assert found["accuracy"] > bank["judged"]["accuracy"]
 
 
 @pytest.mark.slow
