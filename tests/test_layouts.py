@@ -22,13 +22,14 @@ CASES = [(name, profile) for name, (_, profiles) in LAYOUTS.items() for profile 
 
 def small_params(profile: str, root: Path, server: OpenAIServer) -> dict[str, Any]:
     """params.yaml with a profile laid over it, for a small data set and in little time: encoders are the demo's under
-    the profile's names, the model that is asked is a server on this machine, and a run makes one fit."""
+    the profile's names, every text comes from a server on this machine, and a run makes one fit."""
     yaml = YAML(typ="safe", pure=True)
     content: dict[str, Any] = yaml.load(lay_over((ROOT / "params.yaml").read_text(), ROOT / f"profiles/{profile}.yaml"))
     demo = yaml.load((ROOT / "params.yaml").read_text())["encoders"]["reef"]
     demo |= {"model": f"local-dir:{ROOT / demo['model'].removeprefix('local-dir:')}"}
     content["dataset"].update(root=str(root), buckets=2, val_fraction=0.34)
-    content["llm"].update(base_url=server.base_url, max_usd=None)
+    content["llm"].update(mode="live", base_url=server.base_url, max_usd=None)
+    content["concepts"]["import"] = "data/none"
     content["encoders"] = dict.fromkeys(content["encoders"], demo)
     content["train"]["seeds"] = 1
     return content
