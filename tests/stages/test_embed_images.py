@@ -443,15 +443,24 @@ def run_until(project: Path) -> Iterator[Callable[[float], tuple[int, float]]]:
     forker.wait()
 
 
-@pytest.mark.parametrize("shown", [{"views": 3}, pytest.param({"regions": {}}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    ("shown", "wanted_kills"),
+    [
+        ({"views": 3}, 5),
+        pytest.param({"views": 3}, 10, marks=pytest.mark.slow),
+        pytest.param({"regions": {}}, 10, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_killed_at_any_moment_it_goes_on_where_it_was(
     shown: dict[str, Any],
+    wanted_kills: int,
     set_params: SetParams,
     draw_images: Callable[[dict[str, int]], None],
     run_stage: RunStage,
     run_until: Callable[[float], tuple[int, float]],
 ) -> None:
-    """Ten kills: of runs that begin with nothing, and of runs that change what is there."""
+    """Kills of runs that begin with nothing, and of runs that change what is there."""
     folder = Path("data/embed/vit/images")
     set_params(dataset={"buckets": 16}, embed=shown)
 
@@ -472,7 +481,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
 
     chance = random.Random(0)
     kills, starts = 0, itertools.cycle([{}, old])
-    while kills < 10:
+    while kills < wanted_kills:
         start = next(starts)
         shutil.rmtree(folder)
         folder.mkdir()
@@ -484,7 +493,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
             done = {name: file for name, file in before.items() if file[0] == new.get(name)}
             held = [pq.read_table(path, columns=["image_id"]) for path in folder.glob("b*")]
             missing = wanted.difference(*(table.column("image_id").to_pylist() for table in held))
-            code, _ = run_until(chance.uniform(0, seconds / 2) if kills < 10 else 600)
+            code, _ = run_until(chance.uniform(0, seconds / 2) if kills < wanted_kills else 600)
             assert code in (0, -signal.SIGKILL)
             kills += code != 0
             after = snapshot(folder)
