@@ -118,7 +118,7 @@ def run_study(plan: Plan, grid: list[Cell], jobs: int) -> int:
         runs = [cell for cell in grid if not is_made(plan.folder / cell.run, plan.mark(cell))]
         if searches or runs:
             check_inputs(plan)
-        with tqdm(total=len(searches) + len(runs), desc=plan.name, unit="run", disable=None) as bar:
+        with tqdm(total=len(searches) + len(runs), desc=plan.name, unit="run") as bar:
             for work, missing in ((make_search, searches), (make_run, runs)):
                 batches = [list(batch) for _, batch in groupby(missing, shared)]
                 if work is make_search:

@@ -146,7 +146,7 @@ def answers(cache: Cache, case: Case, fold: Fold, seed: int, source: Source) -> 
 def tell(cache: Cache, cases: Sequence[Case], folds: int, seeds: int, source: Source) -> tuple[list[Told], list[str]]:
     """What all cases say, and which of them cannot be fitted on this data."""
     told, notes, out, y = list[Told](), list[str](), set[str](), cache.y.numpy()
-    with tqdm(total=len(cases) * seeds * folds, desc="riddle", unit="fit", disable=None) as progress:
+    with tqdm(total=len(cases) * seeds * folds, desc="riddle", unit="fit") as progress:
         for case in cases:
             if case.method in out:
                 continue
