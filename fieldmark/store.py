@@ -237,7 +237,7 @@ def make_table(schema: str, rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 def vector_column(vectors: Any) -> pa.Array:
     """A float array (n, D) as a fixed_size_list<float16>[D] column."""
-    flat = pa.array(vectors.astype("float16").reshape(-1))
+    flat = pa.array(vectors.astype("float16", copy=False).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, type=vector(vectors.shape[1]))
 
 
@@ -330,8 +330,12 @@ def write_table(table: pa.Table, path: str | Path, schema: str, params: dict[str
     dimension = table.schema.field("vector").type.list_size if "vector" in table.schema.names else None
     columns = arrow_schema(schema, dimension)
     table = table.select(columns.names).cast(columns)
-    table = table.sort_by([(key, "ascending") for key in KEYS[schema]])
-    write_sorted([table], path, schema, columns, params, mark)
+    # One chunk, of which rows are taken fast. Of the sorted table a row group is held, beside the one that was given.
+    table = table.combine_chunks()
+    order = pc.sort_indices(table, [(key, "ascending") for key in KEYS[schema]])
+    size = row_group_size(columns)
+    pieces = (table.take(order.slice(start, size)) for start in range(0, len(table), size))
+    write_sorted(pieces, path, schema, columns, params, mark)
 
 
 def write_sorted(

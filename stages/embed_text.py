@@ -35,8 +35,9 @@ def read_texts() -> dict[str, str]:
         if row["kept"]:
             kinds.setdefault(row["text"], "name" if row["kind"] == "name" else "concept")
     for path, schema in ((DESCRIPTIONS, "descriptions/1"), (CELLS, CELL_SCHEMA)):
-        for text in store.read_table(path, schema, ["text"]).column("text").to_pylist():
-            kinds.setdefault(text, "description")
+        for group in store.iterate_groups(path, schema, ["text"]):
+            for text in group["text"].to_pylist():
+                kinds.setdefault(text, "description")
     if not kinds:
         raise UserError(f"{CONCEPTS}: no text was kept; see its drop_reason column, then run clean_concepts again")
     return kinds

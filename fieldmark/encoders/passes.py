@@ -249,17 +249,18 @@ def find_work(product: Product, sources: Sequence[Source], buckets: int, shard: 
     """Compare a folder of buckets, or a shard of it, with what it should hold: the rows of all `sources`."""
     rank, world = shard
     image_ids = image_ids_of(sources)
-    order = pc.sort_indices(image_ids).to_numpy()
-    numbers = store.buckets_of(image_ids, buckets)[order]
-    # The places of each bucket's images, sorted by image_id.
+    numbers = store.buckets_of(image_ids, buckets)
+    # The places of each bucket's images.
     ends = np.cumsum(np.bincount(numbers, minlength=buckets))
-    members = np.split(order[np.argsort(numbers, kind="stable")], ends[:-1])
+    members = np.split(np.argsort(numbers), ends[:-1])
     todo: list[tuple[Path, store.Kept]] = []
     for bucket in range(rank, buckets, world):
         path, own = store.bucket_path(product.folder, bucket), image_ids.take(pa.array(members[bucket]))
+        order = pc.sort_indices(own)
+        own, places = own.take(order), members[bucket][order.to_numpy()]
         kept = store.find_kept(path, product.schema, product.fingerprint, own.to_pylist())
         if product.outdated is not None and kept.present:
-            present = Chosen(sources, members[bucket][places_of(kept.present, own)])
+            present = Chosen(sources, places[places_of(kept.present, own)])
             kept = kept.without(product.outdated(path, list(present)))
         if kept.changes:
             todo.append((path, kept))

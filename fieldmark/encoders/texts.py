@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -18,26 +19,29 @@ from fieldmark.encoders.clip import LoadedEncoder
 SCHEMA = "embed.text/1"
 # How many batches --dry-run embeds to measure the rate.
 SAMPLE_BATCHES = 4
+# What count_tokens says of a text.
+COUNTED = np.dtype([("tokens", np.int32), ("truncated", np.bool_)])
 
 
 def embed_texts(kinds: dict[str, str], encoder: LoadedEncoder) -> pa.Table:
-    """The embed.text rows of texts, given with the kind of each. Vectors have unit length."""
+    """The embed.text rows of texts, given with the kind of each. Vectors have unit length, and are held once."""
     texts = sorted(kinds)
-    counts = [encoder.count_tokens(text) for text in texts]
-    vectors = [torch.empty(0, encoder.dimension)]
+    counts = np.fromiter(map(encoder.count_tokens, texts), dtype=COUNTED, count=len(texts))
+    vectors = np.empty((len(texts), encoder.dimension), dtype=np.float16)
     for start in tqdm(range(0, len(texts), encoder.batch_size), desc=f"text {encoder.name}", unit="batch"):
-        vectors.append(encoder.embed_texts(texts[start : start + encoder.batch_size]))
-    raw = torch.cat(vectors)
-    norms = raw.norm(dim=1, keepdim=True)
-    if not bool(torch.isfinite(norms).all() and (norms > 0).all()):
-        raise UserError(f"encoders.{encoder.name}: the embedding of a text is not finite; try precision: fp32")
+        part = slice(start, start + encoder.batch_size)
+        raw = encoder.embed_texts(texts[part])
+        norms = raw.norm(dim=1, keepdim=True)
+        if not bool(torch.isfinite(norms).all() and (norms > 0).all()):
+            raise UserError(f"encoders.{encoder.name}: the embedding of a text is not finite; try precision: fp32")
+        vectors[part] = (raw / norms).numpy()
     return pa.table({
         "text_id": [store.sha256(text) for text in texts],
         "text": texts,
         "kind": [kinds[text] for text in texts],
-        "n_tokens": [count for count, _ in counts],
-        "truncated": [truncated for _, truncated in counts],
-        "vector": store.vector_column((raw / norms).numpy()),
+        "n_tokens": counts["tokens"],
+        "truncated": counts["truncated"],
+        "vector": store.vector_column(vectors),
     }).cast(store.arrow_schema(SCHEMA, encoder.dimension))
 
 
