@@ -32,10 +32,11 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -67,21 +68,21 @@ def refuse_marks(rows: list[Row], root: str) -> None:
 
 def hash_files(root: Path, rows: list[Row]) -> None:
     """Fill image_id, the sha256 of the bytes (and of the box: cuts.py), or status and error of an unreadable file."""
-    of_file = defaultdict(list)
-    for row in rows:
-        of_file[place_of(root, row["path"], row.get("box")).file].append(row)
 
-    def digest(file: Path) -> None:
+    def digest(file: Path, own: list[Row]) -> None:
         try:
             with open_file(file) as opened:
                 found = hash_file(opened)
-            for row in of_file[file]:
+            for row in own:
                 row["image_id"] = image_id_of(found, part_of(row["path"], row.get("box")))
         except BadImage as error:
-            for row in of_file[file]:
+            for row in own:
                 row.update(image_id=None, status="broken", error=str(error))
 
-    for _ in map_ahead(digest, of_file, workers=os.cpu_count() or 1, ahead=256):
+    # Layouts list the boxes of one file together; where one does not, the file is read again.
+    files = groupby(rows, key=lambda row: place_of(root, row["path"], row.get("box")).file)
+    of_file = ((file, list(own)) for file, own in files)
+    for _ in map_ahead(lambda each: digest(*each), of_file, workers=os.cpu_count() or 1, ahead=256):
         pass
 
 
@@ -92,10 +93,15 @@ def preference(split: str | None) -> int:
 
 def mark_duplicates(rows: list[Row]) -> None:
     """Settle byte-equal files: fill status and duplicate_of of every row whose status is open."""
+    # Most files are alone, as a number for each of them shows.
+    numbers = np.fromiter((hash(row["image_id"]) for row in rows), dtype=np.int64, count=len(rows))
+    _, places, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     groups = defaultdict(list)
-    for row in rows:
-        if row["image_id"] is not None:
+    for row, count in zip(rows, counts[places], strict=True):
+        if row["image_id"] is not None and count > 1:
             groups[row["image_id"]].append(row)
+        elif row["image_id"] is not None:
+            row["status"] = "ok"
     for group in groups.values():
         if len({row["class_id"] for row in group}) > 1:
             for row in group:
@@ -144,10 +150,10 @@ def hold_out(rows: list[Row], split: str, fraction: float, hash_of: Callable[[Ro
     training = [row for row in rows if row["split"] == "train" and row["status"] == "ok"]
     left = Counter(row["class_id"] for row in training)
     wanted = {name: round(fraction * count) for name, count in left.items()}
-    units = defaultdict(list)
-    for row in training:
-        units[hash_of(row)].append(row)
-    for _, unit in sorted(units.items()):
+    # A sha256 in hexadecimal a row; as a list of texts they would take twice as much.
+    hashes = np.fromiter((hash_of(row).encode() for row in training), dtype="S64", count=len(training))
+    for _, places in groupby(np.argsort(hashes, kind="stable"), key=lambda place: hashes[place]):
+        unit = [training[place] for place in places]
         size = Counter(row["class_id"] for row in unit)
         gain = sum(abs(wanted[name]) - abs(wanted[name] - count) for name, count in size.items())
         if gain > 0 and all(left[name] > count for name, count in size.items()):
@@ -206,7 +212,8 @@ def split_rows(rows: list[Row], dataset: Dataset) -> None:
     def hash_by(salt: str) -> Callable[[Row], str]:
         return lambda row: store.sha256(f"{dataset.seed}:{salt}{row.get('group') or row['image_id']}")
 
-    by_path = {row["path"]: row for row in rows}
+    used = {row["duplicate_of"] for row in rows if row["status"] == "duplicate"}
+    by_path = {row["path"]: row for row in rows if row["path"] in used}
     undecided = [row for row in rows if row["split"] is None]
     for row in undecided:
         row["split"] = "train"
@@ -262,7 +269,8 @@ def scale_to_image(listing: Listing, root: str) -> None:
     What reaches out of its picture by over OUTSIDE_PX pixels is warned of: a box is cut at the border, a point is not
     visible. Raises UserError where that is so of most, and not of one alone: they belong to pictures of another size.
     """
-    by_path = {row["path"]: row for row in listing.images}
+    named = {part["path"] for part in listing.parts}
+    by_path = {row["path"]: row for row in listing.images if row["path"] in named}
     listing.parts = [part for part in listing.parts if by_path[part["path"]]["status"] == "ok"]
     if not listing.in_pixels:
         return
@@ -370,7 +378,7 @@ def index(params: Params) -> dict[str, Any]:
     found, near_duplicates = health.examine(rows, classes, listing)
 
     tables = {
-        "index.images/1": rows, "index.classes/2": classes, "index.parts/1": listing.parts,
+        "index.classes/2": classes, "index.parts/1": listing.parts,
         "index.attributes/1": listing.attributes, "index.near_duplicates/1": near_duplicates,
         "index.links/1": listing.links,
     }
@@ -380,6 +388,9 @@ def index(params: Params) -> dict[str, Any]:
         **({"group_by": dataset.group_by} if dataset.group_by != "none" else {}),
         **({"frames_per_second": dataset.frames_per_second} if dataset.format in OF_FILMS else {}),
     }
+    schema = "index.images/1"
+    ordered = sorted(rows, key=lambda row: row["path"])
+    store.write_rows(ordered, INDEX / "images.parquet", schema, made_by, store.fingerprint(schema, made_by))
     for schema, content in tables.items():
         path = INDEX / f"{schema.removeprefix('index.').partition('/')[0]}.parquet"
         store.write_table(store.make_table(schema, content), path, schema, made_by, store.fingerprint(schema, made_by))

@@ -7,9 +7,10 @@ not found.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,31 +75,47 @@ def compare_run(hashes: np.ndarray, run: np.ndarray) -> list[np.ndarray]:
     return found
 
 
+class ByHash(NamedTuple):
+    """Rows by their difference hash: of hash k, `places[starts[k] : starts[k] + counts[k]]` says where they stand."""
+
+    hashes: np.ndarray  # distinct ones, sorted
+    places: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+
+def by_hash(rows: Sequence[Row]) -> ByHash:
+    """Where the rows of each difference hash stand, in order; all have one."""
+    hashes = np.fromiter((row["dhash"] for row in rows), dtype=np.uint64, count=len(rows))
+    places = np.argsort(hashes, kind="stable")
+    distinct, starts, counts = np.unique(hashes[places], return_index=True, return_counts=True)
+    return ByHash(distinct, places, starts, counts)
+
+
 def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
     """Pairs of used images (path, other, bits), and the paths of test images that have a near duplicate elsewhere.
 
     `rows` are those of index.images that are ok. Of images that share one hash the first MAX_PAIRED are paired.
     Documents have no hash, and are in no pair.
     """
-    members: dict[int, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["path"]):
-        if row.get("dhash") is not None:
-            members[row["dhash"]].append(row)
-    hashes = np.array(list(members), dtype=np.uint64)
-    groups = list(members.values())
+    ordered = sorted((row for row in rows if row.get("dhash") is not None), key=lambda row: row["path"])
+    hashes, places, starts, counts = by_hash(ordered)
     pairs: list[Row] = []
     leaks: set[str] = set()
-    twins = [(number, number) for number, group in enumerate(groups) if len(group) > 1]
+    twins = ((number, number) for number in np.flatnonzero(counts > 1).tolist())
     near = zip(*(side.tolist() for side in near_pairs(hashes)), strict=True)
-    for a, b in [*twins, *near]:
+    for a, b in chain(twins, near):
         bits = int(np.bitwise_count(hashes[a] ^ hashes[b]))
-        splits = {row["split"] for number in (a, b) for row in groups[number]}
+        of_a, of_b = (
+            [ordered[place] for place in places[starts[number] : starts[number] + counts[number]]] for number in (a, b)
+        )
+        splits = {row["split"] for row in chain(of_a, of_b)}
         if "test" in splits and len(splits) > 1:
-            for one, other in ((a, b), (b, a)):
-                if any(row["split"] != "test" for row in groups[other]):
-                    leaks |= {row["path"] for row in groups[one] if row["split"] == "test"}
-        for first in groups[a][:MAX_PAIRED]:
-            for second in groups[b][:MAX_PAIRED]:
+            for one, other in ((of_a, of_b), (of_b, of_a)):
+                if any(row["split"] != "test" for row in other):
+                    leaks |= {row["path"] for row in one if row["split"] == "test"}
+        for first in of_a[:MAX_PAIRED]:
+            for second in of_b[:MAX_PAIRED]:
                 if a != b or first["path"] < second["path"]:
                     path, other_path = sorted((first["path"], second["path"]))
                     pairs.append({"path": path, "other": other_path, "bits": bits})
@@ -124,9 +141,14 @@ def gives_test_away(members: Iterable[Row]) -> bool:
     return "test" in splits and len(splits) > 1
 
 
+def sizes_of(rows: Iterable[Row]) -> Iterator[tuple[int, int]]:
+    """Width and height of those that are pictures."""
+    return ((row["width"], row["height"]) for row in rows if row.get("width") is not None)
+
+
 def spread(values: Iterable[int]) -> Row:
     """The smallest, median and largest value; null where there is none."""
-    numbers = np.array(list(values))
+    numbers = np.fromiter(values, dtype=np.int64)
     if not numbers.size:
         return {"min": None, "median": None, "max": None}
     return {"min": int(numbers.min()), "median": float(np.median(numbers)), "max": int(numbers.max())}
@@ -145,10 +167,11 @@ def count_pairs(pairs: Iterable[tuple[Row, Row]]) -> dict[str, int]:
 
 def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tuple[dict[str, Any], list[Row]]:
     """The health of an index (all its image rows and classes) as numbers, and its near duplicates as rows."""
-    by_path = {row["path"]: row for row in rows}
     usable = [row for row in rows if row["status"] == "ok"]
-    pictured = [row for row in usable if row.get("width") is not None]
     pairs, leaks = find_near_duplicates(usable)
+    named = {pair[end] for pair in pairs for end in ("path", "other")}
+    named |= {row["duplicate_of"] for row in rows if row["status"] == "duplicate"}
+    by_path = {row["path"]: row for row in usable if row["path"] in named}
     copies = count_pairs((row, by_path[row["duplicate_of"]]) for row in rows if row["status"] == "duplicate")
     copies["across_classes"] = sum(row["status"] == "conflict" for row in rows)
 
@@ -187,8 +210,8 @@ def examine(rows: Sequence[Row], classes: Sequence[Row], listing: Listing) -> tu
             "images": sum(row["class_id"] not in with_images for row in classes),
         },
         "pixels": {
-            "shorter_side": spread(min(row["width"], row["height"]) for row in pictured),
-            "longer_side": spread(max(row["width"], row["height"]) for row in pictured),
+            "shorter_side": spread(min(size) for size in sizes_of(usable)),
+            "longer_side": spread(max(size) for size in sizes_of(usable)),
         },
         "passed_over": len(listing.passed_over),
     }

@@ -25,12 +25,11 @@ from datetime import UTC, datetime, time
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from PIL import ExifTags, Image
 
 from fieldmark.listing import Row
 from fieldmark.pictures.decode import FORMATS, open_file
-from fieldmark.pictures.health import near_pairs
+from fieldmark.pictures.health import by_hash, near_pairs
 
 NEXT, ALIKE_BITS, FRAMES = 5, 14, 3
 TOGETHER_S = 10.0
@@ -55,11 +54,26 @@ def mark_sequences(rows: Iterable[Row]) -> None:
 
 def find_sequences(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows (path, class_id, dhash, taken) of each sequence, in order of their paths, 9 before 10."""
-    ordered = sorted(rows, key=lambda row: (natural(row["path"]), row["path"]))
-    numbered = [part for part in join(len(ordered), number_links(ordered)) if len(part) >= FRAMES]
-    links = [link for part in numbered for link in pairwise(part)]
-    parts = join(len(ordered), [*links, *time_links(ordered), *near_links(ordered)])
-    return [[ordered[place] for place in part] for part in parts if len(part) > 1]
+    rows = list(rows)
+    of_class: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        of_class[row["class_id"]].append(place)
+
+    def by_path(place: int) -> tuple[list[str | int], str]:
+        return natural(rows[place]["path"]), rows[place]["path"]
+
+    links = list(near_links(rows))
+    # Class by class: names taken apart, and what they have in common, take more memory than the rows.
+    for places in of_class.values():
+        places.sort(key=by_path)
+        members = [rows[place] for place in places]
+        numbered = [part for part in join(len(members), number_links(members)) if len(part) >= FRAMES]
+        found = [*(link for part in numbered for link in pairwise(part)), *time_links(members)]
+        links += [(places[one], places[other]) for one, other in found]
+    linked = sorted({place for link in links for place in link}, key=by_path)
+    numbers = {place: number for number, place in enumerate(linked)}
+    parts = join(len(linked), ((numbers[one], numbers[other]) for one, other in links))
+    return [[rows[linked[number]] for number in part] for part in parts]
 
 
 def natural(path: str) -> list[str | int]:
@@ -99,14 +113,12 @@ def time_links(rows: Sequence[Row]) -> Iterator[Link]:
 
 def near_links(rows: Sequence[Row]) -> Iterator[Link]:
     """Near duplicates, of any class: of pictures with one hash each with the next."""
-    places: dict[int, list[int]] = defaultdict(list)
-    for place, row in enumerate(rows):
-        places[row["dhash"]].append(place)
-    for same in places.values():
-        yield from pairwise(same)
-    hashes = list(places)
-    for a, b in zip(*(side.tolist() for side in near_pairs(np.array(hashes, dtype=np.uint64))), strict=True):
-        yield places[hashes[a]][0], places[hashes[b]][0]
+    found = by_hash(rows)
+    for start, count in zip(found.starts.tolist(), found.counts.tolist(), strict=True):
+        if count > 1:
+            yield from pairwise(found.places[start : start + count].tolist())
+    first = found.places[found.starts]
+    yield from zip(*(first[side].tolist() for side in near_pairs(found.hashes)), strict=True)
 
 
 def join(count: int, links: Iterable[Link]) -> list[list[int]]:
