@@ -1,4 +1,4 @@
-"""Layouts of fish, of films, of camera traps and of annotation files from their files to the report, by their profiles."""
+"""Layouts of fish, films, camera traps and annotation files, from their files to the report, by their profiles."""
 
 import json
 from collections.abc import Callable
