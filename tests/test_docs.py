@@ -566,22 +566,42 @@ def run_in(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_the_method_gets_its_paired_table(extended: Path) -> None:
+# What `make study` and `make compare` run. One process for all: each would import torch.
+COMMANDS = [
+    "evaluation.study --name mine --jobs 1", "evaluation.compare --name mine", "training.train --knobs nearest_mean",
+    "evaluation.study --name patches --jobs 1", "evaluation.compare --name patches",
+]  # fmt: skip
+RUN_ALL = """
+import contextlib, importlib, io, json, sys
+said = {}
+for line in sys.argv[1:]:
+    module, *sys.argv[1:] = line.split()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        importlib.import_module(module).main()
+    said[line] = out.getvalue()
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(extended: Path) -> dict[str, str]:
+    """What each command prints in that project."""
+    return dict(json.loads(run_in(extended, "-c", RUN_ALL, *COMMANDS)))
+
+
+def test_the_method_gets_its_paired_table(said: dict[str, str]) -> None:
     [steps] = blocks(EXTENDING, "sh")
     assert steps.splitlines() == ["make study NAME=mine", "make compare NAME=mine"]
-    run_in(extended, "-m", "evaluation.study", "--name", "mine", "--jobs", "1")
-    said = run_in(extended, "-m", "evaluation.compare", "--name", "mine")
-    rows = [line for line in said.splitlines() if line.startswith("nearest_mean")]
+    rows = [line for line in said["evaluation.compare --name mine"].splitlines() if line.startswith("nearest_mean")]
     assert len(rows) == 2  # with all images, and with one a class
     assert all(re.search(r"\[[-+]\d", row) for row in rows)
-    knobs = run_in(extended, "-m", "training.train", "--knobs", "nearest_mean")
+    knobs = said["training.train --knobs nearest_mean"]
     assert re.search(r"^scale: 20\.0 +# turns cosines into logits$", knobs, re.MULTILINE)
 
 
-def test_the_control_takes_its_part_away(extended: Path) -> None:
-    run_in(extended, "-m", "evaluation.study", "--name", "patches", "--jobs", "1")
-    said = run_in(extended, "-m", "evaluation.compare", "--name", "patches")
-    rows = [line.split()[:2] for line in said.splitlines() if "_probe" in line.split(" ")[0]]
+def test_the_control_takes_its_part_away(said: dict[str, str]) -> None:
+    lines = said["evaluation.compare --name patches"].splitlines()
+    rows = [line.split()[:2] for line in lines if "_probe" in line.split(" ")[0]]
     assert rows == [["linear_probe", "none"], ["nodes_probe", "none"], ["nodes_probe", "patches_removed"]]
 
 
