@@ -197,6 +197,23 @@ def test_dvc_yaml_lists_the_code_that_a_stage_runs(name: str) -> None:
     )
 
 
+# What stages keep where it still holds: buckets and vectors, adapted encoders, answers that were paid for.
+KEPT = re.compile(
+    r"data/(embed|graphs|adapted|again|links)/\$\{key\}.*|data/asked/\$\{key\}/vectors|data/.*/answers\.parquet"
+)
+
+
+def test_dvc_leaves_what_a_stage_keeps() -> None:
+    """An output without `persist` is deleted before its stage runs, which then embeds all anew, or pays again."""
+    outs = [out for stage in STAGES.values() for out in stage.get("outs", [])]
+    marks: dict[str, dict[str, Any]] = {}
+    for out in outs:
+        marks |= {out: {}} if isinstance(out, str) else out
+    kept = {path for path in marks if KEPT.fullmatch(path)}
+    assert {f"data/embed/${{key}}/{name}" for name in ("images", "tokens", "moments")} <= kept
+    refuse(f"{path} is not marked persist: true" for path in kept if marks[path].get("persist") is not True)
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_no_name_of_params_yaml_reaches_a_shell(name: str) -> None:
     assert "$" not in STAGES[name]["cmd"]
