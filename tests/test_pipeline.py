@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from fieldmark import store
 from fieldmark.concepts import gate
 from fieldmark.labels.splits import read_globals, read_split
+from fieldmark.sources import imports_of
 from fieldmark.store import sha256
 from tests.checkout import command, edit_params
 from tests.openai_server import OpenAIServer, default_answer
@@ -348,14 +349,20 @@ def edited(path: Path, text: str) -> Iterator[None]:
         path.unlink() if before is None else path.write_text(before)
 
 
-def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(made: Path, tmp_path: Path) -> None:
-    """By the plan of each run, which is made, and what `dvc repro` would do then: nothing need be trained."""
+def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(
+    made: Path, tmp_path: Path, run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the plans of the runs, made in this process of the code of a copy; DVC goes by them and by the parameters."""
     folder = tmp_path / "edited"
     shutil.copytree(made, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("training.inputs.imports_of", lambda file, _: imports_of(file, folder))
+    plans = {path: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")}
+    assert {path.stem for path in plans} == set(RUNS)
 
-    def would_be_made() -> set[str]:
-        command("dvc", "repro", "plan_runs", cwd=folder)
-        return refitted(folder, "--dry", "train")
+    def changed() -> set[str]:
+        run_stage("training.plan_runs")
+        return {path.stem for path, content in plans.items() if path.read_bytes() != content}
 
     def one_line_more(name: str) -> AbstractContextManager[None]:
         file = folder / f"training/{name}.py"
@@ -366,17 +373,17 @@ def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(made: P
     with ExitStack() as stack:
         for name in ("layers/unused", "methods/unused", "controls/unused", "data/unused"):
             stack.enter_context(one_line_more(name))
-        assert would_be_made() == set()
-    params = folder / "params.yaml"
-    with one_line_more("methods/zero_shot"), edited(params, params.read_text()):
-        edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
-        assert would_be_made() == {"zero_shot", "attention_pool"}
+        assert changed() == set()
     # Two start at its fit, and one chooses among probes.
     with one_line_more("methods/linear_probe"):
-        assert would_be_made() == {"linear_probe", "moments", "attention_pool", "concept_graph"}
+        assert changed() == {"linear_probe", "moments", "attention_pool", "concept_graph"}
     with one_line_more("data/bank"):
-        assert would_be_made() == OF_TEXT
-    assert would_be_made() == set()
+        assert changed() == OF_TEXT
+    with one_line_more("methods/zero_shot"):
+        edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
+        assert changed() == {"zero_shot"}
+        assert refitted(folder, "--dry", "--single-item", "train") == {"zero_shot", "attention_pool"}
+    assert changed() == set()
 
 
 @pytest.mark.slow
