@@ -77,12 +77,13 @@ def here(run_stage: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def test_two_processes_write_the_same_bytes(params: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes(params: Path, tmp_path: Path, here: Here) -> None:
+    """This one and one of its own."""
     write_cache(tmp_path / "data", Plan(views=2))
     folder = tmp_path / "data/runs/concept_graph"
     runs = []
-    for _ in range(2):
-        result = command("--run", "concept_graph", "--params", params, "--data", tmp_path / "data")
+    for start in (here, command):
+        result = start("--run", "concept_graph", "--params", params, "--data", tmp_path / "data")
         assert result.returncode == 0, result.stderr
         assert re.fullmatch(r"concept_graph: accuracy train .*, val .*, test .* \(mean.*: 2\)\n", result.stdout)
         assert sorted(file.name for file in folder.iterdir()) == WRITTEN
