@@ -193,9 +193,9 @@ def test_crops_of_a_usual_map_overlap_little() -> None:
             assert iou(one, other) <= MAX_OVERLAP + 1e-9
 
 
-@given(st.permutations(range(81)))
-def test_a_mirrored_map_has_the_mirrored_crops(order: list[int]) -> None:
-    values = np.array(order, dtype=np.float64).reshape(9, 9)
+@given(st.integers(0, 2**32 - 1))  # real numbers: windows over whole ones are often worth the same, and are passed over
+def test_a_mirrored_map_has_the_mirrored_crops(seed: int) -> None:
+    values = np.random.default_rng(seed).random((9, 9))
     asked = Regions(sides=[1 / 3], count=[3])
     windows = slide(WHOLE, 1 / 3, 9, 9)
     scores = np.sort(score(windows, values, WHOLE))
