@@ -113,6 +113,11 @@ def test_unknown_key_stops_every_stage_with_one_line(made: Path, tmp_path: Path)
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
+def plans_of(folder: Path) -> dict[str, bytes]:
+    """What each run reads, by its name."""
+    return {path.stem: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")}
+
+
 TOUCHED = ["data/concepts/answers.parquet", "data/bank/reef.parquet", "data/labels/reef/b000.parquet"]
 
 
@@ -133,9 +138,7 @@ def test_an_edited_prompt_costs_one_call_a_class_and_leads_to_no_image(
     assert stages_behind("generate_concepts") == {"clean_concepts", *of_text, *plans, *trained, "report"}
 
     def contents() -> dict[str, bytes]:
-        return {path: (folder / path).read_bytes() for path in TOUCHED} | {
-            path.stem: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")
-        }
+        return {path: (folder / path).read_bytes() for path in TOUCHED} | plans_of(folder)
 
     def run() -> tuple[int, set[str]]:
         calls, before = len(server.calls), contents()
@@ -172,17 +175,14 @@ def test_an_edited_prompt_costs_one_call_a_class_and_touches_no_image(made: Path
     prompt = folder / "prompts/concepts.md"
     text, classes = prompt.read_text(), 24
 
-    def plans() -> dict[str, bytes]:
-        return {path.stem: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")}
-
     def run() -> tuple[int, set[str], set[str], dict[str, bytes], dict[str, tuple[int, bytes]]]:
-        before, planned = len(server.calls), plans()
+        before, planned = len(server.calls), plans_of(folder)
         made_anew = refitted(folder, "train", OPENAI_API_KEY="sk-test-key-123")
-        changed = {name for name, plan in plans().items() if plan != planned[name]}
+        changed = {name for name, plan in plans_of(folder).items() if plan != planned[name]}
         files = [*image_files(folder), *folder.glob("data/graphs/*/*")]
         files += [file for name in set(RUNS) - OF_TEXT for file in (folder / "data/runs" / name).iterdir()]
         untouched = {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-        made_of_text = {path: (folder / path).read_bytes() for path in TOUCHED} | plans()
+        made_of_text = {path: (folder / path).read_bytes() for path in TOUCHED} | plans_of(folder)
         return len(server.calls) - before, changed, made_anew, made_of_text, untouched
 
     with OpenAIServer() as server:
@@ -357,12 +357,13 @@ def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(
     shutil.copytree(made, folder, symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setattr("training.inputs.imports_of", lambda file, _: imports_of(file, folder))
-    plans = {path: path.read_bytes() for path in (folder / "data/inputs").glob("*.json")}
-    assert {path.stem for path in plans} == set(RUNS)
+    before = plans_of(folder)
+    assert set(before) == set(RUNS)
 
     def changed() -> set[str]:
         run_stage("training.plan_runs")
-        return {path.stem for path, content in plans.items() if path.read_bytes() != content}
+        after = plans_of(folder)
+        return {name for name in before | after if before.get(name) != after.get(name)}
 
     def one_line_more(name: str) -> AbstractContextManager[None]:
         file = folder / f"training/{name}.py"
