@@ -32,6 +32,7 @@ def git(*words: str, cwd: Path) -> None:
 
 def edit_params(folder: Path, edit: Callable[[Any], object], name: str = "params.yaml") -> None:
     yaml = YAML()
+    yaml.preserve_quotes = True
     path = folder / name
     params = yaml.load(path.read_text())
     edit(params)

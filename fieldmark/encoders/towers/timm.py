@@ -13,7 +13,7 @@ own size is 518, which takes five times the work of 224 or more.
       dinov2: {model: vit_small_patch14_dinov2.lvd142m, image_size: 224}
       resnet50: {model: resnet50.a1_in1k}
       swin: {model: swin_tiny_patch4_window7_224.ms_in1k}
-      mine: {model: local-dir:checkpoints/mine}
+      mine: {model: "local-dir:checkpoints/mine"}
 
 Weights are those of the tag in the model's name, from the model hub, or those of a checkpoint FILE (`pretrained`) in
 timm's layout or in one that timm translates itself. `local-dir:FOLDER` is a model as timm saves it (config.json beside
