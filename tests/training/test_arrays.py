@@ -17,7 +17,7 @@ from fieldmark.command import UserError
 from tests.training.cache import ALL, ENCODER, Plan, tensors, write_cache, write_moments
 from training import hashes
 from training.data import arrays, read_cache
-from training.data.arrays import Arrays, Zeros, keep, map_array
+from training.data.arrays import Arrays, Zeros, clear, keep, map_array
 from training.data.moments import Moments
 from training.data.nodes import Nodes
 
@@ -258,6 +258,33 @@ def test_what_fits_nowhere_is_one_line(folder: Path, source: Path, monkeypatch: 
         keep("bytes", [source], Reader(source))
 
 
+def test_a_folder_is_gone_through_once_a_while_and_where_the_limit_is_near(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "looked", {})
+    looks = 0
+
+    def count(folder: Path, needed: int) -> int:
+        nonlocal looks
+        looks += 1
+        return clear(folder, needed)
+
+    monkeypatch.setattr(arrays, "clear", count)
+    for number in range(20):
+        keep(f"array {number}", [source], Reader(source))
+    assert looks == 1
+    taken = sum(file.stat().st_size for file in folder.glob("*/*.npy"))
+    monkeypatch.setattr(arrays, "LIMIT", 2 * taken)
+    # What it asks for and does not get written counts until it looks again.
+    monkeypatch.setitem(arrays.looked, folder, (time.monotonic(), 2 * taken))
+    keep("one more", [source], Reader(source))
+    assert looks == 2
+    assert len(list(folder.glob("*/"))) == 21
+    monkeypatch.setattr(arrays, "LOOK_S", 0)
+    keep("another", [source], Reader(source))
+    assert looks > 2
+
+
 def test_the_least_recently_used_go_beyond_the_limit_and_none_in_use(
     folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +292,7 @@ def test_the_least_recently_used_go_beyond_the_limit_and_none_in_use(
     [one] = folder.glob("*/")
     size = sum(file.stat().st_size for file in one.iterdir())
     monkeypatch.setattr(arrays, "LIMIT", int(3.5 * size))
+    monkeypatch.setattr(arrays, "LOOK_S", 0)
     keep("two", [source], Reader(source))
     [two] = set(folder.glob("*/")) - {one}
     keep("three", [source], Reader(source))

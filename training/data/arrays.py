@@ -34,6 +34,7 @@ from fieldmark.store import canonical_json, sha256, sync, write_text
 from training.hashes import Signature, hash_file, is_settled, signature_of
 
 LIMIT = 32 * 2**30  # bytes that all arrays take at most
+LOOK_S = 60  # so often at most a process goes through all arrays; what others write in between may exceed LIMIT
 MEMORY_SHARE = 0.5  # of the machine's memory, for an array that is not kept
 ABANDONED_S = 24 * 3600  # a folder that nobody has finished for so long is what a killed process left
 # MAP_NORESERVE, which Python's mmap does not name: no memory is set aside for pages that are never written, so that an
@@ -44,6 +45,8 @@ SUMS = "sums.json"
 
 in_use: set[str] = set()  # the folders whose arrays this process has
 said: set[Path] = set()  # the folders of which it has said that they keep none
+# When it last went through a folder, and the bytes that it found there and has asked for since.
+looked: dict[Path, tuple[float, int]] = {}
 
 
 class Zeros(Protocol):
@@ -231,10 +234,20 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 
 def make_way(folder: Path, needed: int) -> None:
-    """Remove what was not used for longest, until `needed` bytes more are within LIMIT.
+    """Where `needed` bytes more may exceed LIMIT, remove what was not used for longest.
 
     Raises OSError where that leaves too little.
     """
+    when, taken = looked.get(folder, (-math.inf, 0))
+    if taken + needed > LIMIT or time.monotonic() - when > LOOK_S:
+        when, taken = time.monotonic(), clear(folder, needed)
+    if taken + needed > LIMIT:
+        raise OSError(f"{needed / 1e9:.1f} GB more would exceed {LIMIT / 1e9:.0f} GB")
+    looked[folder] = when, taken + needed
+
+
+def clear(folder: Path, needed: int) -> int:
+    """Remove what was abandoned, and of the rest what must go for `needed` bytes more; return the bytes that stay."""
     entries = []
     for entry in folder.iterdir():
         with suppress(OSError):  # another process removes too
@@ -249,8 +262,7 @@ def make_way(folder: Path, needed: int) -> None:
             (entry / CONTENTS).unlink(missing_ok=True)  # for a reader it is gone at once
             shutil.rmtree(entry, ignore_errors=True)
             taken -= size
-    if taken + needed > LIMIT:
-        raise OSError(f"{needed / 1e9:.1f} GB more would exceed {LIMIT / 1e9:.0f} GB")
+    return taken
 
 
 def hashes_of(folder: Path, files: Sequence[Path], signatures: Sequence[Signature]) -> list[str]:
