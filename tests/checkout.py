@@ -70,6 +70,7 @@ def make_reef(folder: Path) -> None:
         params["demo"]["reef"].update(train_per_class=5, test_per_class=2)
         params["dataset"]["buckets"] = BUCKETS
         params["train"]["seeds"] = 1
+        params["moments"]["reef"]["isqrt"]["directions"] = 32
         # The demo stores none.
         params["tokens"] = {"reef": {"layers": [-1]}}
         for method in ("attention_pool", "concept_graph"):

@@ -335,6 +335,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     def make_small(params: Any) -> None:
         params["demo"]["reef"].update(train_per_class=TRAIN, test_per_class=TEST, size=96)
         params["dataset"].update(buckets=2, val_fraction=0.34)
+        params["embed"]["views"] = 0
         zoom = {"method": "s3n", "encoder": "reef", "settings": {"epochs": 1, "hidden": 8}}
         runs = {"zero_shot": params["train"]["runs"]["zero_shot"]}
         params["train"].update(seeds=1, runs=runs, first_looks={"zoom": zoom})
@@ -589,6 +590,7 @@ def said(extended: Path) -> dict[str, str]:
     return dict(json.loads(run_in(extended, "-c", RUN_ALL, *COMMANDS)))
 
 
+@pytest.mark.slow
 def test_the_method_gets_its_paired_table(said: dict[str, str]) -> None:
     [steps] = blocks(EXTENDING, "sh")
     assert steps.splitlines() == ["make study NAME=mine", "make compare NAME=mine"]
@@ -599,12 +601,14 @@ def test_the_method_gets_its_paired_table(said: dict[str, str]) -> None:
     assert re.search(r"^scale: 20\.0 +# turns cosines into logits$", knobs, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_control_takes_its_part_away(said: dict[str, str]) -> None:
     lines = said["evaluation.compare --name patches"].splitlines()
     rows = [line.split()[:2] for line in lines if "_probe" in line.split(" ")[0]]
     assert rows == [["linear_probe", "none"], ["nodes_probe", "none"], ["nodes_probe", "patches_removed"]]
 
 
+@pytest.mark.slow
 def test_the_part_brings_its_field(extended: Path) -> None:
     table = store.read_table(extended / "data/index/images.parquet", "index.images/1")
     depths = [float(row) if row % 3 else None for row in range(len(table))]

@@ -149,6 +149,7 @@ def test_a_clone_trains_to_the_same_metrics_without_images_gpu_or_key(first: Pat
         assert (second.folder / path).read_bytes() == (first / path).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_of_the_clone_shows_its_pictures_from_the_thumbnails(first: Path, second: Second) -> None:
     said = shell("source .venv/bin/activate\n" + steps()[2], second.folder)
     assert "Running stage 'report'" in said
@@ -195,6 +196,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_another_remote_takes_the_place_of_the_former(bare: Path) -> None:
     config = (bare / ".dvc/config").read_text()
     try:

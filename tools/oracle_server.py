@@ -349,8 +349,8 @@ def main() -> None:
     with listener:
         print(
             f"oracle_server: knows {counted(len(oracle.pictures), 'picture', 'pictures')}; it is no language model."
-            f' params.yaml: llm: {{mode: live, base_url: "http://127.0.0.1:{listener.server_port}/v1", model: ...}} with'
-            f" one of {MODELS}",
+            f' params.yaml: llm: {{mode: live, base_url: "http://127.0.0.1:{listener.server_port}/v1", model: ...}}'
+            f" with one of {MODELS}",
             flush=True,
         )
         try:

@@ -327,6 +327,7 @@ def test_unseen_classes_have_a_table_for_each_measure(project: Path) -> None:
     assert page.count("no verdict: 3 classes, and it takes 20 |") == 2
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_work_is_left_out_with_a_note(tmp_path: Path) -> None:
     write_cache(tmp_path / "data", Planted(classes=6, train=8, val=6, test=6, noise=1.5, concepts=0))
     regimes = ["full", {"kind": "shots", "shots": 1}]

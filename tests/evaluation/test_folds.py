@@ -311,6 +311,7 @@ def test_choices_at_an_end_of_a_grid_and_saturated_classes_are_said(
     assert "development classes" not in compare(plan, cells(plan, 0))
 
 
+@pytest.mark.slow
 def test_a_share_of_the_classes_may_be_for_development(project: Path) -> None:
     sizes = {share: len(planned(project, development=share)[0].development) for share in (None, 0.2, 0.45)}
     assert sizes == {None: 2, 0.2: 2, 0.45: 4}

@@ -178,6 +178,7 @@ def run_small(folder: Path, *arguments: str, **environment: str) -> subprocess.C
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_run_is_written_whole(finished: Path) -> None:
     plan, grid = planned(finished)
     assert len(made(plan)) == RUNS + SEARCHES
@@ -359,6 +360,7 @@ def test_code_is_part_of_the_runs_that_execute_it(marked: tuple[Path, dict[str, 
     assert made_anew(before, after, "2-shot") == (GRAPHS if file in FROM_SHOTS else anew)
 
 
+@pytest.mark.slow
 def test_labelling_is_code_of_a_variant_with_other_labels(project: Path) -> None:
     for file in ("fieldmark/labels/labelling.py", "fieldmark/labels/pixels.py", "evaluation/other_labels.py"):
         before = marks(project, blocks=QUICK, **GRAPH)
@@ -420,6 +422,7 @@ def test_images_that_are_gone_are_seen(tmp_path: Path) -> None:
         assert json.loads((plan.folder / folder / "metrics.json").read_text())["train"]["images"] == 4 * 2
 
 
+@pytest.mark.slow
 def test_an_edited_method_is_run_again_and_no_other(project: Path) -> None:
     for name in ("fieldmark", "training", "evaluation"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -565,6 +568,7 @@ def test_another_labelling_is_made_in_memory_and_leaves_the_rest(project: Path) 
     assert not torch.equal(under.part(Bank).K, base.part(Bank).K)
 
 
+@pytest.mark.slow
 def test_a_variant_may_read_other_encoders_too(project: Path) -> None:
     variants = {"both": {"method": "concept_graph", "also": ["other"]}}
     regimes = ["full", {"kind": "shots", "shots": 2}]
@@ -760,6 +764,7 @@ def kill_and_finish(project: Path, kills: int, jobs: int, random_seed: int, **ch
         assert (plan.folder / name).read_bytes() == (expected_plan.folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(project: Path) -> None:
     kill_and_finish(project, kills=1, jobs=1, random_seed=0, controls=["none"], regimes=["full"])
 
@@ -1021,6 +1026,7 @@ def test_development_classes_from_a_file(project: Path) -> None:
         planned(project, development=str(project / "classes.txt"))
 
 
+@pytest.mark.slow
 def test_development_classes_of_another_draw(project: Path) -> None:
     drawn = [development_drawn(project, seed) for seed in (None, 0, 1, 2)]
     assert drawn[0] == drawn[1]  # train.seed is 0
@@ -1056,6 +1062,7 @@ def test_classes_left_out_of_few_shot_runs(project: Path) -> None:
         planned(project, left_out=str(project / "seen.txt"))
 
 
+@pytest.mark.slow
 def test_classes_that_are_lent_may_be_drawn(project: Path) -> None:
     drawn = [planned(project, left_out=0.4, development=0.4, class_seed=seed)[0] for seed in (0, 1)]
     for plan in drawn:

@@ -132,6 +132,7 @@ def test_no_epoch_that_helps_leaves_the_base_bit_for_bit(
     assert torch.equal(tuned.embed_texts(["a red animal"]), base.embed_texts(["a red animal"]))
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_edited_adapts_nothing_anew_and_refit_does(
     animals: Path, set_params: SetParams, run_stage: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

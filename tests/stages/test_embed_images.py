@@ -64,6 +64,7 @@ def embed(run_stage: RunStage, capsys: pytest.CaptureFixture[str]) -> Callable[.
     return run
 
 
+@pytest.mark.slow
 def test_a_rule_for_cells_makes_another_encoder_of_one_model(
     set_params: SetParams, dataset: list[str], embed: Callable[..., int], run_stage: RunStage,
     models: dict[str, Path], capsys: pytest.CaptureFixture[str],

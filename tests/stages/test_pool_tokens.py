@@ -168,6 +168,7 @@ def test_one_image_more_changes_one_bucket_of_each_folder(
         before = files(folder)
 
 
+@pytest.mark.slow
 def test_a_basis_is_kept_until_what_it_stands_for_changes(
     set_moments: SetParams, dataset: list[str], make: Make, project: Path
 ) -> None:

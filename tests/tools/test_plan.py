@@ -63,6 +63,7 @@ def test_memory_is_that_of_the_arrays_that_a_run_reads(planner: Planner) -> None
         assert IMAGES * sum(words.values()) == pytest.approx(held, rel=0.1), name
 
 
+@pytest.mark.slow
 def test_a_knob_saves_what_it_is_said_to_save(planner: Planner) -> None:
     params = planner.params
     now = planner.plan(IMAGES, params, planner.draw(params), 2, None)

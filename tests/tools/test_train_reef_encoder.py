@@ -58,6 +58,7 @@ def test_it_is_small_and_loads_as_float32(encoder):
     assert {parameter.dtype for parameter in encoder[0].parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_every_field_mark_is_recognised_on_species_it_never_saw(encoder, drawings):
     images, owners = drawings
     vectors = embed_images(encoder, images)
@@ -110,6 +111,7 @@ def test_training_texts_speak_of_the_marks_they_are_labelled_with_and_of_no_spec
     assert len(set(said)) == len(said)
 
 
+@pytest.mark.slow
 def test_a_vit_is_trained_by_whole_pictures_towards_the_texts_of_the_demo(encoder, tmp_path, monkeypatch):
     """For two steps of 32 drawings: every weight of its image tower moves, and its texts are those of the demo."""
     monkeypatch.setitem(train_reef_encoder.PHASES, "vit", ((160, 2.0),))

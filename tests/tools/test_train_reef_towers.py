@@ -52,6 +52,7 @@ def test_training_moves_every_weight(folder: Path) -> None:
         assert {key for key in held if not key.endswith(("relative_position_index", "attn_mask"))} == set()
 
 
+@pytest.mark.slow
 def test_a_seed_makes_the_same_towers_and_another_one_others(folder: Path, tmp_path: Path) -> None:
     again, other = write_small(tmp_path / "again"), write_small(tmp_path / "other", seed=1)
     for name in SMALL:

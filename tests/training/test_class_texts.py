@@ -65,6 +65,7 @@ def refit(texts: np.ndarray, means: np.ndarray, new: np.ndarray, penalty: float,
     return np.append(new / unit, 1) @ np.linalg.solve(design.T @ design + cost, design.T @ means)
 
 
+@pytest.mark.slow
 def test_the_mix_predicts_what_a_ridge_from_texts_to_class_means_does(planted: Callable[[Plan], Cache]) -> None:
     cache = planted(Plan(classes=8, train=6, views=2, noise=1.0))
     split = cache.split.copy()

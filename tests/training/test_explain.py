@@ -102,6 +102,7 @@ def cache(planted: Callable[[Plan], Cache]) -> Cache:
 WHOLE = {"streams": ["local"], "description": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "knobs"), [("attention_pool", {}), ("concept_graph", WHOLE)])
 def test_occlusion_by_a_loop_and_gradients_by_their_sum(
     cache: Cache, method: str, knobs: dict[str, Any]

@@ -32,6 +32,7 @@ def test_a_head_beside_a_probe_begins_as_the_probe(cache: Cache, method: str) ->
     assert fitted.chosen["with_probe.penalty"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [method for method in HEADS if method in LOCAL])
 def test_a_head_beside_a_probe_learns_what_the_probe_leaves(planted: Callable[[Plan], Cache], method: str) -> None:
     """The global vector tells pairs of classes apart, one cell which of a pair it is."""

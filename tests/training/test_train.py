@@ -392,6 +392,7 @@ def test_check_names_a_wrong_regime_or_control(params: Path, given: str, message
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_on_several_encoders(tmp_path: Path) -> None:
     path, data = tmp_path / "params.yaml", tmp_path / "data"
     several = """

@@ -106,6 +106,7 @@ def test_two_shards_make_the_bytes_of_one_process(
     assert contents() == whole
 
 
+@pytest.mark.slow
 def test_several_devices_are_a_process_each(
     set_params: SetParams,
     dataset: list[str],

@@ -434,6 +434,7 @@ def test_a_tower_goes_through_the_stages_that_need_no_text(
             run_stage(stage, "--encoder", "mine")
 
 
+@pytest.mark.slow
 def test_a_tower_more_is_embedded_and_linked_and_nothing_else_runs(tmp_path: Path) -> None:
     folder = checkout(tmp_path / "fieldmark")
     for n, place in enumerate(f"{split}/{name}" for split in ("train", "val", "test") for name in "ab"):

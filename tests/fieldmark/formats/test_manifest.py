@@ -126,6 +126,7 @@ def test_a_path_has_one_form() -> None:
     assert inside("./a//b/./c.png", "here") == "a/b/c.png"
 
 
+@pytest.mark.slow
 def test_200_thousand_rows(tmp_path: Path) -> None:
     lines = (f"site{n % 7}/{n:06d}.jpg,species {n % 500},group {n // 9}" for n in range(200_000))
     listing = read(tmp_path, "path,class,group\n" + "\n".join(lines) + "\n")

@@ -81,6 +81,7 @@ def test_reconstruction_returns_what_was_centred() -> None:
     assert torch.cosine_similarity(rebuilt, x).min() > 0.9999
 
 
+@pytest.mark.slow
 def test_large_dictionaries_and_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     targets, dictionary = units(5, 12), units(40, 12, seed=1)
     expected = decompose(targets, dictionary, 0.05) @ dictionary

@@ -148,6 +148,7 @@ def test_a_name_of_links_has_to_be_one() -> None:
         FeatureSettings(features=["inherited/"])
 
 
+@pytest.mark.slow
 def test_a_planted_description_is_worth_as_much_by_links_that_carry_the_class(planted: Planted) -> None:
     """Sentences say the class, pictures nothing: one description in six is enough where links join a class."""
     accuracy = {}

@@ -63,6 +63,7 @@ def test_blocks_of_rows_sum_to_the_same_fit(told: str, monkeypatch: pytest.Monke
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [linear_probe, lda, ridge])
 def test_probes_read_the_rows_that_they_do_not_keep_and_say_the_same(
     method: Any, planted: Planted, monkeypatch: pytest.MonkeyPatch

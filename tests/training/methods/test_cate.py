@@ -124,6 +124,7 @@ def test_no_concepts_are_a_reason_and_not_a_fault(cache: Cache) -> None:
         fit(bare, Settings(epochs=1), 0)
 
 
+@pytest.mark.slow
 def test_the_bottleneck_keeps_what_tells_of_the_class_s_concepts(planted: Callable[[Plan], Cache]) -> None:
     """On images that taught nothing, and the cue in one patch of nine, which decides."""
     cache = planted(Plan(train=40, val=15, test=40, cue="local"))

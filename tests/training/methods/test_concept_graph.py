@@ -271,6 +271,7 @@ def test_tokens_of_the_layer_that_it_names_are_its_nodes(cache: Cache) -> None:
     assert not torch.allclose(*by_layer.values(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_all_parts_together_learn_a_local_cue(planted: Callable[[Plan], Cache]) -> None:
     cache = planted(Plan(cue="local", train=40, val=15, test=40))
     schedule = {"epochs": 40, "batch_size": 32, "weight_decay": [0.01], "lr": [3e-3], "precision": "bf16"}
@@ -296,6 +297,7 @@ def accuracy_on_lacking(cache: Cache, **knobs: Any) -> tuple[float, float]:
     return ((logits.argmax(1) == y).float().mean().item(), (logits[:, :6].argmax(1) == y).float().mean().item())
 
 
+@pytest.mark.slow
 def test_a_class_without_images_is_never_said_and_by_its_texts_it_is_told_from_its_like(lacking: Cache) -> None:
     images = torch.arange(len(lacking.paths))
     fitted = quick("concept_graph", lacking)

@@ -219,6 +219,7 @@ def test_states_that_are_kept_are_those_of_the_cache(cache: Cache) -> None:
         assert torch.equal(rung.sent, x[order])
 
 
+@pytest.mark.slow
 def test_it_finds_the_class_in_the_layer_that_shows_it(planted: Planted) -> None:
     """Global vectors and their links say nothing; the pooled vector does, whichever rung it stands on."""
     cache = planted(Plan(cue="none", linked=0.25, train=40, val=15, test=40))
@@ -239,6 +240,7 @@ def test_beside_a_probe_it_learns_what_the_probe_leaves(planted: Planted) -> Non
     assert assess_split(quick("engine", cache, **knobs).model, cache, "test")[0] > probe + 0.25
 
 
+@pytest.mark.slow
 def test_links_that_carry_the_class_help_and_others_do_not(planted: Planted) -> None:
     plan = Plan(cue="global", noise=2.5, train=40, val=15, test=40, links=10)
     knobs = {"states": ["global"], "epochs": 20, "lr": [1e-2], "hidden": 32}

@@ -56,6 +56,7 @@ def test_synthetic_nodes_hear_the_likeliest_training_images(planted: Planted) ->
     assert auc > 0.7
 
 
+@pytest.mark.slow
 def test_it_does_not_forget_the_tail(tailed: Cache) -> None:
     test = tailed.images("test")
     y = tailed.y[test].numpy()

@@ -152,6 +152,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_labels_reach_the_encoder_by_who_is_no_negative_alone(cache: Cache) -> None:
     train = cache.images("train")
     target = cache.target.clone()
@@ -161,6 +162,7 @@ def test_labels_reach_the_encoder_by_who_is_no_negative_alone(cache: Cache) -> N
     assert not same(weights(cache), weights(lied))
 
 
+@pytest.mark.slow
 def test_who_is_judged_sends_nothing_and_is_not_learned_from_unless_all_do(cache: Cache) -> None:
     judged = torch.from_numpy(cache.split != "train")
     part = cache.part(Descriptions)
@@ -219,6 +221,7 @@ def accuracy(method: str, cache: Cache, **knobs: Any) -> float:
     return assess_split(quick(method, cache, features=["descriptions"], l2=[0.01], **knobs).model, cache, "test")[0]
 
 
+@pytest.mark.slow
 def test_other_words_for_the_same_help_where_few_are_labelled_and_unrelated_ones_do_not(few: Cache) -> None:
     knobs: Any = {
         **{"augment": "words", "words": ["asked/reworded/text"], "sources": "all"},

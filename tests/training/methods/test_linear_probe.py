@@ -41,6 +41,7 @@ def test_separable_classes_are_learned_whole(planted: Callable[[Plan], Cache]) -
     assert assess_split(linear_probe.fit(cache, linear_probe.Settings(), 0).model, cache, "test")[0] == 1
 
 
+@pytest.mark.slow
 def test_every_view_is_fitted(planted: Callable[[Plan], Cache]) -> None:
     cache = planted(Plan(views=3))
     mean = torch.cat([cache.globals(cache.images("train"), view) for view in range(3)]).mean(0)

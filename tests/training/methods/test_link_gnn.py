@@ -31,6 +31,7 @@ def accuracy(cache: Cache, method: str, knobs: dict[str, Any]) -> float:
     return assess_split(module.fit(cache, module.Settings(**knobs), 0).model, cache, "test")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BY_LINKS)
 @pytest.mark.parametrize("sources", ["train", "all"])
 def test_where_links_carry_the_class_they_beat_the_probe(planted: Planted, method: str, sources: str) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -83,6 +84,7 @@ def planted_tokens(cache: Cache) -> Cache:
     return cache.with_part(replace(cache.part(Tokens), layers={"tokens": cells}))
 
 
+@pytest.mark.slow
 def test_channels_that_peak_together_are_one_group(planted: Callable[[Plan], Cache]) -> None:
     cache = planted_tokens(planted(Plan(train=40, val=15, test=40)))
     peaks = channel_peaks(cache, "tokens")

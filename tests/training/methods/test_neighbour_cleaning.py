@@ -49,6 +49,7 @@ def test_neighbours_are_looked_for_once_for_all_strengths(planted: Planted, monk
     assert sorted(asked) == [2, 3]
 
 
+@pytest.mark.slow
 def test_a_view_that_is_a_copy_changes_nothing(planted: Planted) -> None:
     cache = Noise(wrong="symmetric", share=0.4).apply(planted(PLAN), 0)
     twice, images, settings = seen_twice(cache), cache.images("test"), neighbour_cleaning.Settings(k=[10], l2=[0.1])
@@ -78,6 +79,7 @@ def test_without_neighbours_it_is_the_probe(planted: Planted) -> None:
     torch.testing.assert_close(predict(none.model, cache, images), probe, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_relabelling_tells_the_neighbours_class_and_dropping_leaves_it_out(planted: Planted) -> None:
     """One wrong label among clean classes far apart: told right again, the fit is the clean one; dropped, nearly."""
     clean = planted(replace(PLAN, noise=0.3))

@@ -338,6 +338,7 @@ def test_an_image_without_a_description_is_an_error(planted: Callable[[Plan], Ca
     assert torch.isfinite(predict(without, cache, torch.arange(4))).all()
 
 
+@pytest.mark.slow
 def test_graph_norm_hides_what_all_crops_show(planted: Callable[[Plan], Cache]) -> None:
     """The object's crop tells nothing, and the mean of the others tells the class without an error."""
     cache = planted(Plan(cue="none", train=40, val=15, test=40))
@@ -356,6 +357,7 @@ def test_graph_norm_hides_what_all_crops_show(planted: Callable[[Plan], Cache]) 
     assert seeing > 0.9
 
 
+@pytest.mark.slow
 def test_it_finds_a_class_that_the_object_shows(planted: Callable[[Plan], Cache]) -> None:
     cache = planted(Plan(cue="global", train=40, val=15, test=40))
     settings = Settings(object="global", epochs=40, batch_size=32, weight_decay=[0.01], hidden=64, precision="fp32")

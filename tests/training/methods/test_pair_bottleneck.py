@@ -66,6 +66,7 @@ def test_an_entry_is_what_a_loop_over_places_says(planted: Planted) -> None:
         assert found[image].tolist() == pytest.approx(entries, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_planted_pair_is_found_that_no_concept_alone_tells(planted: Planted) -> None:
     plain = orthogonal(planted(Plan(classes=2, train=60, test=40, cue="none")))
     concept = is_concept(plain.part(Bank)).nonzero()[:, 0]

@@ -203,6 +203,7 @@ def test_gaussians_are_of_where_the_parts_of_training_images_lie(cache: Cache) -
         torch.testing.assert_close(0.5 * geometry.log_spread[part].exp(), spread, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_marks_of_training_images_alone_are_looked_at(cache: Cache) -> None:
     """Others marked anew change no logit, and at evaluation none need be there."""
     images, parts = torch.arange(len(cache.paths)), cache.part(ObjectParts)

@@ -72,6 +72,7 @@ def by_hand(model: AttributeAttention, x: Tensor, mask: Tensor, q: Tensor) -> Te
     return torch.stack([torch.as_tensor(score) for score in scores]).masked_fill(~mask, -math.inf).softmax(0)
 
 
+@pytest.mark.slow
 def test_distinct_attributes_steer_the_attention_of_training(planted: Planted) -> None:
     cache = planted(Plan(classes=6, noise=0.2))
     model, told = made(cache).train(), three_candidates(cache)
@@ -150,6 +151,7 @@ def test_losses_are_over_what_is_certain() -> None:
     assert easy_loss(logits, q, 0.96) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attributes", "vote"), [("concepts", False), ("table", False), ("table", True)])
 def test_it_tells_three_candidates_apart(planted: Planted, attributes: str, vote: bool) -> None:
     cache = planted(SEPARABLE)
@@ -209,6 +211,7 @@ def test_the_share_that_q_keeps_is_written_as_a_list() -> None:
     assert read_block("params.yaml", "x", {"rho": [0.5, 0]}, Settings).rho == (0.5, 0.0)
 
 
+@pytest.mark.slow
 def test_the_order_of_training_labels_tells_nothing(planted: Planted) -> None:
     """q is made of candidates alone: with other truths among the same candidates, the same fit."""
     cache = planted(Plan(classes=6))

@@ -214,6 +214,7 @@ def test_the_navigator_learns_by_the_order_of_regions_alone() -> None:
     assert torch.autograd.grad(output.losses["rank"], score[0])[0].any()
 
 
+@pytest.mark.slow
 def test_the_navigator_finds_the_patch_that_shows_the_class(planted: Planted) -> None:
     cache = planted(Plan(cue="local", train=40, val=15, test=40, object=False))
     shares = []

@@ -34,6 +34,7 @@ def settings_of(candidates: list[dict[str, Any]]) -> Settings:
     return Settings.model_validate({**ONLY_GLOBAL, "candidates": candidates})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidates", CASES)
 def test_the_probe_that_val_prefers_is_kept_as_its_own_method_fits_it(
     planted: Planted, candidates: list[dict[str, Any]]

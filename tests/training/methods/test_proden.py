@@ -37,6 +37,7 @@ def truth_of_train(cache: Cache, told: Cache, logits: Tensor) -> float:
     return (among_candidates(told.target[train], logits[train]).argmax(1) == cache.y[train]).float().mean().item()
 
 
+@pytest.mark.slow
 def test_it_tells_three_candidates_apart(planted: Planted) -> None:
     cache = planted(SEPARABLE)
     told = hide_test(three_candidates(cache))

@@ -86,6 +86,7 @@ def test_one_image_a_class_leaves_nothing_to_choose_by(planted: Planted, method)
         assert np.isfinite(predict(method.fit(few, settings, 0).model, few, few.images("test"))).all()
 
 
+@pytest.mark.slow
 def test_a_kernel_bends_where_a_line_cannot(planted: Planted) -> None:
     """A class that lies on both sides of the other."""
     cache = planted(Plan(classes=2, train=40, val=20, test=20, cue="none"))

@@ -129,6 +129,7 @@ def test_training_draws_by_the_seed_how_peaks_are_dealt() -> None:
     assert (shares[0][highest_peak] > 0.999).all()
 
 
+@pytest.mark.slow
 def test_warm_up_is_a_share_of_the_images_that_train_beside_a_probe(planted: Callable[[Plan], Cache]) -> None:
     """Images that no fit without them tells are left out there: warm-up may not wait for them."""
     cache = planted(Plan(classes=4, train=6, val=4, test=1))

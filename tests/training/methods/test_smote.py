@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -34,11 +35,13 @@ def tail(planted: Planted, noise: float) -> Cache:
     return LongTail(imbalance=20).apply(planted(plan), 0)
 
 
+@pytest.mark.slow
 def test_it_helps_a_tail_whose_classes_overlap(planted: Planted) -> None:
     plain, ours = macro(tail(planted, noise=2.0))
     assert ours > plain + 0.05
 
 
+@pytest.mark.slow
 def test_it_gains_nothing_where_classes_lie_apart(planted: Planted) -> None:
     plain, ours = macro(tail(planted, noise=0.3), l2=1e-3)
     assert plain > 0.99

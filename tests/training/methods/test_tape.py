@@ -138,6 +138,7 @@ def test_without_convolutions_no_link_is_read(cache: Cache) -> None:
     assert torch.equal(predict(model, other, images), predict(model, cache, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{"guesses": GUESSES}, {"guesses": None, "explanation": [REASONS]}])
 def test_answers_that_tell_the_class_are_found_and_others_are_not(planted: Planted, knobs: dict[str, Any]) -> None:
     """What the picture shows is noise, and its links come from any class."""
@@ -161,6 +162,7 @@ def accuracy(method: str, cache: Cache, **knobs: Any) -> float:
     return assess_split(quick(method, cache, **fit).model, cache, "test")[0]
 
 
+@pytest.mark.slow
 def test_links_that_carry_the_class_help_and_others_do_not(planted: Planted) -> None:
     plan = Plan(cue="global", noise=2.5, train=40, val=15, test=40, links=10)
     linked, mixed, alone = (

@@ -51,6 +51,7 @@ def test_the_posterior_mean_by_the_rule_of_bayes() -> None:
     assert found == pytest.approx(grid[log.argmax()], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", [32, 500])
 def test_equals_a_loop_over_classes(planted: Planted, dimension: int) -> None:
     """500 dimensions are more than there are rows, its own and those lent: the inverse is that of the whole space."""
@@ -83,6 +84,7 @@ def centred(logits: np.ndarray) -> np.ndarray:
     return logits - logits.mean(1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_a_stronger_prior_is_no_less_sure_of_itself(planted: Planted) -> None:
     """Else a search by log loss would take the prior for a temperature."""
     cache = few(spread(planted), 1)

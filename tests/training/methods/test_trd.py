@@ -144,6 +144,7 @@ def in_crops(planted: Callable[[Plan], Cache]) -> Cache:
     return cache.change(Nodes, nodes=nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edges", "distance"), [("complementary", "chamfer"), ("similar", "capped"), ("similar", "hausdorff")]
 )

@@ -324,6 +324,7 @@ def with_val(cache: Cache, images: Tensor) -> Cache:
     return replace(copied, paths=cache.paths, split=cache.split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_8_shuffled_labels_leave_chance_on_val(planted: Planted, method: str) -> None:
     cache = planted(Plan(val=50))
@@ -384,6 +385,7 @@ def assert_saved(model: torch.nn.Module, method: str, settings: Block, cache: Ca
     assert torch.equal(predict(other, cache, images), predict(model, cache, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_12_it_is_no_worse_than_the_linear_probe_where_its_cue_is_the_only_one(
     planted: Planted, probed: Callable[[Plan], float], method: str
