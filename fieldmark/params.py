@@ -512,7 +512,19 @@ def read_yaml(path: str | Path, remedy: str = "") -> dict[str, Any]:
 
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check a parameter file. Raises UserError: unreadable, not YAML, or a value that cannot stand."""
-    return check_params(path, read_yaml(path, "; run from the project's root, or name it with --params"))
+    content = read_yaml(path, "; run from the project's root, or name it with --params")
+    refuse_for_dvc(path)
+    return check_params(path, content)
+
+
+def refuse_for_dvc(path: str | Path) -> None:
+    """Raises UserError where DVC cannot read a file of YAML: its parser in C asks for more quotes than YAML 1.2."""
+    try:
+        YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        remedy = 'put the text there between quotes, as in {model: "hf-hub:ORG/NAME"}'
+        raise UserError(f"{path}: line {line}: DVC cannot read it ({error.problem}); {remedy}") from None
 
 
 def check_params(path: str | Path, content: dict[str, Any]) -> Params:

@@ -305,6 +305,10 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(project: Path, add
     assert "hunter22" not in str(caught.value)
 
 
+def test_what_dvc_cannot_read_is_one_line(refuse: Callable[..., None]) -> None:
+    refuse("a: 1\nb: {model: hf-hub:x/y}\n", "line 2: DVC cannot read it", 'quotes, as in {model: "hf-hub')
+
+
 @pytest.mark.parametrize("text", ["a: " + "[" * 5000, "[" * 5000, "a: " + "{a: " * 5000, "- " * 5000 + "a"])
 def test_brackets_without_end_are_one_line(refuse: Callable[..., None], text: str) -> None:
     refuse(text, "nested too deeply")
