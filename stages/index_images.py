@@ -98,17 +98,16 @@ def mark_duplicates(rows: list[Row]) -> None:
     _, places, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     groups = defaultdict(list)
     for row, count in zip(rows, counts[places], strict=True):
-        if row["image_id"] is not None and count > 1:
-            groups[row["image_id"]].append(row)
-        elif row["image_id"] is not None:
+        if row["image_id"] is not None:
             row["status"] = "ok"
+            if count > 1:
+                groups[row["image_id"]].append(row)
     for group in groups.values():
         if len({row["class_id"] for row in group}) > 1:
             for row in group:
                 row.update(status="conflict", error="the same bytes stand under another class too")
             continue
         first, *others = sorted(group, key=lambda row: (-preference(row["split"]), row["path"]))
-        first["status"] = "ok"
         for row in others:
             row.update(status="duplicate", duplicate_of=first["path"])
 

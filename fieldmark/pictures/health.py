@@ -76,12 +76,17 @@ def compare_run(hashes: np.ndarray, run: np.ndarray) -> list[np.ndarray]:
 
 
 class ByHash(NamedTuple):
-    """Rows by their difference hash: of hash k, `places[starts[k] : starts[k] + counts[k]]` says where they stand."""
+    """Rows by their difference hash."""
 
     hashes: np.ndarray  # distinct ones, sorted
-    places: np.ndarray
-    starts: np.ndarray
+    places: np.ndarray  # of all rows, hash by hash
+    starts: np.ndarray  # where those of each hash begin in `places`
     counts: np.ndarray
+
+    def rows_of(self, number: int) -> list[int]:
+        """Where the rows of a hash stand, in order; by its position in `hashes`."""
+        places: list[int] = self.places[self.starts[number] : self.starts[number] + self.counts[number]].tolist()
+        return places
 
 
 def by_hash(rows: Sequence[Row]) -> ByHash:
@@ -99,16 +104,14 @@ def find_near_duplicates(rows: Sequence[Row]) -> tuple[list[Row], set[str]]:
     Documents have no hash, and are in no pair.
     """
     ordered = sorted((row for row in rows if row.get("dhash") is not None), key=lambda row: row["path"])
-    hashes, places, starts, counts = by_hash(ordered)
+    found = by_hash(ordered)
     pairs: list[Row] = []
     leaks: set[str] = set()
-    twins = ((number, number) for number in np.flatnonzero(counts > 1).tolist())
-    near = zip(*(side.tolist() for side in near_pairs(hashes)), strict=True)
+    twins = ((number, number) for number in np.flatnonzero(found.counts > 1).tolist())
+    near = zip(*(side.tolist() for side in near_pairs(found.hashes)), strict=True)
     for a, b in chain(twins, near):
-        bits = int(np.bitwise_count(hashes[a] ^ hashes[b]))
-        of_a, of_b = (
-            [ordered[place] for place in places[starts[number] : starts[number] + counts[number]]] for number in (a, b)
-        )
+        bits = int(np.bitwise_count(found.hashes[a] ^ found.hashes[b]))
+        of_a, of_b = ([ordered[place] for place in found.rows_of(number)] for number in (a, b))
         splits = {row["split"] for row in chain(of_a, of_b)}
         if "test" in splits and len(splits) > 1:
             for one, other in ((of_a, of_b), (of_b, of_a)):

@@ -25,6 +25,7 @@ from datetime import UTC, datetime, time
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from fieldmark.listing import Row
@@ -114,9 +115,8 @@ def time_links(rows: Sequence[Row]) -> Iterator[Link]:
 def near_links(rows: Sequence[Row]) -> Iterator[Link]:
     """Near duplicates, of any class: of pictures with one hash each with the next."""
     found = by_hash(rows)
-    for start, count in zip(found.starts.tolist(), found.counts.tolist(), strict=True):
-        if count > 1:
-            yield from pairwise(found.places[start : start + count].tolist())
+    for number in np.flatnonzero(found.counts > 1).tolist():
+        yield from pairwise(found.rows_of(number))
     first = found.places[found.starts]
     yield from zip(*(first[side].tolist() for side in near_pairs(found.hashes)), strict=True)
 
