@@ -24,8 +24,8 @@ from tests.checkout import command, edit_params
 from tests.openai_server import OpenAIServer, default_answer
 from tools.repro import stages_behind
 
-RUNS = ["zero_shot", "description_zero_shot", "linear_probe", "moments", "attention_pool", "concept_graph"]
-OF_TEXT = {"zero_shot", "description_zero_shot", "concept_graph"}  # those that read the bank or the labels
+RUNS = ["zero_shot", "linear_probe", "moments", "concept_graph"]  # of the small reef
+OF_TEXT = {"zero_shot", "concept_graph"}  # those that read the bank or the labels
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,14 @@ def test_live_mode_without_a_key_is_one_line(made: Path, tmp_path: Path) -> None
     assert "OPENAI_API_KEY" in failed.stderr
 
 
-def test_a_corrupt_bucket_is_one_line_that_names_it(made: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["training.train", "--run", "linear_probe"],
+        pytest.param(["stages.label_patches", "--encoder", "reef"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_corrupt_bucket_is_one_line_that_names_it(words: list[str], made: Path) -> None:
     bucket = made / "data/embed/reef/images/b002.parquet"
     content = bucket.read_bytes()
     runs = made / "data/runs/linear_probe/metrics.json"
@@ -93,11 +100,10 @@ def test_a_corrupt_bucket_is_one_line_that_names_it(made: Path) -> None:
     try:
         bucket.chmod(0o644)
         bucket.write_bytes(content[: len(content) // 2])
-        for words in (["stages.label_patches", "--encoder", "reef"], ["training.train", "--run", "linear_probe"]):
-            failed = command(sys.executable, "-m", *words, cwd=made, check=False)
-            assert failed.returncode == 1
-            assert len(failed.stderr.strip().splitlines()) == 1
-            assert "data/embed/reef/images/b002.parquet" in failed.stderr
+        failed = command(sys.executable, "-m", *words, cwd=made, check=False)
+        assert failed.returncode == 1
+        assert len(failed.stderr.strip().splitlines()) == 1
+        assert "data/embed/reef/images/b002.parquet" in failed.stderr
     finally:
         bucket.write_bytes(content)
     assert runs.read_bytes() == before
@@ -377,13 +383,13 @@ def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(
         assert changed() == set()
     # Two start at its fit, and one chooses among probes.
     with one_line_more("methods/linear_probe"):
-        assert changed() == {"linear_probe", "moments", "attention_pool", "concept_graph"}
+        assert changed() == {"linear_probe", "moments", "concept_graph"}
     with one_line_more("data/bank"):
         assert changed() == OF_TEXT
     with one_line_more("methods/zero_shot"):
-        edit_params(folder, lambda params: params["train"]["runs"]["attention_pool"]["settings"].update(hidden=64))
+        edit_params(folder, lambda params: params["train"]["runs"]["concept_graph"]["settings"].update(hidden=64))
         assert changed() == {"zero_shot"}
-        assert refitted(folder, "--dry", "--single-item", "train") == {"zero_shot", "attention_pool"}
+        assert refitted(folder, "--dry", "--single-item", "train") == {"zero_shot", "concept_graph"}
     assert changed() == set()
 
 

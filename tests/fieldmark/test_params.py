@@ -309,6 +309,6 @@ def test_what_dvc_cannot_read_is_one_line(refuse: Callable[..., None]) -> None:
     refuse("a: 1\nb: {model: hf-hub:x/y}\n", "line 2: DVC cannot read it", 'quotes, as in {model: "hf-hub')
 
 
-@pytest.mark.parametrize("text", ["a: " + "[" * 5000, "[" * 5000, "a: " + "{a: " * 5000, "- " * 5000 + "a"])
+@pytest.mark.parametrize("text", ["a: " + "[" * 1200, "[" * 1200, "a: " + "{a: " * 1200, "- " * 1200 + "a"])
 def test_brackets_without_end_are_one_line(refuse: Callable[..., None], text: str) -> None:
     refuse(text, "nested too deeply")

@@ -447,7 +447,7 @@ def run_until(project: Path) -> Iterator[Callable[[float], tuple[int, float]]]:
 @pytest.mark.parametrize(
     ("shown", "wanted_kills"),
     [
-        ({"views": 3}, 5),
+        ({"views": 3}, 2),
         pytest.param({"views": 3}, 10, marks=pytest.mark.slow),
         pytest.param({"regions": {}}, 10, marks=pytest.mark.slow),
     ],

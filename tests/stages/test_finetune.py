@@ -109,6 +109,7 @@ def test_the_image_tower_of_an_encoder_becomes_a_tower(animals: Path, set_params
         run_stage("finetune", "--name", "mine")
 
 
+@pytest.mark.slow
 def test_a_tower_of_torchvision_is_taken_by_its_weights(animals: Path, set_params: SetParams, run_stage: Run) -> None:
     torch.manual_seed(0)
     torch.save(torchvision_models.resnet18().state_dict(), "resnet.pth")

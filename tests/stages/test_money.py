@@ -37,7 +37,10 @@ def until(reached: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_a_signal_keeps_what_is_in_flight(
     number: signal.Signals, code: int, server: OpenAIServer, workspace: Workspace
 ) -> None:

@@ -144,7 +144,7 @@ def test_the_projection_leads_to_the_global_embedding(
     assert Path("data/embed/swin/projection.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("name", ["vit", "conv"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("conv", marks=pytest.mark.slow)])
 def test_one_image_more_changes_one_bucket_of_each_folder(
     name: str, set_moments: SetParams, dataset: list[str], make: Make, project: Path
 ) -> None:

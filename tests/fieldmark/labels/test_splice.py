@@ -61,6 +61,7 @@ def test_too_much_sparsity_leaves_nothing() -> None:
     assert decompose(targets, dictionary, 0.9 * most).max() > 0
 
 
+@pytest.mark.slow
 def test_support_shrinks_with_sparsity() -> None:
     targets, dictionary = units(20, 16), units(40, 16, seed=1)
     support = [float((decompose(targets, dictionary, each) > 0).sum()) for each in (0.05, 0.1, 0.4, 1.0)]

@@ -1,9 +1,9 @@
 """Compaction takes lines out and changes nothing of what is read, whoever asks, reads or is killed meanwhile."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fieldmark.llm.held import SCHEMA, Held
 from fieldmark.llm.journal import Entry, Journal, journal_path, read_journal
 from fieldmark.llm.turn import Spent, Turn
 from fieldmark.store import canonical_json
-from tests.fieldmark.llm.workspace import REPOSITORY, row_with
+from tests.fieldmark.llm.workspace import row_with
 
 STAGE = "test_stage"
 # By key the statuses that came, one after the other, and which of them counts.
@@ -192,38 +192,39 @@ def test_batches_that_ended_go_and_open_ones_stay(journal: Path) -> None:
     assert (said.count('"done"'), said.count("no record"), said.count("\n")) == (0, 1, 3)
 
 
-KILLED = """
-import os, signal, sys
-from fieldmark import store
-from fieldmark.llm.compaction import compact
-moment, count = int(sys.argv[1]), 0
-for name in ("write", "replace", "fsync", "ftruncate"):
-    def dies(*arguments, do=getattr(os, name)):
-        global count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return do(*arguments)
-    setattr(os, name, dies)
-compact("test_stage")
-"""
+def compact_until(moment: int) -> None:
+    """Compact, and die before the given step that writes."""
+    count = 0
+
+    def dying(do: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return do(*arguments)
+
+        return step
+
+    for name in ("write", "replace", "fsync", "ftruncate"):
+        setattr(os, name, dying(getattr(os, name)))
+    compact(STAGE)
 
 
 def test_killed_at_any_step_it_leaves_all_answers_and_no_lock(journal: Path) -> None:
     before = answers(journal)
-    script = journal.with_name("killed.py")
-    script.write_text(KILLED)
     for moment in range(1, 9):
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run([sys.executable, str(script), str(moment)], env=environment, check=False)
+        process = multiprocessing.get_context("fork").Process(target=compact_until, args=(moment,))
+        process.start()
+        process.join()
         assert answers(journal) == before
         with Turn(STAGE) as turn:
             # Nothing that was asked before counts as free: too much may count, never less than what is asked now.
             with Journal(journal) as lines:
                 lines.append(Entry(row_with(item_key="new"), "http://x", 0.25))
             assert turn.spent().usd >= 0.25
-        if done.returncode == 0:
+        if process.exitcode == 0:
             break
-        assert done.returncode == -signal.SIGKILL
-    assert done.returncode == 0
+        assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == 0
     assert moment > 2
