@@ -548,7 +548,14 @@ def test_a_corrupt_bucket_is_told(
 
 
 @pytest.mark.parametrize(
-    "change", [{"views": 1}, {"grids": [1]}, {"crops": [2]}, {"tokens": False}], ids=lambda change: str(*change)
+    "change",
+    [
+        {"views": 1},
+        pytest.param({"grids": [1]}, marks=pytest.mark.slow),
+        pytest.param({"crops": [2]}, marks=pytest.mark.slow),
+        pytest.param({"tokens": False}, marks=pytest.mark.slow),
+    ],
+    ids=lambda change: str(*change),
 )
 def test_a_changed_parameter_embeds_all_anew(
     change: dict[str, Any], set_params: SetParams, dataset: list[str], embed: Callable[..., int]

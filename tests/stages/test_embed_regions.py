@@ -97,7 +97,11 @@ def test_object_and_crops_by_hand(set_params: SetParams, dataset: list[str]) -> 
         np.testing.assert_allclose(np.float32(row["vector"]), unit(vector.numpy()), atol=1e-3)
 
 
-@pytest.mark.parametrize("regions", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "regions",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in SETTINGS[1:-1]), SETTINGS[-1]],
+    ids=str,
+)
 def test_company_order_and_threads_do_not_change_bits(
     regions: dict[str, Any], set_params: SetParams, dataset: list[str]
 ) -> None:

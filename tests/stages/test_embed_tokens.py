@@ -179,7 +179,7 @@ def test_a_tower_gives_its_tokens_too(
         embed("swin")
 
 
-@pytest.mark.parametrize("name", ["vit", "conv"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("conv", marks=pytest.mark.slow)])
 def test_one_image_more_embeds_one_and_changes_one_bucket(
     name: str, set_tokens: SetParams, dataset: list[str], embed: Callable[..., int], project: Path
 ) -> None:
