@@ -6,6 +6,8 @@ texts that it reads (a template beside a module).
 """
 
 import ast
+import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,53 +18,81 @@ from fieldmark.store import sha256
 PACKAGES = ("fieldmark", "stages", "training", "evaluation", "tools")
 
 
-def imports_of(module: Path, root: Path) -> dict[Path, str]:
-    """The sha256 of each file that `module` runs, itself among them, by its path from `root`; sorted.
+def imports_of(module: Path, root: Path, *others: Path) -> dict[Path, str]:
+    """The sha256 of each file that `module` runs, and that `others` run, themselves among them; by path, sorted.
 
-    `module` is a path from `root` too, the folder of the repository. Raises UserError for a file that cannot be read
-    or is not Python.
+    Modules are paths from `root`, the folder of the repository, and so are those found. Raises UserError for a file
+    that cannot be read or is not Python.
     """
     found: dict[Path, str] = {}
-    waiting = [module]
+    # Folders are read once a call, and in the next one anew, for files may have come: a study's plan asks for a million
+    # files. Each name is looked for once, however many files import it.
+    there = files_there(root)
+    file_of = cache(lambda name: resolve(name, there))
+    waiting = [module, *others]
     while waiting:
         file = waiting.pop()
         if file not in found:
-            found[file] = sha256(read_source(file, root))
-            waiting += packages_of(file, root) + modules_named(file, root)
+            source = read_source(file, root)
+            found[file] = sha256(source)
+            waiting += packages_of(file, there) + files_of(imported(source, file), file_of)
     return dict(sorted(found.items()))
 
 
 def modules_named(file: Path, root: Path) -> list[Path]:
     """The files that one file's own imports name, sorted, without the packages on the way; paths from `root`."""
-    found = {resolve(name, root) for name in imported_names(file, root)}
-    return sorted(each for each in found if each is not None)
+    there = files_there(root)
+    return sorted(files_of(imported_names(file, root), lambda name: resolve(name, there)))
+
+
+def files_of(names: tuple[str, ...], file_of: Callable[[str], Path | None]) -> list[Path]:
+    """The files of dotted names, each once; none for what lies elsewhere."""
+    return [file for file in {file_of(name) for name in names} if file is not None]
 
 
 def imported_names(file: Path, root: Path) -> tuple[str, ...]:
     """The dotted names that one file imports, of any package: `from a import b` gives a.b, whatever b is."""
+    return imported(read_source(file, root), file)
+
+
+def imported(source: bytes, file: Path) -> tuple[str, ...]:
     try:
-        return names_in(read_source(file, root), file.parent.parts)
+        return names_in(source, file.parent.parts)
     except SyntaxError as error:
         raise UserError(f"{file}: line {error.lineno}: is not Python ({error.msg}); correct it") from None
 
 
-def packages_of(file: Path, root: Path) -> list[Path]:
+def files_there(root: Path) -> set[str]:
+    """The Python files of all packages, by their paths from `root`."""
+    above = len(os.path.join(root, ""))
+    folders = [walked for package in PACKAGES for walked in os.walk(root / package)]
+    return {os.path.join(folder, name)[above:] for folder, _, names in folders for name in names if name[-3:] == ".py"}
+
+
+def packages_of(file: Path, there: set[str]) -> list[Path]:
     """The `__init__.py` of each package that a file lies in: Python runs them before it."""
-    inits = [folder / "__init__.py" for folder in file.parents]
-    return [init for init in inits if (root / init).is_file()]
+    return [init for init in inits_above(file.parent) if str(init) in there]
 
 
-def resolve(name: str, root: Path) -> Path | None:
+def resolve(name: str, there: set[str]) -> Path | None:
     """The file of a dotted name: a module's, or that of the module in which its last part is a name; None elsewhere."""
+    return next((file for file in places(name) if str(file) in there), None)
+
+
+@cache
+def inits_above(folder: Path) -> list[Path]:
+    return [each / "__init__.py" for each in (folder, *folder.parents)]
+
+
+@cache
+def places(name: str) -> list[Path]:
+    """Where the file of a dotted name may lie, the first choice first."""
     package, *rest = name.split(".")
     if package not in PACKAGES:
-        return None
+        return []
     module = Path(package, *rest)
-    for path in (module, module.parent) if rest else (module,):
-        for file in (path.with_suffix(".py"), path / "__init__.py"):
-            if (root / file).is_file():
-                return file
-    return None
+    modules = (module, module.parent) if rest else (module,)
+    return [file for each in modules for file in (each.with_suffix(".py"), each / "__init__.py")]
 
 
 def read_source(file: Path, root: Path) -> bytes:

@@ -86,10 +86,9 @@ def code_of(main: Path, methods: Collection[str], parts: Collection[str], contro
     """The sha256 of every module that a run executes, by its path: `main` is the module that makes the run."""
     files = [main, *map(method_file, methods), *(module_file(kind_of(name)) for name in sorted(parts))]
     files += [Path(str(sys.modules[module.__name__].__file__)) for module in control.modules]  # type: ignore[attr-defined]
-    found: dict[str, str] = {}
-    for file in files:
-        found |= {str(path): mark for path, mark in imports_of(file.relative_to(ROOT), ROOT).items()}
-    return dict(sorted(found.items()))
+    first, *others = (file.relative_to(ROOT) for file in files)
+    found = imports_of(first, ROOT, *others)
+    return dict(sorted((str(path), mark) for path, mark in found.items()))
 
 
 def module_file(kind: type) -> Path:
