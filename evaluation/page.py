@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,10 +86,10 @@ def render(content: Row, data: Row, pictures: Mapping[str, bytes]) -> Page:
         """Where an img finds the picture of an id."""
         return f"data:image/webp;base64,{encoded[name]}" if inside else f"{FILES}/{name}.webp"
 
-    filters: dict[str, Callable[..., str]] = {"percent": percent, "points": points, "points_range": points_range}
-    filters |= {"number": number, "source": source}
-    html = environment(FOLDER, filters).get_template("page.html.jinja").render(
+    filters = {"percent": percent, "points": points, "points_range": points_range, "number": number}
+    html = environment(FOLDER, **filters).get_template("page.html.jinja").render(
         **content,
+        source=source,
         policy=policy,
         style=Markup(style),
         script=Markup(script),
@@ -99,8 +100,9 @@ def render(content: Row, data: Row, pictures: Mapping[str, bytes]) -> Page:
     return Page(html, {} if inside else {f"{FILES}/{name}.webp": webp for name, webp in sorted(pictures.items())})
 
 
-def environment(folder: Path, filters: Mapping[str, Callable[..., str]]) -> ImmutableSandboxedEnvironment:
-    """Jinja for the HTML templates of a folder: what comes from data is escaped."""
+@cache
+def environment(folder: Path, **filters: Callable[..., str]) -> ImmutableSandboxedEnvironment:
+    """Jinja for the HTML templates of a folder, compiled once: what comes from data is escaped."""
     made = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(folder),
         autoescape=True,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +207,13 @@ def group_numbers(paths: Sequence[str], groups: Mapping[str, str] | None) -> Int
 
 def query(sql: str, **tables: pa.Table) -> list[tuple[Any, ...]]:
     """The rows of a DuckDB query over Arrow tables."""
-    with duckdb.connect() as connection:
+    with database().cursor() as connection:  # a connection of its own, whose tables no other query sees
         for name, table in tables.items():
             connection.register(name, table)
         return connection.execute(sql).fetchall()
+
+
+@cache
+def database() -> duckdb.DuckDBPyConnection:
+    """One in memory, empty: a new one for each query takes longer than the query."""
+    return duckdb.connect()

@@ -117,7 +117,7 @@ def test_what_is_transductive_is_said_beside_what_changed(then: list[str], now: 
     found = compare(before, replace(state, right={"run": [1, 1]}, transductive=now))
     text = say(found, {}, whole=True)
     assert re.search(rf"^ *{re.escape(label)}  +50\.0", text, re.M)
-    template = environment(FOLDER, {"percent": percent, "points": points}).get_template("changes.html.jinja")
+    template = environment(FOLDER, percent=percent, points=points).get_template("changes.html.jinja")
     html = template.render(changes=found, changed_names={"a": "A"}, generic="*")
     assert f"<summary>{label}: 1 class changed" in html
     assert parse(dump(before)) == before
@@ -129,7 +129,7 @@ def test_the_page_names_the_first_images_and_counts_the_rest() -> None:
     before = replace(NOTHING, names={"a": "A"}, images=images, labels=["a"] * 3021, seeds={"run": 1})
     before = replace(before, right={"run": [0] * 3000 + [1] * 20 + [0]})
     after = replace(before, right={"run": [1] * 3000 + [0] * 20 + [0]})
-    template = environment(FOLDER, {"percent": percent, "points": points}).get_template("changes.html.jinja")
+    template = environment(FOLDER, percent=percent, points=points).get_template("changes.html.jinja")
     html = template.render(changes=compare(before, after), changed_names=before.names, generic="*")
     assert html.count("<code>0") == 20
     assert "<code>0019.png</code> and 2980 more (<code>python -m tools.changes --all</code> names them).</p>" in html

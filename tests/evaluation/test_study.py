@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import chdir, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ from evaluation.plan import PLAIN, STUDIES, Cell, Entry, Plan, Variant, cells, m
 from evaluation.study import run_study
 from fieldmark import sources
 from fieldmark.command import UserError
-from fieldmark.params import Block, check_params, load_params
+from fieldmark.params import Block, Params, check_params, load_params
 from fieldmark.store import read_header, read_table, write_table
 from tests.checkout import ROOT
 from tests.project import write_thumbs
@@ -125,8 +126,7 @@ def write_params(folder: Path, blocks: dict[str, Any] | None = None, **studies: 
     (folder / STUDIES).mkdir(exist_ok=True)
     written = {folder / STUDIES / f"{name}.yaml": study for name, study in studies.items()}
     for path, content in {folder / "params.yaml": PARAMS | (blocks or {}), **written}.items():
-        with open(path, "w") as file:
-            YAML().dump(content, file)
+        path.write_text(json.dumps(content))  # which is YAML
     return folder / "params.yaml"
 
 
@@ -856,15 +856,20 @@ def test_a_wrong_study_is_refused_before_anything_runs(project: Path, changes: d
     assert not (project / "data/studies").exists()
 
 
+@cache
+def params_with(profile: Path | None) -> Params:
+    """The parameters of the repository, with a profile laid over them: many studies have the same."""
+    text = Path("params.yaml").read_text()
+    text = lay_over(text, profile) if profile else text
+    return check_params("params.yaml", YAML(typ="safe", pure=True).load(text))
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / STUDIES).glob("*.yaml")))
 def test_a_study_of_the_repository_can_stand(name: str, tmp_path: Path) -> None:
     """Under params.yaml, or with the profile laid over it that its name begins with: the longest such name."""
     with chdir(ROOT):
-        text, profiles = Path("params.yaml").read_text(), sorted(Path("profiles").glob("*.yaml"))
-        found_profiles = [file for file in profiles if f"{name}-".startswith(f"{file.stem}-")]
-        text = lay_over(text, max(found_profiles, key=lambda file: len(file.stem))) if found_profiles else text
-        content = YAML(typ="safe", pure=True).load(text)
-        params = check_params("params.yaml", content)
+        profiles = [file for file in Path("profiles").glob("*.yaml") if f"{name}-".startswith(f"{file.stem}-")]
+        params = params_with(max(profiles, key=lambda file: len(file.stem), default=None))
         found = read_study(params, name)
         variants = {f"methods.{method}": Variant(method=method) for method in found.methods} | found.variants
         for key, variant in variants.items():

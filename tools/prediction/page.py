@@ -52,4 +52,4 @@ def encode(webp: bytes) -> str:
 
 def render(content: Row) -> str:
     """The page. What comes from data is escaped, and so are characters that change how a text is read."""
-    return environment(Path(__file__).parent, {"percent": percent}).get_template("page.html.jinja").render(content)
+    return environment(Path(__file__).parent, percent=percent).get_template("page.html.jinja").render(content)
