@@ -297,7 +297,7 @@ def write_study(folder: Path, block: str) -> None:
 OF_ENCODER = ["embed_images", "embed_tokens", "pool_tokens", "embed_text", "embed_controls", "select_concepts",
               "label_patches", "build_graphs"]  # fmt: skip
 STAGES = ["draw_reef", "index_images", "generate_concepts", "describe_images", "clean_concepts", *OF_ENCODER]
-CLASSES, TRAIN, TEST = 24, 3, 1
+CLASSES, TRAIN, TEST = 24, 2, 1
 READING, EXPORTING, USING = "docs/reading-files.md", "docs/exporting.md", "docs/using-results.md"
 NOT_INSTALLED = ("fiftyone", "lightly_studio")  # what the page of exports names and does not run
 
@@ -323,7 +323,7 @@ def record_tails(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project in which the whole pipeline ran on four pictures a species; the working directory of its tests."""
+    """A project in which the whole pipeline ran on three pictures a species; the working directory of its tests."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "prompts").symlink_to(ROOT / "prompts")
     (folder / "data").mkdir()
@@ -334,7 +334,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     def make_small(params: Any) -> None:
         params["demo"]["reef"].update(train_per_class=TRAIN, test_per_class=TEST, size=96)
-        params["dataset"].update(buckets=2, val_fraction=0.34)
+        params["dataset"].update(buckets=2, val_fraction=0.5)
         params["embed"]["views"] = 0
         zoom = {"method": "s3n", "encoder": "reef", "settings": {"epochs": 1, "hidden": 8}}
         runs = {"zero_shot": params["train"]["runs"]["zero_shot"]}
@@ -531,6 +531,7 @@ def test_pandas_opens_every_file(inside: Path) -> None:
         assert_same(path, list(frame.columns), len(frame), values)
 
 
+@pytest.mark.slow
 def test_polars_opens_every_file(inside: Path, polars: Any) -> None:
     for path in parquet_files():
         frame = polars.read_parquet(path)

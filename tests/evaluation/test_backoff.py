@@ -80,7 +80,7 @@ def population(images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     return 8 * logits, y
 
 
-@pytest.mark.parametrize(("has_taxa", "error"), [(True, 0.05), (False, 0.1)])
+@pytest.mark.parametrize(("has_taxa", "error"), [(True, 0.05), pytest.param(False, 0.1, marks=pytest.mark.slow)])
 def test_the_promise_is_broken_in_few_splits(has_taxa: bool, error: float) -> None:
     rng = np.random.default_rng(1)
     lineages = [(f"taxon {number // 3}",) for number in range(12)] if has_taxa else None

@@ -31,7 +31,7 @@ from evaluation.fitting import controlled_cache, prepare
 from evaluation.plan import PLAIN, STUDIES, Cell, Entry, Plan, Variant, cells, make_plan, read_entry, read_study
 from evaluation.study import run_study
 from fieldmark import sources
-from fieldmark.command import UserError
+from fieldmark.command import UserError, run
 from fieldmark.params import Block, Params, check_params, load_params
 from fieldmark.store import read_header, read_table, write_table
 from tests.checkout import ROOT
@@ -904,13 +904,19 @@ def test_a_longer_search_than_the_others_is_refused(project: Path) -> None:
         planned(project, with_run("linear_probe", l2=[10.0**-n for n in range(17)]))
 
 
-def test_a_missing_file_is_one_line(project: Path) -> None:
+def test_a_missing_file_is_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_params(project, small=SMALL)
     (project / "data/bank").unlink()
-    done = run_small(project)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert "bank/tiny.parquet: is missing" in done.stderr
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", command(project, "--name", "small")[2:])
+    with pytest.raises(SystemExit) as ended:
+        run(study.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert len(said.splitlines()) == 1
+    assert "bank/tiny.parquet: is missing" in said
     assert path.is_file()
 
 

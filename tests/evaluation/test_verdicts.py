@@ -146,7 +146,10 @@ def noise(groups: np.ndarray, seed: int, rows: int = 1) -> list[Result]:
 
 
 @pytest.mark.usefixtures("few_draws")
-@pytest.mark.parametrize(("frames", "runs"), [(1, 1), (1, 3), (16, 1), (16, 3)])
+@pytest.mark.parametrize(
+    ("frames", "runs"),
+    [pytest.param(1, 1, marks=pytest.mark.slow), (1, 3), pytest.param(16, 1, marks=pytest.mark.slow), (16, 3)],
+)
 def test_of_200_tables_of_noise_at_most_10_beat_the_probe(frames: int, runs: int) -> None:
     """Of images, and of tracks whose frames are right or wrong together."""
     of_image = np.arange(N) // frames
