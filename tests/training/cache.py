@@ -1,7 +1,10 @@
 """A tiny synthetic cache with a planted cue, written through fieldmark.store as the stages would write it."""
 
+import functools
 import itertools
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +102,21 @@ def around(centre: np.ndarray, noise: float, rng: np.random.Generator) -> np.nda
 
 def write_cache(folder: Path, plan: Plan) -> None:
     """Write index, nodes, moments, graphs, labels, bank, texts and descriptions for encoder `tiny` into `folder`."""
+    shutil.copytree(written(plan), folder, copy_function=shutil.copy, dirs_exist_ok=True)  # with times of its own
+
+
+# Where each plan is written once: many tests want the same one, to change their copy.
+COPIED = tempfile.TemporaryDirectory(prefix="plans")
+
+
+@functools.cache
+def written(plan: Plan) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=COPIED.name))
+    write_plan(folder, plan)
+    return folder
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
     rng = np.random.default_rng(plan.seed)
     classes = [f"class-{number:02d}" for number in range(plan.classes)]
     prototypes = unit(rng.standard_normal((plan.classes, plan.dimension)))
