@@ -86,7 +86,9 @@ def test_what_was_chosen_is_fitted_again_without_val(cache: Cache, name: str) ->
     module, fold = load_method(name), split_fold(replace(cache, others=cache if borrows_others(name) else None), 3, 0)
     settings = module.Settings()
     if hasattr(settings, "epochs"):
-        settings = settings.model_copy(update={"epochs": 2, "lr": [1e-3, 1e-2]})
+        settings = settings.model_copy(update={"epochs": 1, "lr": [1e-3, 1e-2]})
+    if hasattr(settings, "max_iterations"):
+        settings = settings.model_copy(update={"max_iterations": 5})
     chosen = module.fit(hide_test(fold), settings, 0).chosen
     # More than one point, without val, would raise. Temperatures and a predictor's AUC are measured, and not chosen.
     again = module.fit(hide_test(refit(fold)), settle(settings, chosen), 0).chosen

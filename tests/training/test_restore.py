@@ -1,5 +1,6 @@
 """Every method's run is trained, restored from its folder, and says what it said."""
 
+import functools
 import json
 import pickle
 import re
@@ -16,7 +17,7 @@ from ruamel.yaml import YAML
 from fieldmark.command import UserError
 from fieldmark.params import Params, load_params
 from tests.training.cache import ENCODER, Plan, write_cache, write_other
-from tests.training.methods.test_universal import WHOLE
+from tests.training.methods.test_universal import FIRST_STEPS, WHOLE
 from training import train
 from training.data import read_cache
 from training.loop import predict
@@ -51,7 +52,7 @@ def runs() -> dict[str, dict[str, Any]]:
     for method in method_names():
         fields = load_method(method).Settings.model_fields
         grids = {name: few for name, few in FEW.items() if name in fields and isinstance(fields[name].default, list)}
-        known = {name: value for name, value in SMALL.items() if name in fields} | grids
+        known = {name: value for name, value in (SMALL | FIRST_STEPS).items() if name in fields} | grids
         found[method] = {"method": method, "settings": known}
     return {name: {"encoder": ENCODER, **given} for name, given in (found | OTHERS).items()}
 
@@ -86,7 +87,13 @@ def write_params(folder: Path, of_runs: dict[str, Any], **train: Any) -> None:
 
 def params_of(folder: Path) -> tuple[Params, str]:
     path = folder / "params.yaml"
-    return load_params(path), str(path)
+    return parsed(path, path.read_text()), str(path)
+
+
+@functools.cache
+def parsed(path: Path, content: str) -> Params:
+    """Once for the same content: that of a run of every method is long."""
+    return load_params(path)
 
 
 def train_run(folder: Path, name: str) -> None:
