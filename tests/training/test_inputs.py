@@ -95,8 +95,9 @@ for method in sys.argv[1:]:
 
 @pytest.mark.parametrize(
     "methods",
-    [["concept_graph", "linear_probe", "link_gnn"], pytest.param(method_names(), marks=pytest.mark.slow)],
-    ids=["three", "all"],
+    # Not those over links: PyTorch Geometric takes seconds to import.
+    [["concept_graph", "linear_probe"], pytest.param(method_names(), marks=pytest.mark.slow)],
+    ids=["two", "all"],
 )
 def test_what_python_loads_for_a_run_is_in_its_code(methods: list[str]) -> None:
     """Nothing is overlooked: a process that makes the run, imports and all, loads no other file of ours."""

@@ -120,7 +120,7 @@ def beats(gain: np.ndarray) -> bool:
 
 @pytest.mark.parametrize(
     ("fit", "caches"),
-    [(best_epoch, 60), pytest.param(best_epoch, 200, marks=pytest.mark.slow),
+    [(best_epoch, 45), pytest.param(best_epoch, 200, marks=pytest.mark.slow),
      pytest.param(attention, 200, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_in_pure_noise_the_best_epoch_gains_nothing_where_it_is_reported(

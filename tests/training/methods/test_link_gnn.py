@@ -41,7 +41,10 @@ def test_where_links_carry_the_class_they_beat_the_probe(planted: Planted, metho
     assert accuracy(cache, method, BY_LINKS[method] | {"sources": sources}) > probe + 0.2
 
 
-@pytest.mark.parametrize("method", BY_LINKS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=pytest.mark.slow if method == "link_gnn" else ()) for method in BY_LINKS],
+)
 def test_where_links_carry_nothing_they_do_not(planted: Planted, method: str) -> None:
     cache = planted(IDLE)
     probe, found = accuracy(cache, "ridge", {}), accuracy(cache, method, BY_LINKS[method])
@@ -54,7 +57,7 @@ def test_where_links_carry_nothing_they_do_not(planted: Planted, method: str) ->
         assert abs(found - probe) < 3 * 0.02
 
 
-@pytest.mark.parametrize("conv", ["gcn", "gat", "sage"])
+@pytest.mark.parametrize("conv", [*(pytest.param(conv, marks=pytest.mark.slow) for conv in ("gcn", "gat")), "sage"])
 def test_each_convolution_hears(planted: Planted, conv: str) -> None:
     assert accuracy(planted(CARRYING), "link_gnn", SMALL | {"conv": conv, "fanout": 5}) > 0.8
 

@@ -30,8 +30,8 @@ def macro(cache: Cache, l2: float = 0.1, **knobs: object) -> tuple[float, float]
     return plain, ours
 
 
-def tail(planted: Planted, noise: float) -> Cache:
-    plan = Plan(classes=6, train=60, val=10, test=60, cue="global", noise=noise, dimension=16)
+def tail(planted: Planted, noise: float, test: int = 60) -> Cache:
+    plan = Plan(classes=6, train=60, val=10, test=test, cue="global", noise=noise, dimension=16)
     return LongTail(imbalance=20).apply(planted(plan), 0)
 
 
@@ -57,7 +57,7 @@ def test_equal_classes_leave_the_probe(planted: Planted) -> None:
 
 
 def test_the_objective_is_the_weighed_mean_over_real_and_synthetic_images(planted: Planted) -> None:
-    cache, settings = tail(planted, noise=1.5), smote.Settings(l2=[0.05], weight=0.25)
+    cache, settings = tail(planted, noise=1.5, test=2), smote.Settings(l2=[0.05], weight=0.25)
     model = smote.fit(cache, settings, 0).model
     features, train = Features.measure(cache, settings), cache.images("train")
     x = features.of_training(cache)
