@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -39,6 +40,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     turns = {here / "test_pipeline.py": 0, here / "training/methods/test_universal.py": 1, here / "test_sharing.py": 3}
     items.sort(key=lambda item: turns.get(item.path, 2 if item.path.parent == here else 4))
+
+
+def pytest_collection_finish() -> None:
+    """What the modules of the tests and PyTorch hold is never garbage: nobody looks through it again for any."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disk() -> Iterator[None]:
+    """No test pulls the plug: nobody waits for the disk. Tests of what is synced put a function of their own here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vocabulary() -> Iterator[None]:
+    """open_clip's vocabulary is read once in a process of the tests: of a tiny encoder it is most of the loading."""
+    tokenizer = sys.modules.get("open_clip.tokenizer")
+    if tokenizer is None:
+        yield
+        return
+    build, read = tokenizer.SimpleTokenizer.__init__, {}
+
+    def once(self: Any, *arguments: Any, **settings: Any) -> None:
+        key = repr((arguments, settings))
+        if key not in read:
+            build(self, *arguments, **settings)
+            read[key] = vars(self).copy()
+        vars(self).update(read[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer.SimpleTokenizer, "__init__", once)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -134,7 +134,7 @@ def test_pull_brings_what_the_trainer_reads_and_nothing_else(first: Path, second
         for name, digest in data_files(first).items()
         if any(Path(name).is_relative_to(path) for path in READS)
     }
-    assert len(wanted) == 3 + 6 + 3 * BUCKETS  # six plans of runs
+    assert len(wanted) == 3 + 4 + 3 * BUCKETS  # four plans of runs
     assert second.pulled == wanted
     folders = {name for name in second.fetched if name.endswith(".dir")}
     assert len(folders) == 4  # data/inputs and three of the encoder

@@ -32,11 +32,12 @@ def contents(folder: str | Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "folder", "cpus"),
     [
         ("build_graphs", "data/graphs/vit", os.cpu_count()),
-        pytest.param("embed_images", "data/embed/vit/images", 1, marks=pytest.mark.slow),
+        ("embed_images", "data/embed/vit/images", 1),
     ],
 )
 def test_workers_write_the_bytes_of_one_process(

@@ -72,6 +72,7 @@ def test_every_field_mark_is_recognised_on_species_it_never_saw(encoder, drawing
     assert np.mean(list(auc.values())) >= 0.90
 
 
+@pytest.mark.slow
 def test_projected_cells_average_to_the_embedding(encoder, drawings):
     visual = encoder[0].visual
     with torch.no_grad():

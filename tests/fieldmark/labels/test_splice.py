@@ -14,7 +14,7 @@ def units(*shape: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.integers(1, 30), st.integers(2, 12), st.sampled_from([0.01, 0.1, 0.25, 1.0]), st.integers(0, 10**6))
 def test_every_vector_is_at_the_optimum(concepts: int, dimension: int, sparsity: float, seed: int) -> None:
     targets, dictionary = units(7, dimension, seed=seed), units(concepts, dimension, seed=seed + 1)

@@ -9,6 +9,7 @@ MODULES = sorted(f"fieldmark.pictures.{file.stem}" for file in (ROOT / "fieldmar
 IMPORT = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print(*sys.modules)"
 
 
+@pytest.mark.slow
 def test_pictures_import_no_encoder() -> None:
     """All of them in one process: what one of them loads is loaded."""
     words = [sys.executable, "-c", IMPORT, *MODULES]
