@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.project import ROOT
 
 MODULES = sorted(f"fieldmark.pictures.{file.stem}" for file in (ROOT / "fieldmark/pictures").glob("[!_]*.py"))
