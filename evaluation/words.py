@@ -10,7 +10,8 @@ from training.metrics import mean_and_deviation
 
 
 def percent(fraction: float) -> str:
-    return f"{100 * fraction:z.1f}"  # z: a zero has no minus
+    # float: in single precision 100 times a fraction may end on the other side of a half. z: a zero has no minus.
+    return f"{100 * float(fraction):z.1f}"
 
 
 def percent_and_deviation(mean: float, deviation: float) -> str:
@@ -24,7 +25,7 @@ def percent_of_runs(fractions: Sequence[float]) -> str:
 
 
 def points(difference: float) -> str:
-    return f"{100 * difference:+z.1f}"
+    return f"{100 * float(difference):+z.1f}"
 
 
 def points_range(ends: tuple[float, float]) -> str:

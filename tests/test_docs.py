@@ -374,7 +374,6 @@ def test_there_is_something_to_run() -> None:
     assert [len(blocks(READING, language)) for language in ("sql", "python", "sh")] == [5, 2, 2]
 
 
-@pytest.mark.slow
 def test_the_queries_answer(inside: Path) -> None:
     images, nearest, shown, dropped, by_class = (duckdb.sql(query) for query in blocks(READING, "sql"))
     counts = {(split, status): count for split, status, _, count in images.fetchall()}

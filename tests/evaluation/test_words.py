@@ -48,6 +48,7 @@ def test_one_decimal_is_within_half_of_one(value: float) -> None:
     assert not percent(value).startswith("+")
 
 
+@example(0.0075)
 @given(FRACTIONS | NEARLY_ZERO)
 def test_numpy_writes_as_python_does(value: float) -> None:
     single = np.float32(value)
