@@ -8,7 +8,7 @@ reads and of every module that it executes: a run under the same identity is not
 import difflib
 import importlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -358,6 +358,7 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
     }
     for variant, block in study.variants.items():
         entries[variant] = read_entry(path, file, params, f"variants.{variant}", block, encoders)
+    check_different(file, study, entries)
     few_shot = any(isinstance(regime, Shots) for regime in study.regimes)
     class_seed = params.train.seed if study.class_seed is None else study.class_seed
     left_out, development = few_shot_classes(study, data, class_seed) if few_shot else ((), ())
@@ -375,6 +376,20 @@ def make_plan(path: str, params: Params, name: str, data: Path) -> Plan:
         parts, other_labels = reading.needs | reading.also_reads, bool(entry.variation.labels) or plan.anew(cell)
         code[cell.row] = mark_code(reading.methods, parts, cell.control, other_labels)
     return replace(plan, files=hash_data(data, sorted(paths), plan.buckets), code=code)
+
+
+def check_different(file: str, study: Study, entries: Mapping[str, Entry]) -> None:
+    """No two rows are the same. A variant that names no setting has it from the run of its method in params.yaml."""
+    first: dict[str, str] = {}
+    for name, entry in entries.items():
+        said = canonical_json([entry.method, entry.settings.model_dump(), entry.variation])
+        same = first.setdefault(said, name)
+        if same != name:
+            key = f"{'variants' if name in study.variants else 'methods'}.{name}"
+            raise UserError(
+                f"{file}: {key}: is {same} once more, for what a variant does not name comes from train.runs of"
+                " params.yaml; name what differs there (null turns a part off), or remove one"
+            )
 
 
 def code_mark(methods: tuple[str, ...], parts: frozenset[str], control: Control, other_labels: bool) -> str:

@@ -518,7 +518,6 @@ GRAPH: dict[str, Any] = {
     "regimes": ["full"],
     "seeds": 1,
     "variants": {
-        "plain": {"method": "concept_graph"},
         "quiet": {"method": "concept_graph", "settings": {"texts": 0, "loss_weights": {"graph": 0.25}}},
         "few": {
             "method": "concept_graph",
@@ -537,19 +536,18 @@ QUICK = with_run(
 
 def test_a_variant_is_its_method_with_other_settings_and_labels(project: Path) -> None:
     plan = ran(project, QUICK, **GRAPH)
-    assert list(plan.entries) == ["linear_probe", "concept_graph", "plain", "quiet", "few"]
+    assert list(plan.entries) == ["linear_probe", "concept_graph", "quiet", "few"]
     runs = {cell.method: plan.folder / cell.run for cell in cells(plan, 0)}
     configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in runs.items()}
     assert runs["few"].name == "tiny.few.none.full.0"
-    assert [configs[name]["method"] for name in ("plain", "quiet", "few")] == ["concept_graph"] * 3
+    assert [configs[name]["method"] for name in ("quiet", "few")] == ["concept_graph"] * 2
     own = configs["concept_graph"]["settings"]
     assert configs["quiet"]["settings"] == own | {"texts": 0, "loss_weights": own["loss_weights"] | {"graph": 0.25}}
     assert own["loss_weights"]["graph"] == 0.4
     assert configs["few"]["labels"] == GRAPH["variants"]["few"]["labels"]
     logits = {name: pq.read_table(folder / "predictions.parquet")["logits"] for name, folder in runs.items()}
-    assert logits["plain"].equals(logits["concept_graph"])
-    assert not logits["quiet"].equals(logits["plain"])
-    assert not logits["few"].equals(logits["plain"])
+    assert not logits["quiet"].equals(logits["concept_graph"])
+    assert not logits["few"].equals(logits["concept_graph"])
 
 
 def test_another_labelling_is_made_in_memory_and_leaves_the_rest(project: Path) -> None:
@@ -618,7 +616,6 @@ def test_overrides_are_part_of_a_run(project: Path) -> None:
 
     before, labels = marks(), GRAPH["variants"]["few"]["labels"]
     assert len(set(before.values())) == 4
-    assert before["plain"] == before["concept_graph"]
     for change in ({"labels": labels | {"select_locals": 3}}, {"labels": {}}, {"settings": {"texts": 2}}):
         after = marks(**change)
         assert {name for name in before if after[name] != before[name]} == {"few"}
@@ -808,6 +805,7 @@ def test_two_processes_do_not_work_at_one_study(project: Path) -> None:
         ({"variants": {"v": {"methd": "mlp"}}}, "small.yaml: variants.v.methd: unknown key; did you mean `method`?"),
         ({"variants": {"v": {"method": "telepathy"}}}, "small.yaml: variants.v.method: 'telepathy' is not there"),
         ({"variants": {"mlp": {"method": "mlp"}}}, "small.yaml: variants.mlp: is a method's name; choose another"),
+        ({"methods": ["mlp"], "variants": {"v": {"method": "mlp"}}}, "small.yaml: variants.v: is mlp once more"),
         (
             {"variants": {"v": {"method": "concept_graph", "also": ["clip"]}}},
             "small.yaml: variants.v.also: 'clip' is not there; choose from: tiny, other",
