@@ -7,7 +7,7 @@ texts that it reads (a template beside a module).
 
 import ast
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -18,48 +18,38 @@ from fieldmark.store import sha256
 PACKAGES = ("fieldmark", "stages", "training", "evaluation", "tools")
 
 
-def imports_of(module: Path, root: Path, *others: Path) -> dict[Path, str]:
-    """The sha256 of each file that `module` runs, and that `others` run, themselves among them; by path, sorted.
+def imports_of(modules: Iterable[Path], root: Path) -> dict[Path, str]:
+    """The sha256 of each file that `modules` run, themselves among them; by path, sorted.
 
     Modules are paths from `root`, the folder of the repository, and so are those found. Raises UserError for a file
     that cannot be read or is not Python.
     """
     found: dict[Path, str] = {}
     # Folders are read once a call, and in the next one anew, for files may have come: a study's plan asks for a million
-    # files. Each name is looked for once, however many files import it.
+    # files.
     there = files_there(root)
-    file_of = cache(lambda name: resolve(name, there))
-    waiting = [module, *others]
+    waiting = [*modules]
     while waiting:
         file = waiting.pop()
         if file not in found:
             source = read_source(file, root)
             found[file] = sha256(source)
-            waiting += packages_of(file, there) + files_of(imported(source, file), file_of)
+            waiting += packages_of(file, there) + modules_named(imported_names(source, file), there)
     return dict(sorted(found.items()))
 
 
-def modules_named(file: Path, root: Path) -> list[Path]:
-    """The files that one file's own imports name, sorted, without the packages on the way; paths from `root`."""
-    there = files_there(root)
-    return sorted(files_of(imported_names(file, root), lambda name: resolve(name, there)))
-
-
-def files_of(names: tuple[str, ...], file_of: Callable[[str], Path | None]) -> list[Path]:
-    """The files of dotted names, each once; none for what lies elsewhere."""
-    return [file for file in {file_of(name) for name in names} if file is not None]
-
-
-def imported_names(file: Path, root: Path) -> tuple[str, ...]:
+def imported_names(source: bytes, file: Path) -> tuple[str, ...]:
     """The dotted names that one file imports, of any package: `from a import b` gives a.b, whatever b is."""
-    return imported(read_source(file, root), file)
-
-
-def imported(source: bytes, file: Path) -> tuple[str, ...]:
     try:
         return names_in(source, file.parent.parts)
     except SyntaxError as error:
         raise UserError(f"{file}: line {error.lineno}: is not Python ({error.msg}); correct it") from None
+
+
+def modules_named(names: Iterable[str], there: set[str]) -> list[Path]:
+    """The files of dotted names, sorted, without the packages on the way; none for what lies elsewhere."""
+    found = {resolve(name, there) for name in names}
+    return sorted(each for each in found if each is not None)
 
 
 def files_there(root: Path) -> set[str]:

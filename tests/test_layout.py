@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from voluptuous import Invalid
 
-from fieldmark.sources import PACKAGES, imported_names, imports_of, modules_named
+from fieldmark.sources import PACKAGES, files_there, imported_names, imports_of, modules_named, read_source
 from tests.project import ROOT
 
 # The folders of this repository that a package may import; a stage imports no other stage.
@@ -75,9 +75,13 @@ def refuse(wrong: Iterable[str]) -> None:
     assert not lines, "\n".join(lines)
 
 
+def names_of(file: Path) -> tuple[str, ...]:
+    return imported_names(read_source(file, ROOT), file)
+
+
 def tops(file: Path) -> set[str]:
     """The packages that a file imports, ours and others, by their first names."""
-    return {name.split(".")[0] for name in imported_names(file, ROOT)}
+    return {name.split(".")[0] for name in names_of(file)}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -93,7 +97,7 @@ def test_training_and_judging_reach_no_picture_and_no_model(package: str) -> Non
         f"{module} reaches {name} by way of {file}"
         for module in MODULES
         if module.parts[0] == package
-        for file in imports_of(module, ROOT)
+        for file in imports_of([module], ROOT)
         for name in tops(file) & NOT_TO_TRAIN
         if (package, file, name) != ("evaluation", OPENS_THUMBS, "PIL")
     )
@@ -112,8 +116,9 @@ def test_no_module_imports_dvc() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     circle: list[Path] = []
+    there = files_there(ROOT)
     try:
-        TopologicalSorter({file: modules_named(file, ROOT) for file in MODULES}).prepare()
+        TopologicalSorter({file: modules_named(names_of(file), there) for file in MODULES}).prepare()
     except CycleError as error:
         circle = error.args[1]
     refuse([" is imported by ".join(map(str, circle))] if circle else [])
@@ -189,10 +194,10 @@ def test_dvc_yaml_lists_code_that_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in STAGES if name not in PLANNED])
 def test_dvc_yaml_lists_the_code_that_a_stage_runs(name: str) -> None:
     [module] = re.findall(r"python -m ([\w.]+)", STAGES[name]["cmd"])
-    run = set(imports_of(Path(*module.split(".")).with_suffix(".py"), ROOT))
+    run = set(imports_of([Path(*module.split(".")).with_suffix(".py")], ROOT))
     for folder in BY_NAME:
         if folder / "__init__.py" in run:
-            run |= {each for file in python_files(folder) for each in imports_of(file, ROOT)}
+            run |= set(imports_of(python_files(folder), ROOT))
     listed = set().union(*map(python_files, code_of(STAGES[name])))
     needless = {file for file in run if says_nothing(file)} | NOT_LISTED
     refuse(

@@ -362,7 +362,7 @@ def test_a_run_is_made_anew_exactly_when_something_that_it_reads_changed(
     folder = tmp_path / "edited"
     shutil.copytree(made, folder, symlinks=True)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("training.inputs.imports_of", lambda file, _, *others: imports_of(file, folder, *others))
+    monkeypatch.setattr("training.inputs.imports_of", lambda modules, _: imports_of(modules, folder))
     before = plans_of(folder)
     assert set(before) == set(RUNS)
 

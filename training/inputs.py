@@ -86,8 +86,7 @@ def code_of(main: Path, methods: Collection[str], parts: Collection[str], contro
     """The sha256 of every module that a run executes, by its path: `main` is the module that makes the run."""
     files = [main, *map(method_file, methods), *(module_file(kind_of(name)) for name in sorted(parts))]
     files += [Path(str(sys.modules[module.__name__].__file__)) for module in control.modules]  # type: ignore[attr-defined]
-    first, *others = (file.relative_to(ROOT) for file in files)
-    found = imports_of(first, ROOT, *others)
+    found = imports_of((file.relative_to(ROOT) for file in files), ROOT)
     return dict(sorted((str(path), mark) for path, mark in found.items()))
 
 

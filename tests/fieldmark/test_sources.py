@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fieldmark.command import UserError
-from fieldmark.sources import imported_names, imports_of, modules_named
+from fieldmark.sources import files_there, imported_names, imports_of, modules_named, read_source
 from fieldmark.store import sha256
 from tests.project import ROOT
 
@@ -23,7 +23,7 @@ def write(root: Path, **files: str) -> None:
 
 
 def names(module: str, root: Path) -> list[str]:
-    return [file.as_posix() for file in imports_of(Path(module), root)]
+    return [file.as_posix() for file in imports_of([Path(module)], root)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,8 @@ def test_every_way_to_import_a_module(line: str, tmp_path: Path) -> None:
 def test_what_a_line_names(module: str, line: str, found: list[str], tmp_path: Path) -> None:
     write(tmp_path, **{"fieldmark.inner.a": "", "fieldmark.b": "", "bench.a": "", module: line})
     file = Path(*module.split(".")).with_suffix(".py")
-    assert [path.as_posix() for path in modules_named(file, tmp_path)] == found
+    names = imported_names(read_source(file, tmp_path), file)
+    assert [path.as_posix() for path in modules_named(names, files_there(tmp_path))] == found
 
 
 def test_imports_are_followed_through_packages_and_circles(tmp_path: Path) -> None:
@@ -93,25 +94,26 @@ def test_imports_are_followed_through_packages_and_circles(tmp_path: Path) -> No
 
 def test_a_changed_file_is_seen_at_once(tmp_path: Path) -> None:
     write(tmp_path, **{"stages.x": "import fieldmark.a", "fieldmark.a": "", "fieldmark.b": ""})
-    first = imports_of(Path("stages/x.py"), tmp_path)
+    first = imports_of([Path("stages/x.py")], tmp_path)
     assert first[Path("stages/x.py")] == sha256("import fieldmark.a")
     write(tmp_path, **{"fieldmark.a": "import fieldmark.b"})
-    second = imports_of(Path("stages/x.py"), tmp_path)
+    second = imports_of([Path("stages/x.py")], tmp_path)
     assert set(second) - set(first) == {Path("fieldmark/b.py")}
     assert {file for file in first if first[file] != second[file]} == {Path("fieldmark/a.py")}
 
 
 def test_names_of_other_packages_are_told_whole(tmp_path: Path) -> None:
     write(tmp_path, **{"fieldmark.a": "import PIL.Image\nfrom torch.nn import functional as F\nfrom . import b"})
-    assert imported_names(Path("fieldmark/a.py"), tmp_path) == ("PIL.Image", "fieldmark.b", "torch.nn.functional")
+    file = Path("fieldmark/a.py")
+    assert imported_names(read_source(file, tmp_path), file) == ("PIL.Image", "fieldmark.b", "torch.nn.functional")
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     write(tmp_path, **{"stages.x": "import fieldmark.a", "fieldmark.a": "x = 1\nimport ="})
     with pytest.raises(UserError, match=r"^fieldmark/a\.py: line 2: is not Python \(.*\); correct it$"):
-        imports_of(Path("stages/x.py"), tmp_path)
+        imports_of([Path("stages/x.py")], tmp_path)
     with pytest.raises(UserError, match=r"^stages/y\.py: cannot be read"):
-        imports_of(Path("stages/y.py"), tmp_path)
+        imports_of([Path("stages/y.py")], tmp_path)
 
 
 LOADED = """
@@ -126,4 +128,4 @@ def test_what_a_stage_runs_is_what_python_loads() -> None:
     """Of a stage that imports nothing later than at its start."""
     said = subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     loaded = {Path(file).relative_to(ROOT) for file in said.splitlines()}
-    assert set(imports_of(Path("stages/generate_concepts.py"), ROOT)) == loaded
+    assert set(imports_of([Path("stages/generate_concepts.py")], ROOT)) == loaded
