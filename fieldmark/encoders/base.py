@@ -128,6 +128,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def keep_float32() -> None:
+    """Have a GPU's convolutions take float32 for what it is: by default cuDNN rounds it to TF32, of 10 bits."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def check_size(size: int | None, own: int, cell: int, key: str) -> None:
     """Raises UserError for an input size whose last cells would hold less of the picture than at the model's own size.
 

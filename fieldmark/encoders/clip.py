@@ -42,6 +42,7 @@ from fieldmark.encoders.base import (
     check_size,
     encoder_fingerprint,
     is_unreachable,
+    keep_float32,
     make_batch,
     pad_rows,
     split_transform,
@@ -129,6 +130,7 @@ def load_encoder(
     and as load_tower does.
     """
     key = f"params.yaml: encoders.{name}"
+    keep_float32()
     if settings.precision == "fp16" and device.type == "cpu":
         raise UserError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32 on this machine")
     folder = settings.model.removeprefix("local-dir:")

@@ -619,7 +619,7 @@ def test_a_dry_run_says_what_is_to_come_and_writes_nothing(
     head, rate, size, passes = preview()
     assert passes == "forward passes: 10 an image"
     assert head == "data/embed/vit/images: 12 images to embed, 0 kept; 1 buckets to write"
-    assert re.fullmatch(r"time: about 0:00:\d\d \(\d+\.\d images/s on cpu, measured with 6 of them\)", rate)
+    assert re.fullmatch(r"time: about 0:00:\d\d \(\d+\.\d images/s on (?:cpu|cuda:0), measured with 6 of them\)", rate)
     embed("vit")
     written = Path("data/embed/vit/images/b000.parquet").stat().st_size / 1e6
     told = re.fullmatch(r"on disk: about (\d+\.\d\d) MB, \d+ MB are free", size)
@@ -694,7 +694,7 @@ def test_a_cell_in_which_a_tower_sees_nothing_is_zero(
 ) -> None:
     folder = save_model(tmp_path / "blind", VIT)
     weights = load_file(folder / "open_clip_model.safetensors")
-    # Without blocks, positions and biases, a token is a patch's own: a grey patch gives 0, and so it stays.
+    # Without blocks, positions and biases, a token is a patch's own: a black patch gives 0, and so it stays.
     for name, tensor in weights.items():
         if name.startswith("visual.") and (
             name.endswith(("bias", "out_proj.weight", "c_proj.weight")) or "positional" in name
@@ -702,12 +702,12 @@ def test_a_cell_in_which_a_tower_sees_nothing_is_zero(
             tensor.zero_()
     save_file(weights, folder / "open_clip_model.safetensors")
     half = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    half[:, 16:] = 127
+    half[:, 16:] = 0
     path = project / "images/train/a/half.png"
     Image.fromarray(half).save(path)
-    # Grey is 0 to the encoder.
+    # Black is 0 to the encoder, exactly on every device: a GPU divides by multiplying.
     config = json.loads((folder / "open_clip_config.json").read_text())
-    config["preprocess_cfg"] = {"mean": [127 / 255] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    config["preprocess_cfg"] = {"mean": [0.0] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     set_params(encoders={"vit": {"model": f"local-dir:{folder}", "batch_size": 4}}, embed={"grids": [2]})
     embed("vit")

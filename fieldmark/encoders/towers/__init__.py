@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
-from fieldmark.encoders.base import make_batch
+from fieldmark.encoders.base import keep_float32, make_batch
 from fieldmark.params import Tower
 
 
@@ -54,6 +54,7 @@ class LoadedTower:
 def load_tower(name: str, settings: Tower, device: torch.device) -> LoadedTower:
     """Load `towers.NAME`. Raises UserError where its library cannot, with its reason."""
     key = f"params.yaml: towers.{name}"
+    keep_float32()
     if settings.precision == "fp16" and device.type == "cpu":
         raise UserError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32 on this machine")
     if settings.pretrained is not None and not Path(settings.pretrained).is_file():

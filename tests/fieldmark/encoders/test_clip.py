@@ -20,7 +20,8 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from fieldmark.command import UserError
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
-from fieldmark.params import Encoder
+from fieldmark.encoders.towers import load_tower
+from fieldmark.params import Encoder, Tower
 from tests.project import CONV, ROOT, TEXT_TOWER, VIT, save_model
 
 CPU = torch.device("cpu")
@@ -44,6 +45,17 @@ def same_direction(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(
         torch.nn.functional.normalize(a, dim=-1), torch.nn.functional.normalize(b, dim=-1), atol=1e-3, rtol=0
     )
+
+
+@pytest.mark.parametrize("family", ["encoder", "tower"])
+def test_float32_of_a_gpu_is_not_rounded_to_tf32(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as it is where nobody says otherwise
+    if family == "encoder":
+        load_encoder("reef", Encoder(model=f"local-dir:{ROOT / 'data/demo/encoder'}"), CPU)
+    else:
+        with pytest.raises(UserError, match=r"towers\.none\.model: timm knows no"):
+            load_tower("none", Tower(library="timm", model="none"), CPU)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_the_demo_encoder_keeps_its_fingerprint() -> None:
