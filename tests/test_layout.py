@@ -48,6 +48,9 @@ WITHOUT_ENCODERS = [
     "stages.select_concepts", "stages.label_patches", "stages.build_graphs", "stages.link_images",
     "training.plan_first_looks", "training.first_look", "training.plan_runs", "training.train", "evaluation.report",
 ]
+# PyTorch's compiler takes as long as PyTorch. AdamW loads it at its first step.
+COMPILER = "torch._dynamo"
+WITHOUT_COMPILER = ["stages.embed_images", "stages.pool_tokens", "tools.predict"]
 OF_ENCODERS = {"open_clip", "timm", "torchvision", "transformers", "torch_geometric", "sklearn", "scipy", "pandas"}
 
 
@@ -126,7 +129,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_what_computes_little_imports_little() -> None:
     """All in one process, what imports least first: the first of them that brings a library is named."""
-    refused = {each: {"torch", *OF_ENCODERS} for each in WITHOUT_TORCH} | dict.fromkeys(WITHOUT_ENCODERS, OF_ENCODERS)
+    refused = {each: {"torch", *OF_ENCODERS} for each in WITHOUT_TORCH}
+    refused |= {each: {COMPILER, *OF_ENCODERS} for each in WITHOUT_ENCODERS}
+    refused |= {each: {COMPILER} for each in WITHOUT_COMPILER}
     script = "\n".join([
         "import importlib, sys",
         "seen = set()",
@@ -135,6 +140,14 @@ def test_what_computes_little_imports_little() -> None:
         "    found = names & set(sys.modules) - seen",
         "    seen |= found",
         "    [print(module, 'imports', each) for each in found]",
+        # What training sets, an optimizer of another kind than AdamW, and what torchvision then asks of the compiler.
+        "import torch, torchvision.ops, training.loop",
+        "training.loop.set_up_torch()",
+        "parameter = torch.nn.Parameter(torch.zeros(1))",
+        "torch.optim.LBFGS([parameter]).step(lambda: (parameter**2).sum())",
+        f"if '{COMPILER}' in sys.modules: print('L-BFGS loads the compiler')",
+        "answer = sys.modules['torchvision.ops.roi_align'].is_compile_supported('cpu')",
+        f"if answer is not True or '{COMPILER}' not in sys.modules: print('torchvision is told nothing')",
     ])
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -77,8 +77,12 @@ def set_up_torch() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not promise the same bits
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # convolutions have a switch of their own, which is on by default
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    # The first optimizer would load PyTorch's compiler, which takes a second or two, to have these methods left alone.
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(torch.optim.Optimizer, name).__wrapped__
+        setattr(method, "__dynamo_disable", method)
 
 
 def has_bf16(device: torch.device) -> bool:
