@@ -15,10 +15,11 @@ what to add on this scale. A T of the full fit's own would have to be fitted on 
 """
 
 import copy
-import functools
+import hashlib
+import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from training.metrics import fit_temperature
 
 FOLDS = 5
 COLDEST = 0.01  # T at least: where no out-of-fold image is mistaken, the log loss falls with T for ever
+REMEMBERED = 2**28  # bytes of rivals, 256 MiB
 PREFIX = "with_probe."  # of what the probe's full fit chose, in Fitted.chosen
 
 
@@ -186,8 +188,65 @@ class Rival:
         return replace(cache, split=split).with_part(OutOfFold(self.out_of_fold)).with_part(FullFit(full))
 
 
-@functools.lru_cache(maxsize=2)  # the seeds of a run share it
+class Seen(NamedTuple):
+    """All that the fit of a rival depends on."""
+
+    with_probe: WithProbe
+    labels: str  # sha256 of who trains, what training is told, and what val is
+    names: tuple[tuple[Any, ...], ...]  # of the tensors, with their parts
+    tensors: tuple[Tensor, ...]  # of the parts that the probe reads
+
+    @classmethod
+    def of(cls, cache: Cache, with_probe: WithProbe) -> Self:
+        read = reduce(cache, with_reads(frozenset(), with_probe), probe_also_reads(with_probe))
+        found = {
+            (place, kind, name): tensor
+            for place, parts in enumerate((read.parts, *read.also))
+            for kind, part in parts.by_kind.items()
+            for name, tensor in part.tensors().items()
+        }
+        digest = hashlib.sha256(repr((cache.views, cache.classes, str(cache.device))).encode())
+        for array in (cache.split, cache.y.cpu().numpy(), cache.target.cpu().numpy()):
+            digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return cls(with_probe, digest.hexdigest(), tuple(found), tuple(found.values()))
+
+
+class Remembered:
+    """A rival, and what it was fitted on; it keeps no tensor of a cache alive."""
+
+    def __init__(self, seen: Seen, rival: Rival) -> None:
+        self.key, self.tensors = seen[:3], [weakref.ref(tensor) for tensor in seen.tensors]
+        self.rival = rival
+        self.size = rival.out_of_fold.nbytes + sum(tensor.nbytes for tensor in rival.probe.state_dict().values())
+
+    def is_of(self, seen: Seen) -> bool:
+        same = (ref() is tensor for ref, tensor in zip(self.tensors, seen.tensors, strict=True))
+        return self.key == seen[:3] and all(same)
+
+
+# The last one first. A study meets a fold again under each control and each method.
+remembered: list[Remembered] = []
+
+
 def fit_rival(cache: Cache, with_probe: WithProbe) -> Rival:
+    """A probe as `fit_both` fits it, or as it did in this process, where all is the same that it reads.
+
+    Runs share it that differ in their seed, in the method around it, or in a part that no probe reads: links under a
+    control. The last two are remembered, and more of them as long as they take REMEMBERED bytes together.
+    """
+    seen = Seen.of(cache, with_probe)
+    known = next((each for each in remembered if each.is_of(seen)), None)
+    if known is None:
+        known = Remembered(seen, fit_both(cache, with_probe))
+    else:
+        remembered.remove(known)
+    remembered.insert(0, known)
+    while len(remembered) > 2 and sum(each.size for each in remembered) > REMEMBERED:
+        remembered.pop()
+    return known.rival
+
+
+def fit_both(cache: Cache, with_probe: WithProbe) -> Rival:
     """Fit a probe on all training images, and out of fold.
 
     An image whose class no other fold has cannot be told rightly out of its fold: it teaches the full fit alone.

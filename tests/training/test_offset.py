@@ -1,6 +1,7 @@
 """A method that adds its streams to a probe, or reads tokens: it is held to what every method is held to."""
 
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.training.cache import Plan
 from tests.training.methods.test_universal import assert_saved, pad, quick, shake
 from training import offset
 from training.data import Cache, Parts
+from training.data.edges import Edges
 from training.data.nodes import Globals, Nodes
 from training.data.tokens import Cells, Tokens
 from training.folds import refit, settle
@@ -169,7 +171,8 @@ def test_what_a_probe_leaves_is_learned_beside_its_answers_out_of_fold_and_not_i
     beside = assess_split(load_method(method).fit(cache, settings, 0).model, cache, "test")[0]
     assert beside > 0.85
     monkeypatch.setattr(offset, "out_of_fold", in_sample)
-    forgotten = replace(cache)  # what is remembered belongs to the other one
+    monkeypatch.setattr(offset, "remembered", [])
+    forgotten = replace(cache)  # its starting point is remembered too
     assert assess_split(load_method(method).fit(forgotten, settings, 0).model, cache, "test")[0] < alone + 0.05
 
 
@@ -250,6 +253,33 @@ def test_seeds_share_a_rival_that_no_model_can_change(cache: Cache) -> None:
     before = rival.probe.layer.weight.clone()
     shake(rival.offset())
     assert torch.equal(rival.probe.layer.weight, before)
+
+
+def test_runs_share_a_rival_where_nothing_differs_that_it_reads(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offset, "remembered", [])
+    probe = WithProbe.model_validate(ON_NODES)
+    rival = fit_rival(cache, probe)
+    same = replace(cache, split=cache.split.copy(), target=cache.target.clone())
+    assert fit_rival(same.change(Edges, weight=cache.part(Edges).weight / 2), probe) is rival
+    split, target, vectors = cache.split.copy(), cache.target.clone(), cache.part(Nodes).nodes.clone()
+    train = cache.images("train")
+    split[train[0]], target[train[1]] = "unused", (target[train[1]] + 1) % len(cache.classes)
+    others = [
+        (replace(cache, split=split), probe), (replace(cache, target=target), probe),
+        (cache.change(Nodes, nodes=vectors), probe),  # of the same numbers, but nobody has compared them
+        (cache, WithProbe.model_validate({"method": "ridge", "settings": {"penalty": [7.0]}})),
+    ]  # fmt: skip
+    for one, by in others:
+        assert fit_rival(one, by) is not rival
+    assert fit_rival(cache, probe) is rival
+    del others, one, vectors
+    gc.collect()
+    assert sum(all(ref() is not None for ref in each.tensors) for each in offset.remembered) == 4
+    monkeypatch.setattr(offset, "REMEMBERED", 0)
+    assert fit_rival(cache, probe) is rival
+    assert len(offset.remembered) == 2
 
 
 @METHODS
