@@ -26,6 +26,7 @@ from training.train import plan_run
 EXPLAINED = 200  # pictures
 TEXTS = 8  # shown of a decision
 LEAST = 0.005  # of a logit: a text that adds no more is not shown
+LEAST_MOVE = 0.05  # of a logit: where no patch moves a decision by more, their differences are noise
 
 
 def to_explain(pictures: Sequence[tuple[str, Row]]) -> list[int]:
@@ -47,8 +48,9 @@ def explain_runs(
 
     `path` is the parameters' file. To each picture it adds `decisions`, by the place of the run in `runs`: the pair of
     classes, what each patch adds (`fall`), the method's own scores, texts; and `boxes` of the patches, by encoder.
-    Returns those runs, with the texts that `texts` refers to by place. Raises UserError where a run is not of these
-    parameters any more. Of runs under a control there is nothing: it took away what a picture has.
+    Returns those runs, with the texts that `texts` refers to by place and the classes that own each. Of runs under a
+    control there is nothing: it took away what a picture has. Raises UserError where a run is not of these parameters
+    any more.
     """
     asked: list[Row] = []
     for picture in pictures:
@@ -71,7 +73,7 @@ class Told(NamedTuple):
 
     decisions: list[Row]
     boxes: list[list[list[int]]]  # of each picture's patches, in thousandths
-    texts: list[str]
+    texts: list[Row]
 
 
 def decide(restored: Restored, buckets: int, data: Path, y: Ints, positions: Ints) -> Told | None:
@@ -88,8 +90,8 @@ def decide(restored: Restored, buckets: int, data: Path, y: Ints, positions: Int
     scores, added = node_scores(model, cache, images), texts(restored, cache, images, pairs, TEXTS)
     rows = images * whole.views
     boxes, mask = whole.part(Boxes).box[rows, 1:], whole.part(Nodes).mask[rows, 1:]
-    words = {} if added is None else bank_texts(data, restored.encoder)
-    place: dict[str, int] = {}
+    words = {} if added is None else bank_texts(data, restored.encoder, whole.classes)
+    place: dict[int, int] = {}
     decisions, where = [], []
     for image, own in enumerate(mask):
         telling = [] if added is None else zip(added.text[image].tolist(), added.adds[image].tolist(), strict=True)
@@ -98,17 +100,26 @@ def decide(restored: Restored, buckets: int, data: Path, y: Ints, positions: Int
             "fall": [round(value, 3) for value in falls[image, own].tolist()],
             "scores": None if scores is None else [round(value, 3) for value in scores[image, own].tolist()],
             "texts": [
-                [place.setdefault(words[text], len(place)), round(adds, 3)]
+                [place.setdefault(text, len(place)), round(adds, 3)]
                 for text, adds in telling
                 if abs(adds) > LEAST
             ],
         })
         where.append((1000 * boxes[image, own]).round().int().tolist())
-    return Told(decisions, where, list(place))
+    return Told(decisions, where, [words[text] for text in place])
 
 
-def bank_texts(data: Path, encoder: str) -> dict[int, str]:
-    """By concept_idx, the texts of a bank; a prototype has none, and is named by its classes."""
+def bank_texts(data: Path, encoder: str, classes: Sequence[str]) -> dict[int, Row]:
+    """By concept_idx, the texts of a bank and the places in `classes` of those that own each.
+
+    A prototype has no text, and is named by its classes.
+    """
     table = store.read_table(data / f"bank/{encoder}.parquet", "bank/1", ["concept_idx", "text", "class_ids"])
-    named = (row["text"] or "prototype of " + ", ".join(row["class_ids"]) for row in table.to_pylist())
-    return dict(zip(table["concept_idx"].to_pylist(), named, strict=True))
+    label = {class_id: number for number, class_id in enumerate(classes)}
+    return {
+        row["concept_idx"]: {
+            "text": row["text"] or "prototype of " + ", ".join(row["class_ids"]),
+            "owners": [label[class_id] for class_id in row["class_ids"] if class_id in label],
+        }
+        for row in table.to_pylist()
+    }

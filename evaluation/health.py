@@ -80,7 +80,7 @@ HEALTH = {
         Finding(
             "across splits",
             "health.sequences.across_splits",
-            "`dataset.group_by: sequence` keeps each in one split that is drawn",
+            "dataset.group_by: sequence keeps each in one split that is drawn",
             alarm=True,
         ),
         Finding(

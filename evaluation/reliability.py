@@ -177,19 +177,19 @@ def rows(found: Calibration, worth: Reliability) -> list[dict[str, str]]:
     before, after = (percent(error) for error in worth.calibration_error)
     sets, lac = worth.sets[SETS], worth.sets["LAC"]
     chance = percent((sets.coverage * (1 - sets.coverage) / worth.units) ** 0.5)
-    held = f"{percent(sets.coverage)} +- {chance} %, of {sets.size:.2f} classes"
+    held = f"{percent(sets.coverage)} +- {chance} %, with {sets.size:.2f} classes each"
     wrong = None if found.backoff is None else worth.backoff.wrong
     lines = [
         (
             "calibration error",
-            f"{before} to {after} %",
-            f"mean gap of confidence and accuracy, before and after the temperature {found.temperature:.2f}",
+            f"{after} %",
+            f"mean gap of confidence and accuracy; {before} % before the temperature, {found.temperature:.2f}",
         ),
         (
             f"sets that hold the class, asked {percent(1 - found.alpha)} %",
             f"never: too few with {images_of(found)}" if found.limits[SETS] is None else held,
-            f"adaptive sets, never empty; the smallest on average (LAC): {percent(lac.coverage)} %, of {lac.size:.2f},"
-            f" {percent(lac.empty)} % empty",
+            f"adaptive sets, never empty; the smallest on average (LAC) hold it in {percent(lac.coverage)} %, with"
+            f" {lac.size:.2f} classes each, and {percent(lac.empty)} % of them are empty",
         ),
         (
             f"answers that are wrong, asked {percent(found.error)} % at most",

@@ -55,7 +55,7 @@ from evaluation.concept_bank import (
     written_texts,
 )
 from evaluation.curves import read_curves
-from evaluation.decisions import explain_runs, to_explain
+from evaluation.decisions import LEAST_MOVE, explain_runs, to_explain
 from evaluation.gallery import draw_pictures, picture_rows, read_patches, read_thumbs
 from evaluation.health import HEALTH, contamination, near_pairs, odd_sizes, read_health
 from evaluation.leaks import read_leaks
@@ -320,6 +320,8 @@ def report(
         "held": round(100 * (1 - calibration.alpha)),
         "written": concepts["written"] if concepts else {},
         "explained": explained,
+        "least_move": LEAST_MOVE,
+        "judging": judging,
         "pairs": [
             {"a": a, "b": b, "telling": concepts["telling"][number] if concepts else [[], []]}
             for number, (a, b, *_) in enumerate(pairs)

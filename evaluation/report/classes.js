@@ -14,12 +14,17 @@ function fillPair(details) {
   details.dataset.filled = "yes";
   const {a, b, telling} = report.pairs[details.dataset.pair];
   [[a, b], [b, a]].forEach(([label, other], side) => {
-    const mistakes = report.pictures.filter((one) => one.y === label && guess(one) === other);
+    // Counted above are pictures that chose nothing; of the others it is said how many there are.
+    const taken = report.pictures.filter((one) => one.y === label && guess(one) === other);
+    const mistakes = taken.filter((one) => one.split === report.judging), more = taken.length - mistakes.length;
     const some = [...mistakes.slice(0, 4), ...typical(label).slice(0, Math.max(2, 4 - mistakes.length))];
     details.querySelector(`.strip[data-side="${side}"]`).append(...some.map((picture, number) => tile(picture, number, some)));
+    if (more) details.querySelector(`.more[data-side="${side}"]`).append(`and ${more} among pictures that are not counted here, marked`
+      + " chose or test");
     if (!telling[side].length) return;
     details.querySelector(`.telling[data-side="${side}"]`).append(`Shows more in ${classes[label]}:`,
-      element("ul", {}, ...telling[side].map(({concept, by}) => element("li", {}, conceptName(concept), element("small", {}, ` ${by.toFixed(1)}`)))));
+      element("ul", {}, ...telling[side].map(({concept, by}) => element("li", {}, conceptName(concept),
+        element("small", {}, ` ${by.toFixed(1)}${writtenFor(report.concepts[concept].owners, label)}`)))));
   });
 }
 

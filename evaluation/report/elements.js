@@ -23,6 +23,12 @@ function percent(thousandths) {
   return thousandths > 990 ? "> 99 %" : thousandths < 10 ? "< 1 %" : `${Math.round(thousandths / 10)} %`;
 }
 
+// Whose text it is, where it stands for another class.
+function writtenFor(owners, label) {
+  const names = owners.slice(0, 3).map((one) => classes[one]).join(", "), more = owners.length - 3;
+  return owners.includes(label) || !owners.length ? "" : ` (written for ${names}${more > 0 ? ` and ${more} more` : ""})`;
+}
+
 function counted(number, one, many) { return `${number} ${number === 1 ? one : many}`; }
 
 function source(id) {

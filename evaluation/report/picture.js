@@ -45,7 +45,7 @@ function encoderTab(picture) {
     overlays: picture.patches.map(patchBox),
     notes: [
       element("p", {class: "soft"}, `The densest selected patches, by the stage label_patches with ${report.runs[report.shown].encoder}: what`
-        + " that encoder sees, not why a method decided. A weight is a concept's share among all concepts."),
+        + " that encoder sees, not why a method decided. A weight is a concept's share among all concepts, in that patch."),
       ...picture.patches.map((patch, number) => element("div", {}, element("span", {class: `tag p${number + 1}`}, number + 1),
         ` ${patch.kind} `, element("span", {class: "weight"}, `density ${patch.density.toFixed(3)}`), weighed(patch.concepts))),
       picture.patches.length ? null : element("p", {}, "No patch of this picture was selected."),
@@ -58,6 +58,7 @@ function speaks(picture) {
   const pair = [guess(picture), rival(picture)];
   if (!picture.speak.some((side) => side.length)) return [element("p", {class: "soft"}, "No concept of one of the two classes alone shows in this picture.")];
   return [element("h4", {}, "Concepts of one of the two alone that the picture shows"),
+    element("p", {class: "soft"}, "By the highest share that a concept has in any patch: shares of several patches add up to no whole."),
     element("div", {class: "sides"}, ...pair.map((label, side) => element("div", {}, element("b", {}, classes[label]),
       picture.speak[side].length ? weighed(picture.speak[side]) : element("p", {class: "soft"}, "none"))))];
 }
@@ -87,24 +88,33 @@ function decisionTab(picture, {run, texts}) {
     made.style.opacity = 0.65 * Math.abs(value) / most;
     return made;
   });
-  const moves = most >= 0.005, name = report.runs[run].name;
+  const moves = most >= (own ? 0.005 : report.least_move), name = report.runs[run].name, shown = report.runs[report.shown].name;
   const fall = moves ? `${a} against ${b}: how far the decision falls without a patch. Orange speaks for ${a}, blue for ${b}; strongest ${most.toFixed(2)} of a logit.`
     + " The whole picture and coarser patches stay, and they saw the patch too."
-    : `${a} against ${b}: no patch moves this decision of ${name}. It rests on the whole picture.`;
+    : `${a} against ${b}: no patch moves this decision of ${name} by ${report.least_move} of a logit. It rests on the whole picture.`;
   const choice = (scores, text) => element("button", {type: "button", "aria-pressed": String(own === scores),
     onclick: () => { opened.scores = scores; drawPicture("[aria-pressed=true]"); }}, text);
   return {
     name,
     overlays: moves ? heat : [],
     notes: [
+      decision.pair[0] === guess(picture) ? null : element("p", {}, `${name} answers ${a}, and not ${classes[guess(picture)]} as ${shown} does.`),
       decision.scores === null ? null : element("div", {class: "tabs"}, choice(false, "without the patch"), choice(true, "its own scores")),
       element("p", {class: "soft"}, own
         ? `How much ${name} itself says each patch counted, for whatever class; strongest ${most.toFixed(2)}.` : fall),
       decision.texts.length ? element("h4", {}, `Texts by what they add for ${a} against ${b}`) : null,
       element("ul", {class: "plain weighed"}, ...decision.texts.map(([text, adds]) => element("li", {},
-        element("span", {class: adds > 0 ? "weight for" : "weight against"}, (adds > 0 ? "+" : "") + adds.toFixed(2)), element("span", {}, texts[text])))),
+        element("span", {class: adds > 0 ? "weight for" : "weight against"}, (adds > 0 ? "+" : "") + adds.toFixed(2)), element("span", {}, texts[text].text,
+          element("small", {}, writtenFor(texts[text].owners, decision.pair[adds > 0 ? 0 : 1])))))),
     ],
   };
+}
+
+// Why the run that is shown first has no tab of its own, where others have.
+function noTab(picture) {
+  if (!picture.decisions || report.explained.some((one) => one.run === report.shown)) return null;
+  return element("p", {class: "soft"}, `${report.runs[report.shown].name} reads no patches one by one: there is nothing to show of why it`
+    + ` answered ${classes[guess(picture)]}. The tabs are of other runs.`);
 }
 
 function tabsOf(picture) {
@@ -124,7 +134,7 @@ function drawPicture(focus = ".next") {
       element("div", {}, step(-1, "Previous", "previous"), step(1, "Next", "next"),
         element("button", {type: "button", class: "close", onclick: () => dialog.close()}, "Close"))),
     element("div", {class: "columns"},
-      element("div", {class: "seen"}, frame(picture, tab.overlays), chooser),
+      element("div", {class: "seen"}, frame(picture, tab.overlays), chooser, noTab(picture)),
       element("div", {class: "notes"}, ...tab.notes.filter((note) => note !== null)),
       element("div", {class: "said"}, element("h4", {}, `What ${report.runs[report.shown].name} says`), answers(picture), ...promised(picture),
         element("h4", {}, "What every run says"), runAnswers(picture), ...speaks(picture), ...compared(picture),

@@ -21,6 +21,18 @@ def test_mistakes_come_first_and_the_surest_of_them(monkeypatch: pytest.MonkeyPa
         assert to_explain(pictures) == expected
 
 
+def test_a_text_says_whose_it_is(data: Path) -> None:
+    rows = read_table(data / f"bank/{ENCODER}.parquet", "bank/1").to_pylist()
+    classes = sorted({class_id for row in rows for class_id in row["class_ids"]})
+    said = decisions.bank_texts(data, ENCODER, classes)
+    assert len(said) == len(rows)
+    for row in rows:
+        assert [classes[label] for label in said[row["concept_idx"]]["owners"]] == row["class_ids"]
+        assert row["text"] is None or said[row["concept_idx"]]["text"] == row["text"]
+    missing = decisions.bank_texts(data, ENCODER, classes[1:])  # of a class that a run does not know
+    assert all(len(missing[at]["owners"]) <= len(one["owners"]) for at, one in said.items())
+
+
 @pytest.mark.slow
 def test_a_run_that_reads_patches_says_what_each_adds_and_where_it_lies(
     data: Path, monkeypatch: pytest.MonkeyPatch

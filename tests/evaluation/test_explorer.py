@@ -107,6 +107,26 @@ def test_filters_and_the_address_that_keeps_them(browser: Any, made: Path) -> No
     assert shown.complaints == pair.complaints == again.complaints == []
 
 
+def test_a_pair_shows_the_pictures_that_it_counts_and_says_how_many_others_there_are(browser: Any, made: Path) -> None:
+    shown = Browsed(browser, made)
+    pair = shown.page.locator("details.pair").first
+    assert "1 mistake" in pair.inner_text()
+    wrong = pair.locator("button.miss")
+    assert wrong.count() == 1
+    assert "chose" not in wrong.inner_text()
+    assert "and 1 among pictures that are not counted here, marked chose or test" in pair.inner_text()
+
+
+def test_on_a_phone_words_of_tables_stay_whole_and_a_tab_s_text_stands_below_it(browser: Any, made: Path) -> None:
+    shown = Browsed(browser, made, viewport={"width": 390, "height": 844})
+    heights = shown.ask("[...document.querySelectorAll('#data .health td')].map((one) => one.offsetHeight)")
+    assert 0 < max(heights) < 150
+    assert shown.ask("document.documentElement.scrollWidth") == 390
+    shown.page.click("#tiles button")
+    top = "document.querySelector('dialog .{}').getBoundingClientRect().top"
+    assert shown.ask(top.format("seen")) < shown.ask(top.format("notes")) < shown.ask(top.format("said"))
+
+
 def test_an_address_that_makes_no_sense_does_no_harm(browser: Any, made: Path) -> None:
     for address in ("#pictures?class=99&pair=7,x&sure=a&page=-3&picture=none", "#pictures?%", "#pictures?page=1e9"):
         shown = Browsed(browser, made, address)

@@ -66,7 +66,7 @@ def test_contaminated_test_is_warned_of(data: Path) -> None:
     assert len(page.of_class("warning")) == 1
     box = page.text[page.text.index("Test is contaminated") : page.text.index("Accuracy run")]
     assert box.startswith(
-        "Test is contaminated: 7 of 12 test images 3 with a near duplicate in train or val"
+        "Test is contaminated: 7 of 12 test images (58.3 %) 3 with a near duplicate in train or val"
         " 5 of a group that train or val has too An image can be both."
     )
     for expected in ("test accuracy on this page is optimistic", "dataset.val_list", "near_duplicates.parquet"):
