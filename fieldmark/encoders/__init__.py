@@ -6,7 +6,7 @@ some methods of a family of ViTs. What --compile compiles are blocks (passes.py)
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -31,9 +31,9 @@ class Later(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
-def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+def unchanged(fn: Any = None, recursive: Any = True, *, reason: Any = None) -> Any:
     """In the place of torch.compiler.disable."""
-    return function
+    return unchanged if fn is None else fn
 
 
 @contextmanager
