@@ -33,6 +33,8 @@ from training.methods import load_method
 from training.restore import Restored
 
 STEPS = 32  # of the way that gradients are integrated on
+# Of a logit: a patch that moves a decision by less is no reason for it. It changes no probability by more than 0.013.
+LEAST_MOVE = 0.05
 Kind = TypeVar("Kind", bound=Fields)
 
 

@@ -23,6 +23,8 @@ Row = dict[str, Any]
 Said = TypeVar("Said")
 FORMATS = ("table", "text", "jsonl", "csv", "parquet")
 WIDEST = 40  # of a column of names in a table
+DIGITS = 2  # of a logit behind the point, where it is printed
+PROTOTYPE = "prototype of "  # begins the name of a concept that has no text; the classes that own it follow
 # What a run knows a picture as.
 SPLITS = {
     "train": "a training picture, so that this says little",
@@ -138,6 +140,19 @@ def title(row: Row) -> str:
     return row["path"] or f"{row['group']} ({counted(row['pictures'], 'picture', 'pictures')})"
 
 
+def logit(gain: float) -> str:
+    return f"{gain:+.{DIGITS}f}"
+
+
+def nothing_moves(row: Row) -> str:
+    """What is said of a run that was asked why where no patch, or no text, is a reason; else nothing."""
+    missing = [what for what, found in (("patch", row["patches"]), ("text", row["concepts"])) if found == []]
+    if not missing:
+        return ""
+    rest = "" if row["patches"] or row["concepts"] else "; it rests on the whole picture"
+    return f"no {' and no '.join(missing)} moves this decision towards {row['top'][0]['name']}{rest}"
+
+
 def lines_of(row: Row) -> Iterator[str]:
     """What Text says of a picture below its path."""
     if row["error"] is not None:
@@ -157,12 +172,12 @@ def lines_of(row: Row) -> Iterator[str]:
     if row["patches"] or row["concepts"]:
         yield f"{row['top'][0]['name']} rather than {row['top'][1]['name']}, in logits:"
         for patch in row["patches"] or []:
-            yield f"  {patch['gain']:+.2f}  patch {' '.join(f'{patch[side]:.2f}' for side in ('x0', 'y0', 'x1', 'y1'))}"
+            corners = " ".join(f"{patch[side]:.2f}" for side in ("x0", "y0", "x1", "y1"))
+            yield f"  {logit(patch['gain'])}  patch {corners}"
         for concept in row["concepts"] or []:
-            yield f"  {concept['gain']:+.2f}  {concept['text']}"
-    elif row["patches"] == []:
-        first, second = (each["name"] for each in row["top"][:2])
-        yield f"no patch speaks for {first} rather than {second}: the whole picture decides"
+            yield f"  {logit(concept['gain'])}  {concept['text']}"
+    if nothing_moves(row):
+        yield nothing_moves(row)
     if row["nearest"]:
         yield "training pictures most like it, by cosine:"
         for each in row["nearest"]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fieldmark.params import Params
 from fieldmark.store import read_table
-from tools.prediction.output import Row
+from tools.prediction.output import DIGITS, PROTOTYPE, Row
 from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
-from training.explain import occlude, pairs, texts
+from training.explain import LEAST_MOVE, occlude, pairs, texts
 from training.methods import load_method
 from training.restore import Restored
 
@@ -80,13 +80,14 @@ class Reasons:
     def name(self, concept: Row) -> str:
         """Its text; a prototype has none and is named after its classes."""
         text: str | None = concept["text"]
-        return text or "prototype of " + ", ".join(self.names[class_id] for class_id in concept["class_ids"])
+        return text or PROTOTYPE + ", ".join(self.names[class_id] for class_id in concept["class_ids"])
 
     def best_concepts(self, rows: Sequence[int], adds: Sequence[float]) -> list[Row]:
+        """Those whose figure is no 0 where it is printed."""
         return [
             {"text": self.name(self.bank[row]), "class_ids": self.bank[row]["class_ids"], "gain": gain}
             for row, gain in zip(rows, adds, strict=True)
-            if gain
+            if round(gain, DIGITS)
         ]
 
     def best_pairs(self, rows: Sequence[Sequence[int]], adds: Sequence[float], more: Sequence[bool]) -> list[Row]:
@@ -98,7 +99,7 @@ class Reasons:
                 "gain": gain,
             }
             for (a, b), gain, shown in zip(rows, adds, more, strict=True)
-            if gain
+            if round(gain, DIGITS)
         ]
 
 
@@ -114,12 +115,12 @@ def name_pair(first: str, second: str, more: bool) -> str:
 
 
 def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:
-    """Of patches (N,), boxes (N, 4), those that speak most for the first class, best first."""
+    """Of patches (N,), boxes (N, 4), those that speak most for the first class, best first, by LEAST_MOVE or more."""
     best = fall.topk(min(PATCHES, len(fall)))
     return [
         dict(zip(("x0", "y0", "x1", "y1"), boxes[place].tolist(), strict=True)) | {"gain": gain}
         for gain, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        if gain > 0
+        if gain >= LEAST_MOVE
     ]
 
 
