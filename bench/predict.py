@@ -98,7 +98,7 @@ def main() -> None:
             answered = answer_here(judge, question, chunk_of(params, judge.run), 0)
             answer = partial(ask, judge, answered, len(question.pictures), False, None)
             with timed(rates["predict"], cpu["predict"], len(sources)):
-                write_rows("jsonl", out, judge.names.values(), answer)
+                write_rows("jsonl", out, judge.names, answer)
         embed, predict = median(rates["embed"]), median(rates["predict"])
         said = f"embed {embed:.1f}, predict {predict:.1f} images/s: {predict / embed:.2f} (bar: {BAR})"
         print(f"{len(copies)} pictures, {arguments.run} on {judge.run.encoder}: {said}")

@@ -243,7 +243,7 @@ def main() -> None:
         answered = answer_here(judge, question, size, most)
     answer = partial(ask, judge, answered, total, arguments.by is not None, page)
     started = perf_counter()
-    broken = write_rows(form, arguments.out, judge.names.values(), answer)
+    broken = write_rows(form, arguments.out, judge.names, answer)
     seconds = perf_counter() - started - features.seconds
     unread = f", {broken} cannot be read" if broken else ""
     loaded = f" after {features.seconds:.1f} s to load the encoder" if features.seconds else ""

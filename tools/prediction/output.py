@@ -6,7 +6,7 @@ All have the same columns. In JSON lines what was not asked, or is not known, is
 import csv
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
@@ -16,14 +16,16 @@ import pyarrow.parquet as pq
 from evaluation.calibration import ALPHA
 from evaluation.words import percent
 from fieldmark import store
-from fieldmark.command import UserError, counted
+from fieldmark.command import UserError, counted, name_some
 from fieldmark.store import FLOAT, INT, TEXT, items
+from training.explain import LEAST_MOVE
 
 Row = dict[str, Any]
 Said = TypeVar("Said")
 FORMATS = ("table", "text", "jsonl", "csv", "parquet")
 WIDEST = 40  # of a column of names in a table
 DIGITS = 2  # of a logit behind the point, where it is printed
+OWNERS = 3  # of a text that are named
 PROTOTYPE = "prototype of "  # begins the name of a concept that has no text; the classes that own it follow
 # What a run knows a picture as.
 SPLITS = {
@@ -106,8 +108,8 @@ class Parquet:
 class Table:
     """A line a picture. Columns are as wide as the longest name of a class, so that no line waits for another."""
 
-    def __init__(self, sink: IO[str], names: Collection[str]) -> None:
-        self.sink, self.width = sink, min(max(map(len, names)), WIDEST)
+    def __init__(self, sink: IO[str], names: Mapping[str, str]) -> None:
+        self.sink, self.width = sink, min(max(map(len, names.values())), WIDEST)
         self.line("%", "first", "%", "second", "picture")
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -127,12 +129,12 @@ class Table:
 class Text:
     """All that is said of a picture, a paragraph each."""
 
-    def __init__(self, sink: IO[str]) -> None:
-        self.sink = sink
+    def __init__(self, sink: IO[str], names: Mapping[str, str]) -> None:
+        self.sink, self.names = sink, names
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            print("\n".join([title(row), *(f"  {line}" for line in lines_of(row))]), file=self.sink)
+            print("\n".join([title(row), *(f"  {line}" for line in lines_of(row, self.names))]), file=self.sink)
 
 
 def title(row: Row) -> str:
@@ -149,11 +151,20 @@ def nothing_moves(row: Row) -> str:
     missing = [what for what, found in (("patch", row["patches"]), ("text", row["concepts"])) if found == []]
     if not missing:
         return ""
-    rest = "" if row["patches"] or row["concepts"] else "; it rests on the whole picture"
+    told = row["patches"] or any(abs(each["gain"]) >= LEAST_MOVE for each in row["concepts"] or [])
+    rest = "" if told else "; it rests on the whole picture"
     return f"no {' and no '.join(missing)} moves this decision towards {row['top'][0]['name']}{rest}"
 
 
-def lines_of(row: Row) -> Iterator[str]:
+def written_for(concept: Row, row: Row, names: Mapping[str, str]) -> str:
+    """Whose text a reason is, where it is of neither class that is compared; else nothing."""
+    owners, compared = concept["class_ids"], {each["class_id"] for each in row["top"][:2]}
+    if not owners or compared & set(owners) or PROTOTYPE in concept["text"]:
+        return ""
+    return f" (written for {name_some([names.get(each, each) for each in owners], OWNERS)})"
+
+
+def lines_of(row: Row, names: Mapping[str, str]) -> Iterator[str]:
     """What Text says of a picture below its path."""
     if row["error"] is not None:
         yield row["error"]
@@ -175,7 +186,7 @@ def lines_of(row: Row) -> Iterator[str]:
             corners = " ".join(f"{patch[side]:.2f}" for side in ("x0", "y0", "x1", "y1"))
             yield f"  {logit(patch['gain'])}  patch {corners}"
         for concept in row["concepts"] or []:
-            yield f"  {logit(concept['gain'])}  {concept['text']}"
+            yield f"  {logit(concept['gain'])}  {concept['text']}{written_for(concept, row, names)}"
     if nothing_moves(row):
         yield nothing_moves(row)
     if row["nearest"]:
@@ -184,10 +195,10 @@ def lines_of(row: Row) -> Iterator[str]:
             yield f"  {each['cosine']:.3f}  {each['path']}"
 
 
-def write_rows(form: str, out: Path | None, names: Collection[str], answer: Callable[[Writer], Said]) -> Said:
+def write_rows(form: str, out: Path | None, names: Mapping[str, str], answer: Callable[[Writer], Said]) -> Said:
     """Have `answer` write in a format: to stdout, or to a file that is whole or not there; what it returns.
 
-    `names` are those of classes. Raises UserError for Parquet on stdout.
+    `names` are those of classes, by class_id. Raises UserError for Parquet on stdout.
     """
     if out is None:
         if form == "parquet":
@@ -207,11 +218,11 @@ def write_rows(form: str, out: Path | None, names: Collection[str], answer: Call
     return found[0]
 
 
-def text_writer(form: str, sink: IO[str], names: Collection[str]) -> Writer:
+def text_writer(form: str, sink: IO[str], names: Mapping[str, str]) -> Writer:
     writers: dict[str, Callable[[], Writer]] = {
         "jsonl": lambda: JsonLines(sink),
         "csv": lambda: Csv(sink),
         "table": lambda: Table(sink, names),
-        "text": lambda: Text(sink),
+        "text": lambda: Text(sink, names),
     }
     return writers[form]()

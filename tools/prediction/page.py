@@ -8,7 +8,7 @@ from evaluation.gallery import read_thumbs, short
 from evaluation.page import environment
 from evaluation.words import percent
 from fieldmark import store
-from tools.prediction.output import SPLITS, Row, logit, nothing_moves
+from tools.prediction.output import SPLITS, Row, logit, nothing_moves, written_for
 from tools.prediction.pictures import Picture, Question, thumbnail
 
 # Pictures on a page: some 10 MB, with the training pictures that they are like.
@@ -52,5 +52,6 @@ def encode(webp: bytes) -> str:
 
 def render(content: Row) -> str:
     """The page. What comes from data is escaped, and so are characters that change how a text is read."""
-    filters = {"percent": percent, "logit": logit, "nothing_moves": nothing_moves}
-    return environment(Path(__file__).parent, **filters).get_template("page.html.jinja").render(content)
+    filters = (percent, logit, nothing_moves, written_for)
+    made = environment(Path(__file__).parent, **{each.__name__: each for each in filters})
+    return made.get_template("page.html.jinja").render(content)

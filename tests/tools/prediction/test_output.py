@@ -21,7 +21,7 @@ def answer(**known: Any) -> Row:
 
 def text_of(*rows: Row) -> str:
     sink = io.StringIO()
-    Text(sink).write(rows)
+    Text(sink, NAMES).write(rows)
     return sink.getvalue()
 
 
@@ -40,6 +40,7 @@ def concept(text: str, class_ids: list[str], gain: float = 0.5) -> Row:
         ([], None, "no patch moves this decision towards Angel; it rests on the whole picture"),
         ([], [], "no patch and no text moves this decision towards Angel; it rests on the whole picture"),
         ([], [concept("fins", ["a"])], "no patch moves this decision towards Angel"),
+        ([], [concept("fins", [], 0.01)], "no patch moves this decision towards Angel; it rests on the whole picture"),
         ([PATCH], [], "no text moves this decision towards Angel"),
     ],
 )
@@ -54,3 +55,15 @@ def test_no_reason_is_said_in_words(patches: list[Row], concepts: list[Row] | No
 
 def test_nothing_is_said_where_nobody_asked_why_or_all_is_said() -> None:
     assert nothing_moves(answer()) == nothing_moves(answer(patches=[PATCH], concepts=[concept("fins", ["a"])])) == ""
+
+
+def test_a_text_of_another_class_says_whose_it_is() -> None:
+    own, shared = concept("yellow fins", ["b"]), concept("long tails", ["c", "a"])
+    other, many = concept("a red crest", ["c"]), concept("bars", ["c", "<d>", "e", "f"], -0.2)
+    row = answer(patches=[], concepts=[own, shared, other, many, concept("prototype of Cardinal", ["c"])])
+    text, page = text_of(row), page_of(row)
+    assert "  +0.50  a red crest (written for Cardinal)\n" in text
+    assert "  -0.20  bars (written for Cardinal, <d>, e and 1 more)\n" in text
+    assert "<span>a red crest (written for Cardinal)</span>" in page
+    assert "(written for Cardinal, &lt;d&gt;, e and 1 more)" in page
+    assert text.count("written for") == page.count("written for") == 2
