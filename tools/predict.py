@@ -29,6 +29,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -107,19 +108,26 @@ def choose_run(params: Params, name: str | None) -> str:
     return best
 
 
-def how_sure(judge: Judge, by_group: bool = False) -> str:
-    """What the figures of an answer promise, in words."""
+def how_sure(judge: Judge, by_group: bool = False, limits: bool = True) -> str:
+    """What the figures of an answer promise, in words; `limits` where sets and answers that are sure enough show."""
     of_groups = judge.of_groups if by_group else None
     found = of_groups or judge.calibration
     one, many = ("group", "groups") if of_groups else ("picture", "pictures")
     of = counted(found.images, one, many)
     said = f"probabilities are calibrated on {of} of val (temperature {found.temperature:.2f})"
+    if not limits:
+        return said
+    if by_group and of_groups is None:
+        return f"{said}; val names no group, so that of groups neither sets nor sure answers are known"
     if found.limits[SETS] is not None:
         said += f"; a set holds the class of {percent(1 - found.alpha)} % of {many} like these"
+    else:
+        units, least = many if found.units == found.images else "groups", ceil(1 / found.alpha) - 1
+        said += f"; there are no sets: they take {least} {units} of val that show these classes, not {found.units}"
     if found.backoff is not None:
         said += f"; of answers that are sure enough at most {percent(found.error)} % are wrong"
-    if by_group and of_groups is None:
-        said += "; val names no group, so that of groups neither sets nor sure answers are known"
+    else:
+        said += "; no answer is called sure enough: too few of val are, or too many of these are wrong"
     return said
 
 
@@ -225,7 +233,7 @@ def main() -> None:
     name, device = choose_run(params, arguments.run), choose_device("--device", arguments.device)
     explained = arguments.explain or form == "text"
     judge, features = open_judge(params, arguments.params, name, arguments.classes, device)
-    say(how_sure(judge, arguments.by is not None))
+    say(how_sure(judge, arguments.by is not None, limits=form != "table"))
     if {"descriptions", "cell_descriptions"} & judge.run.reads:
         say(f"{name}: reads descriptions, and new pictures have none: no model is asked to write some")
     if (explained or arguments.html is not None) and nothing_to_say(judge.run):

@@ -110,20 +110,22 @@ class Table:
 
     def __init__(self, sink: IO[str], names: Mapping[str, str]) -> None:
         self.sink, self.width = sink, min(max(map(len, names.values())), WIDEST)
-        self.line("%", "first", "%", "second", "picture")
+        self.line("%", "first", "%", "second", "none?", "picture")
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
             if row["error"] is not None:
-                self.line("-", row["error"], "", "", title(row))
+                self.line("-", "", "", "", "", f"{title(row)}: {row['error']}")
                 continue
             first, second = (*row["top"], None)[:2]
             seconds = ("", "") if second is None else (percent(second["p"]), second["name"])
-            name = first["name"] + (" (or none of these)" if row["none_of_these"] else "")
-            self.line(percent(first["p"]), name, seconds[0], seconds[1], title(row))
+            none = "maybe" if row["none_of_these"] else ""
+            self.line(percent(first["p"]), first["name"], *seconds, none, title(row))
 
-    def line(self, p: str, first: str, q: str, second: str, where: str) -> None:
-        print(f"{p:>5s}  {first:{self.width}s}  {q:>5s}  {second:{self.width}s}  {where}", file=self.sink)
+    def line(self, p: str, first: str, q: str, second: str, none: str, where: str) -> None:
+        """What has no set width, a path and an error, stands last."""
+        width = self.width
+        print(f"{p:>5s}  {first:{width}s}  {q:>5s}  {second:{width}s}  {none:5s}  {where}", file=self.sink)
 
 
 class Text:
@@ -164,6 +166,16 @@ def written_for(concept: Row, row: Row, names: Mapping[str, str]) -> str:
     return f" (written for {name_some([names.get(each, each) for each in owners], OWNERS)})"
 
 
+def limits_of(row: Row, names: Mapping[str, str]) -> list[str]:
+    """What is promised of a picture: its set, and the answer that is sure enough; none of those that are not known."""
+    said = []
+    if row["set"] is not None:
+        said.append(f"{percent(1 - ALPHA)} % set: {', '.join(names.get(each, each) for each in row['set'])}")
+    if row["sure_name"] is not None:
+        said.append(f"sure enough: {row['sure_name']} ({percent(row['sure_p'])} %)")
+    return said
+
+
 def lines_of(row: Row, names: Mapping[str, str]) -> Iterator[str]:
     """What Text says of a picture below its path."""
     if row["error"] is not None:
@@ -171,17 +183,14 @@ def lines_of(row: Row, names: Mapping[str, str]) -> Iterator[str]:
         return
     for each in row["top"]:
         yield f"{percent(each['p']):>5s} %  {each['name']}"
-    if len(row["set"] or []) > 1:
-        names = {each["class_id"]: each["name"] for each in row["top"]}
-        yield f"{percent(1 - ALPHA)} % set: {', '.join(names.get(each, each) for each in row['set'])}"
+    yield from limits_of(row, names)
     if row["none_of_these"]:
         yield "maybe none of these: it is far from all training pictures"
-    if row["sure_name"] is not None and row["sure_rank"] > 0:
-        yield f"sure enough: {row['sure_name']} ({percent(row['sure_p'])} %)"
     if row["split"] is not None:
         yield f"in the data set: {SPLITS[row['split']]}"
     if row["patches"] or row["concepts"]:
-        yield f"{row['top'][0]['name']} rather than {row['top'][1]['name']}, in logits:"
+        where = " (a patch is x0 y0 x1 y1 of the picture's width and height)" if row["patches"] else ""
+        yield f"{row['top'][0]['name']} rather than {row['top'][1]['name']}, in logits{where}:"
         for patch in row["patches"] or []:
             corners = " ".join(f"{patch[side]:.2f}" for side in ("x0", "y0", "x1", "y1"))
             yield f"  {logit(patch['gain'])}  patch {corners}"

@@ -8,7 +8,7 @@ from evaluation.gallery import read_thumbs, short
 from evaluation.page import environment
 from evaluation.words import percent
 from fieldmark import store
-from tools.prediction.output import SPLITS, Row, logit, nothing_moves, written_for
+from tools.prediction.output import SPLITS, Row, limits_of, logit, nothing_moves, written_for
 from tools.prediction.pictures import Picture, Question, thumbnail
 
 # Pictures on a page: some 10 MB, with the training pictures that they are like.
@@ -37,7 +37,7 @@ class Page:
             "run": run,
             "said": said,
             "pictures": len(self.question.pictures),
-            "answers": self.rows,
+            "answers": [row | {"limits": limits_of(row, names)} for row in self.rows],
             "thumbs": {image_id: encode(thumbs[short(image_id)]) for image_id in alike} if thumbs else {},
             "names": names,
             "splits": SPLITS,
