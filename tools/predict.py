@@ -16,7 +16,7 @@ are asked about, `dataset.frames_per_second` of them, and --by group gives one a
 in it (as on Hugging Face's hub) is its rows.
 
 Probabilities, and all that is said of how sure they are, are calibrated on the half of val that chose nothing
-(evaluation/calibration.py). A file that is no picture is a row with its reason.
+(evaluation/calibration.py). A file that is no picture is a row with its reason; where all are, the exit code is 1.
 
     python -m tools.predict photo.jpg
     python -m tools.predict --run concept_graph survey/ --format jsonl --out answers.jsonl
@@ -26,6 +26,7 @@ Probabilities, and all that is said of how sure they are, are calibrated on the 
 
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -33,7 +34,7 @@ from math import ceil
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import IO, TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -42,14 +43,15 @@ from tqdm import tqdm
 from evaluation.calibration import SETS
 from evaluation.words import percent
 from fieldmark import cluster
-from fieldmark.command import UserError, counted, run, stage_parser
+from fieldmark.command import UserError, counted, name_some, run, stage_parser
 from fieldmark.memory import keep_memory
 from fieldmark.params import Params, load_params
-from fieldmark.pictures.views import count_passes
+from fieldmark.pictures.decode import open_reduced
+from fieldmark.pictures.views import Source, count_passes
 from tools.prediction.answers import Judge, Votes, best_run, read_judge
 from tools.prediction.output import FORMATS, Row, Writer, write_rows
 from tools.prediction.page import SHOWN, Page
-from tools.prediction.pictures import Picture, Question, look, read_question
+from tools.prediction.pictures import Picture, Question, Views, look, read_question
 from tools.prediction.reasons import nothing_to_say, reads_of
 from training.loop import choose_device
 from training.restore import Restored, restore
@@ -148,9 +150,22 @@ def chunk_of(params: Params, asked: Restored) -> int:
 Answered = tuple[Sequence[Picture], list[Row], np.ndarray]
 
 
+def prepare_with(features: Callable[[], "Features"]) -> Callable[[IO[bytes], Source], Views]:
+    """Features.prepare, whose encoders are loaded for the first picture that can be decoded, and for no other file."""
+    decoded: list[Path] = []
+
+    def prepare(file: IO[bytes], source: Source) -> Views:
+        if not decoded:
+            open_reduced(source.path, side=1)
+            decoded.append(Path(source.path))
+        return features().prepare(file, source)
+
+    return prepare
+
+
 def answer_here(judge: Judge, question: Question, size: int, explained: int) -> Iterator[Answered]:
     """What is said of every picture, `size` at a time; chunks that begin before `explained` are explained."""
-    looked = look(question, judge.stored.place, lambda *opened: judge.features().prepare(*opened), ahead=size // 4)
+    looked = look(question, judge.stored.place, prepare_with(judge.features), ahead=size // 4)
     done = 0
     while chunk := list(islice(looked, size)):
         yield [each.picture for each in chunk], *judge.rows(chunk, question, done < explained)
@@ -182,15 +197,15 @@ def open_chunks(arguments: Namespace, params: Params) -> Callable[[Chunk], tuple
 
 def ask(
     judge: Judge, answered: Iterator[Answered], total: int, by_group: bool, page: Page | None, writer: Writer
-) -> int:
+) -> Counter[str]:
     """Write what is said of every picture, chunk by chunk as they come, or of every group at the end.
 
-    Returns how many pictures cannot be read.
+    Returns why pictures cannot be read, and of how many each reason holds.
     """
-    broken, votes = 0, Votes()
+    broken, votes = Counter[str](), Votes()
     with tqdm(total=total, desc=f"ask {judge.run.name}", unit="img", disable=total == 1) as progress:
         for pictures, rows, logits in answered:
-            broken += sum(row["error"] is not None for row in rows)
+            broken.update(row["error"] for row in rows if row["error"] is not None)
             if by_group:
                 votes.add([row["group"] or row["path"] for row in rows if row["error"] is None], logits)
             with progress.external_write_mode(file=sys.stdout):
@@ -200,6 +215,13 @@ def ask(
             progress.update(len(pictures))
     writer.write(votes.rows(judge))
     return broken
+
+
+def explain_unread(asked: str, broken: Counter[str], total: int) -> str:
+    """Which pictures cannot be read, why, and what to do."""
+    unread = "" if total == 1 else f"{broken.total()} of {total} pictures cannot be read, the reasons: "
+    remedy = "correct the path, save the picture anew as JPEG or PNG, or leave it out"
+    return f"{asked}: {unread}{name_some(list(broken), 3)}; {remedy}"
 
 
 def main() -> None:
@@ -253,12 +275,15 @@ def main() -> None:
     started = perf_counter()
     broken = write_rows(form, arguments.out, judge.names, answer)
     seconds = perf_counter() - started - features.seconds
-    unread = f", {broken} cannot be read" if broken else ""
     loaded = f" after {features.seconds:.1f} s to load the encoder" if features.seconds else ""
-    say(f"{counted(total, 'picture', 'pictures')}{unread}: {seconds:.1f} s{loaded}, {total / seconds:.1f} a second")
+    say(f"{counted(total, 'picture', 'pictures')}: {seconds:.1f} s{loaded}, {total / seconds:.1f} a second")
     if page is not None:
         page.write(arguments.html, name, how_sure(judge), judge.names)
         say(f"{arguments.html}: written")
+    if broken.total() == total:
+        raise UserError(explain_unread(arguments.asked, broken, total))
+    if broken:
+        say(explain_unread(arguments.asked, broken, total))
 
 
 if __name__ == "__main__":

@@ -156,6 +156,30 @@ def test_a_broken_file_is_a_row_with_its_reason(ask: Ask, tmp_path: Path) -> Non
     assert rows[6]["top"] == rows[0]["top"] != rows[3]["top"]
 
 
+def test_files_that_are_no_pictures_load_no_encoder(
+    ask: Ask, write_other: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among pictures that the run knows they are rows; where there are no others, that is an error."""
+    gone = {"model": "local-dir:nowhere"}
+    write_other(encoders={"vit": gone, "twin": gone})
+    words = ("--params", "other.yaml", "--run", "moments", "--format", "jsonl")
+    notes = tmp_path / "notes.png"
+    notes.write_text("no picture")
+    shutil.copy("images/test/a/18.png", tmp_path)
+    run_module("tools.predict", *words, str(tmp_path))
+    said = capsys.readouterr()
+    assert ["error" in json.loads(line) for line in said.out.splitlines()] == [False, True]
+    assert f"{tmp_path}: 1 of 2 pictures cannot be read, the reasons: is none of JPEG" in said.err
+    assert said.err.endswith("; correct the path, save the picture anew as JPEG or PNG, or leave it out\n")
+    with pytest.raises(UserError, match=r"notes\.png: is none of JPEG, .*; correct the path, save the picture anew"):
+        run_module("tools.predict", *words, str(notes))
+    assert "is none of JPEG" in json.loads(capsys.readouterr().out)["error"]
+    (tmp_path / "list.csv").write_text("path\nnotes.png\ngone.png\n")
+    reasons = r"2 of 2 pictures cannot be read, the reasons: is none of .*, cannot be read: No such file or directory; "
+    with pytest.raises(UserError, match=reasons):
+        run_module("tools.predict", *words, str(tmp_path / "list.csv"))
+
+
 @pytest.mark.slow
 def test_chunks_change_nothing(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_pictures(tmp_path, 6)
