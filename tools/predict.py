@@ -52,7 +52,7 @@ from tools.prediction.answers import Judge, Votes, best_run, read_judge
 from tools.prediction.output import FORMATS, Row, Writer, write_rows
 from tools.prediction.page import SHOWN, Page
 from tools.prediction.pictures import Picture, Question, Views, look, read_question
-from tools.prediction.reasons import nothing_to_say, reads_of
+from tools.prediction.reasons import can_say_why, reads_of, runs_that_say_why
 from training.loop import choose_device
 from training.restore import Restored, restore
 
@@ -258,8 +258,10 @@ def main() -> None:
     say(how_sure(judge, arguments.by is not None, limits=form != "table"))
     if {"descriptions", "cell_descriptions"} & judge.run.reads:
         say(f"{name}: reads descriptions, and new pictures have none: no model is asked to write some")
-    if (explained or arguments.html is not None) and nothing_to_say(judge.run):
-        say(f"{name}: reads whole pictures and no texts, so that it has no patches and no concepts to name")
+    if (explained or arguments.html is not None) and not can_say_why(judge.run.method, judge.run.reads):
+        others = runs_that_say_why(params, arguments.params, DATA)
+        remedy = f"; ask one that has: --run {' or '.join(others)}" if others else ""
+        say(f"{name}: reads whole pictures and no texts, so that it has no patches and no concepts to name{remedy}")
     if judge.whole is None:
         say(f"{name}: no pictures alike are named: it reads no vector of a whole picture, or data/embed is not here")
     page = Page(question, DATA, params.dataset.buckets) if arguments.html else None

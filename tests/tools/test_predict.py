@@ -298,8 +298,21 @@ def test_one_picture_is_told_whole(asked: Path, tmp_path: Path, capsys: pytest.C
     assert [re.fullmatch(r" +[\d.]+ %  (\w+)", line) is not None for line in lines[1:4]] == [True] * 3
     assert any(re.fullmatch(r"  \w+ rather than \w+, in logits( .*)?:", line) for line in lines)
     assert sum("train/" in line for line in lines) == 5
-    run_module("tools.predict", "--run", "linear_probe", path)
-    assert "has no patches and no concepts to name" in capsys.readouterr().err
+
+
+def test_a_run_without_reasons_names_those_that_have_some(
+    asked: Path, write_other: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--run", "linear_probe", "--explain", "images/test")
+    run_module("tools.predict", *words)
+    line = "has no patches and no concepts to name"
+    assert f"{line}; ask one that has: --run zero_shot or attention_pool or concept_graph\n" in capsys.readouterr().err
+    # Neither one that is not trained nor one that cannot stand.
+    runs = {name: RUNS[name] for name in ("linear_probe", "zero_shot")}
+    wrong = RUNS["attention_pool"] | {"settings": {"lr": "fast"}}
+    write_other(train={"seeds": 1, "runs": {**runs, "new": RUNS["attention_pool"], "attention_pool": wrong}})
+    run_module("tools.predict", "--params", "other.yaml", *words)
+    assert f"{line}; ask one that has: --run zero_shot\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Why a run says one class and not another of a picture: the patches and the texts that add most to that decision."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fieldmark.command import UserError
 from fieldmark.params import Params
 from fieldmark.store import read_table
 from tools.prediction.output import DIGITS, PROTOTYPE, Row
@@ -18,6 +20,7 @@ from training.data.boxes import Boxes
 from training.explain import LEAST_MOVE, occlude, pairs, texts
 from training.methods import load_method
 from training.restore import Restored
+from training.train import plan_run
 
 PATCHES, CONCEPTS = 3, 6  # that are named
 
@@ -124,8 +127,20 @@ def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:
     ]
 
 
-def nothing_to_say(run: Restored) -> bool:
-    """Whether a run has neither patches nor texts to name."""
-    return "nodes" not in run.reads and not any(
-        hasattr(load_method(run.method), name) for name in ("texts_add", "pairs_add")
-    )
+def can_say_why(method: str, reads: frozenset[str]) -> bool:
+    """Whether a run of a method that reads this has patches or texts to name."""
+    return "nodes" in reads or any(hasattr(load_method(method), name) for name in ("texts_add", "pairs_add"))
+
+
+def runs_that_say_why(params: Params, path: str, data: Path) -> list[str]:
+    """Those of train.runs that are trained and have patches or texts to name; `path` as in restore."""
+    found = []
+    for name in params.train.runs:
+        if not (data / "runs" / name / "model.safetensors").is_file():
+            continue
+        # That another run cannot stand is no matter of the one that is asked.
+        with suppress(UserError):
+            planned = plan_run(path, params, name)
+            if can_say_why(planned.method, planned.reading.reads):
+                found.append(name)
+    return found
