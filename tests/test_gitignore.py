@@ -11,8 +11,8 @@ from ruamel.yaml import YAML
 from tests.checkout import checkout, command, commit, edit_params, git
 from tests.project import ROOT, draw
 
-# Studies and tools/train_reef_towers.py write beside the stages; none of it is an output of DVC's.
-BESIDE = ["data/studies", "data/towers"]
+# What studies, tools/train_reef_towers.py and the exports of docs/ write; none of it is an output of DVC's.
+BESIDE = ["data/studies", "data/towers", "data/export", "data/export/answers.jsonl"]
 KEPT = [
     "data/images.dvc", "data/images/train/a/1.jpg", "data/concepts.json", "data/concepts/mine.json", "data/photos.csv",
     "data/descriptions/mine.csv", "data/none", "data/demo/species.yaml", "data/controls/unrelated.txt",
