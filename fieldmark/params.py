@@ -6,6 +6,7 @@ default written here; the params.yaml of the repository states every knob.
 """
 
 import difflib
+import operator
 import re
 import reprlib
 import string
@@ -550,9 +551,9 @@ def explain_error(
     key = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":
         known = known_keys(model, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
+        close = closest(location[-1], known)
         here = f"remove it; known here: {', '.join(known)}" if known else "remove it"
-        remedy = f"did you mean `{close[0]}`?" if close else here
+        remedy = f"did you mean `{close}`?" if close else here
         message = f"{path}: {key}: unknown key; {remedy}"
     elif first["type"] == "missing":
         message = f"{path}: {key}: is missing; add it (the repository's params.yaml explains each key)"
@@ -561,6 +562,12 @@ def explain_error(
         message = f"{path}: {key}: {said}, but it is {reprlib.repr(first['input'])}; correct it"
     more = len(complaints) - 1
     return message + (f" (and {more} more)" if more else "")
+
+
+def closest(key: str, known: list[str]) -> str | None:
+    """The known key that was meant: one with another letter (`seed5` is `seeds`, not `seed`), else the most alike."""
+    differ = (each for each in known if len(each) == len(key) and sum(map(operator.ne, each, key)) == 1)
+    return next(differ, None) or next(iter(difflib.get_close_matches(key, known, n=1)), None)
 
 
 def read_block(path: str, key: str, given: Any, model: type[Found]) -> Found:

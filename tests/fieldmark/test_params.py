@@ -184,6 +184,7 @@ def test_a_switch_may_have_been_written_by_another_yaml(project: Path, word: str
     ("key", "value", "words"),
     [
         ("domian", {}, ["domian: unknown key", "did you mean `domain`?"]),
+        ("train.seed5", 3, ["train.seed5: unknown key", "did you mean `seeds`?"]),
         ("emed", {}, ["emed: unknown key", "did you mean `embed`?"]),
         ("encoders.conv.prescision", "fp32", ["encoders.conv.prescision: unknown key", "`precision`"]),
         (
