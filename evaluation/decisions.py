@@ -26,7 +26,6 @@ from training.train import plan_run
 EXPLAINED = 200  # pictures
 TEXTS = 8  # shown of a decision
 LEAST = 0.005  # of a logit: a text that adds no more is not shown
-LEAST_MOVE = 0.05  # of a logit: where no patch moves a decision by more, their differences are noise
 
 
 def to_explain(pictures: Sequence[tuple[str, Row]]) -> list[int]:

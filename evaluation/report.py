@@ -55,7 +55,7 @@ from evaluation.concept_bank import (
     written_texts,
 )
 from evaluation.curves import read_curves
-from evaluation.decisions import LEAST_MOVE, explain_runs, to_explain
+from evaluation.decisions import explain_runs, to_explain
 from evaluation.gallery import draw_pictures, picture_rows, read_patches, read_thumbs
 from evaluation.health import HEALTH, contamination, near_pairs, odd_sizes, read_health
 from evaluation.leaks import read_leaks
@@ -80,6 +80,7 @@ from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts import gate
 from fieldmark.params import Params, load_params
+from training.explain import LEAST_MOVE
 from training.metrics import Floats, Ints
 
 MATRIX_CLASSES = 60  # a confusion matrix of more classes is not readable
