@@ -118,9 +118,9 @@ class Table:
                 self.line("-", "", "", "", "", f"{title(row)}: {row['error']}")
                 continue
             first, second = (*row["top"], None)[:2]
-            seconds = ("", "") if second is None else (percent(second["p"]), second["name"])
+            q, other = ("", "") if second is None else (percent(second["p"]), second["name"])
             none = "maybe" if row["none_of_these"] else ""
-            self.line(percent(first["p"]), first["name"], *seconds, none, title(row))
+            self.line(percent(first["p"]), first["name"], q, other, none, title(row))
 
     def line(self, p: str, first: str, q: str, second: str, none: str, where: str) -> None:
         """What has no set width, a path and an error, stands last."""
