@@ -35,6 +35,8 @@ def read_state(path: Path, name: str, remedy: str) -> State:
     """Raises UserError, which begins with `name` and ends with `remedy`, where there is none of this version."""
     try:
         state = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{name}: is not there; {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read ({error}); {remedy}") from None
     if state is None:

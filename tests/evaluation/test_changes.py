@@ -12,10 +12,11 @@ from evaluation.changes import STATES, State, compare, dump, last_state, parse, 
 from evaluation.page import FOLDER, environment
 from evaluation.runs import Run, read_run
 from evaluation.words import percent, points
+from fieldmark.command import UserError
 from fieldmark.store import read_table
 from tests.evaluation.reported import rewrite, write_answers, write_run
 from tests.training.cache import ENCODER
-from tools.changes import say
+from tools.changes import read_state, say
 
 NOTHING = State(names={}, images=[], labels=[], seeds={}, right={}, concepts={}, costs={})
 
@@ -153,6 +154,14 @@ def test_money_is_that_of_answers_that_came_since(data: Path) -> None:
     write_answers(path, {times[4]: 9.0}, source="replay")
     assert times[4] not in replace(state_of(data, "linear_probe"), costs={}).costs
     assert state_of(data, "linear_probe").costs[times[4]] == (1, 0, 2.0)
+
+
+def test_a_state_that_is_not_there_is_one_line_with_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^state: is not there; run it$"):
+        read_state(tmp_path / "state.json", "state", "run it")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"^state: cannot be read \(.+\); run it$"):
+        read_state(tmp_path / "state.json", "state", "run it")
 
 
 def test_the_last_state_is_the_newest_that_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
