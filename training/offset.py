@@ -192,7 +192,7 @@ class Seen(NamedTuple):
     """All that the fit of a rival depends on."""
 
     with_probe: WithProbe
-    labels: str  # sha256 of who trains, what training is told, and what val is
+    labels: str  # sha256 of who trains, in which groups, what training is told, and what val is
     names: tuple[tuple[Any, ...], ...]  # of the tensors, with their parts
     tensors: tuple[Tensor, ...]  # of the parts that the probe reads
 
@@ -205,7 +205,7 @@ class Seen(NamedTuple):
             for kind, part in parts.by_kind.items()
             for name, tensor in part.tensors().items()
         }
-        digest = hashlib.sha256(repr((cache.views, cache.classes, str(cache.device))).encode())
+        digest = hashlib.sha256(repr((cache.views, cache.classes, cache.groups, str(cache.device))).encode())
         for array in (cache.split, cache.y.cpu().numpy(), cache.target.cpu().numpy()):
             digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return cls(with_probe, digest.hexdigest(), tuple(found), tuple(found.values()))
@@ -218,6 +218,10 @@ class Remembered:
         self.key, self.tensors = seen[:3], [weakref.ref(tensor) for tensor in seen.tensors]
         self.rival = rival
         self.size = rival.out_of_fold.nbytes + sum(tensor.nbytes for tensor in rival.probe.state_dict().values())
+
+    def can_return(self) -> bool:
+        """Whether all that it was fitted on is still held by somebody."""
+        return all(ref() is not None for ref in self.tensors)
 
     def is_of(self, seen: Seen) -> bool:
         same = (ref() is tensor for ref, tensor in zip(self.tensors, seen.tensors, strict=True))
@@ -240,7 +244,7 @@ def fit_rival(cache: Cache, with_probe: WithProbe) -> Rival:
         known = Remembered(seen, fit_both(cache, with_probe))
     else:
         remembered.remove(known)
-    remembered.insert(0, known)
+    remembered[:] = [known, *(each for each in remembered if each.can_return())]
     while len(remembered) > 2 and sum(each.size for each in remembered) > REMEMBERED:
         remembered.pop()
     return known.rival
