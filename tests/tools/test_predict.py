@@ -296,7 +296,9 @@ def test_one_picture_is_told_whole(asked: Path, tmp_path: Path, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == path
     assert [re.fullmatch(r" +[\d.]+ %  (\w+)", line) is not None for line in lines[1:4]] == [True] * 3
-    assert any(re.fullmatch(r"  \w+ rather than \w+, in logits( .*)?:", line) for line in lines)
+    # What a run of a few epochs on noise finds hangs on the last bits: reasons, or that there are none, or both.
+    why = r"  (\w+ rather than \w+, in logits( .*)?:|no (patch and no )?(patch|text) moves this decision towards .*)"
+    assert any(re.fullmatch(why, line) for line in lines)
     assert sum("train/" in line for line in lines) == 5
 
 
