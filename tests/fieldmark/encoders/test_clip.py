@@ -48,14 +48,15 @@ def same_direction(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", ["encoder", "tower"])
-def test_float32_of_a_gpu_is_not_rounded_to_tf32(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as it is where nobody says otherwise
-    if family == "encoder":
-        load_encoder("reef", Encoder(model=f"local-dir:{ROOT / 'data/demo/encoder'}"), CPU)
-    else:
-        with pytest.raises(UserError, match=r"towers\.none\.model: timm knows no"):
-            load_tower("none", Tower(library="timm", model="none"), CPU)
-    assert not torch.backends.cudnn.allow_tf32
+def test_float32_of_a_gpu_is_not_rounded_to_tf32(family: str) -> None:
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=cudnn.enabled, allow_tf32=True):  # as it is where nobody says otherwise
+        if family == "encoder":
+            load_encoder("reef", Encoder(model=f"local-dir:{ROOT / 'data/demo/encoder'}"), CPU)
+        else:
+            with pytest.raises(UserError, match=r"towers\.none\.model: timm knows no"):
+                load_tower("none", Tower(library="timm", model="none"), CPU)
+        assert not cudnn.allow_tf32
 
 
 def test_the_demo_encoder_keeps_its_fingerprint() -> None:
