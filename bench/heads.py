@@ -27,13 +27,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.train import wait_for
+from fieldmark.devices import has_bf16, set_up_torch
 from training.data import Cache, Parts
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.kinds import KINDS, Kinds
 from training.data.nodes import Nodes
 from training.data.tokens import Cells, Cls, Rollout, Tokens
-from training.loop import has_bf16, set_up_torch
 from training.methods import load_method, method_names, reads_of
 from training.token_heads import BesideSettings
 

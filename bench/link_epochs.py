@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fieldmark.devices import set_up_torch
 from training.data import Cache, Parts
 from training.data.links import Incoming, Links
 from training.data.nodes import Globals
 from training.links import Memory
-from training.loop import decayed_groups, set_up_torch
+from training.loop import decayed_groups
 from training.methods import link_gnn
 from training.methods.link_gnn import Settings
 

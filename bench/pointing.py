@@ -29,11 +29,12 @@ from evaluation.pointing import PLACE_RIVALS, Placed, part_concepts, place_parts
 from evaluation.words import lay_out, percent, points, points_range, written_p
 from fieldmark.chosen import choose_classes
 from fieldmark.command import UserError, run
+from fieldmark.devices import set_up_torch
 from fieldmark.params import load_params
 from fieldmark.store import read_table, sha256
 from training.data import read_cache
 from training.data.bank import Bank
-from training.loop import predict, set_up_torch
+from training.loop import predict
 from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import hide_test

@@ -30,6 +30,7 @@ from time import perf_counter, process_time
 import torch
 
 from fieldmark import store
+from fieldmark.devices import choose_device
 from fieldmark.encoders.nodes import nodes_of
 from fieldmark.encoders.passes import update
 from fieldmark.memory import keep_memory
@@ -39,7 +40,6 @@ from tools.predict import answer_here, ask, chunk_of, open_judge
 from tools.prediction.answers import Judge
 from tools.prediction.output import Row, write_rows
 from tools.prediction.pictures import read_question
-from training.loop import choose_device
 
 BAR, NEAR, START_BAR = 0.9, 1e-4, 5.0
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     arguments = parser.parse_args()
     keep_memory()
-    params, device = load_params(arguments.params), choose_device("--device", arguments.device)
+    params, device = load_params(arguments.params), choose_device(arguments.device)
     judge, features = open_judge(params, arguments.params, arguments.run, None, device)
     encoder = features().recipes[0].encoder
     processor = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()

@@ -129,7 +129,7 @@ def draw_pictures(folder: Path, count: int) -> None:
 
 def draw_data(folder: Path, count: int) -> None:
     """What the other stages read, written as Parquet."""
-    from fieldmark.encoders.base import choose_device
+    from fieldmark.devices import choose_device
     from fieldmark.encoders.loading import load_image_encoder
     from fieldmark.encoders.nodes import nodes_of
     from fieldmark.params import load_params

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from fieldmark.devices import has_bf16, set_up_torch
 from training.data import Cache, Parts
 from training.data.bank import Bank
 from training.data.boxes import Boxes
@@ -39,7 +40,7 @@ from training.data.edges import Edges
 from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.layers.graphs import GCN
-from training.loop import has_bf16, set_up_torch, total_loss
+from training.loop import total_loss
 from training.methods import load_method, reads_of
 from training.methods.concept_graph import Settings
 

@@ -52,6 +52,7 @@ from evaluation.pointing import (
 from evaluation.statistics import LEVEL, bootstrap, flip_p, holm, interval
 from evaluation.words import lay_out, on_these_classes, percent, points, points_range, written_p
 from fieldmark.command import UserError, run, stage_parser
+from fieldmark.devices import choose_device, set_up_torch
 from fieldmark.params import Params, load_params
 from fieldmark.store import read_buckets, read_table, write_text
 from training.controls import Control
@@ -61,7 +62,7 @@ from training.data.boxes import Boxes
 from training.data.nodes import Nodes
 from training.data.rows import Rows, column
 from training.explain import keep_nodes
-from training.loop import EVALUATION_BATCH, choose_device, predict, set_up_torch
+from training.loop import EVALUATION_BATCH, predict
 from training.methods import load_method
 from training.metrics import Floats, Ints
 from training.regimes import Full, hide_test
@@ -387,7 +388,7 @@ def judge_explanations(params: Params, path: str, name: str, encoder: str | None
     cache = read_cache(data, encoder, buckets, reading.reads | NEEDED, reading.also, reading.also_reads)
     read = check_origins(data, encoder, buckets, reading.reads, reading.also, reading.also_reads)
     told = replace(cache.only(reading.reads), fingerprints=read)
-    device = choose_device(path, params.train.device)
+    device = choose_device(params.train.device, f"{path}: train.device:")
     norms = read_norms(data, encoder, cache, buckets)[:, 1:]
     bank = cache.part(Bank)
     texts = read_table(bank.path, "bank/1", ["concept_idx", "text"]).sort_by("concept_idx")["text"].to_pylist()

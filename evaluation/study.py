@@ -59,12 +59,12 @@ from evaluation.fitting import make_run, make_search
 from evaluation.plan import Cell, Overrides, Plan, cells, check_comparable, make_plan
 from fieldmark.command import UserError, run, stage_parser
 from fieldmark.concepts.selection import read_texts
+from fieldmark.devices import choose_device, set_up_torch
 from fieldmark.labels.splits import read_split
 from fieldmark.params import load_params
 from fieldmark.store import read_folder_header
 from training.control_texts import CONTROL_TEXTS, read_control_texts
 from training.data import check_origins
-from training.loop import choose_device, set_up_torch
 from training.regimes import Folds
 from training.relabelling import read_labelling
 from training.reselection import CONCEPTS, read_selection
@@ -217,7 +217,7 @@ def main() -> None:
     params = load_params(arguments.params)
     plan = make_plan(arguments.params, params, arguments.name, Path(arguments.data))
     check_comparable(plan)
-    plan = replace(plan, device=choose_device(arguments.params, params.train.device))
+    plan = replace(plan, device=choose_device(params.train.device, f"{arguments.params}: train.device:"))
     grid = cells(plan, params.train.seed)
     made = run_study(plan, grid, arguments.jobs)
     print(f"{plan.folder}: {made} runs made, {len(grid) - made} were there")

@@ -38,6 +38,7 @@ from torch.nn.functional import normalize
 from fieldmark import store
 from fieldmark.chosen import Image, choose_classes, hold_out, named_in, of_classes, read_images
 from fieldmark.command import UserError, key_parser, run
+from fieldmark.devices import choose_device, set_up_torch
 from fieldmark.encoders import tuning
 from fieldmark.encoders.alignment import (
     Texts,
@@ -47,7 +48,6 @@ from fieldmark.encoders.alignment import (
     draw_text,
     own_texts,
 )
-from fieldmark.encoders.base import choose_device
 from fieldmark.encoders.checkpoints import Seen, check_writable, folder_of, is_kept, write_encoder, write_folder
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.memory import keep_memory
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print images, sentences and time; write nothing")
     arguments = parser.parse_args()
     keep_memory()
-    tuning.set_up_torch()
+    set_up_torch()
     params = load_params(arguments.params)
     make(params, arguments.name, arguments.device, refit=arguments.refit, dry_run=arguments.dry_run)
 

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from fieldmark import store
 from fieldmark.command import UserError, encoder_parser, run
-from fieldmark.encoders.base import choose_device
+from fieldmark.devices import choose_device
 from fieldmark.encoders.clip import LoadedEncoder, load_encoder
 from fieldmark.encoders.texts import embed_texts, preview
 from fieldmark.params import load_params

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from fieldmark import cluster
 from fieldmark.command import UserError, run
-from fieldmark.encoders.base import choose_device
+from fieldmark.devices import choose_device
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import EMBED, nodes_of
 from fieldmark.encoders.passes import (

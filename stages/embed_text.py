@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from fieldmark import store
 from fieldmark.command import UserError, encoder_parser, run
-from fieldmark.encoders.base import choose_device
+from fieldmark.devices import choose_device
 from fieldmark.encoders.clip import load_encoder
 from fieldmark.encoders.texts import SCHEMA, embed_texts, kept_texts, preview
 from fieldmark.params import load_params

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fieldmark import cluster, store
 from fieldmark.command import UserError, run
-from fieldmark.encoders.base import ImageEncoder, choose_device, make_batch
+from fieldmark.devices import choose_device
+from fieldmark.encoders.base import ImageEncoder, make_batch
 from fieldmark.encoders.layers import RULES, LayerChoice, choose_layers, find_tower, hidden_states
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (

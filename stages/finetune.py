@@ -30,8 +30,8 @@ from torch.nn.functional import cross_entropy
 from fieldmark import store
 from fieldmark.chosen import INDEX, Image, choose_classes, named_in, of_classes, read_images
 from fieldmark.command import UserError, key_parser, run
+from fieldmark.devices import choose_device, set_up_torch
 from fieldmark.encoders import tuning
-from fieldmark.encoders.base import choose_device
 from fieldmark.encoders.checkpoints import Seen, as_tower, folder_of, is_kept, write_folder, write_tower
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.towers import LoadedTower
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print images and time; write nothing")
     arguments = parser.parse_args()
     keep_memory()
-    tuning.set_up_torch()
+    set_up_torch()
     params = load_params(arguments.params)
     make(params, arguments.name, arguments.device, refit=arguments.refit, dry_run=arguments.dry_run)
 

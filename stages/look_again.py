@@ -28,8 +28,9 @@ from torch import Tensor
 
 from fieldmark import store
 from fieldmark.command import UserError, key_parser, run
+from fieldmark.devices import choose_device
 from fieldmark.encoders import layers as tower_layers
-from fieldmark.encoders.base import ImageEncoder, choose_device
+from fieldmark.encoders.base import ImageEncoder
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (
     Clock,

@@ -46,8 +46,9 @@ from tqdm import tqdm
 
 from fieldmark import cluster, store
 from fieldmark.command import UserError, run
+from fieldmark.devices import choose_device
 from fieldmark.encoders import layers as tower_layers
-from fieldmark.encoders.base import ImageEncoder, choose_device
+from fieldmark.encoders.base import ImageEncoder
 from fieldmark.encoders.layers import find_tower, number_layer
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.passes import (

@@ -141,8 +141,8 @@ def test_what_computes_little_imports_little() -> None:
         "    seen |= found",
         "    [print(module, 'imports', each) for each in found]",
         # What training sets, an optimizer of another kind than AdamW, and what torchvision then asks of the compiler.
-        "import torch, torchvision.ops, training.loop",
-        "training.loop.set_up_torch()",
+        "import torch, torchvision.ops, fieldmark.devices",
+        "fieldmark.devices.set_up_torch()",
         "parameter = torch.nn.Parameter(torch.zeros(1))",
         "torch.optim.LBFGS([parameter]).step(lambda: (parameter**2).sum())",
         f"if '{COMPILER}' in sys.modules: print('L-BFGS loads the compiler')",

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from fieldmark.command import UserError, run, stage_parser
+from fieldmark.devices import set_up_torch
 from fieldmark.informative import budget, cluster_count, most_informative
 from fieldmark.params import load_params
 from fieldmark.store import sha256
 from training.data import Cache, read_cache
 from training.data.descriptions import Descriptions, require_described
 from training.folds import HELD_OUT
-from training.loop import predict, set_up_torch
+from training.loop import predict
 from training.methods import reads_of, ridge
 from training.regimes import Folds, hide_test
 

@@ -38,7 +38,8 @@ from PIL import Image
 
 from fieldmark import store
 from fieldmark.command import PROJECT, UserError, counted, explain, run, stage_parser
-from fieldmark.encoders.base import ImageEncoder, choose_device
+from fieldmark.devices import choose_device
+from fieldmark.encoders.base import ImageEncoder
 from fieldmark.encoders.clip import LoadedEncoder
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import nodes_of
@@ -115,8 +116,7 @@ class Doctor:
             if version != wanted:
                 raise UserError(f"{name} {version} is installed, and constraints.txt names {wanted}; run `make setup`")
         gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        if self.params.train.device == "cuda" and not gpus:
-            raise UserError(f"{self.file}: train.device: cuda, and PyTorch finds no GPU here; set it to auto or cpu")
+        choose_device(self.params.train.device, f"{self.file}: train.device:")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         python = ".".join(map(str, sys.version_info[:3]))
         threads = counted(torch.get_num_threads(), "thread", "threads")

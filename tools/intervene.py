@@ -29,14 +29,14 @@ from evaluation.runs import group_numbers, groups_of
 from evaluation.statistics import paired_difference
 from evaluation.words import lay_out, percent, points, points_range
 from fieldmark.command import UserError, counted, run, stage_parser
-from fieldmark.encoders.base import choose_device
+from fieldmark.devices import choose_device, set_up_torch
 from fieldmark.encoders.clip import load_encoder
 from fieldmark.params import Params, load_params
 from fieldmark.store import read_folder_header, read_table
 from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.folds import settle
-from training.loop import predict, set_up_torch
+from training.loop import predict
 from training.methods import concept_bottleneck
 from training.methods.concept_bottleneck import ConceptBottleneck, Settings
 from training.metrics import Ints

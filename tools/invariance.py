@@ -47,6 +47,7 @@ from evaluation.invariance import (
 )
 from evaluation.runs import NotMade, Run, check_same_images, group_numbers, groups_of, read_run
 from fieldmark.command import UserError, counted, run, stage_parser
+from fieldmark.devices import choose_device
 from fieldmark.memory import keep_memory
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.cuts import object_of, part_of
@@ -62,7 +63,7 @@ from training.data.boxes import Boxes
 from training.data.labels import Labels
 from training.data.nodes import Nodes
 from training.explain import node_scores
-from training.loop import choose_device, predict
+from training.loop import predict
 from training.metrics import Floats, Ints
 from training.restore import Restored, restore
 from training.runs import write_json
@@ -322,7 +323,7 @@ def main() -> None:
     if arguments.images is not None and arguments.images < 2:
         raise UserError("--images: pictures are compared with each other; name 2 or more")
     keep_memory()
-    params, device = load_params(arguments.params), choose_device("--device", arguments.device)
+    params, device = load_params(arguments.params), choose_device(arguments.device)
     asked, runs = zip(*choose_runs(params, arguments.params, arguments.run), strict=True)
     judged = choose_pictures(runs, arguments.images)
     known: dict[str, str] = {}

@@ -39,7 +39,8 @@ from pydantic import ValidationError
 
 from fieldmark import store
 from fieldmark.command import UserError, run, stage_parser
-from fieldmark.encoders.base import ImageEncoder, choose_device
+from fieldmark.devices import choose_device
+from fieldmark.encoders.base import ImageEncoder
 from fieldmark.encoders.clip import LoadedEncoder
 from fieldmark.encoders.loading import load_image_encoder
 from fieldmark.encoders.nodes import nodes_of

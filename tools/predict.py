@@ -44,6 +44,7 @@ from evaluation.calibration import SETS
 from evaluation.words import percent
 from fieldmark import cluster
 from fieldmark.command import UserError, counted, name_some, run, stage_parser
+from fieldmark.devices import choose_device
 from fieldmark.memory import keep_memory
 from fieldmark.params import Params, load_params
 from fieldmark.pictures.decode import open_reduced
@@ -53,7 +54,6 @@ from tools.prediction.output import FORMATS, Row, Writer, write_rows
 from tools.prediction.page import SHOWN, Page
 from tools.prediction.pictures import Picture, Question, Views, look, read_question
 from tools.prediction.reasons import can_say_why, reads_of, runs_that_say_why
-from training.loop import choose_device
 from training.restore import Restored, restore
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def answer_on_cluster(job: cluster.Job, question: Question, size: int, explained
 def open_chunks(arguments: Namespace, params: Params) -> Callable[[Chunk], tuple[list[Row], np.ndarray]]:
     """What a worker of a cluster does with a chunk."""
     keep_memory()
-    device = choose_device("--device", arguments.device)
+    device = choose_device(arguments.device)
     judge, _ = open_judge(params, arguments.params, arguments.run, arguments.classes, device)
     size = chunk_of(params, judge.run)
 
@@ -252,7 +252,7 @@ def main() -> None:
     if arguments.by and not any(picture.group for picture in question.pictures):
         raise UserError(f"{arguments.asked}: names no group; --by group needs films, or a manifest with a column group")
     form = arguments.format or ("text" if len(question.pictures) == 1 else "table")
-    name, device = choose_run(params, arguments.run), choose_device("--device", arguments.device)
+    name, device = choose_run(params, arguments.run), choose_device(arguments.device)
     explained = arguments.explain or form == "text"
     judge, features = open_judge(params, arguments.params, name, arguments.classes, device)
     say(how_sure(judge, arguments.by is not None, limits=form != "table"))

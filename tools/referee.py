@@ -51,6 +51,7 @@ from fieldmark.concepts import gate
 from fieldmark.concepts.cleaning import clean_class
 from fieldmark.concepts.files import read_concept_file
 from fieldmark.concepts.names import domain_words
+from fieldmark.devices import choose_device
 from fieldmark.halves import halve
 from fieldmark.llm.imported import row_of
 from fieldmark.memory import keep_memory
@@ -62,7 +63,6 @@ from training.controls.vectors_shuffled import shuffled
 from training.data import Cache, read_cache
 from training.data.attributes import ATTRIBUTES, number_of
 from training.layers.features import Features, FeatureSettings, parts_of
-from training.loop import choose_device
 from training.metrics import fit_temperature
 from training.regimes import by_draw, read_classes
 
@@ -648,7 +648,7 @@ def judge_files(
     """All that the page says of the files."""
     from stages.embed_controls import UNRELATED, read_unrelated
 
-    cache, device = images.cache, choose_device("--device", arguments.device)
+    cache, device = images.cache, choose_device(arguments.device)
     name_rows = {row["class_id"]: clean_class(row, [], params.domain, params.clean) for row in rows}
     unrelated = read_unrelated(UNRELATED)
     wanted = {row["text"] for file in files for row in file.kept}

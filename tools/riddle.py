@@ -30,6 +30,7 @@ from evaluation.riddle import Answers, Fold, Source, cross_fit, held_out, needs_
 from evaluation.riddle_tables import NONE, Told, as_json, as_text, joined, rows_of
 from evaluation.runs import group_numbers, groups_of
 from fieldmark.command import UserError, counted, run, stage_parser
+from fieldmark.devices import choose_device, has_bf16, set_up_torch
 from fieldmark.params import Block, load_params
 from fieldmark.store import canonical_json, read_table, sha256, write_text
 from tools.predict import DATA, say
@@ -37,7 +38,6 @@ from training.controls import Control
 from training.data import INDEX, Cache, files_of, read_cache
 from training.hashes import hash_data
 from training.inputs import code_of
-from training.loop import choose_device, has_bf16, set_up_torch
 from training.methods import NotPossible, load_method, method_names, reads_of
 from training.runs import write_json
 
@@ -201,7 +201,7 @@ def main() -> None:
     for method in arguments.methods:
         of_method, left_out = cases_of(method, given)
         cases, notes = [*cases, *of_method], [*notes, *left_out]
-    source = Source(DATA, encoder, params.dataset.buckets, choose_device("--device", arguments.device))
+    source = Source(DATA, encoder, params.dataset.buckets, choose_device(arguments.device))
     needs = frozenset[str]().union(*(needs_of(case.method, case.settings) for case in cases))
     cache = development(read_cache(DATA, encoder, source.buckets, needs))
     told, impossible = tell(cache, cases, arguments.folds, arguments.seeds, source)

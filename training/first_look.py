@@ -30,6 +30,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fieldmark.command import key_parser, run
+from fieldmark.devices import choose_device, set_up_torch
 from fieldmark.params import Params, load_params
 from fieldmark.store import HALF, fingerprint, items, sha256, write_bytes, write_table, write_text
 from training.data import INDEX, Cache, read_cache
@@ -38,7 +39,7 @@ from training.data.cache import header_of
 from training.hashes import hash_file
 from training.layers.states import state_of
 from training.looks import PlannedLook, plan_look
-from training.loop import assess_split, choose_device, set_up_torch
+from training.loop import assess_split
 from training.methods import load_method
 from training.regimes import hide_test
 from training.restore import load_model, read_config
@@ -131,7 +132,8 @@ def encoder_mark(data: Path, planned: PlannedLook, buckets: int) -> str:
 def look(params: Params, path: str, name: str, data: Path, refit: bool = False) -> None:
     """Write data/first_looks/NAME; `path` is the parameters' file, for messages."""
     planned, buckets, folder = plan_look(path, params, name), params.dataset.buckets, data / "first_looks" / name
-    reading, device, seed = planned.reading, choose_device(path, params.train.device), params.train.seed
+    reading, seed = planned.reading, params.train.seed
+    device = choose_device(params.train.device, f"{path}: train.device:")
     set_up_torch()
     cache = read_cache(data, reading.encoder, buckets, reading.needs)
     identity = identity_of(planned, cache, seed)

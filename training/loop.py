@@ -12,7 +12,6 @@ those of the CPU, drawn there, and the noise of dropout is not.
 import copy
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fieldmark.command import UserError
+from fieldmark.devices import has_bf16
 from fieldmark.memory import keep_memory
 from fieldmark.params import Block, Count
 from training.data import Cache
@@ -59,38 +58,6 @@ class Schedule(Block):
     def decays(self) -> bool:
         """Whether the learning rate falls; a known defect of some reference code is that it never does."""
         return True
-
-
-def choose_device(path: str, name: str) -> torch.device:
-    """What `train.device` of the parameters' file at `path` names; auto is the GPU where there is one.
-
-    Raises UserError for cuda without a GPU.
-    """
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise UserError(f"{path}: train.device: cuda, and PyTorch finds no GPU here; write auto or cpu")
-    return torch.device("cuda", 0) if there and name != "cpu" else torch.device("cpu")
-
-
-def set_up_torch() -> None:
-    """For a process that trains: the same bits each time, and float32 products that are no less than that (no TF32)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not promise the same bits
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions have a switch of their own, which is on by default
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-    # The first optimizer would load PyTorch's compiler, which takes a second or two, to have these methods left alone.
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        method = getattr(torch.optim.Optimizer, name).__wrapped__
-        setattr(method, "__dynamo_disable", method)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices itself; elsewhere it is emulated and slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

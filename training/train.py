@@ -41,6 +41,7 @@ import torch
 from safetensors.torch import save_file
 
 from fieldmark.command import UserError, run, stage_key, stage_parser
+from fieldmark.devices import choose_device, set_up_torch
 from fieldmark.params import Block, Params, load_params
 from fieldmark.store import fingerprint, write_atomic, write_text
 from training.controls import Control, Request, apply_control, read_control
@@ -51,7 +52,7 @@ from training.knobs import say_knobs
 from training.layers.states import state_of
 from training.links import TRANSDUCTIVE, check_links, is_transductive, named
 from training.looks import check_looks, plan_look
-from training.loop import choose_device, predict_all, set_up_torch
+from training.loop import predict_all
 from training.methods import Fitted, NotPossible, check_also, check_texts, load_method, read_settings, reads_of
 from training.metrics import TOLD_CHOOSE, Measure, ahead, class_rates, correct, in_blocks, log_losses
 from training.regimes import Folds, Regime, hide_test, read_regime
@@ -156,7 +157,7 @@ def train(params: Params, path: str, name: str, data: Path) -> None:
     started = perf_counter()
     planned, buckets, folder = plan_run(path, params, name), params.dataset.buckets, data / "runs" / name
     seeds = list(range(params.train.seed, params.train.seed + params.train.seeds))
-    reading, device = planned.reading, choose_device(path, params.train.device)
+    reading, device = planned.reading, choose_device(params.train.device, f"{path}: train.device:")
     set_up_torch()
     check_told(path, f"train.runs.{name}", data, reading, planned.regime)
     needed = read_controlled(data, reading, buckets, planned.control, params.train.seed)

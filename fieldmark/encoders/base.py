@@ -116,23 +116,6 @@ def pad_rows(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU where there is none. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or cuda:N") from None
-    return torch.device(name)
-
-
-def keep_float32() -> None:
-    """Have a GPU's convolutions take float32 for what it is: by default cuDNN rounds it to TF32, of 10 bits."""
-    torch.backends.cudnn.allow_tf32 = False
-
-
 def check_size(size: int | None, own: int, cell: int, key: str) -> None:
     """Raises UserError for an input size whose last cells would hold less of the picture than at the model's own size.
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from fieldmark import store
 from fieldmark.command import UserError
+from fieldmark.devices import keep_float32
 from fieldmark.encoders import longclip
 from fieldmark.encoders.base import (
     DTYPES,
@@ -42,7 +43,6 @@ from fieldmark.encoders.base import (
     check_size,
     encoder_fingerprint,
     is_unreachable,
-    keep_float32,
     make_batch,
     pad_rows,
     split_transform,

@@ -15,7 +15,6 @@ AdaptCLIPZS has it, leaves out in_proj, out_proj and c_proj, which are most of a
 A tuned encoder stays in evaluation mode: no dropout, and batch norms keep the statistics that they have.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -31,6 +30,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from fieldmark.command import UserError
+from fieldmark.devices import has_bf16
 from fieldmark.encoders.maps import find_visual
 from fieldmark.params import Adapt, Finetune
 from fieldmark.pictures.epochs import iterate_batches, shuffled
@@ -258,18 +258,6 @@ def restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def set_up_torch() -> None:
-    """For a stage that trains: the same bits each time on one machine with one thread count."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not promise the same bits
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-
-
 def half_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Passes in bfloat16 where the device multiplies it itself; losses are float32 all the same."""
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu.get_capabilities()
-        able = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=able)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))

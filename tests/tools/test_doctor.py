@@ -78,7 +78,7 @@ def test_every_fault_is_found_in_one_go(
 
 def test_packages_are_those_of_the_constraints(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
     doctor = Doctor("params.yaml", set_params(train={"device": "cuda"}), True)
-    with pytest.raises(UserError, match=r"train\.device: cuda, and PyTorch finds no GPU here"):
+    with pytest.raises(UserError, match=r"train\.device: cuda: cannot be used here"):
         doctor.environment()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.0")
     with pytest.raises(UserError, match=r"0\.0\.0 is installed, and constraints\.txt names .*; run `make setup`"):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fieldmark.devices import set_up_torch
 from tests.training.cache import ALL, ENCODER, Plan, write_cache
 from training.data import CPU, Cache, read_cache
-from training.loop import set_up_torch
 
 # Before any product on a GPU: cuBLAS reads it once, and fixtures of a module come before those of a test.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

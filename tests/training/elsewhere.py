@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from fieldmark.devices import set_up_torch
 from fieldmark.params import Block
 from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_moments, write_other
 from tests.training.methods.test_universal import LINKED, LOOPED, METHODS, WHOLE, lend
 from training.data import Cache, read_cache
 from training.data.nodes import Nodes
-from training.loop import predict, set_up_torch, total_loss
+from training.loop import predict, total_loss
 from training.methods import also_reads_of, load_method, single_points
 
 # As on CUDA, positions may lie on the CPU, and these move what they are given.

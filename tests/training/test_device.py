@@ -1,7 +1,6 @@
 """The CPU and a GPU: the same batches, draws and starts, models that follow, and the same bits each time."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from fieldmark.command import UserError
+from fieldmark.devices import choose_device
 from fieldmark.params import load_params
 from fieldmark.store import read_header
 from tests.training.cache import ALL, ENCODER, Plan, write_cache, write_other
@@ -21,7 +20,7 @@ from tests.training.test_train import PARAMS
 from training.data import CPU, Batch, Cache, read_cache
 from training.data.bank import Bank
 from training.data.nodes import Nodes
-from training.loop import choose_device, predict, set_up_torch
+from training.loop import predict
 from training.methods import attention_pool, load_method
 from training.train import train
 
@@ -106,24 +105,6 @@ def test_a_model_starts_alike_on_every_device(planted: Planted) -> None:
         assert torch.equal(there[name].cpu(), here[name])
 
 
-def test_cuda_without_a_gpu_is_an_error_and_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("params.yaml", "auto") == choose_device("params.yaml", "cpu") == CPU
-    with pytest.raises(UserError, match=r"^params\.yaml: train\.device: cuda, and PyTorch finds no GPU here; write"):
-        choose_device("params.yaml", "cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("params.yaml", "cpu") == CPU
-    assert choose_device("params.yaml", "auto") == choose_device("params.yaml", "cuda") == torch.device("cuda", 0)
-
-
-def test_products_are_as_wide_and_as_repeatable_as_pytorch_can() -> None:
-    set_up_torch()
-    assert torch.are_deterministic_algorithms_enabled()
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not torch.backends.cudnn.allow_tf32
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
-
-
 def test_the_device_is_written_down_and_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(PARAMS)
     write_cache(tmp_path / "data", Plan())
@@ -135,7 +116,7 @@ def test_the_device_is_written_down_and_is_no_part_of_what_a_run_is(tmp_path: Pa
         marks.append(read_header(folder / "predictions.parquet", "run.predictions/1").fingerprint)
         devices.append(json.loads((folder / "config.json").read_text())["device"])
     assert marks[0] == marks[1]
-    assert devices == ["cpu", choose_device("params.yaml", "auto").type]
+    assert devices == ["cpu", choose_device("auto").type]
     assert {value.device for value in load_file(folder / "model.safetensors").values()} == {CPU}
 
 

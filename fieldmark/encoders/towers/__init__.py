@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fieldmark.command import UserError
-from fieldmark.encoders.base import keep_float32, make_batch
+from fieldmark.devices import keep_float32
+from fieldmark.encoders.base import make_batch
 from fieldmark.params import Tower
 
 
