@@ -133,6 +133,14 @@ def measure(
     return seconds, peak.megabytes
 
 
+def is_head(name: str) -> bool:
+    """Whether a method may stand beside a probe and reads one image at a time (bench.link_epochs has others)."""
+    settings = load_method(name).Settings
+    return issubclass(settings, BesideSettings) and not any(
+        part.startswith("links") for part in reads_of(name, settings())
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=3000, help="training images (default: 3000)")
@@ -144,7 +152,7 @@ def main() -> None:
     precision = "bf16" if has_bf16(device) else "fp32"
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
-    heads = [name for name in method_names() if issubclass(load_method(name).Settings, BesideSettings)]
+    heads = [name for name in method_names() if is_head(name)]
     for title, (grid, width) in SIZES.items():
         cache = synthetic_cache(arguments.images, grid, width).on(device)
         print(f"{arguments.images} images x {title}, {CLASSES} classes")

@@ -251,7 +251,8 @@ def measure(folder: Path, stage: Stage) -> Taken:
         process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
-        sys.exit(f"{' '.join(stage.command)} failed: see {folder / 'log'}")
+        # The folder may be a temporary one, and gone when somebody looks.
+        sys.exit(f"{' '.join(stage.command)} failed:\n{(folder / 'log').read_text(errors='replace')[-2000:]}")
     wall, seconds = perf_counter() - started, usage.ru_utime + usage.ru_stime
     return Taken(wall, seconds, usage.ru_maxrss / 1024, sum(map(size_of, outputs)))
 
