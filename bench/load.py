@@ -53,8 +53,7 @@ def write_index(data: Path, count: int) -> list[str]:
         for number, image_id in enumerate(ids)
     ]
     classes = [{"class_id": f"c{number:03d}", "name": f"class {number}", "from_images": True} for number in range(200)]
-    for schema, rows in (("index.images/1", images), ("index.classes/2", classes)):
-        name = schema.removeprefix("index.").rpartition("/")[0]
+    for name, schema, rows in (("images", "index.images/1", images), ("classes", "index.classes/2", classes)):
         write_table(make_table(schema, rows), data / f"index/{name}.parquet", schema, {}, "index")
     return ids
 

@@ -24,7 +24,7 @@ SMALL = {
     "scale_training": "--sizes 300 --classes 5 --dimension 16",
     "splice": "--nodes 200",
     "train": "--images 200 --epochs 1",
-}  # fmt: skip
+}
 # Of pictures and runs that make repro or ../shared has; a Ray cluster's time is that of starting it.
 NOT_HERE = {"cluster", "drop_reasons", "embed", "leaks", "pointing", "predict", "regions", "repro"}
 

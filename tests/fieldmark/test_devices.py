@@ -19,6 +19,19 @@ def test_devices() -> None:
             choose_device(name)
 
 
+def test_auto_is_the_gpu_where_pytorch_says_that_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_gpu = torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("cpu") == CPU
+    if has_gpu:
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)
+    else:
+        with pytest.raises(UserError, match=r"^--device cuda: cannot be used here"):
+            choose_device("auto")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_an_error_that_names_its_key() -> None:
     with pytest.raises(UserError, match=r"^params\.yaml: train\.device: cuda: cannot be used here"):
