@@ -1,6 +1,6 @@
 """Classes as Gaussians of one covariance: what linear discriminant analysis is made of. All in float64."""
 
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import Field
@@ -27,7 +27,11 @@ class Spread:
         return (means @ self.axes / values) @ self.axes.T
 
 
-def discriminant(means: Tensor, spread: Spread, shrinkage: float, known: Tensor) -> tuple[Tensor, Tensor]:
+class Whitens(Protocol):
+    def whiten(self, means: Tensor, shrinkage: float) -> Tensor: ...
+
+
+def discriminant(means: Tensor, spread: Whitens, shrinkage: float, known: Tensor) -> tuple[Tensor, Tensor]:
     """w_c = S^-1 m_c (C, r) and -m_c w_c / 2 (C,): Gaussians of one covariance S, all classes as likely.
 
     means (C, r); known (C,) bool: of the other classes nothing is known, and none of them is ever said.

@@ -29,14 +29,15 @@ from torch import Tensor, nn
 
 from training.class_texts import Texts, text_blocks, text_reads
 from training.data import Cache, feature_words
-from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, Transform, feature_also_reads, parts_of
-from training.layers.gaussian import Share, Spread, discriminant
+from training.layers.blocks import linear_layer
+from training.layers.features import FeatureSettings, Transform, feature_also_reads, parts_of
+from training.layers.gaussian import Share, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
+from training.layers.teachers import Teachers, teach
 from training.layers.text_map import PENALTIES, TEACHERS, TextMap, explained, least_error
 from training.methods import Fitted, NotPossible, linear_probe, search
-from training.methods.prototypes import class_means
+from training.methods.prototypes import means_of
 
 SEEDED = False
 READS = feature_words() | {"names", "concepts", "owners"}
@@ -66,31 +67,29 @@ def reads(settings: Settings) -> frozenset[str]:
 class Learned(NamedTuple):
     """What no knob changes that val chooses: a search for few shots fits every point of the grid anew."""
 
-    features: Features
-    span: Span
-    spread: Spread  # of the classes that teach
-    centre: Tensor  # m_0 (r,)
+    teachers: Teachers
+    centre: Tensor  # m_0 (F,)
     ratio: float  # tr(S) / tr(R)
     explained: float  # v
     penalty: float
-    expected: Tensor  # q_c (C, r)
-    means: Tensor  # m_c (C, r)
+    expected: Tensor  # q_c (C, F)
+    means: Tensor  # m_c (C, F)
     images: Tensor  # k_c (C,)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     """Raises NotPossible where fewer than three classes have images to learn from, or a class lacks a text."""
     learned = learn(cache, tuple(settings.features), settings.transform, settings.texts, settings.penalty)
-    features, span, centre = learned.features, learned.span, learned.centre
+    features, centre = learned.teachers.features, learned.centre
     x_val = features.of(cache, cache.images("val"))
     known = torch.ones_like(learned.images, dtype=torch.bool)
 
     def layer(shrinkage: float, strength: float) -> nn.Linear:
         share = trust(learned.images, strength * learned.ratio)[:, None]
         offsets = share * (learned.means - centre) + (1 - share) * (learned.expected - centre)
-        weight, bias = discriminant(offsets, learned.spread, shrinkage, known)
+        weight, bias = discriminant(offsets, learned.teachers, shrinkage, known)
         scale = (share + (1 - share) * max(learned.explained, 0.0)).mean().clamp(min=FAINT)
-        return linear_layer(span.back(weight) / scale, (bias - weight @ centre) / scale)
+        return linear_layer(weight / scale, (bias - weight @ centre) / scale)
 
     point, history = search(cache, settings, lambda shrinkage, strength: layer(shrinkage, strength)(x_val))
     chosen: dict[str, float | str] = {**point, "penalty": learned.penalty, "explained": learned.explained}
@@ -102,35 +101,29 @@ def learn(
     cache: Cache, names: tuple[str, ...], transform: Transform, texts: Texts, penalties: tuple[float, ...]
 ) -> Learned:
     """From the classes that teach, the few images and the texts. Raises NotPossible."""
-    teachers = cache if cache.others is None else cache.others
-    if training_targets(teachers).any(0).sum() < TEACHERS:
+    lent = cache if cache.others is None else cache.others
+    if training_targets(lent).any(0).sum() < TEACHERS:
         raise NotPossible(
             f"fewer than {TEACHERS} classes have images to learn from where images of a class with this text lie; take"
             " zero_shot or description_zero_shot"
         )
-    features = Features.measure(teachers, FeatureSettings(features=list(names), transform=transform))
-    x_teachers = features.of_training(teachers).double()
+    teachers = teach(lent, names, transform)
     told = training_targets(cache)
-    x = x_teachers if teachers is cache else features.of_training(cache).double()
-    span = Span(x_teachers if teachers is cache else torch.cat([x_teachers, x]))
-    centres, covariance, taught = class_means(span.into(x_teachers), training_targets(teachers))
-    means, _, _ = class_means(span.into(x), told)
-    text_map = TextMap(torch.cat(text_blocks(teachers, texts), dim=1)[taught], centres[taught])
+    means, _ = means_of(teachers.features.of_training(cache).double(), told)
+    text_map = TextMap(torch.cat(text_blocks(lent, texts), dim=1)[teachers.taught], teachers.centres)
     penalty = least_error(text_map, penalties)
     left_out = text_map.left_out(penalty)
     expected = text_map.predict(torch.cat(text_blocks(cache, texts), dim=1), penalty)
-    if teachers is cache:
-        expected[taught] = left_out
+    if lent is cache:
+        expected[teachers.taught] = left_out
     error, share = explained(text_map.means, left_out)
     return Learned(
-        features=features,
-        span=span,
-        spread=Spread(covariance, features.size),
-        centre=text_map.means.mean(0),
-        ratio=covariance.trace().item() / max(error, 1e-12),
+        teachers=teachers,
+        centre=teachers.span.back(text_map.means.mean(0)),
+        ratio=teachers.trace / max(error, 1e-12),
         explained=share,
         penalty=penalty,
-        expected=expected,
+        expected=teachers.span.back(expected),
         means=means,
         images=told.sum(0) / cache.views,
     )

@@ -60,6 +60,12 @@ class Prototypes(nn.Module):
         return self.scale * cosine.masked_fill(~self.seen, -1.0)
 
 
+def means_of(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (C, D) of x (n, D) by values (n, C), and the classes with images."""
+    weight = values.sum(0)
+    return values.T @ x / weight.clamp(min=1e-12)[:, None], weight > 0
+
+
 def class_means(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means (C, D) of x (n, D) by values (n, C), the covariance (D, D) within classes, and the classes with images."""
     return class_means_of([(x, values)])

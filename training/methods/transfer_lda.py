@@ -20,18 +20,18 @@ not possible: it would be lda.
 import functools
 from typing import NamedTuple
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from training.data import Cache, feature_words
-from training.layers.blocks import Span, linear_layer
-from training.layers.features import Features, FeatureSettings, Transform, feature_also_reads, feature_reads
-from training.layers.gaussian import Share, Spread, discriminant
+from training.layers.blocks import linear_layer
+from training.layers.features import FeatureSettings, Transform, feature_also_reads, feature_reads
+from training.layers.gaussian import Share, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
+from training.layers.teachers import Teachers, teach
 from training.methods import Fitted, NotPossible, linear_probe, search
-from training.methods.prototypes import class_means
+from training.methods.prototypes import means_of
 
 SEEDED = False
 READS = feature_words()
@@ -52,28 +52,25 @@ class Settings(FeatureSettings):
 class Learned(NamedTuple):
     """What no knob changes: a search for few shots fits every point of the grid anew."""
 
-    features: Features
-    span: Span
-    spread: Spread  # of the other classes
-    centre: Tensor  # m_0 (r,)
+    teachers: Teachers
+    centre: Tensor  # m_0 (F,)
     ratio: float  # tr(S) / tr(T)
-    means: Tensor  # (C, r)
+    means: Tensor  # (C, F)
     known: Tensor  # (C,) bool: the classes that have images
     images: Tensor  # k_c (C,)
 
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     """Raises NotPossible where the cache has no images of other classes, or those of one alone."""
-    features, span, spread, centre, ratio, means, known, images = learn(
-        cache, tuple(settings.features), settings.transform
-    )
+    teachers, centre, ratio, means, known, images = learn(cache, tuple(settings.features), settings.transform)
+    features = teachers.features
     x_val = features.of(cache, cache.images("val"))
 
     def layer(shrinkage: float, strength: float) -> nn.Linear:
         trusted = trust(images, strength * ratio)
-        weight, bias = discriminant(trusted[:, None] * (means - centre), spread, shrinkage, known)
+        weight, bias = discriminant(trusted[:, None] * (means - centre), teachers, shrinkage, known)
         scale = trusted[known].mean()
-        return linear_layer(span.back(weight) / scale, (bias - weight @ centre) / scale)
+        return linear_layer(weight / scale, (bias - weight @ centre) / scale)
 
     point, history = search(cache, settings, lambda shrinkage, strength: layer(shrinkage, strength)(x_val))
     return Fitted(linear_probe.Probe(features, layer(**point)), history, dict(point))
@@ -85,17 +82,12 @@ def learn(cache: Cache, names: tuple[str, ...], transform: Transform) -> Learned
     others = cache.others
     if others is None or training_targets(others).any(0).sum() < 2:
         raise NotPossible("no images of two other classes are lent to it, so there is nothing to transfer; take lda")
-    # Few images say little of mean and scale too.
-    features = Features.measure(others, FeatureSettings(features=list(names), transform=transform))
-    x_others, x = features.of_training(others).double(), features.of_training(cache).double()
+    teachers = teach(others, names, transform)  # mean and scale too: few images say little of them
     told = training_targets(cache)
-    span = Span(torch.cat([x_others, x]))
-    centres, covariance, taught = class_means(span.into(x_others), training_targets(others))
-    means, _, known = class_means(span.into(x), told)
-    centres = centres[taught]
-    ratio = (covariance.trace() / centres.var(0, correction=0).sum()).item()
-    spread, images = Spread(covariance, features.size), told.sum(0) / cache.views
-    return Learned(features, span, spread, centres.mean(0), ratio, means, known, images)
+    means, known = means_of(teachers.features.of_training(cache).double(), told)
+    ratio = (teachers.trace / teachers.centres.var(0, correction=0).sum()).item()
+    centre = teachers.span.back(teachers.centres.mean(0))
+    return Learned(teachers, centre, ratio, means, known, told.sum(0) / cache.views)
 
 
 def trust(images: Tensor, strength: float) -> Tensor:
