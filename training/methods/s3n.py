@@ -19,18 +19,24 @@ place of a strided 3 x 3 convolution with BatchNorm; the radii are learned as lo
 else (theirs move 1e-4 times as fast), and the sampler's Gaussian is fixed; warm-up is a share of the schedule; peaks
 are never drawn at evaluation, where the code drew them for 21 epochs. An image without a peak, such as one whose map is
 constant, is sampled evenly: Q is base_ratio throughout.
+
+With `look` D and C read pixels, as in the paper: d = GELU(LN(V_D g_D)), g_D the pooled vector of the picture that a
+first look has sampled for D, embedded again (stages/look_again.py), and c alike. O still reads the tokens. Both samples
+are those of evaluation, fixed before this fit: no peak is drawn here, and no radius is learned.
 """
 
 from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fieldmark.params import Block, Count, Fraction
 from fieldmark.pictures.sampler import over_picture
 from training.data import Batch, Cache
+from training.data.again import WORD as AGAIN
+from training.data.part import NAME
 from training.layers.blocks import Dropout, Standardise, silent
 from training.layers.nodes import in_precision, token_scale
 from training.layers.response import peaks, salient_map
@@ -44,15 +50,15 @@ from training.token_heads import (
     HeadSettings,
     fit_head,
     head_also_reads,
-    layer_reads,
+    head_reads,
     own_layer,
     tokens_word,
 )
 
 SEEDED = True
-READS = frozenset({"tokens"}) | PROBE_WORDS
+READS = frozenset({"tokens", AGAIN}) | PROBE_WORDS
 ALSO = PROBE_WORDS
-reads, also_reads = layer_reads, head_also_reads
+also_reads = head_also_reads
 
 SIDE = 31  # of response maps, attention and the sampler's grid
 
@@ -73,7 +79,31 @@ class Settings(HeadSettings):
     complementary_radius: Positive = 0.3  # of C's Gaussians at the start
     warm_up: Fraction = 1 / 3  # share of `epochs` in which every peak is in D and in C
     smooth_ratio: Annotated[float, Field(ge=0.5, le=1)] = 0.85  # what the class has in the smoothed cross entropies
+    look: str | None = None  # key of `train.first_looks` whose pictures D and C read; null: tokens that are read anew
     loss_weights: LossWeights = LossWeights()  # beside the cross entropy of the answer, weight 1; 0 switches one off
+
+
+    @field_validator("look")
+    @classmethod
+    def _is_a_name(cls, look: str | None) -> str | None:
+        if look is not None and not NAME.fullmatch(look):
+            raise ValueError("input should be a key under train.first_looks in params.yaml")
+        return look
+
+
+def look_word(look: str) -> str:
+    """What READS calls a second look."""
+    return f"{AGAIN}/{look}"
+
+
+def own_reads(settings: Settings) -> frozenset[str]:
+    """What the head reads itself, and not by its probe."""
+    own = own_layer(settings)
+    return own if settings.look is None else own | {look_word(settings.look)}
+
+
+def reads(settings: Settings) -> frozenset[str]:
+    return head_reads(settings, own_reads(settings))
 
 
 class Answers(NamedTuple):
@@ -86,7 +116,7 @@ class Answers(NamedTuple):
 
 
 class Branch(nn.Module):
-    """What is made of tokens that were read anew."""
+    """What is made of tokens that were read anew, or of the vector of a picture that was."""
 
     def __init__(self, width: int, classes: int, hidden: int) -> None:
         super().__init__()
@@ -97,6 +127,10 @@ class Branch(nn.Module):
         """Tokens x (B, T, d), to be read with weights (B, T', T) -> (B, hidden)."""
         # The buffer first: it is linear, so the order does not matter, and what is resampled is narrower.
         return F.gelu(self.norm(weights.to(x.dtype) @ self.buffer(x))).mean(1)
+
+    def whole(self, g: Tensor) -> Tensor:
+        """A vector of each picture, g (B, d) -> (B, hidden)."""
+        return F.gelu(self.norm(self.buffer(g)))
 
 
 class S3N(nn.Module):
@@ -109,18 +143,22 @@ class S3N(nn.Module):
         classes: int,
         settings: Settings,
         warm_up: int = 0,
+        look: Standardise | None = None,
     ) -> None:
-        """`warm_up`: how many images training takes with every peak in both branches."""
+        """`warm_up`: how many images training takes with every peak in both branches; `look`: of a second look's."""
         super().__init__()
         width, hidden = len(scale.mean), settings.hidden
         self.word = tokens_word(settings)
-        self.scale, self.beside = scale, beside
+        self.scale, self.beside, self.look = scale, beside, look
+        self.look_word = None if settings.look is None else look_word(settings.look)
         self.base_ratio, self.smooth_ratio = settings.base_ratio, settings.smooth_ratio
         self.log_radius = nn.Parameter(torch.tensor([settings.radius, settings.complementary_radius]).log())
         self.register_buffer("left", torch.tensor(warm_up))  # counted on the device, so that no step waits for it
         self.dropout = Dropout(settings.dropout)
         self.classify_raw = silent(width, classes)
-        self.discriminative, self.complementary = (Branch(width, classes, hidden) for _ in range(2))
+        self.discriminative, self.complementary = (
+            Branch(width if look is None else len(look.mean), classes, hidden) for _ in range(2)
+        )
         self.classify = silent(width + 2 * hidden, classes)
 
     def forward(self, batch: Batch) -> Output:
@@ -137,11 +175,7 @@ class S3N(nn.Module):
         """All that it says of a batch; `joint` is the answer."""
         x, grid = self.scale(batch.of(self.word)), batch.grid_of(self.word)
         z = self.beside(batch, x.new_zeros(self.classify.out_features))
-        with torch.autocast(x.device.type, enabled=False):  # places are told in full precision
-            raw = x.mean(1)
-            by_d, by_c = sampling_weights(sampling_grid(self.attention(x, grid, z), grid), grid).unbind(1)
-        x = in_precision(x)
-        o, d, c = map(self.dropout, (raw, self.discriminative(x, by_d), self.complementary(x, by_c)))
+        o, d, c = map(self.dropout, (x.mean(1), *self.branches(batch, x, grid, z)))
         logits = (
             self.classify(torch.cat([o, d, c], 1)),
             self.classify_raw(o),
@@ -149,6 +183,16 @@ class S3N(nn.Module):
             self.complementary.classify(c),
         )
         return Answers(*(z + each.float() for each in logits))
+
+    def branches(self, batch: Batch, x: Tensor, grid: tuple[int, int], z: Tensor) -> tuple[Tensor, Tensor]:
+        """d and c, (B, hidden) each, of standardised tokens as `attention` takes them, or of a second look."""
+        if self.look is not None and self.look_word is not None:
+            g_d, g_c = in_precision(self.look(batch.of(self.look_word))).unbind(1)
+            return self.discriminative.whole(g_d), self.complementary.whole(g_c)
+        with torch.autocast(x.device.type, enabled=False):  # places are told in full precision
+            by_d, by_c = sampling_weights(sampling_grid(self.attention(x, grid, z), grid), grid).unbind(1)
+        x = in_precision(x)
+        return self.discriminative(x, by_d), self.complementary(x, by_c)
 
     def attention(self, x: Tensor, grid: tuple[int, int], z: Tensor) -> Tensor:
         """Q_D and Q_C, (B, 2, SIDE, SIDE), of standardised tokens x (B, T, d) of a grid (h, w).
@@ -211,16 +255,18 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     if settings.with_probe is not None:  # beside it an image may be left out: as fit_head does, which shares the fit
         trains = int(fit_rival(cache, settings.with_probe).trains.sum())
     warm_up = round(settings.warm_up * settings.epochs * trains)
+    look = None if settings.look is None else token_scale(cache, look_word(settings.look))
     return fit_head(
         cache,
         settings,
         seed,
-        own_layer(settings),
-        lambda beside: S3N(scale, beside, classes, settings, warm_up),
+        own_reads(settings),
+        lambda beside: S3N(scale, beside, classes, settings, warm_up, look),
         settings.loss_weights.model_dump(),
     )
 
 
 def build(state: State, settings: Settings, classes: int) -> S3N:
     beside = Beside.from_state(within(state, "beside"), settings, classes)
-    return S3N(Standardise.from_state(within(state, "scale")), beside, classes, settings)
+    look = None if settings.look is None else Standardise.from_state(within(state, "look"))
+    return S3N(Standardise.from_state(within(state, "scale")), beside, classes, settings, look=look)

@@ -16,7 +16,7 @@ from training.data.tokens import as_shape
 from training.layers.blocks import Standardise
 from training.layers.response import peaks, salient_map
 from training.layers.sampler import sampling_grid
-from training.methods import load_method
+from training.methods import load_method, reads_of
 from training.methods.s3n import S3N, SIDE, Settings, highest, maps_of, smoothed
 from training.token_heads import Beside
 
@@ -232,3 +232,42 @@ def test_it_reads_more_of_the_cell_that_its_classifier_finds() -> None:
     share = seen[0].mean(1)  # of each token in what is read: (2, T)
     assert share.argmax(1).tolist() == [5, 5]
     assert (share[:, 5] > 1.5 / math.prod(GRID)).all()
+
+
+def test_with_a_look_d_and_c_are_of_the_two_pictures() -> None:
+    """By the equations; what stands in the cells moves O alone, and nothing is drawn in training."""
+    torch.manual_seed(0)
+    looks, tokens = torch.randn(6, 2, 7), torch.randn(6, math.prod(GRID), WIDTH)
+    settings = Settings(hidden=8, dropout=0.0, look="zoom")
+    scale, look = Standardise(tokens.flatten(0, 1)), Standardise(looks.flatten(0, 1))
+    head = S3N(scale, Beside(None), CLASSES, settings, look=look)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def batch(cells: Tensor) -> Batch:
+        y = torch.arange(6) % CLASSES
+        return Batch(y, y, {"tokens": cells, "token_grid": as_shape(GRID), "again/zoom": looks})
+
+    said = head.train().answers(batch(tokens))
+    for image in range(6):
+        o = ((tokens[image] - scale.mean) / scale.scale).mean(0)
+        d, c = (
+            F.gelu(branch.norm(branch.buffer((g - look.mean) / look.scale)))
+            for branch, g in zip((head.discriminative, head.complementary), looks[image], strict=True)
+        )
+        torch.testing.assert_close(said.joint[image], head.classify(torch.cat([o, d, c])), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(said.raw[image], head.classify_raw(o), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(said.discriminative[image], head.discriminative.classify(d), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(said.complementary[image], head.complementary.classify(c), atol=1e-4, rtol=1e-4)
+    other = head.answers(batch(torch.randn_like(tokens)))
+    assert torch.equal(other.discriminative, said.discriminative)
+    assert torch.equal(other.complementary, said.complementary)
+    assert not torch.allclose(other.raw, said.raw)
+
+
+def test_a_look_is_read_beside_the_tokens_and_has_a_name() -> None:
+    module = load_method("s3n")
+    assert reads_of("s3n", module.Settings(look="zoom")) == {"tokens", "again/zoom"}
+    assert reads_of("s3n", module.Settings(look="zoom", layer=4)) == {"tokens/4", "again/zoom"}
+    with pytest.raises(ValueError, match="a key under train"):
+        module.Settings(look="../zoom")

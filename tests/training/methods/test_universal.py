@@ -128,6 +128,7 @@ OF_UNSEEN = {"concept_graph": {"unseen": "both"}}
 HEADS = [method for method in LOOPED if issubclass(load_method(method).Settings, BesideSettings)]
 OF_NODES = {"method": "ridge", "settings": {"features": ["nodes"]}}
 OTHERWISE |= {method: [{"with_probe": BESIDE}, {"with_probe": OF_NODES}] for method in HEADS}
+OTHERWISE["s3n"].append({"look": "zoom"})
 OTHERWISE["pmrc"] += [{"regions": "maps"}]
 OTHERWISE["pair_bottleneck"] = [{"basis": "pca"}, {"basis": "span"}]
 OTHERWISE["pll_fg"] += [{"attributes": "table"}, {"nodes": "tokens"}]
