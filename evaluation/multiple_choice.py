@@ -44,6 +44,19 @@ def mine(logits: Floats, y: Ints) -> Ints:
     return np.concatenate([y[:, None], np.concatenate([np.zeros((0, OPTIONS - 1), np.int64), *wrong])], axis=1)
 
 
+def most_named(options: Ints, y: Ints) -> dict[int, Ints]:
+    """By class, the wrong classes among the options (n, OPTIONS) of its pictures: those named most often first.
+
+    Of classes that are named as often the first in their order goes first.
+    """
+    found = {}
+    for own in np.unique(y).tolist():
+        named, count = np.unique(options[y == own], return_counts=True)
+        wrong = named != own
+        found[own] = named[wrong][np.argsort(-count[wrong], kind="stable")]
+    return found
+
+
 def mix(options: Ints, image_ids: Sequence[str], classes: Sequence[str], seed: int) -> Ints:
     """The same options, each image's in an order that seed, image and classes draw, whatever other images there are."""
     drawn = [

@@ -126,6 +126,7 @@ class Concepts(Block):
     generic: Annotated[int, Field(ge=0)] = 0
     contrast_prompt: str = "prompts/contrast.md"
     contrast: bool = False
+    siblings: str = NONE
     per_class: Count = 10
     samples: Count = 1
 

@@ -13,8 +13,9 @@ Costs   llm.mode live or batch: one call for each class and sample, but for impo
 
 Two prompts more, both off by default. `concepts.generic` N: one call for N texts that hold for many classes, kept as a
 row with subject_id "*". `concepts.contrast`: one call more a class for what tells it from its siblings, the other
-classes of its superclass; a class without any is not asked about, and of more than 20 siblings the first 20 by name are
-named. A class that comes or goes changes the question about its siblings, which is then asked anew.
+classes of its superclass, or what `concepts.siblings` says that it is taken for (tools.foci writes such a file). A
+class without any is not asked about, and of more than 20 siblings the first 20 are named, of a superclass by name. A
+class that comes or goes changes the question about its siblings, which is then asked anew.
 
 Classes that are numbers say nothing to a model (cultivars): with `concepts.prompt: data/none` no class is asked about,
 and `concepts.generic` asks once for words of the whole group. Where a file of texts has "*" for a class, these are
@@ -45,10 +46,10 @@ from typing import Any
 
 from fieldmark import store
 from fieldmark.command import UserError, name_some, run, stage_parser
-from fieldmark.concepts.siblings import siblings_of
+from fieldmark.concepts.siblings import MOST, siblings_of
 from fieldmark.llm.answers import Item, check_coverage, keep_answers
 from fieldmark.llm.held import SCHEMA
-from fieldmark.llm.imported import EDITS, GENERIC, IMPORT, Own, read_own, row_of, start_edit
+from fieldmark.llm.imported import EDITS, GENERIC, IMPORT, SIBLINGS, Own, read_own, read_texts, row_of, start_edit
 from fieldmark.llm.prompts import load_prompt
 from fieldmark.llm.questions import Question, Questions, ask, foresee, write_metrics
 from fieldmark.llm.replay import replay
@@ -86,7 +87,7 @@ def questions_of(classes: list[Row], own: list[Own], params: Params) -> Question
         questions["generic"] = Question(prompt, [Item(GENERIC, 0, prompt.render(card))])
     if settings.contrast:
         prompt = load_prompt(settings.contrast_prompt)
-        family = family_of(classes)
+        family = family_of(classes, settings.siblings)
         values = {class_id: about[class_id] | family[class_id] for class_id in about if class_id in family}
         items = [Item(class_id, 0, prompt.render(each)) for class_id, each in values.items()]
         if items:
@@ -98,11 +99,19 @@ def without_own(classes: list[Row], own: list[Own]) -> list[Row]:
     return [row for row in classes if not any(row["class_id"] in each.texts for each in own)]
 
 
-def family_of(classes: list[Row]) -> dict[str, dict[str, Any]]:
-    """The superclass and the siblings of each class that has any, by class_id. Raises UserError where none has."""
+def family_of(classes: list[Row], named: str) -> dict[str, dict[str, Any]]:
+    """The superclass and the siblings of each class that has any, by class_id; "" where the file `named` says them.
+
+    Raises UserError where none has siblings, or as `read_texts` does.
+    """
+    if named != NONE:
+        by_class = read_texts(named, SIBLINGS, classes)
+        if GENERIC in by_class:
+            raise UserError(f"{named}: {SIBLINGS}: {GENERIC!r} is no class, so it is taken for none; take it out")
+        return {key: {"superclass": "", "siblings": names[:MOST]} for key, names in by_class.items()}
     siblings = siblings_of(classes)
     if not siblings:
-        remedy = "name theirs in the column `superclass` of classes.csv, or set it to false"
+        remedy = f"name theirs in the column `superclass` of classes.csv, name {SIBLINGS}, or set it to false"
         raise UserError(f"params.yaml: concepts.contrast: no two classes of {CLASSES} share a superclass; {remedy}")
     superclass = {row["class_id"]: row["superclass"] for row in classes}
     return {key: {"superclass": superclass[key], "siblings": names} for key, names in siblings.items()}
@@ -151,6 +160,9 @@ def content_params(questions: Questions, own: list[Own], params: Params) -> dict
         content |= {"generic_prompt_sha": questions["generic"].prompt.sha, "generic": settings.generic}
     if "contrast" in questions:
         content |= {"contrast_prompt_sha": questions["contrast"].prompt.sha}
+        if settings.siblings != NONE:
+            asked = [item.messages for item in questions["contrast"].items]
+            content |= {"contrast_sha": store.sha256(store.canonical_json(asked))}
     return content
 
 

@@ -3,14 +3,15 @@
 Reads   predictions of runs of train.runs, or of the rows of a study in folds (--study); data/index/. Of an encoder that
         mines (--encoder) its vectors of pictures and class names, of a run that mines (--run) its predictions, of
         options that were mined elsewhere (--options) that file.
-Writes  data/studies/foci/NAME/{options.parquet (options/1), tables.txt, tables.json}, NAME after the miner, what is
-        judged, and the seed. With --open-test also data/studies/test_was_opened.json.
+Writes  data/studies/foci/NAME/{options.parquet (options/1), siblings.json, tables.txt, tables.json}, NAME after the
+        miner, what is judged, and the seed. With --open-test also data/studies/test_was_opened.json.
 Costs   seconds; memory for what one run predicted with all its seeds, one run at a time.
 
 Judged is the half of val that chose nothing; with --study each image of train and val by the fit that never saw it;
 test with --open-test alone, which is written down as the report writes it down, for the miner as for who is judged.
 options.parquet is for others too: a model that is asked in words is given `names` in their order, and is right where it
-names number `answer` (from 0).
+names number `answer` (from 0). siblings.json names for each class the wrong options of its pictures, those of most of
+them first: `concepts.siblings` of params.yaml takes it, so that a model is asked what tells a class from these.
 
 What the figures mean, and why options are against their own miner, stands in evaluation/multiple_choice.py.
 
@@ -35,10 +36,11 @@ import torch
 
 from evaluation import opened
 from evaluation.compare import describe_commit
-from evaluation.multiple_choice import OPTIONS, Judge, answer, as_json, as_text, mine, mix, score
+from evaluation.multiple_choice import OPTIONS, Judge, answer, as_json, as_text, mine, mix, most_named, score
 from evaluation.out_of_fold import FOLD, read_row, rows_in_folds
 from evaluation.runs import NotMade, Run, check_same_images, group_numbers, groups_of, read_json, read_logits, read_run
 from fieldmark.command import UserError, counted, run, stage_parser
+from fieldmark.concepts.siblings import MOST
 from fieldmark.params import Params, load_params
 from fieldmark.store import Header, fingerprint, make_table, read_header, read_table, write_table, write_text
 from tools.predict import DATA, say
@@ -88,6 +90,13 @@ def read_asked(index: pa.Table, classes: pa.Table, split: str, judged: Run) -> A
     paths = [path for path, own in zip(judged.paths, of_split, strict=True) if own]
     names = dict(zip(classes["class_id"].to_pylist(), classes["name"].to_pylist(), strict=True))
     return Asked(split, paths, [known[path] for path in paths], judged.y[of_split], judged.classes, names)
+
+
+def siblings_of(mined: Mined, asked: Asked) -> dict[str, list[str]]:
+    """By class_id, the names of the classes that its pictures' options hold beside it."""
+    named = most_named(mined.options, asked.y)
+    ids = asked.classes
+    return {ids[own]: [asked.names[ids[other]] for other in others[:MOST]] for own, others in named.items()}
 
 
 class Miner(NamedTuple):
@@ -367,10 +376,11 @@ def main() -> None:
     title += f": {where_judged}, {pictures} of {of} classes"
     text = as_text(title, mined.miner, own, scores, reference, mined.seed)
     write_options(folder / "options.parquet", mined, asked)
+    write_json(folder / "siblings.json", siblings_of(mined, asked))
     write_json(folder / "tables.json", as_json(own, scores))
     write_text(folder / "tables.txt", text)
     print(text, end="")
-    say(f"{folder}: options.parquet, tables.txt and tables.json are written")
+    say(f"{folder}: options.parquet, siblings.json, tables.txt and tables.json are written")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fieldmark.command import UserError, counted, name_some
 from fieldmark.params import NONE, Concepts
 from fieldmark.store import canonical_json, class_id_of, nfc, sha256, write_text
 
-IMPORT, EDITS = "concepts.import", "concepts.edits"
+IMPORT, EDITS, SIBLINGS = "concepts.import", "concepts.edits", "concepts.siblings"
 GENERIC = "*"  # stands in a file for a class: texts of no class
 FORM = "a JSON object of class -> list of texts, or a folder of CLASS.txt"
 Row = dict[str, Any]

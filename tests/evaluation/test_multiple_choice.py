@@ -1,9 +1,11 @@
 """Options against explicit loops; the miner among its own options is its top-1; guessing is right one time in four."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from evaluation.multiple_choice import OPTIONS, Judge, answer, as_json, as_text, mine, mix, score
+from evaluation.multiple_choice import OPTIONS, Judge, answer, as_json, as_text, mine, mix, most_named, score
 from fieldmark.command import UserError
 
 CLASSES = [f"class-{number:02d}" for number in range(12)]
@@ -35,6 +37,16 @@ def test_options_are_those_of_the_published_rule() -> None:
     ]
     assert ((options == y[:, None]).sum(axis=1) == 1).all()
     assert all(len(set(row)) == OPTIONS for row in options.tolist())
+
+
+def test_what_is_named_beside_a_class_by_counting() -> None:
+    logits, y, ids = drawn(300)
+    options = mix(mine(logits, y), ids, CLASSES, seed=3)
+    named = most_named(options, y)
+    assert sorted(named) == sorted(set(y.tolist()))
+    for own, others in named.items():
+        count = Counter(option for row in options[y == own].tolist() for option in row if option != own)
+        assert others.tolist() == sorted(count, key=lambda other: (-count[other], other))
 
 
 def test_the_miner_among_its_options_is_its_top_1() -> None:

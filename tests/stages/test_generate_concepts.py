@@ -501,6 +501,29 @@ def test_of_many_siblings_the_first_are_named(workspace: Workspace, capsys: pyte
     assert re.findall("^- (.*)$", contrast, re.MULTILINE) == [name for name in names if name != "ray 05"][:20]
 
 
+def test_what_a_class_is_taken_for_stands_in_for_its_superclass(server: OpenAIServer, workspace: Workspace) -> None:
+    """Classes of the data or not; a class that the file leaves out is not asked about, whatever siblings it has."""
+    named = {"Iron ray": ["Salt ray", "Tin ray"], id_of("Salt ray"): [f"ray {number:02}" for number in range(30)]}
+    Path("taken.json").write_text(json.dumps(named))
+    ask_more(workspace, siblings="taken.json", generic=0)
+    workspace.run(main)
+    assert len(server.calls) == 3 + 2
+    [iron] = asked_with(server, "does Iron ray alone have among them")
+    assert iron.startswith("In photos of reef fish, Iron ray is easily taken for:\n- Salt ray\n- Tin ray\n\n")
+    [salt] = asked_with(server, "does Salt ray alone have among them")
+    assert re.findall("^- (.*)$", salt, re.MULTILINE) == named[id_of("Salt ray")][:20]
+    before = ANSWERS.read_bytes()
+    workspace.run(main)
+    assert (len(server.calls), ANSWERS.read_bytes()) == (5, before)
+    Path("taken.json").write_text(json.dumps(named | {"Iron ray": ["Salt ray"]}))
+    workspace.run(main)
+    assert len(server.calls) == 6
+    for wrong, said in (({"*": ["Salt ray"]}, r"'\*' is no class"), ({"Iron rey": ["x"]}, "did you mean")):
+        Path("taken.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=said):
+            workspace.run(main)
+
+
 def test_the_texts_of_no_class_are_shown(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"concepts\.generic is 0"):
         workspace.run(main, "--show", "*")

@@ -86,6 +86,11 @@ def test_an_encoder_mines_as_its_zero_shot_run_does(project: Path) -> None:
         assert row["path"] == index[row["image_id"]]["path"]
         assert len(set(row["options"])) == 4
     assert len({row["answer"] for row in rows}) == 4
+    named_beside = json.loads((FOLDER / named / "siblings.json").read_text())
+    assert sorted(named_beside) == sorted({row["options"][row["answer"]] for row in rows})
+    for class_id, names in named_beside.items():
+        of_class = [row for row in rows if row["options"][row["answer"]] == class_id]
+        assert set(names) == {name for row in of_class for name in row["names"]} - {class_id.title()}
     header = read_header(FOLDER / named / "options.parquet", "options/1")
     assert header.params == {"miner": "tiny by class names", "stands_on": ["tiny"], "split": "val", "seed": 0}
 
