@@ -170,3 +170,19 @@ def pairs(restored: Restored, cache: Cache, images: Tensor, classes: Tensor, mos
         best = adds.abs().topk(min(most, adds.shape[1])).indices
         found.append((text[best], adds.gather(1, best), more.gather(1, best)))
     return Pairs(*map(torch.cat, zip(*found, strict=True)))
+
+
+def name_pair(first: str, second: str, more: bool) -> str:
+    """How two texts at the same place are named, of which the picture has more than others do, or less.
+
+    The same text twice is how much places differ in it.
+    """
+    amount = "more" if more else "less"
+    if first == second:
+        return f"{first}, setting places apart {amount} than on other pictures"
+    return f"{amount} of {first} with {second} at the same place than on other pictures"
+
+
+def can_say_why(method: str, reads: frozenset[str]) -> bool:
+    """Whether a run of a method that reads this has patches or texts to name."""
+    return "nodes" in reads or any(hasattr(load_method(method), name) for name in ("texts_add", "pairs_add"))

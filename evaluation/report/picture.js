@@ -77,10 +77,10 @@ function typical(label, without = null) {
   return report.pictures.filter((one) => one.y === label && isRight(one) && one.id !== without).sort((a, b) => b.top[0][1] - a.top[0][1]);
 }
 
-// What each patch adds to a run's answer against its rival: orange for the answer, blue against it.
-function decisionTab(picture, {run, texts}) {
+// What each patch adds to a run's answer against its rival: orange for the answer, blue against it; and each text, or pair.
+function decisionTab(picture, {run, texts, pairs}) {
   const decision = picture.decisions[run], boxes = picture.boxes[report.runs[run].encoder], [a, b] = decision.pair.map((label) => classes[label]);
-  const own = opened.scores && decision.scores !== null, values = own ? decision.scores : decision.fall;
+  const own = opened.scores && decision.scores !== null, values = (own ? decision.scores : decision.fall) ?? [];
   const most = Math.max(1e-9, ...values.map(Math.abs));
   const heat = values.map((value, node) => {
     const made = place(element("span", {class: "heat", title: value.toFixed(2)}), boxes[node]);
@@ -92,6 +92,7 @@ function decisionTab(picture, {run, texts}) {
   const fall = moves ? `${a} against ${b}: how far the decision falls without a patch. Orange speaks for ${a}, blue for ${b}; strongest ${most.toFixed(2)} of a logit.`
     + " The whole picture and coarser patches stay, and they saw the patch too."
     : `${a} against ${b}: no patch moves this decision of ${name} by ${report.least_move} of a logit. It rests on the whole picture.`;
+  const patches = own ? `How much ${name} itself says each patch counted, for whatever class; strongest ${most.toFixed(2)}.` : fall;
   const choice = (scores, text) => element("button", {type: "button", "aria-pressed": String(own === scores),
     onclick: () => { opened.scores = scores; drawPicture("[aria-pressed=true]"); }}, text);
   return {
@@ -100,9 +101,9 @@ function decisionTab(picture, {run, texts}) {
     notes: [
       decision.pair[0] === guess(picture) ? null : element("p", {}, `${name} answers ${a}, and not ${classes[guess(picture)]} as ${shown} does.`),
       decision.scores === null ? null : element("div", {class: "tabs"}, choice(false, "without the patch"), choice(true, "its own scores")),
-      element("p", {class: "soft"}, own
-        ? `How much ${name} itself says each patch counted, for whatever class; strongest ${most.toFixed(2)}.` : fall),
-      decision.texts.length ? element("h4", {}, `Texts by what they add for ${a} against ${b}`) : null,
+      decision.fall === null ? null : element("p", {class: "soft"}, patches),
+      decision.texts.length ? element("h4", {}, `${pairs ? "Pairs of texts" : "Texts"} by what they add for ${a} against ${b}`)
+        : decision.fall === null ? element("p", {class: "soft"}, `${a} against ${b}: no text that ${name} reads moves this decision.`) : null,
       element("ul", {class: "plain weighed"}, ...decision.texts.map(([text, adds]) => element("li", {},
         element("span", {class: adds > 0 ? "weight for" : "weight against"}, (adds > 0 ? "+" : "") + adds.toFixed(2)), element("span", {}, texts[text].text,
           element("small", {}, writtenFor(texts[text].owners, decision.pair[adds > 0 ? 0 : 1])))))),
@@ -113,7 +114,7 @@ function decisionTab(picture, {run, texts}) {
 // Why the run that is shown first has no tab of its own, where others have.
 function noTab(picture) {
   if (!picture.decisions || report.explained.some((one) => one.run === report.shown)) return null;
-  return element("p", {class: "soft"}, `${report.runs[report.shown].name} reads no patches one by one: there is nothing to show of why it`
+  return element("p", {class: "soft"}, `${report.runs[report.shown].name} reads no patches one by one, and no concepts: there is nothing to show of why it`
     + ` answered ${classes[guess(picture)]}. The tabs are of other runs.`);
 }
 

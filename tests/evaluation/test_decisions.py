@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluation import decisions
 from evaluation.decisions import to_explain
@@ -10,6 +11,9 @@ from evaluation.report import report
 from fieldmark.store import bucket_path, read_table
 from tests.evaluation.reported import PLAN, RUNS, Page, make_params
 from tests.training.cache import ENCODER
+from training.data import read_cache
+from training.explain import pairs, texts
+from training.restore import restore
 from training.train import train
 
 
@@ -44,7 +48,7 @@ def test_a_run_that_reads_patches_says_what_each_adds_and_where_it_lies(
     train(params, "params.yaml", "attention_pool", data)
     report(params, data)
     page = Page((data / "report/index.html").read_text()).data
-    assert page["explained"] == [{"run": 2, "texts": []}]  # the others read whole pictures
+    assert page["explained"] == [{"run": 2, "texts": [], "pairs": False}]  # the others read whole pictures
     explained = [picture for picture in page["pictures"] if "decisions" in picture]
     assert len(explained) == 5
     index = {row["path"]: row for row in read_table(data / "index/images.parquet", "index.images/1").to_pylist()}
@@ -59,3 +63,32 @@ def test_a_run_that_reads_patches_says_what_each_adds_and_where_it_lies(
         assert len(decision["fall"]) == len(decision["scores"]) == len(boxes)
         first, second = picture["top"][0][0], picture["top"][1][0]
         assert decision["pair"] == [first, second if picture["y"] == first else picture["y"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["concept_bottleneck", "pair_bottleneck"])
+def test_a_run_of_concepts_names_those_that_decide_and_has_no_patch(data: Path, method: str) -> None:
+    params = make_params(shown=method, runs={**RUNS, method: ENCODER})
+    train(params, "params.yaml", method, data)
+    report(params, data)
+    page = Page((data / "report/index.html").read_text()).data
+    [asked] = page["explained"]
+    assert (asked["run"], asked["pairs"]) == (2, method == "pair_bottleneck")
+    bank = [row["text"] for row in read_table(data / f"bank/{ENCODER}.parquet", "bank/1").to_pylist()]
+    named = [text["text"] for text in asked["texts"]]
+    assert len(named) == len(set(named)) > 1
+    assert all(any(text in name for text in bank) for name in named)
+    if method == "pair_bottleneck":
+        assert all(" than on other pictures" in name for name in named)
+    restored = restore(params, "params.yaml", method, data)
+    cache = read_cache(data, ENCODER, PLAN.buckets, restored.reads)
+    for picture in [one for one in page["pictures"] if "decisions" in one]:
+        decision = picture["decisions"]["2"]
+        assert decision["fall"] is decision["scores"] is None
+        assert picture["boxes"] == {}
+        image = torch.tensor([cache.paths.index(picture["path"])])
+        say = pairs if method == "pair_bottleneck" else texts
+        found = say(restored, cache, image, torch.tensor([decision["pair"]]), decisions.TEXTS)
+        assert found is not None
+        adds = [value for value in found.adds[0].tolist() if abs(value) > decisions.LEAST]
+        assert [value for _, value in decision["texts"]] == pytest.approx(adds, abs=1e-3)

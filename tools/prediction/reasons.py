@@ -17,8 +17,7 @@ from tools.prediction.output import DIGITS, PROTOTYPE, Row
 from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
-from training.explain import LEAST_MOVE, occlude, pairs, texts
-from training.methods import load_method
+from training.explain import LEAST_MOVE, can_say_why, name_pair, occlude, pairs, texts
 from training.restore import Restored
 from training.train import plan_run
 
@@ -106,17 +105,6 @@ class Reasons:
         ]
 
 
-def name_pair(first: str, second: str, more: bool) -> str:
-    """How two texts at the same place are named, of which the picture has more than others do, or less.
-
-    The same text twice is how much places differ in it.
-    """
-    amount = "more" if more else "less"
-    if first == second:
-        return f"{first}, setting places apart {amount} than on other pictures"
-    return f"{amount} of {first} with {second} at the same place than on other pictures"
-
-
 def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:
     """Of patches (N,), boxes (N, 4), those that speak most for the first class, best first, by LEAST_MOVE or more."""
     best = fall.topk(min(PATCHES, len(fall)))
@@ -125,11 +113,6 @@ def best_patches(fall: Tensor, boxes: Tensor) -> list[Row]:
         for gain, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         if gain >= LEAST_MOVE
     ]
-
-
-def can_say_why(method: str, reads: frozenset[str]) -> bool:
-    """Whether a run of a method that reads this has patches or texts to name."""
-    return "nodes" in reads or any(hasattr(load_method(method), name) for name in ("texts_add", "pairs_add"))
 
 
 def runs_that_say_why(params: Params, path: str, data: Path) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from tools.prediction.reasons import Reasons, best_patches, name_pair
-from training.explain import LEAST_MOVE
+from tools.prediction.reasons import Reasons, best_patches
+from training.explain import LEAST_MOVE, name_pair
 
 
 def test_a_pair_is_named_by_both_texts_and_the_classes_that_own_either() -> None:
