@@ -20,7 +20,7 @@ from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.nodes import Nodes
-from training.explain import can_say_why, name_pair, node_scores, occlude, pairs, texts, top_two
+from training.explain import can_say_why, name_pair, name_text, node_scores, occlude, pairs, texts, top_two
 from training.metrics import Ints
 from training.restore import Restored, restore
 from training.train import plan_run
@@ -157,15 +157,14 @@ def word_of(key: Key, words: dict[int, Row], paired: bool) -> Row:
 
 
 def bank_texts(data: Path, encoder: str, classes: Sequence[str]) -> dict[int, Row]:
-    """By concept_idx, the texts of a bank and the places in `classes` of those that own each.
-
-    A prototype has no text, and is named by its classes.
-    """
+    """By concept_idx, the texts of a bank and the places in `classes` of those that own each."""
+    known = store.read_table(data / "index/classes.parquet", "index.classes/2", ["class_id", "name"]).to_pylist()
+    names = {row["class_id"]: row["name"] for row in known}
     table = store.read_table(data / f"bank/{encoder}.parquet", "bank/1", ["concept_idx", "text", "class_ids"])
     label = {class_id: number for number, class_id in enumerate(classes)}
     return {
         row["concept_idx"]: {
-            "text": row["text"] or "prototype of " + ", ".join(row["class_ids"]),
+            "text": name_text(row["text"], row["class_ids"], names),
             "owners": [label[class_id] for class_id in row["class_ids"] if class_id in label],
         }
         for row in table.to_pylist()

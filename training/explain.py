@@ -21,6 +21,7 @@ texts        by the texts of the bank, as the method's file defines it (`texts_a
 pairs        by pairs of texts that show at the same place (`pairs_add`): exact terms of a sum.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ from training.restore import Restored
 STEPS = 32  # of the way that gradients are integrated on
 # Of a logit: a patch that moves a decision by less is no reason for it. It changes no probability by more than 0.013.
 LEAST_MOVE = 0.05
+PROTOTYPE = "prototype of "  # begins the name of a concept that has no text; the classes that own it follow
 Kind = TypeVar("Kind", bound=Fields)
 
 
@@ -170,6 +172,11 @@ def pairs(restored: Restored, cache: Cache, images: Tensor, classes: Tensor, mos
         best = adds.abs().topk(min(most, adds.shape[1])).indices
         found.append((text[best], adds.gather(1, best), more.gather(1, best)))
     return Pairs(*map(torch.cat, zip(*found, strict=True)))
+
+
+def name_text(text: str | None, class_ids: Sequence[str], names: Mapping[str, str]) -> str:
+    """A text of the bank; a prototype has none and is named after the classes that own it. `names` is by class_id."""
+    return text or PROTOTYPE + ", ".join(names[class_id] for class_id in class_ids)
 
 
 def name_pair(first: str, second: str, more: bool) -> str:

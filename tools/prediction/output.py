@@ -18,7 +18,7 @@ from evaluation.words import percent
 from fieldmark import store
 from fieldmark.command import UserError, counted, name_some
 from fieldmark.store import FLOAT, INT, TEXT, items
-from training.explain import LEAST_MOVE
+from training.explain import LEAST_MOVE, PROTOTYPE
 
 Row = dict[str, Any]
 Said = TypeVar("Said")
@@ -26,7 +26,6 @@ FORMATS = ("table", "text", "jsonl", "csv", "parquet")
 WIDEST = 40  # of a column of names in a table
 DIGITS = 2  # of a logit behind the point, where it is printed
 OWNERS = 3  # of a text that are named
-PROTOTYPE = "prototype of "  # begins the name of a concept that has no text; the classes that own it follow
 # What a run knows a picture as.
 SPLITS = {
     "train": "a training picture, so that this says little",

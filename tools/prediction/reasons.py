@@ -13,11 +13,11 @@ from torch import Tensor
 from fieldmark.command import UserError
 from fieldmark.params import Params
 from fieldmark.store import read_table
-from tools.prediction.output import DIGITS, PROTOTYPE, Row
+from tools.prediction.output import DIGITS, Row
 from training.data import Cache, read_cache
 from training.data.bank import Bank
 from training.data.boxes import Boxes
-from training.explain import LEAST_MOVE, can_say_why, name_pair, occlude, pairs, texts
+from training.explain import LEAST_MOVE, can_say_why, name_pair, name_text, occlude, pairs, texts
 from training.restore import Restored
 from training.train import plan_run
 
@@ -80,9 +80,7 @@ class Reasons:
         return [{"patches": each, "concepts": other} for each, other in zip(patches, concepts, strict=True)]
 
     def name(self, concept: Row) -> str:
-        """Its text; a prototype has none and is named after its classes."""
-        text: str | None = concept["text"]
-        return text or PROTOTYPE + ", ".join(self.names[class_id] for class_id in concept["class_ids"])
+        return name_text(concept["text"], concept["class_ids"], self.names)
 
     def best_concepts(self, rows: Sequence[int], adds: Sequence[float]) -> list[Row]:
         """Those whose figure is no 0 where it is printed."""
