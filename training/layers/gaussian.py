@@ -28,6 +28,8 @@ class Spread:
 
 
 class Whitens(Protocol):
+    """What divides by a covariance: a Spread, or one within the space of lent images (layers/teachers.py)."""
+
     def whiten(self, means: Tensor, shrinkage: float) -> Tensor: ...
 
 
