@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from evaluation.report import report
-from tests.evaluation.reported import Page, make_params, rewrite, write_run
+from tests.evaluation.reported import RUNS, Page, make_params, rewrite, write_run
 from tests.training.cache import ENCODER
+from training.train import train
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (make setup)")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -256,3 +257,23 @@ def test_6000_pictures_of_200_classes_stay_few_elements(
     assert shown.ask("document.querySelector('#picture img').naturalWidth") == 12
     assert shown.complaints == []
     assert all(url.startswith(f"file://{folder}/") for url in shown.requests)
+
+
+@pytest.mark.parametrize("method", ["concept_bottleneck", "pair_bottleneck"])
+def test_a_run_of_concepts_has_a_tab_of_texts_alone(browser: Any, data: Path, method: str) -> None:
+    heading = "Pairs of texts" if method == "pair_bottleneck" else "Texts"
+    texts = {position: {"text": f"{HOSTILE} {position}"} for position in range(18)}
+    params = make_params(shown=method, runs={**RUNS, method: ENCODER})
+    rewrite(data / f"bank/{ENCODER}.parquet", "bank/1", texts)
+    train(params, "params.yaml", method, data)
+    report(params, data)
+    shown = Browsed(browser, data / "report")
+    shown.page.click("#tiles button")
+    shown.page.click(f"dialog [role=tab]:has-text('{method}')")
+    text = shown.page.inner_text("dialog")
+    assert f"{heading} by what they add for" in text
+    assert HOSTILE in text
+    assert "without a patch" not in text
+    assert "there is nothing to show of why" not in text
+    assert shown.ask("document.querySelectorAll('dialog .heat').length") == 0
+    assert shown.complaints == []
