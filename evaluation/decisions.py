@@ -17,10 +17,9 @@ from fieldmark import store
 from fieldmark.params import Params
 from training.controls import Control
 from training.data import Cache, read_cache
-from training.data.bank import Bank
 from training.data.boxes import Boxes
 from training.data.nodes import Nodes
-from training.explain import can_say_why, name_pair, name_text, node_scores, occlude, pairs, texts, top_two
+from training.explain import can_say_why, name_pair, name_text, node_scores, occlude, pairs, reads_of, texts, top_two
 from training.metrics import Ints
 from training.restore import Restored, restore
 from training.train import plan_run
@@ -50,9 +49,8 @@ def explain_runs(
     `path` is the parameters' file. To each picture it adds `decisions`, by the place of the run in `runs`: the pair of
     classes, what each patch adds (`fall`, null where it reads none), the method's own scores, texts or pairs of texts;
     and `boxes` of the patches, by encoder. Returns those runs, with the texts that `texts` refers to by place, the
-    classes that own each, and whether they are `pairs`. Of runs under a
-    control there is nothing: it took away what a picture has. Raises UserError where a run is not of these parameters
-    any more.
+    classes that own each, and whether they are `pairs`. Of runs under a control there is nothing: it took away what a
+    picture has. Raises UserError where a run is not of these parameters any more.
     """
     asked: list[Row] = []
     for picture in pictures:
@@ -89,13 +87,12 @@ Key = tuple[int, int, bool]  # two rows of the bank, of one text the same twice;
 
 def decide(restored: Restored, buckets: int, data: Path, y: Ints, positions: Ints) -> Told | None:
     """Ask a run; None where it has no patch to take out and no text that adds. `y` (n,) are the true classes."""
-    reads = restored.reads | ({"boxes"} if "nodes" in restored.reads else set())
-    whole = read_cache(data, restored.encoder, buckets, reads, restored.also, restored.also_reads)
+    whole = read_cache(data, restored.encoder, buckets, reads_of(restored), restored.also, restored.also_reads)
     model, cache, images = restored.model, whole.only(restored.reads), torch.from_numpy(positions)
     first, second = top_two(model, cache, images).T
     true = torch.from_numpy(y)
     classes = torch.stack([first, torch.where(first == true, second, true)], dim=1)
-    falls, scores = occlude(model, cache, images, classes), node_scores(model, cache, images)
+    falls = occlude(model, cache, images, classes)
     telling, paired = telling_texts(restored, cache, images, classes)
     if falls is None and telling is None:
         return None
@@ -116,7 +113,7 @@ def decide(restored: Restored, buckets: int, data: Path, y: Ints, positions: Int
     ]
     where: list[list[list[int]]] | None = None
     if falls is not None:
-        where = []
+        where, scores = [], node_scores(model, cache, images)
         rows = images * whole.views
         boxes, mask = whole.part(Boxes).box[rows, 1:], whole.part(Nodes).mask[rows, 1:]
         for image, own in enumerate(mask):
@@ -134,8 +131,6 @@ def telling_texts(
 
     None where the run reads none.
     """
-    if not cache.has(Bank):
-        return None, False
     found = texts(restored, cache, images, classes, TEXTS)
     if found is not None:
         each = zip(found.text.tolist(), found.adds.tolist(), strict=True)

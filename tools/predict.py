@@ -53,8 +53,8 @@ from tools.prediction.answers import Judge, Votes, best_run, read_judge
 from tools.prediction.output import FORMATS, Row, Writer, write_rows
 from tools.prediction.page import SHOWN, Page
 from tools.prediction.pictures import Picture, Question, Views, look, read_question
-from tools.prediction.reasons import reads_of, runs_that_say_why
-from training.explain import can_say_why
+from tools.prediction.reasons import runs_that_say_why
+from training.explain import can_say_why, reads_of
 from training.restore import Restored, restore
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from training.data import Batch, Cache, Fields
+from training.data.bank import Bank
 from training.data.nodes import Nodes
 from training.loop import EVALUATION_BATCH, margin, predict
 from training.methods import load_method
@@ -138,7 +139,7 @@ def texts(restored: Restored, cache: Cache, images: Tensor, classes: Tensor, mos
     A text that speaks as much for a as for b adds nothing, however well it fits the picture.
     """
     method, found = load_method(restored.method), []
-    if not hasattr(method, "texts_add"):
+    if not hasattr(method, "texts_add") or not cache.has(Bank):
         return None
     for some, pair in zip(images.split(EVALUATION_BATCH), classes.split(EVALUATION_BATCH), strict=True):
         adds = method.texts_add(restored.model, restored.settings, cache, some, pair)
@@ -162,7 +163,7 @@ class Pairs(NamedTuple):
 def pairs(restored: Restored, cache: Cache, images: Tensor, classes: Tensor, most: int = 20) -> Pairs | None:
     """The `most` pairs that add most, for a or for b, to each image's decision; None where the method reads none."""
     method, found = load_method(restored.method), []
-    if not hasattr(method, "pairs_add"):
+    if not hasattr(method, "pairs_add") or not cache.has(Bank):
         return None
     for some, pair in zip(images.split(EVALUATION_BATCH), classes.split(EVALUATION_BATCH), strict=True):
         told = method.pairs_add(restored.model, restored.settings, cache, some, pair)
@@ -193,3 +194,8 @@ def name_pair(first: str, second: str, more: bool) -> str:
 def can_say_why(method: str, reads: frozenset[str]) -> bool:
     """Whether a run of a method that reads this has patches or texts to name."""
     return "nodes" in reads or any(hasattr(load_method(method), name) for name in ("texts_add", "pairs_add"))
+
+
+def reads_of(run: Restored) -> frozenset[str]:
+    """What is read to say why, in the words of READS: what the run reads, and where its patches lie."""
+    return run.reads | ({"boxes"} if "nodes" in run.reads else set())

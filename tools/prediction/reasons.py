@@ -15,18 +15,12 @@ from fieldmark.params import Params
 from fieldmark.store import read_table
 from tools.prediction.output import DIGITS, Row
 from training.data import Cache, read_cache
-from training.data.bank import Bank
 from training.data.boxes import Boxes
-from training.explain import LEAST_MOVE, can_say_why, name_pair, name_text, occlude, pairs, texts
+from training.explain import LEAST_MOVE, can_say_why, name_pair, name_text, occlude, pairs, reads_of, texts
 from training.restore import Restored
 from training.train import plan_run
 
 PATCHES, CONCEPTS = 3, 6  # that are named
-
-
-def reads_of(run: Restored) -> frozenset[str]:
-    """What is read to say why, in the words of READS: what the run reads, and where its patches lie."""
-    return run.reads | ({"boxes"} if "nodes" in run.reads else set())
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,11 @@ class Reasons:
         if fall is not None:
             boxes = cache.part(Boxes).box[images.to(cache.device) * cache.views, 1:].cpu()
             patches = [best_patches(*each) for each in zip(fall.cpu(), boxes, strict=True)]
-        found = texts(self.run, seen, images, classes, CONCEPTS) if seen.has(Bank) else None
+        found = texts(self.run, seen, images, classes, CONCEPTS)
         if found is not None:
             adds = zip(found.text.tolist(), found.adds.tolist(), strict=True)
             concepts = [self.best_concepts(*each) for each in adds]
-        together = pairs(self.run, seen, images, classes, CONCEPTS) if seen.has(Bank) else None
+        together = pairs(self.run, seen, images, classes, CONCEPTS)
         if together is not None:
             of_pairs = zip(together.text.tolist(), together.adds.tolist(), together.more.tolist(), strict=True)
             concepts = [self.best_pairs(*each) for each in of_pairs]

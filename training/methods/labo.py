@@ -35,7 +35,7 @@ from training.layers.states import State
 from training.loop import NotNegative, Positive, Schedule, fit_epochs
 from training.methods import Fitted, NotPossible, Output
 from training.methods.concept_bottleneck import is_concept
-from training.methods.prototypes import class_means
+from training.methods.prototypes import means_of
 
 SEEDED = True
 READS = frozenset({"globals", "concepts", "owners"})
@@ -92,7 +92,7 @@ def select(bank: Bank, means: Tensor, settings: Settings) -> Tensor:
 
 def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     bank, (vectors, told) = cache.part(Bank), training_globals(cache)
-    means, _, known = class_means(vectors, as_probabilities(told, len(cache.classes)))
+    means, known = means_of(vectors, as_probabilities(told, len(cache.classes)))
     row = select(bank, means[known], settings).nonzero()[:, 0]
     return fit_epochs(partial(LaBo, bank.K[row], row, bank.own[row].T.float(), settings.scale), cache, settings, seed)
 

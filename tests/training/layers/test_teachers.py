@@ -15,7 +15,7 @@ Planted = Callable[[Plan], Cache]
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers, "remembered", [])
+    monkeypatch.setattr(teachers, "remembered", {})
 
 
 @pytest.fixture
