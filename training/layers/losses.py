@@ -106,20 +106,12 @@ def capped_chamfer(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
 
 
 def assignment_logits(h: Tensor, mask: Tensor, proxies: Tensor) -> Tensor:
-    """(B, C) float32: the highest h_n . P_cj over an image's nodes and a class's proxies; node 0 is real.
+    """(B, C) float32: the highest h_n . P_c over an image's nodes; node 0 is real.
 
-    h (B, n, r), mask (B, n), proxies (C, P, r). Only the pair that wins has a gradient.
+    h (B, n, r), mask (B, n), proxies (C, r). Only the node that wins has a gradient.
     """
-    classes, count = proxies.shape[:2]
-    with torch.no_grad():
-        # Another node 0 wins nothing, and needs no mask as large as `every`.
-        every = torch.where(mask[:, :, None], h, h[:, :1]) @ proxies.transpose(0, 1).flatten(0, 1).T  # (B, n, P C)
-        node = every.unflatten(2, (count, classes)).amax(2).max(1).indices  # (B, C), the one that wins
-        row = torch.arange(0, len(h) * h.shape[1], h.shape[1], device=h.device)[:, None] + node
-    # With gradients, the winning nodes alone.
-    won = h.flatten(0, 1).index_select(0, row.T.flatten()).unflatten(0, (classes, len(h)))
-    pairs = won @ proxies.to(h.dtype).transpose(1, 2)  # (C, B, P)
-    return pairs.transpose(0, 1).float().max(2).values
+    h = torch.where(mask[:, :, None], h, h[:, :1])  # another node 0 wins nothing
+    return (h @ proxies.to(h.dtype).T).float().max(1).values
 
 
 def margin_contrast(x: Tensor, target: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class TRD(nn.Module):
 
     def answers(self, h: Tensor, mask: Tensor) -> Tensor:
         """(K, B, C): what each head says of an image, by the node that it finds likeliest, class by class."""
-        said = [assignment_logits(head.features(h), mask, head.classify.weight[:, None]) for head in self.mappers]
+        said = [assignment_logits(head.features(h), mask, head.classify.weight) for head in self.mappers]
         return torch.stack(said)
 
     def assignment(self, answers: Tensor, target: Tensor) -> Tensor:
