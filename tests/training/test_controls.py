@@ -340,6 +340,7 @@ MORE_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "lpp": [{"text_scale": [0.0]}],
     "description_zero_shot": [{"class_names": True}, {"keep": 2, "neighbours": 1, "average": "embeddings"}],
     "prior_lda": [{"texts": "names"}, {"texts": "concepts"}],
+    "plda": [{"texts": "both"}],
     **{method: [{"texts": "both"}] for method in ("gda", "proker", "prolip")},
 }
 CASES = [(method, given) for method in method_names() for given in ({}, *MORE_SETTINGS.get(method, []))]

@@ -57,7 +57,7 @@ METHODS = sorted(file.stem for file in Path("training/methods").glob("[a-z]*.py"
 UNTRAINED = ["zero_shot", "description_zero_shot"]
 TRAINED = [method for method in METHODS if method not in UNTRAINED]
 LOOPED = [method for method in TRAINED if issubclass(load_method(method).Settings, Schedule)]  # trained by the loop
-OF_TEXTS_TOO = ["prior_lda", "gda", "proker"]  # probes that set texts beside images
+OF_TEXTS_TOO = ["prior_lda", "plda", "gda", "proker"]  # probes that set texts beside images
 PROBES = [method for method in METHODS if "features" in load_method(method).Settings.model_fields]
 LINKED = [method for method in METHODS if issubclass(load_method(method).Settings, LinkSettings)]  # images that send
 # Those that see patches or tokens; probes see what `features` say.
@@ -68,7 +68,7 @@ LOCAL = [
 ] + ["pair_bottleneck"]
 # 4 means hold no 32 images, nor do 4 that share the spread of other classes, nor do 4 beside texts that outvote them,
 # nor weighted means of cosines with texts (labo), nor what neighbours are told (label_propagation).
-HOLD_LESS = ["prototypes", "transfer_lda", "prior_lda", "gda", "labo", "label_propagation"]
+HOLD_LESS = ["prototypes", "transfer_lda", "prior_lda", "plda", "gda", "labo", "label_propagation"]
 BY_HEART = [method for method in TRAINED if method not in HOLD_LESS]
 LEAVING_OUT = ["ridge", "rbf_ridge"]  # these choose by training images and need no val
 Planted = Callable[[Plan], Cache]
