@@ -54,6 +54,7 @@ EARNED = {"live", "batch", "edited"}
 MENDABLE = {"truncated", "invalid"}
 # What OpenAI's Batch API costs of the price of a call [mem].
 BATCH_PRICE = 0.5
+IN_A_ROW = 20  # questions without an answer, one after the other, after which no other is asked
 ASKING = "asking"  # begins the names of the threads that ask
 SETTLE_LOOK_S = 0.01  # seconds between two looks at whether they are done
 # What a server on this machine costs that llm.prices does not name.
@@ -244,7 +245,7 @@ def ask_all(
     """
     llm = client.llm
     answers: dict[str, Row | int] = {}
-    spent = 0.0
+    spent, failed = 0.0, 0
     pool = ThreadPoolExecutor(llm.concurrency, ASKING)
     progress = tqdm(total=len(new), desc=stage, unit="call", dynamic_ncols=True)
     try:
@@ -261,6 +262,10 @@ def ask_all(
             progress.update()
             if passes_limit(charged, llm):
                 raise overspent(charged, answers, len(new), llm)
+            if entry.base_url is not None:  # a picture that cannot be read says nothing of the server
+                failed = failed + 1 if row["status"] == "error" else 0
+            if failed == IN_A_ROW:
+                raise unheard_of(row, answers, len(new), llm)
     except BaseException as error:
         client.stopping.set()
         if isinstance(error, KeyboardInterrupt):
@@ -286,6 +291,16 @@ def overspent(charged: float, answers: Mapping[str, Row | int], count: int, llm:
     return UserError(
         f"params.yaml: llm.max_usd: ${charged:.4f} is spent, more than {llm.max_usd}; {kept} of {count} answers are"
         " kept, raise the limit to go on"
+    )
+
+
+def unheard_of(last: Row, answers: Mapping[str, Row | int], count: int, llm: Llm) -> UserError:
+    """What to say where the server answers no more in a run of `count` questions; `last` is the last that failed."""
+    kept = sum(isinstance(answer, int) for answer in answers.values())
+    return UserError(
+        f"{public_url(server_of(llm))}: {IN_A_ROW} questions in a row got no answer, each in up to"
+        f" {llm.max_attempts} calls (llm.max_attempts); the last said {last['response_json'][:300]}; {kept} of {count} answers are kept. See to"
+        " the server, or to what is asked of llm.model, and run the stage again: it asks what remains"
     )
 
 

@@ -19,6 +19,7 @@ from fieldmark.command import UserError
 from fieldmark.llm.answers import (
     ASKING,
     FREE,
+    IN_A_ROW,
     Item,
     Unaskable,
     charge,
@@ -224,6 +225,29 @@ def test_spending_stops_where_the_estimate_was_too_low(server: OpenAIServer) -> 
     with pytest.raises(UserError, match="is spent"):
         ask(server, *"abcdefghijklmnop", max_output_tokens=1, max_usd=0.00021, concurrency=1)
     assert len(server.calls) < 5
+
+
+def test_a_server_that_answers_no_more_is_not_asked_to_the_end(server: OpenAIServer) -> None:
+    server.script += [failure(500)] * IN_A_ROW * 2
+    many = [f"question {number}" for number in range(10 * IN_A_ROW)]
+    with pytest.raises(UserError, match=r"20 questions in a row got no answer.*the last said.*0 of 200 answers"):
+        ask(server, *many, concurrency=1, max_attempts=1)
+    assert len(server.calls) <= IN_A_ROW + 1  # one had begun
+    server.script.clear()
+    server.script += [failure(500)] * (IN_A_ROW - 1)
+    rows = ask(server, *many, concurrency=1, max_attempts=1)  # one less, and then answers: it goes on
+    assert [row["status"] for row in rows] == ["error"] * (IN_A_ROW - 1) + ["ok"] * (len(many) - IN_A_ROW + 1)
+
+
+def test_what_cannot_be_asked_says_nothing_of_the_server(server: OpenAIServer) -> None:
+    def attach(item: Item) -> list[Message]:
+        if item.subject_id != "id of last":
+            raise Unaskable("no picture")
+        return plain(item)
+
+    items = items_of([*(f"picture {number}" for number in range(2 * IN_A_ROW)), "last"])
+    rows = live_answers(STAGE, items, PROMPT, llm_of(server), OUTPUT, attach=attach)
+    assert [row["status"] for row in rows] == ["error"] * 2 * IN_A_ROW + ["ok"]
 
 
 def test_what_is_lost_on_its_way_counts_against_the_limit(server: OpenAIServer) -> None:
