@@ -300,7 +300,8 @@ def unheard_of(last: Row, answers: Mapping[str, Row | int], count: int, llm: Llm
     return UserError(
         f"{public_url(server_of(llm))}: {IN_A_ROW} questions in a row got no answer, each in up to"
         f" {llm.max_attempts} calls (llm.max_attempts); the last said {last['response_json'][:300]}; {kept} of"
-        f" {count} answers are kept. See to the server, or to what is asked of llm.model, and run the stage again: it asks what remains"
+        f" {count} answers are kept. See to the server, or to what is asked of llm.model, and run the stage again: it"
+        " asks what remains"
     )
 
 
