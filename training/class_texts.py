@@ -1,7 +1,8 @@
 """One text vector a class: its name's, that of what is said of it, or both. What methods ask that set texts beside
 images, or in the place of images that a class has not."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from training.data import Cache, feature_words
 from training.data.bank import Bank
 from training.layers.features import FeatureSettings, parts_of
 from training.layers.logistic import as_probabilities, training_globals
-from training.layers.text_map import PENALTIES, TEACHERS, TextMap, least_error
+from training.layers.teachers import Teachers
+from training.layers.text_map import PENALTIES, TEACHERS, TextMap, explained, least_error
 from training.layers.texts import class_text
 from training.methods import NotPossible
 
@@ -103,3 +105,29 @@ def class_mix(cache: Cache, texts: Texts) -> Tensor | None:
     shares = TextMap(text[taught], itself[taught][:, taught]).predict(text[~taught], penalty)
     mix[~taught] = shares @ itself[taught]
     return mix.float()
+
+
+class Expectation(NamedTuple):
+    """Where classes are expected by their texts, within the span of the images that teach (r dimensions)."""
+
+    of_teachers: Tensor  # (T, r): of each class that teaches, by the map that was fitted without it
+    of_classes: Tensor  # (C, r): of each class told apart; of one that teaches, the same
+    penalty: float  # of the map; leaving classes out chose it
+    error: float  # the mean squared error of what is said of classes left out
+    explained: float  # the share of the spread of class means that this explains; under 0 where texts mislead
+
+
+def expect(
+    cache: Cache, lent: Cache, teachers: Teachers, texts: Texts, penalties: Sequence[float]
+) -> Expectation:
+    """By a map that the classes of `lent` teach (layers/text_map.py), `cache` itself or another.
+
+    Raises UserError for a class without a name, NotPossible for one without a concept, where they are asked for.
+    """
+    text_map = TextMap(torch.cat(text_blocks(lent, texts), dim=1)[teachers.taught], teachers.centres)
+    penalty = least_error(text_map, penalties)
+    left_out = text_map.left_out(penalty)
+    expected = text_map.predict(torch.cat(text_blocks(cache, texts), dim=1), penalty)
+    if lent is cache:
+        expected[teachers.taught] = left_out
+    return Expectation(left_out, expected, penalty, *explained(text_map.means, left_out))

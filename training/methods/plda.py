@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.class_texts import Texts, text_blocks, text_reads
+from training.class_texts import Texts, expect, text_reads
 from training.data import Cache, feature_words
 from training.layers.blocks import linear_layer
 from training.layers.features import FeatureSettings, Transform, feature_also_reads, parts_of
@@ -36,7 +36,7 @@ from training.layers.gaussian import Share
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
 from training.layers.teachers import Teachers, teach
-from training.layers.text_map import PENALTIES, TEACHERS, TextMap, explained, least_error
+from training.layers.text_map import PENALTIES, TEACHERS
 from training.methods import Fitted, NotPossible, linear_probe, search
 from training.methods.prototypes import means_of
 
@@ -119,14 +119,12 @@ def learn(
         # The mean of the others, as a map that says nothing has it.
         left_out = centre - (centres - centre) / (len(centres) - 1)
         expected = centre.expand(len(images), -1).clone()
+        if lent is cache:
+            expected[taught] = left_out
     else:
-        text_map = TextMap(torch.cat(text_blocks(lent, texts), dim=1)[taught], centres)
-        penalty = least_error(text_map, penalties)
-        left_out = text_map.left_out(penalty)
-        expected = text_map.predict(torch.cat(text_blocks(cache, texts), dim=1), penalty)
-        chosen = {"penalty": penalty, "explained": explained(centres, left_out)[1]}
-    if lent is cache:
-        expected[taught] = left_out
+        found = expect(cache, lent, teachers, texts, penalties)
+        left_out, expected = found.of_teachers, found.of_classes
+        chosen = {"penalty": found.penalty, "explained": found.explained}
     return Learned(
         teachers=teachers,
         centre=centre,

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.class_texts import Texts, text_blocks, text_reads
+from training.class_texts import Texts, expect, text_reads
 from training.data import Cache, feature_words
 from training.layers.blocks import linear_layer
 from training.layers.features import FeatureSettings, Transform, feature_also_reads, parts_of
@@ -35,7 +35,7 @@ from training.layers.gaussian import Share, discriminant
 from training.layers.logistic import Positive
 from training.layers.ridge import training_targets
 from training.layers.teachers import Teachers, teach
-from training.layers.text_map import PENALTIES, TEACHERS, TextMap, explained, least_error
+from training.layers.text_map import PENALTIES, TEACHERS
 from training.methods import Fitted, NotPossible, linear_probe, search
 from training.methods.prototypes import means_of
 
@@ -110,20 +110,14 @@ def learn(
     teachers = teach(lent, names, transform)
     told = training_targets(cache)
     means, _ = means_of(teachers.features.of_training(cache).double(), told)
-    text_map = TextMap(torch.cat(text_blocks(lent, texts), dim=1)[teachers.taught], teachers.centres)
-    penalty = least_error(text_map, penalties)
-    left_out = text_map.left_out(penalty)
-    expected = text_map.predict(torch.cat(text_blocks(cache, texts), dim=1), penalty)
-    if lent is cache:
-        expected[teachers.taught] = left_out
-    error, share = explained(text_map.means, left_out)
+    found = expect(cache, lent, teachers, texts, penalties)
     return Learned(
         teachers=teachers,
-        centre=teachers.span.back(text_map.means.mean(0)),
-        ratio=teachers.trace / max(error, 1e-12),
-        explained=share,
-        penalty=penalty,
-        expected=teachers.span.back(expected),
+        centre=teachers.span.back(teachers.centres.mean(0)),
+        ratio=teachers.trace / max(found.error, 1e-12),
+        explained=found.explained,
+        penalty=found.penalty,
+        expected=teachers.span.back(found.of_classes),
         means=means,
         images=told.sum(0) / cache.views,
     )
