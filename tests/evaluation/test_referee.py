@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from evaluation import referee
 from evaluation.referee import Asked, Roles, Taught, Texts
 from tests.training.cache import Plan
+from tests.training.methods.test_prior_lda import described
 from training.class_texts import text_blocks
 from training.data import Cache
-from training.data.nodes import Globals, Nodes
 from training.layers.blocks import Standardise
 from training.layers.features import Features, FeatureSettings
 from training.layers.sparse import sparse_layers
@@ -62,13 +62,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def cache(planted: Planted) -> Cache:
-    """Classes that texts describe: where images of a class lie is a turn of where its texts lie."""
-    plan = Plan(classes=24, train=8, val=4, test=8, nodes=1, ragged=False, cue="global", noise=1.6, dimension=16)
-    made = planted(plan)
-    turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
-    g = F.normalize(made.part(Nodes).nodes[:, 0].float() @ turn, dim=1)
-    reads = {"globals", "names", "concepts", "owners"}
-    return made.only({"nodes", *reads}).with_part(Globals(g.half())).only(reads)
+    return described(planted)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

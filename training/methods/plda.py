@@ -71,10 +71,11 @@ class Learned(NamedTuple):
 
     teachers: Teachers
     centre: Tensor  # m_0 (r,), within the span of the images that teach
-    missed: Tensor  # (T, r): by how much the means of the classes that teach miss what is said without them
+    missed: Tensor  # (T, r), along S's axes: by how much means of classes that teach miss what is said without them
     noise: float  # the mean of 1 / n
-    expected: Tensor  # e_c - m_0 (C, r)
-    means: Tensor  # m_c - m_0 (C, F), in x; 0 for a class without images
+    expected: Tensor  # e_c - m_0 (C, r), along S's axes
+    inside: Tensor  # m_c - m_0 (C, r), along S's axes
+    beside: Tensor  # what of m_c - m_0 (C, F) lies beside the span
     images: Tensor  # k_c (C,)
     chosen: dict[str, float]  # of the map from texts
 
@@ -84,10 +85,7 @@ def fit(cache: Cache, settings: Settings, seed: int) -> Fitted:
     learned = learn(cache, tuple(settings.features), settings.transform, settings.texts, settings.penalty)
     features = learned.teachers.features
     x_val = features.of(cache, cache.images("val"))
-
-    def layer(shrinkage: float, prior_shrinkage: float) -> nn.Linear:
-        return posterior(learned, shrinkage, prior_shrinkage)
-
+    layer = functools.partial(posterior, learned)
     point, history = search(cache, settings, lambda **knobs: layer(**knobs)(x_val))
     chosen: dict[str, float | str] = {**point, **learned.chosen}
     return Fitted(linear_probe.Probe(features, layer(**point)), history, chosen)
@@ -113,7 +111,7 @@ def learn(
     span, centres, taught = teachers.span, teachers.centres, teachers.taught
     told = training_targets(cache)
     images, centre = told.sum(0) / cache.views, centres.mean(0)
-    means, known = means_of(teachers.features.of_training(cache).double(), told)
+    means, _ = means_of(teachers.features.of_training(cache).double(), told)
     chosen: dict[str, float] = {}
     if texts == "none":
         # The mean of the others, as a map that says nothing has it.
@@ -125,13 +123,17 @@ def learn(
         found = expect(cache, lent, teachers, texts, penalties)
         left_out, expected = found.of_teachers, found.of_classes
         chosen = {"penalty": found.penalty, "explained": found.explained}
+    off = means - span.back(centre)
+    inside = span.into(off)
+    to_axes = teachers.spread.axes
     return Learned(
         teachers=teachers,
         centre=centre,
-        missed=centres - left_out,
+        missed=(centres - left_out) @ to_axes,
         noise=(lent.views / taught_by.sum(0)[taught]).mean().item(),
-        expected=expected - centre,
-        means=(means - span.back(centre)) * known[:, None],
+        expected=(expected - centre) @ to_axes,
+        inside=inside @ to_axes,
+        beside=off - span.back(inside),
         images=images,
         chosen=chosen,
     )
@@ -146,11 +148,9 @@ def posterior(learned: Learned, shrinkage: float, prior_shrinkage: float) -> nn.
     span, spread, size = teachers.span, teachers.spread, teachers.features.size
     within = ((1 - shrinkage) * spread.values + shrinkage * spread.mean).sqrt()
     beside = (shrinkage * spread.mean).sqrt()
-    expected = learned.expected @ spread.axes / within
-    inside = span.into(learned.means)
-    means_in, means_out = inside @ spread.axes / within, (learned.means - span.back(inside)) / beside
+    expected, means_in, means_out = learned.expected / within, learned.inside / within, learned.beside / beside
 
-    _, lengths, axes = torch.linalg.svd(learned.missed @ spread.axes / within, full_matrices=False)
+    _, lengths, axes = torch.linalg.svd(learned.missed / within, full_matrices=False)
     b = (lengths.square() / len(learned.missed) - learned.noise).clamp(min=0)
     b_0 = (prior_shrinkage * b.sum() / size).clamp(min=FLAT)
     b = (1 - prior_shrinkage) * b + b_0
@@ -161,8 +161,7 @@ def posterior(learned: Learned, shrinkage: float, prior_shrinkage: float) -> nn.
         return rows * other + (of_axes * (values - other)) @ axes
 
     few = learned.images.mean()
-    off = means_in - expected
-    mu_in = expected + along(b * k / (b * k + 1), b_0 * k / (b_0 * k + 1), off * (k > 0))
+    mu_in = expected + along(b * k / (b * k + 1), b_0 * k / (b_0 * k + 1), means_in - expected)
     mu_out = means_out * (b_0 * k / (b_0 * k + 1))
     about, about_0 = 1 + b / (b * few + 1), (1 + b_0 / (b_0 * few + 1)).reshape(1, 1)
     w_in, w_out = along(1 / about, 1 / about_0, mu_in), mu_out / about_0

@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tests.training.cache import Plan
-from tests.training.methods.test_prior_lda import LENT, centred, few, texts_of, unseen
+from tests.training.methods.test_prior_lda import LENT, READS, centred, described, few, texts_of, unseen
 from training.data import Cache
 from training.data.bank import Bank
 from training.data.nodes import Globals, Nodes
@@ -19,17 +18,11 @@ from training.regimes import hide_test
 
 Planted = Callable[[Plan], Cache]
 FIXED: dict[str, Any] = {"penalty": [1.0], "shrinkage": [0.2], "prior_shrinkage": [0.4]}
-READS = {"globals", "names", "concepts", "owners"}
 
 
 @pytest.fixture(scope="module")
 def cache(planted: Planted) -> Cache:
-    """Classes that texts describe, which lie apart in a few directions of many, and images that vary in all."""
-    plan = Plan(classes=24, train=8, val=4, test=8, nodes=1, ragged=False, cue="global", noise=1.6, dimension=16)
-    made = planted(plan)
-    turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
-    g = F.normalize(made.part(Nodes).nodes[:, 0].float() @ turn, dim=1)
-    return made.only(READS | {"nodes"}).with_part(Globals(g.half())).only(READS)
+    return described(planted)
 
 
 def fitted(cache: Cache, **knobs: Any) -> Any:
@@ -113,7 +106,7 @@ def test_one_share_for_all_axes_is_transfer_lda(cache: Cache) -> None:
     learned = plda.learn(seen, ("global",), "none", "none", (1.0,))
     spread = learned.teachers.spread
     within = 0.8 * spread.values + 0.2 * spread.mean
-    whitened = learned.missed @ spread.axes / within.sqrt()
+    whitened = learned.missed / within.sqrt()
     b = (torch.linalg.svdvals(whitened).square() / len(whitened) - learned.noise).clamp(min=0).sum() / 16
     ratio = transfer_lda.learn(seen, ("global",), "none").ratio
     settings = transfer_lda.Settings.model_validate({"shrinkage": [0.2], "strength": [1 / (b.item() * ratio)]})

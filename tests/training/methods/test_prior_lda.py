@@ -26,6 +26,10 @@ READS = {"globals", "names", "concepts", "owners"}
 
 @pytest.fixture(scope="module")
 def cache(planted: Planted) -> Cache:
+    return described(planted)
+
+
+def described(planted: Planted) -> Cache:
     """Classes that texts describe: where images of a class lie is a turn of where its texts lie."""
     plan = Plan(classes=24, train=8, val=4, test=8, nodes=1, ragged=False, cue="global", noise=1.6, dimension=16)
     made = planted(plan)
