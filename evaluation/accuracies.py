@@ -88,13 +88,13 @@ def summarise(
     not_made: Sequence[NotMade],
     reference: str,
     warning: Row | None,
-    leaks: Row | None,
+    leaks: Sequence[Row],
     was_opened: bool,
     page: Path,
 ) -> str:
     """summary.txt: the table in % and points, and the notes that it must not be read without.
 
-    `votes` are those of vote_rows, `warning` is about contamination, `leaks` what descriptions of images give away
+    `votes` are those of vote_rows, `warning` is about contamination, `leaks` what texts about images give away
     (read_leaks); `was_opened`: test pictures were looked at.
     """
     lines = [["run", *(head for split in COMPARED for head in (split, f"{split} - {reference} [95 %]")), "train"]]
@@ -130,6 +130,7 @@ def summarise(
         reasons = ", ".join(f"{images} {reason}" for images, reason in warning["reasons"])
         counts_of = f"{warning['images']} of {warning['of']} images ({reasons})"
         lasts.insert(-1, f"warning: test is contaminated: {counts_of}; test accuracy is optimistic")
-    if leaks is not None and leaks["runs"]:
-        lasts.insert(-1, f"warning: {', '.join(leaks['runs'])}: read descriptions; {words_alone(leaks)}")
+    for leak in leaks:
+        if leak["runs"]:
+            lasts.insert(-1, f"warning: {', '.join(leak['runs'])}: read {leak['what']}; {words_alone(leak)}")
     return printable("\n".join([lay_out(lines), "", *lasts])) + "\n"

@@ -24,13 +24,12 @@ import numpy as np
 from evaluation.runs import Run
 from fieldmark import store
 from fieldmark.checkout import original_checkout
+from fieldmark.llm.tables import PAID, answer_tables
 from training.links import TRANSDUCTIVE, named
 
 SCHEMA = "report.state/1"
 STATES = Path(".cache/states")
 NOW, BEFORE = "now.json", "before.json"
-ANSWERS = ("concepts", "descriptions")  # folders under data/ that hold an answers.parquet
-PAID = ("live", "batch")  # sources of answers that cost
 NOT_WRITTEN = "is not written any more"
 GENERIC = "*"  # stands for the class of texts that are of none
 
@@ -127,9 +126,9 @@ def concepts_of(data: Path, encoder: str) -> Concepts:
 def costs_of(data: Path) -> dict[str, tuple[int, int, float]]:
     """By the time at which answers came: how many, how many of them without a known price, US dollars."""
     found: defaultdict[str, tuple[int, int, float]] = defaultdict(lambda: (0, 0, 0.0))
-    for folder in ANSWERS:
+    for path in answer_tables(data):
         columns = ["source", "created_at", "cost_usd"]
-        for row in store.read_table(data / folder / "answers.parquet", "llm.answers/1", columns).to_pylist():
+        for row in store.read_table(path, "llm.answers/1", columns).to_pylist():
             if row["source"] in PAID:
                 answers, unpriced, usd = found[row["created_at"]]
                 unpriced += row["cost_usd"] is None

@@ -1,9 +1,10 @@
-"""What descriptions of images give away: names in them, and how far a classifier of their words alone gets.
+"""What texts about images give away: names in them, and how far a classifier of their words alone gets.
 
-A vision model that describes a picture often recognises its class, and says so in the picture's own text, a test
-picture's too. The mask takes out what the class table names; the control says what is left: TF-IDF of single words and
-ridge regression (scikit-learn's RidgeClassifier in kind, penalty 1, nothing chosen), fitted on the texts of training
-images and judged on those of val. A run that reads descriptions may get as far without looking at a picture.
+A model that describes a picture, or answers a question about it, often recognises its class, and says so in the
+picture's own text, a test picture's too. The mask takes out what the class table names; the control says what is left:
+TF-IDF of single words and ridge regression (scikit-learn's RidgeClassifier in kind, penalty 1, nothing chosen), fitted
+on the texts of training images and judged on those of val. A run that reads them may get as far without looking at a
+picture. Where a question asks for guesses of the class, the first one is a control of its own.
 
 bench/leaks.py judges both on 10,000 real sentences about aircraft.
 """
@@ -15,17 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from evaluation.runs import Row, Run
 from evaluation.words import percent
 from fieldmark import store
+from fieldmark.concepts.guesses import Guessed
 from fieldmark.concepts.names import Finder, Keys, domain_words, words, written_as_name
+from fieldmark.llm.said import strings_in
 from fieldmark.params import Domain
+from training.data.asked import texts_of
 from training.metrics import Floats, Ints
 
 DESCRIPTIONS = "descriptions/descriptions.parquet"
 CELLS = "descriptions/cells.parquet"
 VOCABULARY = 4096  # words that a text is judged by: those in most training texts
+Versions = dict[str, dict[str, str]]  # "before" and "after" the mask: texts by image_id
 CHUNK = 1024  # texts counted at a time
 PENALTY = 1.0
 # A word that tells: in so many texts at least, and so large a share of them of one class.
@@ -158,49 +164,107 @@ def joined(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {image_id: " ".join(sentences) for image_id, sentences in texts.items()}
 
 
-def read_leaks(data: Path, index: pa.Table, classes: pa.Table, domain: Domain, runs: Sequence[Run]) -> Row | None:
-    """What data/descriptions/ gives away, of pictures and cells together, and `runs`, the names of those that read it.
-
-    None where nothing is described. `index` and `classes` are the tables index.images and index.classes.
-    """
+def described(data: Path) -> Versions:
+    """What data/descriptions/ says of images, of pictures and cells together."""
     path = data / DESCRIPTIONS
-    if not path.is_file():
-        return None
     table = store.read_table(path, "descriptions/1").sort_by([("image_id", "ascending"), ("rank", "ascending")])
     sentences = table.select(["image_id", "text"]).to_pylist()
     if (data / CELLS).is_file():  # what was described before cells could be has none
         cells = store.read_table(data / CELLS, "descriptions.cells/1")
         cells = cells.sort_by([(name, "ascending") for name in ("image_id", "cell", "rank")])
         sentences += cells.select(["image_id", "text"]).to_pylist()
-    usable = {row["image_id"]: row for row in index.to_pylist() if row["status"] == "ok"}
-    masked = joined((row["image_id"], row["text"]) for row in sentences if row["image_id"] in usable)
-    if not masked:
-        return None
-    answers = store.read_table(path.with_name("answers.parquet"), "llm.answers/1", ["subject_id", "response_json"])
     written = joined(
-        (image_id, sentence)
-        for row in answers.to_pylist()
         # What stands behind # is the box of a cell.
-        if (image_id := row["subject_id"].partition("#")[0]) in masked
+        (row["subject_id"].partition("#")[0], sentence)
+        for row in read_answers(path.with_name("answers.parquet"))
         for sentence in json.loads(row["response_json"])["sentences"]
     )
-    card = domain_words(domain.noun, domain.group, *domain.attributes)
-    found = audit(
-        Names(classes.to_pylist(), card),
-        {"before": written, "after": masked},
-        {one: usable[one]["class_id"] for one in masked},
-        {one: usable[one]["split"] for one in masked},
+    return {"before": written, "after": joined((row["image_id"], row["text"]) for row in sentences)}
+
+
+def answered(data: Path, question: str, guesses: str | None) -> Versions:
+    """What a question's answers say of images, its field of guesses left out."""
+    columns = [(name, "ascending") for name in ("subject_id", "sample", "field", "rank")]
+    rows = store.read_table(data / texts_of(question), "asked/1").sort_by(columns).to_pylist()
+    written = joined(
+        (row["subject_id"], said.text)
+        for row in read_answers(data / f"asked/{question}/answers.parquet")
+        for said in strings_in(json.loads(row["response_json"]))
+        if said.field != guesses
     )
-    reading = [one.name for one in runs if {DESCRIPTIONS, CELLS} & one.fingerprints.keys()]
-    return {**found, "kinds": KINDS, "runs": reading}
+    return {
+        "before": written,
+        "after": joined((row["subject_id"], row["text"]) for row in rows if row["field"] != guesses),
+    }
+
+
+def read_answers(path: Path) -> list[Row]:
+    """Those that hold something, in order."""
+    columns = ["subject_id", "sample", "response_json"]
+    table = store.read_table(path, "llm.answers/1", columns)
+    table = table.filter(pc.is_valid(table["response_json"]))
+    return table.sort_by([("subject_id", "ascending"), ("sample", "ascending")]).to_pylist()
+
+
+def right_guesses(data: Path, question: str, guesses: str, classes: Sequence[Row], of_val: Mapping[str, str]) -> float:
+    """The share of val images of which the model's first guess is right; `of_val` has their class_ids by image_id. An
+    image without a guess counts as wrong."""
+    table = store.read_table(data / texts_of(question), "asked/1")
+    rows = table.filter(pc.equal(table["field"], guesses)).sort_by([("sample", "descending"), ("rank", "descending")])
+    first = {row["subject_id"]: row["text"] for row in rows.to_pylist()}  # the last one that is written stays
+    known = Guessed(classes)
+    places = {image_id: known.place(first.get(image_id, "")) for image_id in of_val}
+    right = [place is not None and classes[place]["class_id"] == of_val[one] for one, place in places.items()]
+    return sum(right) / len(right)
+
+
+def read_leaks(data: Path, index: pa.Table, classes: pa.Table, domain: Domain, runs: Sequence[Run]) -> list[Row]:
+    """What data/descriptions/ gives away, where something is described, and the answers to each question about images
+    or their texts that one of `runs` reads; with the names of the runs that read it.
+
+    Left out is a question whose prompt was told the class: its texts are read of training images alone. `index` and
+    `classes` are the tables index.images and index.classes.
+    """
+    usable = {row["image_id"]: row for row in index.to_pylist() if row["status"] == "ok"}
+    rows = classes.to_pylist()
+    names = Names(rows, domain_words(domain.noun, domain.group, *domain.attributes))
+    found: list[Row] = []
+
+    def judge(what: str, versions: Versions, files: set[str], guessed: float | None = None) -> None:
+        after = {image_id: text for image_id, text in versions["after"].items() if image_id in usable}
+        before = {image_id: text for image_id, text in versions["before"].items() if image_id in after}
+        of_class, split = ({one: usable[one][part] for one in after} for part in ("class_id", "split"))
+        reading = [one.name for one in runs if files & one.fingerprints.keys()]
+        if after or guessed is not None:
+            judged = audit(names, {"before": before, "after": after}, of_class, split)
+            found.append({**judged, "what": what, "kinds": KINDS, "runs": reading, "guessed": guessed})
+
+    if (data / DESCRIPTIONS).is_file():
+        judge("descriptions", described(data), {DESCRIPTIONS, CELLS})
+    of_val = {one: row["class_id"] for one, row in usable.items() if row["split"] == "val"}
+    for question in asked_in(runs):
+        made_by = store.read_header(data / texts_of(question), "asked/1").params
+        if made_by["told"]:
+            continue
+        guesses = made_by["guesses"]
+        guessed = right_guesses(data, question, guesses, rows, of_val) if guesses is not None and of_val else None
+        judge(f"answers to {question}", answered(data, question, guesses), {texts_of(question)}, guessed)
+    return found
+
+
+def asked_in(runs: Sequence[Run]) -> list[str]:
+    """The questions whose answers a run reads."""
+    parts = {Path(file).parts for one in runs for file in one.fingerprints}
+    return sorted({part[1] for part in parts if part[0] == "asked" and part[2:] == ("texts.parquet",)})
 
 
 def words_alone(leaks: Row) -> str:
-    """How far the words of the masked texts get without a picture, as a clause."""
+    """How far the words of the masked texts get without a picture, and the model's guesses, as a clause."""
     found = leaks["versions"]["after"]["alone"]
-    if found is None:
-        return "how far their words get alone cannot be told: train or val has none"
-    return (
-        f"their words alone get {percent(found)} % of {leaks['judged']} val images (the most frequent class:"
-        f" {percent(leaks['majority'])} %)"
-    )
+    said = "how far their words get alone cannot be told: train or val has none"
+    if found is not None:
+        said = (
+            f"their words alone get {percent(found)} % of {leaks['judged']} val images (the most frequent class:"
+            f" {percent(leaks['majority'])} %)"
+        )
+    return said if leaks["guessed"] is None else f"{said}; the model's first guess {percent(leaks['guessed'])} % of val"

@@ -2,9 +2,9 @@
 
 Reads   data/runs/RUN/{config.json,metrics.json,predictions.parquet,history.csv} of every run in train.runs;
         data/index/{images,classes,near_duplicates}.parquet, data/index/metrics.json, data/thumbs/;
-        data/descriptions/descriptions.parquet and cells.parquet (what they give away of the classes:
-        evaluation/leaks.py);
-        data/concepts/concepts.parquet, data/{concepts,descriptions}/answers.parquet (what they cost); for each encoder
+        data/descriptions/descriptions.parquet and cells.parquet, and data/asked/NAME/texts.parquet that a run reads
+        (what they give away of the classes: evaluation/leaks.py);
+        data/concepts/concepts.parquet, every answers.parquet (what they cost); for each encoder
         that a run stands on data/bank/E.parquet (a tower has no texts, and so no bank and no labels), and for that of
         the run that is shown also data/bank/E.json, data/labels/E/ and the boxes in data/embed/E/images/; the last
         state that was another, in .cache/states, where there is one: what changed since.
@@ -216,7 +216,7 @@ def report(
     warning = contamination(health, dataset["images"]["test"])
     # Of documents there is nothing to look at, no patch in which a concept could be seen, and no answer of a model.
     documents = store.are_documents(data / "index/images.parquet")
-    leaks = None if documents else read_leaks(data, index, classes, params.domain, runs)
+    leaks = [] if documents else read_leaks(data, index, classes, params.domain, runs)
 
     shown = find_shown(data, found, params.report.run)
     has_texts = shown.encoder in params.encoders

@@ -20,11 +20,11 @@ from typing import NamedTuple
 from fieldmark.command import UserError, printable, run
 from fieldmark.llm.compaction import compact
 from fieldmark.llm.held import SCHEMA
+from fieldmark.llm.tables import PAID, answer_tables
 from fieldmark.store import iterate_groups
 
 DATA = Path("data")
 COLUMNS = ["item_key", "source", "model_requested", "input_tokens", "output_tokens", "cost_usd", "created_at"]
-PAID = {"live", "batch"}
 # Names of stages that have a journal.
 STAGES = ("generate_concepts", "describe_images", "ask")
 
@@ -37,10 +37,6 @@ class Day(NamedTuple):
     input_tokens: int = 0
     output_tokens: int = 0
     usd: float = 0.0
-
-
-def tables() -> list[Path]:
-    return sorted([*DATA.glob("*/answers.parquet"), *DATA.glob("asked/*/answers.parquet")])
 
 
 def by_day(paths: Iterable[Path]) -> dict[tuple[str, str, str], Day]:
@@ -92,7 +88,7 @@ def main() -> None:
             (lines, left), (before, after) = done.lines, done.size
             print(f"{done.path}: {lines:,} lines, {left:,} kept; {before / 1e6:,.1f} MB, now {after / 1e6:,.1f}")
         return
-    paths = tables()
+    paths = answer_tables(DATA)
     if not paths:
         raise UserError(f"{DATA}: holds no answers.parquet; run the stages that ask (dvc repro), or dvc pull them")
     print(printable(lay_out(by_day(paths)), "\n"))

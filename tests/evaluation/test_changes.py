@@ -151,6 +151,10 @@ def test_money_is_that_of_answers_that_came_since(data: Path) -> None:
     assert (found.answers, found.unpriced, found.usd) == (4, 1, 3.5)
     # Undone: what comes back from the journal was paid before.
     assert (compare(second, first).answers, compare(second, first).usd) == (0, 0.0)
+    # Questions of one's own are paid like others.
+    write_answers(data / "asked/guess/answers.parquet", {"2026-01-09T00:00:00Z": 4.0})
+    third = compare(second, state_of(data, "linear_probe"))
+    assert (third.answers, third.usd) == (1, 4.0)
     write_answers(path, {times[4]: 9.0}, source="replay")
     assert times[4] not in replace(state_of(data, "linear_probe"), costs={}).costs
     assert state_of(data, "linear_probe").costs[times[4]] == (1, 0, 2.0)

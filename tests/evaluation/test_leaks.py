@@ -1,7 +1,9 @@
-"""What descriptions give away: names counted before and after the mask, and words alone against scikit-learn."""
+"""What texts about images give away: names counted before and after the mask, and words alone against scikit-learn."""
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +90,23 @@ def test_without_texts_of_val_nothing_is_said_of_words() -> None:
     assert found["majority"] is None
 
 
+def usable_images(data: Path) -> list[dict[str, Any]]:
+    index = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
+    return [row for row in index if row["status"] == "ok"]
+
+
+def has_read(data: Path, file: str) -> None:
+    """linear_probe was trained on a file."""
+    config = data / "runs/linear_probe/config.json"
+    written = json.loads(config.read_text())
+    written["fingerprints"][file] = "mark"
+    config.write_text(json.dumps(written))
+
+
 def describe(data: Path) -> None:
     """Give every usable image a sentence that names its class, and one masked; linear_probe has read them."""
-    index = read_table(data / "index/images.parquet", "index.images/1").to_pylist()
-    usable = [row for row in index if row["status"] == "ok"]
     rows, answers = [], []
-    for row in usable:
+    for row in usable_images(data):
         marks = f"a fish with {('red', 'blue', 'green')[int(row['class_id'][-2:])]} marks"
         rows.append({"image_id": row["image_id"], "rank": 0, "text": marks})
         same = {"sample": 0, "prompt_sha": "p", "status": "ok", "model_requested": "m", "attempts": 1, "source": "live"}
@@ -103,21 +116,67 @@ def describe(data: Path) -> None:
     tables = {"descriptions": ("descriptions/1", rows), "answers": ("llm.answers/1", answers)}
     for name, (schema, content) in tables.items():
         write_table(make_table(schema, content), data / f"descriptions/{name}.parquet", schema, {}, name)
-    config = data / "runs/linear_probe/config.json"
-    written = json.loads(config.read_text())
-    written["fingerprints"]["descriptions/descriptions.parquet"] = "descriptions"
-    config.write_text(json.dumps(written))
+    has_read(data, "descriptions/descriptions.parquet")
 
 
-def test_the_report_warns_of_runs_that_read_descriptions(data: Path) -> None:
-    describe(data)
+def ask(data: Path, *, told: bool = False, wrong: int = 0) -> None:
+    """Have every usable image answered about, with marks that tell its class and a guess of it; `wrong` of those of
+    val are of another class. linear_probe has read the texts."""
+    rows, answers = [], []
+    of_val = [row["image_id"] for row in usable_images(data) if row["split"] == "val"]
+    for row in usable_images(data):
+        marks, own = f"{('red', 'blue', 'green')[int(row['class_id'][-2:])]} marks", row["class_id"]
+        guess = "nothing like it" if row["image_id"] in of_val[:wrong] else own
+        same = {"subject_id": row["image_id"], "sample": 0}
+        rows.append({**same, "field": "guesses", "rank": 0, "text": guess})
+        # A second guess, and the guess of a second answer, count for nothing.
+        rows.append({**same, "field": "guesses", "rank": 1, "text": "nothing like it"})
+        rows.append({**same, "sample": 1, "field": "guesses", "rank": 0, "text": "nothing like it"})
+        rows.append({**same, "field": "reasons", "rank": 0, "text": marks})
+        said = json.dumps({"guesses": [guess, "nothing like it"], "reasons": [f"{own.title()} has {marks}"]})
+        cost = {"prompt_sha": "p", "status": "ok", "model_requested": "m", "attempts": 1, "source": "live"}
+        answers.append({**same, **cost, "item_key": row["image_id"], "created_at": "now", "response_json": said})
+    failed = {**answers[0], "sample": 1, "item_key": "failed", "status": "refused", "response_json": None}
+    made_by = {"subject": "image", "guesses": "guesses", "mask": True, "told": told}
+    write_table(make_table("asked/1", rows), data / "asked/guess/texts.parquet", "asked/1", made_by, "asked")
+    table = make_table("llm.answers/1", [*answers, failed])
+    write_table(table, data / "asked/guess/answers.parquet", "llm.answers/1", {}, "answers")
+    has_read(data, "asked/guess/texts.parquet")
+
+
+@pytest.mark.parametrize(
+    ("write", "what", "guessed"),
+    [
+        (describe, "descriptions", ""),
+        (partial(ask, wrong=6), "answers to guess", "; the model's first guess 75.0 % of val"),
+    ],
+)
+def test_the_report_warns_of_runs_that_read_texts_about_images(
+    data: Path, write: Callable[[Path], None], what: str, guessed: str
+) -> None:
+    write(data)
     summary = report(make_params(), data)
     page = Page((data / "report/index.html").read_text())
     said = "their words alone get 100.0 % of 24 val images (the most frequent class: 33.3 %)"
-    assert f"warning: linear_probe: read descriptions; {said}" in summary
-    assert "Runs that read descriptions: linear_probe" in page.text
+    assert f"warning: linear_probe: read {what}; {said}{guessed}\n" in summary
+    assert f"Runs that read {what}: linear_probe" in page.text
+    assert ("Its first guess of the class is right for 75.0 % of val" in page.text) == bool(guessed)
+    # Guesses name the class, and are no text.
     assert "name its own class 100.0 0.0" in page.text
     assert "words alone are right 100.0 100.0" in page.text
+
+
+def test_answers_that_were_told_the_class_are_read_of_training_images_alone(data: Path) -> None:
+    ask(data, told=True)
+    assert "answers to guess" not in report(make_params(), data)
+
+
+def test_descriptions_and_answers_stand_side_by_side(data: Path) -> None:
+    describe(data)
+    ask(data)
+    summary = report(make_params(), data)
+    assert "linear_probe: read descriptions; their words" in summary
+    assert "linear_probe: read answers to guess; their words" in summary
 
 
 def test_what_cells_give_away_counts_too(data: Path) -> None:
