@@ -182,10 +182,10 @@ def described(data: Path) -> Versions:
     return {"before": written, "after": joined((row["image_id"], row["text"]) for row in sentences)}
 
 
-def answered(data: Path, question: str, guesses: str | None) -> Versions:
-    """What a question's answers say of images, its field of guesses left out."""
+def answered(data: Path, question: str, texts: pa.Table, guesses: str | None) -> Versions:
+    """What a question's answers say of images, its field of guesses left out; `texts` is its table asked/1."""
     columns = [(name, "ascending") for name in ("subject_id", "sample", "field", "rank")]
-    rows = store.read_table(data / texts_of(question), "asked/1").sort_by(columns).to_pylist()
+    rows = texts.sort_by(columns).to_pylist()
     written = joined(
         (row["subject_id"], said.text)
         for row in read_answers(data / f"asked/{question}/answers.parquet")
@@ -199,18 +199,17 @@ def answered(data: Path, question: str, guesses: str | None) -> Versions:
 
 
 def read_answers(path: Path) -> list[Row]:
-    """Those that hold something, in order."""
-    columns = ["subject_id", "sample", "response_json"]
+    """Those that are ok, in order: what others hold need not be JSON."""
+    columns = ["subject_id", "sample", "status", "response_json"]
     table = store.read_table(path, "llm.answers/1", columns)
-    table = table.filter(pc.is_valid(table["response_json"]))
+    table = table.filter(pc.equal(table["status"], "ok"))
     return table.sort_by([("subject_id", "ascending"), ("sample", "ascending")]).to_pylist()
 
 
-def right_guesses(data: Path, question: str, guesses: str, classes: Sequence[Row], of_val: Mapping[str, str]) -> float:
-    """The share of val images of which the model's first guess is right; `of_val` has their class_ids by image_id. An
-    image without a guess counts as wrong."""
-    table = store.read_table(data / texts_of(question), "asked/1")
-    rows = table.filter(pc.equal(table["field"], guesses)).sort_by([("sample", "descending"), ("rank", "descending")])
+def right_guesses(texts: pa.Table, guesses: str, classes: Sequence[Row], of_val: Mapping[str, str]) -> float:
+    """The share of val images of which the model's first guess is right, of a table asked/1; `of_val` has their
+    class_ids by image_id. An image without a guess counts as wrong."""
+    rows = texts.filter(pc.equal(texts["field"], guesses)).sort_by([("sample", "descending"), ("rank", "descending")])
     first = {row["subject_id"]: row["text"] for row in rows.to_pylist()}  # the last one that is written stays
     known = Guessed(classes)
     places = {image_id: known.place(first.get(image_id, "")) for image_id in of_val}
@@ -225,6 +224,9 @@ def read_leaks(data: Path, index: pa.Table, classes: pa.Table, domain: Domain, r
     Left out is a question whose prompt was told the class: its texts are read of training images alone. `index` and
     `classes` are the tables index.images and index.classes.
     """
+    questions = asked_in(runs)
+    if not questions and not (data / DESCRIPTIONS).is_file():
+        return []
     usable = {row["image_id"]: row for row in index.to_pylist() if row["status"] == "ok"}
     rows = classes.to_pylist()
     names = Names(rows, domain_words(domain.noun, domain.group, *domain.attributes))
@@ -242,13 +244,13 @@ def read_leaks(data: Path, index: pa.Table, classes: pa.Table, domain: Domain, r
     if (data / DESCRIPTIONS).is_file():
         judge("descriptions", described(data), {DESCRIPTIONS, CELLS})
     of_val = {one: row["class_id"] for one, row in usable.items() if row["split"] == "val"}
-    for question in asked_in(runs):
+    for question in questions:
         made_by = store.read_header(data / texts_of(question), "asked/1").params
         if made_by["told"]:
             continue
-        guesses = made_by["guesses"]
-        guessed = right_guesses(data, question, guesses, rows, of_val) if guesses is not None and of_val else None
-        judge(f"answers to {question}", answered(data, question, guesses), {texts_of(question)}, guessed)
+        texts, guesses = store.read_table(data / texts_of(question), "asked/1"), made_by["guesses"]
+        guessed = right_guesses(texts, guesses, rows, of_val) if guesses is not None and of_val else None
+        judge(f"answers to {question}", answered(data, question, texts, guesses), {texts_of(question)}, guessed)
     return found
 
 

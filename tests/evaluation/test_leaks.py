@@ -113,7 +113,8 @@ def describe(data: Path) -> None:
         said = json.dumps({"sentences": [f"{row['class_id'].title()}: {marks}"]})
         own = {"item_key": row["image_id"], "subject_id": row["image_id"], "created_at": "now", "response_json": said}
         answers.append({**same, **own})
-    tables = {"descriptions": ("descriptions/1", rows), "answers": ("llm.answers/1", answers)}
+    failed = {**answers[0], "sample": 1, "item_key": "failed", "status": "invalid", "response_json": "I cannot say."}
+    tables = {"descriptions": ("descriptions/1", rows), "answers": ("llm.answers/1", [*answers, failed])}
     for name, (schema, content) in tables.items():
         write_table(make_table(schema, content), data / f"descriptions/{name}.parquet", schema, {}, name)
     has_read(data, "descriptions/descriptions.parquet")
@@ -136,7 +137,7 @@ def ask(data: Path, *, told: bool = False, wrong: int = 0) -> None:
         said = json.dumps({"guesses": [guess, "nothing like it"], "reasons": [f"{own.title()} has {marks}"]})
         cost = {"prompt_sha": "p", "status": "ok", "model_requested": "m", "attempts": 1, "source": "live"}
         answers.append({**same, **cost, "item_key": row["image_id"], "created_at": "now", "response_json": said})
-    failed = {**answers[0], "sample": 1, "item_key": "failed", "status": "refused", "response_json": None}
+    failed = {**answers[0], "sample": 1, "item_key": "failed", "status": "invalid", "response_json": "I cannot say."}
     made_by = {"subject": "image", "guesses": "guesses", "mask": True, "told": told}
     write_table(make_table("asked/1", rows), data / "asked/guess/texts.parquet", "asked/1", made_by, "asked")
     table = make_table("llm.answers/1", [*answers, failed])
