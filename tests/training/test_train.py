@@ -170,7 +170,7 @@ def test_a_transductive_run_says_so_where_its_numbers_stand(
         assert isinstance(run, Run)
         assert run.transductive is transductive
         rows = accuracy_rows([run], run, None)
-        said = summarise(rows, [], [], name, None, None, False, Path("page"))
+        said = summarise(rows, [], [], name, None, [], False, Path("page"))
         assert ("\ntransductive: images that are judged send to each other" in said) is transductive
         assert f"\n{name}{' (transductive)' * transductive}  " in said
 
