@@ -85,7 +85,8 @@ def measure(folder: Path, buckets: int, images: int, workers: int, options: list
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "FIELDMARK_ENGINE": "plain"}
     with open(folder / "log", "w") as log:
         running = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log)
-        process, known = psutil.Process(running.pid), {}
+        process = psutil.Process(running.pid)
+        known: dict[int, float] = {}
         first: tuple[float, float, int] | None = None
         while running.poll() is None:
             count, now, spent = len(list((folder / FOLDER).glob("b*"))), time.perf_counter(), 0.0

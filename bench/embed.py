@@ -53,7 +53,7 @@ PHOTOGRAPHS = ROOT.parent / "shared/data/cub100/CUB_200_2011/images"
 MODELS = {"cpu": ["ViT-B-32"], "cuda": ["ViT-B-16", "ViT-L-14"]}
 BATCH = {"cpu": 32, "cuda": 256}
 LARGE = (2000, 1500)
-NODES = {"grids": [2, 4]}
+NODES: dict[str, Any] = {"grids": [2, 4]}
 BAR, RIVAL_BAR, COSINE_BAR = 0.9, 3.5, 0.999
 COMPARED = 64
 # Its own parts, put together as its worker does, but loaded before the clock starts.

@@ -92,8 +92,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     threads = torch.get_num_threads()
     print(f"{where}, {threads} threads, torch {torch.__version__}, fp32; {k} nearest of N x {DIMENSION}")
-    head = ("N", "wall s", "CPU s", "bare CPU s", "x bare", "growth", "one more s", "peak MB", "vectors MB")
-    head = tuple(name.replace("CPU", "GPU") for name in head) if device.type == "cuda" else head
+    head = ["N", "wall s", "CPU s", "bare CPU s", "x bare", "growth", "one more s", "peak MB", "vectors MB"]
+    head = [name.replace("CPU", "GPU") for name in head] if device.type == "cuda" else head
     print(" ".join(f"{name:>10s}" for name in head))
     former = None
     for images in arguments.images:

@@ -126,9 +126,9 @@ def measure(title: str, data: Path, encoder: str, buckets: int, reads: frozenset
     read_it = partial(read_cache, data, encoder, buckets, reads)
     with tempfile.TemporaryDirectory() as folder:
         saved = []
-        for number, value in enumerate(tensors_of(read_it())):
+        for number, tensor in enumerate(tensors_of(read_it())):
             saved.append(Path(folder) / f"{number}.npy")
-            np.save(saved[-1], value)
+            np.save(saved[-1], tensor)
         size, tensors = (sum(file.stat().st_size for file in each) / 1e6 for each in (files, saved))
         print(f"{title}: {len(files)} files of {size:.1f} MB, {tensors:.1f} MB as tensors")
         mapped, held = read_it(), in_memory(read_it())

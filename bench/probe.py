@@ -128,8 +128,8 @@ def beside_scikit_learn() -> None:
     warnings.simplefilter("ignore", ConvergenceWarning)
     for c in GRID:
         model = LogisticRegression(C=c, max_iter=500).fit(x[split == "train"], y[split == "train"])
-        scores = [float(model.score(x[split == name], y[split == name])) for name in ("choose", "val", "test")]
-        best = max(best, (*scores, float(c)), key=lambda found: found[0])
+        of = {name: float(model.score(x[split == name], y[split == name])) for name in ("choose", "val", "test")}
+        best = max(best, (of["choose"], of["val"], of["test"], float(c)), key=lambda found: found[0])
     _, val, test, c = best
     print(f"scikit-learn  val {val:.4f}  test {test:.4f}  (C {c:.2g} of {len(GRID)}, {perf_counter() - start:.0f} s)")
     metrics = json.loads(METRICS.read_text(encoding="utf-8"))

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-import yaml
+from ruamel.yaml import YAML
 
 from evaluation.health import HEALTH
 from fieldmark.store import bucket_path, make_table, sha256, split_buckets, vector_column, write_table
@@ -137,13 +137,13 @@ def write_vectors(data: Path, label: dict[str, int], buckets: int, classes: int,
 
 def write_params(path: Path, buckets: int) -> None:
     """params.yaml of this repository with these runs on a tower, which has no texts."""
-    params = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    params = YAML(typ="safe").load(Path("params.yaml"))
     params["dataset"]["buckets"] = buckets
     params["towers"] = {ENCODER: {"model": "none"}}
     runs = {name: {"method": name, "encoder": ENCODER, "settings": settings} for name, settings in RUNS.items()}
     params["train"] |= {"runs": runs, "seeds": 1, "device": "cpu"}
     params["report"] = {"reference": "linear_probe", "run": "ridge"}
-    path.write_text(yaml.safe_dump(params))
+    YAML(typ="safe").dump(params, path)
 
 
 def measure(command: Sequence[str], cache: Path) -> Measured:

@@ -24,6 +24,7 @@ import argparse
 import platform
 import resource
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,13 +173,14 @@ def main() -> None:
     bare_epoch(1280, default.hidden, default.batch_size, device)
     bare = min(bare_epoch(images, default.hidden, default.batch_size, device) for _ in range(arguments.epochs))
     print(f"{'bare two-layer convolution':41s} {bare:6.3f} s an epoch")
-    for name, method, knobs in [
+    variants: list[tuple[str, str, dict[str, Any]]] = [
         ("attention_pool", "attention_pool", {}),
         ("concept_graph", "concept_graph", {}),
         ("concept_graph, every part on", "concept_graph", EVERY_PART),
         ("concept_graph, every part on, width 256", "concept_graph", {**EVERY_PART, "hidden": 256}),
         ("cate", "cate", {}),
-    ]:
+    ]
+    for name, method, knobs in variants:
         module = load_method(method)
         settings = module.Settings.model_validate({"epochs": 1, "weight_decay": [0.01], **knobs})
         seen = cache.only(reads_of(method, settings)).on(device)

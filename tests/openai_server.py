@@ -203,7 +203,8 @@ class OpenAIServer:
             code, message = course.error
             batch["errors"] = {"object": "list", "data": [{"code": code, "message": message, "line": 1}]}
             return
-        good, bad = [], []
+        good: list[bytes] = []
+        bad: list[bytes] = []
         requests = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
         for place, request in enumerate(requests):
             assert (request["method"], request["url"]) == ("POST", batch["endpoint"])
