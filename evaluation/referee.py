@@ -1,19 +1,21 @@
-"""What texts say of classes that have no images, or a few: prior_lda asked for many sets of texts at the price of one.
+"""What texts say of classes that have no images, or a few: plda asked for many sets of texts at the price of one.
 
-Classes have roles: those of `fit` teach with all their images, those of `settings` choose the shrinkage, those of
-`report` are told apart. With p_t the mean of teaching class t, S the covariance within them and m_0 the mean of p, the
+Classes have roles: those of `fit` teach with all their images, those of `settings` choose the knobs, those of `report`
+are told apart. With p_t the mean of teaching class t, S the covariance within them and m_0 the mean of p, the
 map from texts to images (training/layers/text_map.py) is linear in p:
 
-    q_c = m_0 + sum_t a_ct (p_t - m_0)              a (C, T) follows from texts alone
-    d_c = s_c (m_c - m_0) + (1 - s_c) (q_c - m_0)   s_c = k_c / (k_c + tr(S) / tr(R)), as in prior_lda
-    logit_c(x) = <d_c, x - m_0> - <d_c, d_c> / 2    <u, v> = u S^-1 v
+    e_c = m_0 + sum_t a_ct (p_t - m_0)                   a (C, T) follows from texts alone
+    r_t = sum_u b_tu (p_u - m_0)                         how far t lies from what the map without it says; b (T, T)
 
-So S, its axes and all inner products of p, of the images x that are asked about and of the means m_c of few images are
-made once a split of classes (`learn`, `ask`); a set of texts, be it a file, a control or attributes, costs a ridge over
-T classes and a few small products (`place`, `logits`). Without texts a = 0: transfer_lda of the same strength. Up to
-the scale of logits these are training.methods.prior_lda's, which a test holds. Nothing is read from files here.
+At 0 images a class lies at e_c, logit_c(x) = <e_c - m_0, x - m_0 - (e_c - m_0) / 2> with <u, v> = u S^-1 v. At one and
+more it lies between e_c and the mean m_c of its images, axis by axis of the covariance of r, and logits are those of
+PLDA (training/methods/plda.py has the equations). All of it follows from inner products: those of p, of the images x
+that are asked about and of m_c are made once a split of classes (`learn`, `ask`); a set of texts, be it a file, a
+control or attributes, costs a ridge over T classes and a few small products (`place`, `logits`). Without texts a = 0.
+The logits are those of training.methods.prior_lda and plda, which tests hold. Nothing is read from files here.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,14 +31,15 @@ from training.layers.gaussian import Spread
 from training.layers.logistic import L2_WITHOUT_VAL
 from training.layers.ridge import Rows, basis_of_rows, judge_left_out
 from training.layers.sparse import fit_sparse
-from training.layers.text_map import ALIKE, PENALTIES, TextMap, least_error
-from training.methods import prior_lda
-from training.methods.prior_lda import TEACHERS, trust
+from training.layers.text_map import PENALTIES, TEACHERS, TextMap, least_error
+from training.methods import plda
+from training.methods.plda import FLAT
 from training.methods.prototypes import class_means
 from training.metrics import Bools, Floats, Ints
 from training.regimes import by_draw
 
-SHRINKAGES = tuple(prior_lda.Settings().shrinkage)  # of the covariance
+SHRINKAGES = tuple(plda.Settings().shrinkage)  # of the covariance within classes
+PRIOR_SHRINKAGES = tuple(plda.Settings().prior_shrinkage)  # of that of class means
 PENALTIES_OF_ROWS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a dense layer, as shares of the mean spread
 FIT, SETTINGS = 0.5, 0.1  # shares of the classes, where roles are drawn
 FEWEST = 2  # classes that choose, or are told apart
@@ -78,19 +81,28 @@ class Taught(NamedTuple):
     means: Tensor  # p (T, r)
     spread: Spread
     gram: Tensor  # (T, T): p p^T, not divided by S
-    within: float  # tr(S)
+    size: int  # F
+    noise: float  # the mean over teaching classes of 1 / their images
 
 
 def learn(x: Tensor, y: Tensor, roles: Roles) -> Taught:
     """From vectors x (n, F) of images, standardised by those that teach, and their classes y (n,)."""
-    span = Span(x.double())
+    size, span = x.shape[1], Span(x.double())
     x = span.into(x.double())
     teaches = torch.isin(y, roles.fit)
     told = (y[teaches, None] == roles.fit).double()
     means, covariance, _ = class_means(x[teaches], told)
-    spread, centre = Spread(covariance, x.shape[1] if span.axes is None else len(span.axes)), means.mean(0)
+    spread, centre = Spread(covariance, size), means.mean(0)
     p = (means - centre) @ spread.axes
-    return Taught(roles, (x - centre) @ spread.axes, p, spread, p @ p.T, covariance.trace().item())
+    noise = told.sum(0).reciprocal().mean().item()
+    return Taught(roles, (x - centre) @ spread.axes, p, spread, p @ p.T, size, noise)
+
+
+class Knobs(NamedTuple):
+    """Of a split and a number of images, the same for every set of texts."""
+
+    shrinkage: float
+    prior_shrinkage: float
 
 
 class Asked(NamedTuple):
@@ -105,16 +117,19 @@ class Asked(NamedTuple):
     own: Tensor  # (D, C, n): <m, x>
     own_teachers: Tensor  # (D, C, T): <m, p>
     own_norm: Tensor  # (D, C): <m, m>
+    size: int  # F
+    noise: float
+    prior_shrinkage: float
 
 
 def ask(
-    taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, classes: Tensor, k: int | None, shrinkage: float
+    taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, classes: Tensor, k: int | None, knobs: Knobs
 ) -> Asked:
     """Ask about the images of `classes` that are not in the pool (n,), where k of the pool are told (None: all of it).
 
     y (n,); ranks (D, n): the place of each image of the pool within its class in each draw, from 0.
     """
-    scale = ((1 - shrinkage) * taught.spread.values + shrinkage * taught.spread.mean).rsqrt()
+    scale = ((1 - knobs.shrinkage) * taught.spread.values + knobs.shrinkage * taught.spread.mean).rsqrt()
     x, p = taught.x * scale, taught.means * scale
     of_class = y == classes[:, None]  # (C, n)
     wanted = of_class.any(0)
@@ -136,6 +151,9 @@ def ask(
         own=(own @ query.T).unflatten(0, means.shape[:2]),
         own_teachers=(own @ p.T).unflatten(0, means.shape[:2]),
         own_norm=means.square().sum(-1),
+        size=taught.size,
+        noise=taught.noise,
+        prior_shrinkage=knobs.prior_shrinkage,
     )
 
 
@@ -143,7 +161,7 @@ class Placed(NamedTuple):
     """Where texts put the classes."""
 
     weights: Tensor  # a (C, T)
-    ratio: float  # tr(S) / tr(R)
+    missed: Tensor  # b (T, T)
     penalty: float
     text_map: TextMap | None = None
 
@@ -151,38 +169,66 @@ class Placed(NamedTuple):
 def place(taught: Taught, texts: Tensor, asked: Tensor | None = None) -> Placed:
     """By texts (C, E) of all classes, or by other ones `asked` (C, E) of those that are asked about.
 
-    Leaving teaching classes out chooses the penalty, by the squared error as in prior_lda.
+    Leaving teaching classes out chooses the penalty, by the squared error as in plda.
     """
     count = len(taught.gram)
     text_map = TextMap(texts[taught.roles.fit], torch.eye(count))
-    errors = {penalty: left_out_error(text_map, taught.gram, penalty) for penalty in PENALTIES}
-    penalty = min(errors, key=errors.__getitem__)
+    missed = {penalty: torch.eye(count, dtype=torch.float64) - text_map.left_out(penalty) for penalty in PENALTIES}
+    penalty = min(missed, key=lambda penalty: squared_lengths(missed[penalty], taught.gram).mean().item())
     weights = text_map.predict(texts if asked is None else asked, penalty)
-    return Placed(weights, taught.within / max(errors[penalty], ALIKE), penalty, text_map)
+    return Placed(weights, missed[penalty], penalty, text_map)
 
 
-def left_out_error(text_map: TextMap, gram: Tensor, penalty: float) -> float:
-    """The mean of |p_t - what the map without t says of it|^2; text_map tells of (T, T) identity, gram is p p^T."""
-    rest = torch.eye(len(gram), dtype=gram.dtype) - text_map.left_out(penalty)
-    return ((rest @ gram) * rest).sum(1).mean().item()
+def squared_lengths(rows: Tensor, gram: Tensor) -> Tensor:
+    """(C,) of combinations of p, rows (C, T) of weights; gram (T, T) are the inner products of p."""
+    return ((rows @ gram) * rows).sum(1)
 
 
 def nowhere(taught: Taught, classes: int) -> Placed:
     """Without texts: every class is expected at m_0."""
     count = len(taught.gram)
-    error = taught.gram.trace().item() / count * (count / (count - 1)) ** 2
+    missed = torch.eye(count, dtype=torch.float64) * count / (count - 1)  # a class is left out of m_0 too
     weights = torch.zeros(classes, count, dtype=torch.float64)
-    return Placed(weights, taught.within / max(error, ALIKE), 0.0)
+    return Placed(weights, missed, 0.0)
 
 
 def logits(asked: Asked, placed: Placed) -> Tensor:
-    """(D, C, n)."""
+    """(D, C, n): of the map alone where no class has an image, else of PLDA."""
+    if not asked.counts.any():
+        return shared_logits(asked, placed, torch.zeros_like(asked.counts))
+    b, b_0, axes = axes_of(asked, placed)
+    k = asked.counts[:, None]  # (C, 1)
+    s, s_0 = b * k / (b * k + 1), b_0 * k / (b_0 * k + 1)
+    few = asked.counts.mean()
+    w, w_0 = 1 / (1 + b / (b * few + 1)), 1 / (1 + b_0 / (b_0 * few + 1))  # w = (I + B - A B)^-1 mu, along each axis
+    expected, seen = placed.weights[asked.classes] @ asked.gram @ axes.T, asked.own_teachers @ axes.T  # (D or 1, C, J)
+    round_mu = (1 - s_0) * expected + s_0 * seen  # with the share of all other axes
+    mu = (1 - s) * expected + s * seen
+    along = (w * mu - w_0 * round_mu) @ (axes @ asked.teachers)
+    norm = (w * mu.square() - w_0 * round_mu.square()).sum(-1, keepdim=True)
+    return w_0 * shared_logits(asked, placed, s_0[:, 0]) + along - norm / 2
+
+
+def shared_logits(asked: Asked, placed: Placed, s: Tensor) -> Tensor:
+    """(D, C, n) where the mean of its images has the share s (C,) of where a class lies, on every axis."""
     a = placed.weights[asked.classes]
-    s = trust(asked.counts, placed.ratio)
     rest = 1 - s
-    norm = s.square() * asked.own_norm + rest.square() * ((a @ asked.gram) * a).sum(1)
+    norm = s.square() * asked.own_norm + rest.square() * squared_lengths(a, asked.gram)
     norm = norm + 2 * s * rest * torch.einsum("dct,ct->dc", asked.own_teachers, a)
     return s[:, None] * asked.own + (rest[:, None] * (a @ asked.teachers)) - norm[..., None] / 2
+
+
+def axes_of(asked: Asked, placed: Placed) -> tuple[Tensor, Tensor, Tensor]:
+    """B, the covariance of class means about where texts expect them: b (J,) along axes, b_0 () along all others.
+
+    The axes, of length 1 under S^-1, are combinations of p: (J, T), 0 where no more than noise was seen.
+    """
+    missed = placed.missed
+    lengths, turn = torch.linalg.eigh(missed @ asked.gram @ missed.T)
+    b = (lengths / len(lengths) - asked.noise).clamp(min=0)
+    axes = turn.T @ missed * torch.where(b > 0, lengths, torch.inf).rsqrt()[:, None]
+    b_0 = (asked.prior_shrinkage * b.sum() / asked.size).clamp(min=FLAT)
+    return (1 - asked.prior_shrinkage) * b + b_0, b_0, axes
 
 
 def hits(asked: Asked, placed: Placed) -> Tensor:
@@ -202,17 +248,18 @@ def zero_shot(g: Tensor, asked: Asked, texts: Tensor) -> Tensor:
     return right((texts[asked.classes].float() @ g[asked.images].float().T)[None], asked.y)
 
 
-def choose_shrinkage(taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, k: int | None) -> float:
-    """The shrinkage at which the settings classes are told apart best without a text, at k images, or 1 where k is 0.
+def choose_knobs(taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, k: int | None) -> Knobs:
+    """Those at which the settings classes are told apart best without a text, at k images, or 1 where k is 0.
 
-    One for a file and all its controls: what differs between them is the texts alone.
+    The same for a file and all its controls: what differs between them is the texts alone.
     """
+    nothing = nowhere(taught, int(y.max()) + 1)
 
-    def accuracy(shrinkage: float) -> float:
-        asked = ask(taught, y, pool, ranks, taught.roles.settings, 1 if k == 0 else k, shrinkage)
-        return hits(asked, nowhere(taught, int(y.max()) + 1)).mean().item()
+    def accuracy(knobs: Knobs) -> float:
+        asked = ask(taught, y, pool, ranks, taught.roles.settings, 1 if k == 0 else k, knobs)
+        return hits(asked, nothing).mean().item()
 
-    return max(SHRINKAGES, key=accuracy)
+    return max(itertools.starmap(Knobs, itertools.product(SHRINKAGES, PRIOR_SHRINKAGES)), key=accuracy)
 
 
 class Answers(NamedTuple):
@@ -394,7 +441,7 @@ def decompose(
     texts: Tensor,
     attributes: Tensor,
     groups: Mapping[str, Sequence[int]],
-    shrinkage: float,
+    knobs: Knobs,
 ) -> Steps:
     """What is missing at 0 images: asked is at k = 0, texts (C, E), attributes (C, A), columns of each group.
 
@@ -423,7 +470,7 @@ def decompose(
         chance = (true - centre[list(columns)]).square().sum().item()
         for found, source in ((content, told), (seen, by_images)):
             found[group] = (true - source[report][:, list(columns)]).square().sum().item(), chance
-    everything = ask(taught, y, pool, ranks, asked.classes, None, shrinkage)
+    everything = ask(taught, y, pool, ranks, asked.classes, None, knobs)
     images = hits(everything, nowhere(taught, len(attributes)))
     return Steps(hits(asked, place(taught, texts)), hit(told), hit(attributes), images, mixed, content, seen)
 

@@ -1,11 +1,20 @@
 """The referee's page: what tools.referee found of concept files, as text, Markdown and figures. Pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation.referee import CONTENTLESS, FEWEST_DRAWS, OWNERLESS, SHRINKAGES, Answers, Row
+from evaluation.referee import (
+    CONTENTLESS,
+    FEWEST_DRAWS,
+    OWNERLESS,
+    PRIOR_SHRINKAGES,
+    SHRINKAGES,
+    Answers,
+    Knobs,
+    Row,
+)
 from evaluation.statistics import LEVEL, UNITS, Paired
 from evaluation.words import lay_out, percent, points, points_range, written_p
 from evaluation.worth import Worth
@@ -39,7 +48,7 @@ class Setting(NamedTuple):
     bottleneck_draws: int
     images: int  # that are asked about
     told: int  # of the pool
-    shrinkage: list[float]  # that were chosen
+    knobs: list[Knobs]  # that were chosen
     per_class: int | None
 
 
@@ -98,6 +107,12 @@ def blocks(page: Page) -> list[Block]:
     return [*found, *([sides(page.sides)] if page.sides else [])]
 
 
+def chosen(name: str, values: Collection[float], grid: Sequence[float]) -> str:
+    """Which points of a grid were taken, and where it ends."""
+    taken = ", ".join(map(str, sorted(values)))
+    return f"{name} chosen: {taken} of {', '.join(map(str, grid))} ({min(grid)} and {max(grid)} are its edges)"
+
+
 def about(setting: Setting) -> Block:
     fit, settings, report = setting.roles[0]
     splits = counted(len(setting.roles), "split of the classes", "rotated splits of the classes")
@@ -109,8 +124,8 @@ def about(setting: Setting) -> Block:
             f" {percent(1 / report)} %); {setting.draws} draws, {setting.bottleneck_draws} of a bottleneck's controls",
             f"{setting.images} images of train and val are asked about, {setting.told} others may be told; no test"
             " image is opened",
-            f"shrinkage chosen: {', '.join(map(str, setting.shrinkage))} of {', '.join(map(str, SHRINKAGES))}"
-            f" ({min(SHRINKAGES)} and {max(SHRINKAGES)} are its edges)",
+            chosen("shrinkage", {knobs.shrinkage for knobs in setting.knobs}, SHRINKAGES),
+            chosen("shrinkage of the prior", {knobs.prior_shrinkage for knobs in setting.knobs}, PRIOR_SHRINKAGES),
             *([f"no more than {setting.per_class} kept texts a class"] if setting.per_class else []),
         ],
     )
@@ -373,4 +388,5 @@ def as_json(page: Page) -> dict[str, Any]:
         ]
         files.append({**found, "rows": rows, "ranks": levels, "worth": [finite(each) for each in file.worth]})
     sides = [{**side._asdict(), "paired": side.paired._asdict()} for side in page.sides]
-    return {"setting": page.setting._asdict(), "files": files, "sides": sides}
+    knobs = [each._asdict() for each in page.setting.knobs]
+    return {"setting": {**page.setting._asdict(), "knobs": knobs}, "files": files, "sides": sides}

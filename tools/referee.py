@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from evaluation import referee
 from evaluation.leaks import KINDS, Names
-from evaluation.referee import Answers, Asked, Placed, Roles, Taught, Texts, class_vectors
+from evaluation.referee import Answers, Asked, Knobs, Placed, Roles, Taught, Texts, class_vectors
 from evaluation.referee_tables import FileResult, Page, Setting, Side, as_json, as_markdown, as_text
 from evaluation.statistics import holm, paired_differences
 from evaluation.taxonomy import Taxonomy, lineages_of
@@ -232,7 +232,7 @@ class Split(NamedTuple):
 
     taught: Taught
     asked: dict[int | None, Asked]  # by k
-    shrinkage: dict[int | None, float]
+    knobs: dict[int | None, Knobs]
 
 
 def prepare(images: Images, roles: Roles, settings: FeatureSettings, ks: Sequence[int | None]) -> Split:
@@ -240,9 +240,9 @@ def prepare(images: Images, roles: Roles, settings: FeatureSettings, ks: Sequenc
     teaches = torch.isin(cache.y, roles.fit).numpy()
     features = Features.measure(replace(cache, split=np.where(teaches, "train", "unused")), settings)
     taught = referee.learn(features.of(cache, torch.arange(len(cache.split))), cache.y, roles)
-    shrinkage = {k: referee.choose_shrinkage(taught, cache.y, pool, ranks, k) for k in ks}
-    asked = {k: referee.ask(taught, cache.y, pool, ranks, roles.report, k, shrinkage[k]) for k in ks}
-    return Split(taught, asked, shrinkage)
+    knobs = {k: referee.choose_knobs(taught, cache.y, pool, ranks, k) for k in ks}
+    asked = {k: referee.ask(taught, cache.y, pool, ranks, roles.report, k, knobs[k]) for k in ks}
+    return Split(taught, asked, knobs)
 
 
 class Voices(NamedTuple):
@@ -269,7 +269,7 @@ def voices_of(texts: Texts, names: Tensor, unrelated: Tensor, draws: int) -> Voi
 
 
 def beside(voices: Voices) -> Tensor:
-    """Names and texts side by side, as prior_lda takes both."""
+    """Names and texts side by side, as plda takes both."""
     return torch.cat([voices.names, voices.own], dim=1)
 
 
@@ -446,7 +446,7 @@ def missing(
     table, groups = attributes
     steps = [
         referee.decompose(
-            split.taught, cache.y, pool, ranks, split.asked[0], own, table, groups, split.shrinkage[0]
+            split.taught, cache.y, pool, ranks, split.asked[0], own, table, groups, split.knobs[0]
         )
         for split in splits
     ]
@@ -553,7 +553,7 @@ def judge_gate(cache: Cache, texts: Texts) -> Row:
 
 
 def worth_of(answered: Answered, splits: Sequence[Split], y: np.ndarray, part: np.ndarray) -> list[Worth]:
-    """Of the questions of the map and of prior_lda; all images of the pool count as their mean number a class asked."""
+    """Of the questions of the map and of plda; all images of the pool count as their mean number a class asked."""
     of_pool = torch.cat([split.asked[None].counts for split in splits]).mean().item()
     answers = [each for name, (each, _) in answered.questions.items() if name != ZERO_SHOT]
     asked = [(of_pool if k is None else float(k), each) for k, each in zip(WORTH, answers, strict=True)]
@@ -712,7 +712,7 @@ def judge_files(
         bottleneck_draws=arguments.bottleneck_draws,
         images=int((asked >= 0).any(0).sum()),
         told=int(images.pool.sum()),
-        shrinkage=sorted({value for split in splits for value in split.shrinkage.values()}),
+        knobs=sorted({knobs for split in splits for knobs in split.knobs.values()}),
         per_class=arguments.per_class,
     )
     sides = compare(results, y, groups_of(cache), part) if len(results) > 1 and not arguments.worth else []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation import referee
-from evaluation.referee import Asked, Roles, Taught, Texts
+from evaluation.referee import Asked, Knobs, Roles, Taught, Texts
 from tests.training.cache import Plan
 from tests.training.methods.test_prior_lda import described
 from training.class_texts import text_blocks
@@ -20,10 +20,11 @@ from training.layers.blocks import Standardise
 from training.layers.features import Features, FeatureSettings
 from training.layers.sparse import sparse_layers
 from training.loop import predict
-from training.methods import prior_lda, transfer_lda
+from training.methods import plda
 from training.regimes import Shots, by_draw, hide_test, restrict_classes
 
 Planted = Callable[[Plan], Cache]
+KNOBS = Knobs(0.3, 0.7)
 CLASSES = [f"class-{n:02d}" for n in range(24)]
 
 
@@ -37,7 +38,9 @@ class Scene(NamedTuple):
     asked: Asked
 
 
-def scene(known: Tensor, seed: int = 0, hidden: float = 0.0, noise: float = 0.5, images: int = 12, k: int = 0) -> Scene:
+def scene(
+    known: Tensor, seed: int = 0, hidden: float = 0.0, noise: float = 0.5, images: int = 12, k: int | None = 0
+) -> Scene:
     """20 numbers an image; half of the classes teach, two choose, the others are asked about at k images."""
     generator = torch.Generator().manual_seed(seed)
     classes, size = known.shape
@@ -53,7 +56,7 @@ def scene(known: Tensor, seed: int = 0, hidden: float = 0.0, noise: float = 0.5,
     ranks = torch.where(pool, order, -1)[None]
     roles = referee.rotated_roles([f"class-{n}" for n in range(classes)], 1)[0]
     taught = referee.learn(x, y, roles)
-    return Scene(taught, y, pool, ranks, referee.ask(taught, y, pool, ranks, roles.report, k, 0.3))
+    return Scene(taught, y, pool, ranks, referee.ask(taught, y, pool, ranks, roles.report, k, KNOBS))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -66,16 +69,18 @@ def cache(planted: Planted) -> Cache:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_it_says_what_prior_lda_and_transfer_lda_say(cache: Cache, k: int) -> None:
+def test_it_says_what_plda_says(cache: Cache, k: int) -> None:
     lent, told = CLASSES[:12], CLASSES[14:]
     few = restrict_classes(cache, told, lent)
     few = Shots.model_validate({"shots": k}).apply(few, 0)
-    knobs = {"shrinkage": [0.3], "strength": [1.0]}
-    settings = prior_lda.Settings.model_validate({**knobs, "texts": "concepts"})
-    with_texts = predict(prior_lda.fit(hide_test(few), settings, 0).model, few, few.images("test"))
-    # The spread of means is about the mean of the others here, as the error of a map is.
-    plain = transfer_lda.Settings.model_validate({**knobs, "strength": [(11 / 12) ** 2]})
-    without = predict(transfer_lda.fit(hide_test(few), plain, 0).model, few, few.images("test"))
+    with_texts, without = (
+        predict(
+            plda.fit(hide_test(few), plda.Settings.model_validate(
+                {"shrinkage": [0.3], "prior_shrinkage": [0.7], "texts": texts}), 0).model,
+            few, few.images("test"),
+        )
+        for texts in ("concepts", "none")
+    )  # fmt: skip
 
     teaches = np.isin(np.array(cache.classes)[cache.y.numpy()], lent)
     reported = np.isin(np.array(cache.classes)[cache.y.numpy()], told)
@@ -90,14 +95,13 @@ def test_it_says_what_prior_lda_and_transfer_lda_say(cache: Cache, k: int) -> No
     roles = Roles(torch.arange(12), torch.tensor([12, 13]), torch.arange(14, 24))
     features = Features.measure(restrict_classes(cache, lent), FeatureSettings())
     taught = referee.learn(features.of(seen, torch.arange(len(pool))), seen.y, roles)
-    asked = referee.ask(taught, seen.y, pool, ranks, roles.report, k, 0.3)
+    asked = referee.ask(taught, seen.y, pool, ranks, roles.report, k, KNOBS)
     texts = torch.cat(text_blocks(cache, "concepts"), dim=1)
     placed, nothing = referee.place(taught, texts), referee.nowhere(taught, 24)
     for said, wanted in ((placed, with_texts), (nothing, without)):
         found = referee.logits(asked, said)[0].T
         found, other = (each.double() - each.double().mean(1, keepdim=True) for each in (found, wanted))
-        scale = (found * other).sum() / other.square().sum()  # theirs makes up for the pull
-        torch.testing.assert_close(found, scale * other, rtol=1e-3, atol=1e-3 * found.abs().max().item())
+        torch.testing.assert_close(found, other, rtol=1e-3, atol=1e-3 * found.abs().max().item())
 
 
 def test_roles_rotate_so_that_every_class_is_told_apart_as_often() -> None:
@@ -109,22 +113,41 @@ def test_roles_rotate_so_that_every_class_is_told_apart_as_often() -> None:
         referee.rotated_roles(list("abcdef"), 5)
 
 
-@pytest.mark.parametrize("k", [0, 2])
-def test_logits_are_those_of_gaussians(k: int) -> None:
-    """By the definition: log densities about d_c, with no inner product made before."""
+def test_without_images_logits_are_those_of_gaussians_where_texts_say() -> None:
+    """By the definition: log densities, with no inner product made before."""
     known = normal(24, 6)
-    taught, y, pool, ranks, asked = scene(known, hidden=0.3, k=k)
+    taught, *_, asked = scene(known, hidden=0.3)
     placed = referee.place(taught, known)
     covariance = torch.diag(0.7 * taught.spread.values + 0.3 * taught.spread.mean)
     found = referee.logits(asked, placed)[0]
+    x = taught.x[asked.images]
     for row, label in enumerate(asked.classes.tolist()):
-        few = taught.x[(y == label) & pool & (ranks[0] < k)]
-        s = k / (k + placed.ratio)
-        centre = (1 - s) * placed.weights[label] @ taught.means + (s * few.mean(0) if k else 0.0)
-        away = taught.x[asked.images] - centre
-        density = -(away @ covariance.inverse() * away).sum(1) / 2
-        origin = taught.x[asked.images]
-        density = density + (origin @ covariance.inverse() * origin).sum(1) / 2
+        away = x - placed.weights[label] @ taught.means
+        density = ((x @ covariance.inverse() * x) - (away @ covariance.inverse() * away)).sum(1) / 2
+        torch.testing.assert_close(found[row], density, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, None])
+def test_with_images_logits_are_posteriors_by_whole_matrices(k: int | None) -> None:
+    """Class means drawn about where texts expect them, with the covariance of what teaching classes missed."""
+    known = normal(24, 6)
+    taught, y, pool, ranks, asked = scene(known, hidden=0.3, k=k)
+    placed = referee.place(taught, known)
+    scale = (0.7 * taught.spread.values + 0.3 * taught.spread.mean).rsqrt()
+    missed = placed.missed @ (taught.means * scale)
+    values, axes = torch.linalg.eigh(missed.T @ missed / len(missed))
+    values = (values - 1 / 12).clamp(min=0)
+    B = axes @ torch.diag(0.3 * values + 0.7 * values.sum() / 20) @ axes.T
+    eye, x = torch.eye(20, dtype=torch.float64), taught.x[asked.images] * scale
+    count = 6 if k is None else k
+    A = B @ (B + eye / count).inverse()
+    within = (eye + B - A @ B).inverse()
+    found = referee.logits(asked, placed)[0]
+    for row, label in enumerate(asked.classes.tolist()):
+        few = taught.x[(y == label) & pool & (ranks[0] < count)] * scale
+        expected = placed.weights[label] @ taught.means * scale
+        mu = expected + A @ (few.mean(0) - expected)
+        density = ((x @ within * x) - ((x - mu) @ within * (x - mu))).sum(1) / 2
         torch.testing.assert_close(found[row], density, rtol=1e-6, atol=1e-6)
 
 
@@ -181,7 +204,7 @@ def test_what_is_missing_is_laid_at_the_attributes_that_texts_leave_out() -> Non
     texts = attributes[:, :3] @ normal(3, 12, seed=5)
     taught, y, pool, ranks, asked = scene(shown, noise=0.2)
     groups = {"said": range(3), "unsaid": range(3, 6), "unseen": range(6, 9)}
-    steps = referee.decompose(taught, y, pool, ranks, asked, texts, attributes, groups, 0.3)
+    steps = referee.decompose(taught, y, pool, ranks, asked, texts, attributes, groups, KNOBS)
     said, told, true, images = (step.mean().item() for step in steps[:4])
     adds = {group: steps.groups[group].mean().item() - told for group in groups}
     explained = {

@@ -192,11 +192,11 @@ def judged(seed: int, said: float, mixed: bool = False) -> list[maths.Row]:
     own = own[torch.randperm(240, generator=generator)] if mixed else own
     pool = torch.arange(len(y)) % 2 == 0
     ranks = torch.where(pool, torch.arange(6).repeat(60) // 2, -1)[None]
-    splits = []
+    splits, knobs = [], maths.Knobs(0.3, 0.7)
     for roles in maths.rotated_roles([f"class-{n}" for n in range(60)], 2):
         taught = maths.learn(x, y, roles)
-        asked: dict[int | None, Any] = {k: maths.ask(taught, y, pool, ranks, roles.report, k, 0.3) for k in (0, 1)}
-        splits.append(referee.Split(taught, asked, {0: 0.3, 1: 0.3}))
+        asked: dict[int | None, Any] = {k: maths.ask(taught, y, pool, ranks, roles.report, k, knobs) for k in (0, 1)}
+        splits.append(referee.Split(taught, asked, {0: knobs, 1: knobs}))
     texts = Texts(tuple(map(str, range(240))), K, own)
     voices = referee.voices_of(texts, F.normalize(normal(60, 24), dim=1), F.normalize(normal(50, 24), dim=1), 20)
     questions = referee.ask_all(splits, voices, F.normalize(normal(len(y), 24), dim=1), (0, 1)).questions
