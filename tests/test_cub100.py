@@ -61,9 +61,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         params["dataset"].update(root="../CUB", val_list="../val.txt", buckets=2)
         params["concepts"]["import"] = "../texts.json"
         params["train"]["seeds"] = 1
-        # One encoder, and no texts for controls: those are for studies.
-        del params["encoders"]["birds-lit0"]
-        params["controls"] = {}
+        # One encoder, and neither texts for controls nor links: those are for studies.
+        for block in ("encoders", "moments"):
+            params[block] = {"birds-lit": params[block]["birds-lit"]}
+        del params["controls"], params["links"]
         for method in ("attention_pool", "concept_graph"):
             params["train"]["runs"][method]["settings"] = {"epochs": 2, "weight_decay": [0.01]}
 
