@@ -12,6 +12,7 @@ that has it.
 
     python -m tools.riddle
     python -m tools.riddle --methods trd --folds 2 --seeds 1 --epochs 30 --set object=global --set regions=grid
+    python -m tools.riddle --methods trd --faults threshold_precedence --set edges=similar
 """
 
 import json
@@ -106,6 +107,21 @@ def cases_of(method: str, given: Mapping[str, Any]) -> tuple[list[Case], list[st
     return [*cases, Case(method, f"{ALL}, {PEEKING}", every, True)], notes
 
 
+def only(cases: list[Case], notes: list[str], faults: Sequence[str] | None) -> tuple[list[Case], list[str]]:
+    """Without a fault and with these; of the notes, why one of them is left out. All of it where none is named.
+
+    Raises UserError for a fault that is not among the cases, with the note that says why.
+    """
+    if faults is None:
+        return cases, notes
+    known = dict.fromkeys(case.name for case in cases if case.name != NONE)
+    for fault in faults:
+        if fault not in known:
+            why = "; ".join(note for note in notes if f" {fault} is left out" in note)
+            raise UserError(f"--faults {fault}: {why or 'name some of ' + ', '.join(known)}")
+    return [case for case in cases if case.name in {NONE, *faults}], []
+
+
 def reason(error: ValidationError) -> str:
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -181,6 +197,8 @@ def main() -> None:
     with_faults = [method for method in method_names() if faults_of(method)]
     known = ", ".join(with_faults)
     parser.add_argument("--methods", nargs="+", choices=with_faults, default=with_faults, metavar="METHOD", help=known)
+    said = f"fit without a fault and with these, '{ALL}' and '{PEEKING}' among them (default: every one)"
+    parser.add_argument("--faults", nargs="+", metavar="FAULT", help=said)
     parser.add_argument("--encoder", metavar="NAME", help="of `encoders` or `towers` (default: the first encoder)")
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="outer folds (default: 5)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1 (default: 3)")
@@ -201,6 +219,7 @@ def main() -> None:
     for method in arguments.methods:
         of_method, left_out = cases_of(method, given)
         cases, notes = [*cases, *of_method], [*notes, *left_out]
+    cases, notes = only(cases, notes, arguments.faults)
     source = Source(DATA, encoder, params.dataset.buckets, choose_device(arguments.device))
     needs = frozenset[str]().union(*(needs_of(case.method, case.settings) for case in cases))
     cache = development(read_cache(DATA, encoder, source.buckets, needs))
@@ -210,6 +229,7 @@ def main() -> None:
     groups = groups_of(read_table(DATA / "index/images.parquet", "index.images/1", ["path", "group", "status"]))
     rows = rows_of(told, cache.y.numpy(), group_numbers(cache.paths, groups))
     command = f"python -m tools.riddle --methods {' '.join(arguments.methods)} --encoder {encoder}"
+    command += f" --faults {' '.join(arguments.faults)}" if arguments.faults else ""
     command += f" --folds {arguments.folds} --seeds {arguments.seeds}" + "".join(f" --set {pair}" for pair in pairs)
     images, classes = counted(len(cache.paths), "image", "images"), len(cache.classes)
     title = f"{command}, code {describe_commit() or 'unknown'}: train and val, {images} of {classes} classes"

@@ -58,6 +58,17 @@ def test_faults_are_those_that_the_settings_name() -> None:
     assert note.startswith("trd: threshold_precedence is left out: faults: Value error, threshold_precedence is a")
 
 
+def test_faults_that_are_named_are_fitted_alone_beside_none() -> None:
+    cases, notes = riddle.cases_of("trd", {})
+    assert riddle.only(cases, notes, None) == (cases, notes)
+    few, silent = riddle.only(cases, notes, ["peeking", "scrambled_crops"])
+    assert ([case.name for case in few], silent) == (["none", "scrambled_crops", "peeking"], [])
+    with pytest.raises(UserError, match=r"--faults threshold_precedence: trd: .* is a defect of edges: similar"):
+        riddle.only(cases, notes, ["threshold_precedence"])
+    with pytest.raises(UserError, match=r"--faults nobody: name some of scrambled_crops, "):
+        riddle.only(cases, notes, ["nobody"])
+
+
 def test_what_is_given_has_to_be_a_setting_of_a_value_that_it_takes() -> None:
     assert riddle.read_given(["epochs=2", "weight_decay=[0.1]", "object=global"], ["trd"]) == {
         "epochs": 2, "weight_decay": [0.1], "object": "global",
