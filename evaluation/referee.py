@@ -12,7 +12,7 @@ more it lies between e_c and the mean m_c of its images, axis by axis of the cov
 PLDA (training/methods/plda.py has the equations). All of it follows from inner products: those of p, of the images x
 that are asked about and of m_c are made once a split of classes (`learn`, `ask`); a set of texts, be it a file, a
 control or attributes, costs a ridge over T classes and a few small products (`place`, `logits`). Without texts a = 0.
-The logits are those of training.methods.prior_lda and plda, which tests hold. Nothing is read from files here.
+The logits are those of training.methods.plda, which a test holds. Nothing is read from files here.
 """
 
 import itertools
