@@ -28,8 +28,8 @@ A class in `concepts.edits` is not asked and not imported, whatever becomes of p
 answer holds into that file, for you to edit. Texts of kind habitat stay behind: an edited text counts as visual.
 
 An answer that came back refused, broken or not at all is a row with its status, asked again whenever the stage runs.
-Too few classes with an answer (llm.min_coverage) are an error, after the file is written, where classes are asked
-about or imported; texts of no class do not count.
+Too few classes with an answer (llm.min_coverage) are an error, after the file is written where classes are asked about,
+and before anything is asked where they are imported alone; texts of no class do not count.
 
     python -m stages.generate_concepts
     python -m stages.generate_concepts --dry-run
@@ -260,6 +260,13 @@ def main() -> None:
         )
     if args.dry_run and coverage:
         print(f"{STAGE}: {coverage}, 0 calls")
+    owned = [row_of(class_id, texts, each.source) for each in own for class_id, texts in each.texts.items()]
+    own_rows = [row for row in owned if row["subject_id"] != GENERIC]
+    names = {row["class_id"]: row["name"] for row in classes}
+    imported = any(each.key == IMPORT and of_classes(each.texts) for each in own)
+    if llm.mode != "import" and not documents and imported and "concepts" not in questions and not args.dry_run:
+        # What is asked besides is not about these classes: their texts are too few before anything is paid.
+        check_coverage(own_rows, names, llm, ANSWERS)
     if llm.mode in ("live", "batch"):
         if questions:
             refuse_cold_start(ANSWERS)
@@ -274,18 +281,14 @@ def main() -> None:
             print(f"{STAGE}: {items} items, all from {llm.recordings}, 0 calls")
             return
         keep_answers(STAGE, ANSWERS, [])
-    owned = [row_of(class_id, texts, each.source) for each in own for class_id, texts in each.texts.items()]
     rows = [*owned, *(row for each in answers.values() for row in each)]
 
     content = content_params(questions, own, params)
     mark = store.fingerprint(SCHEMA, content, [upstream])
     store.write_table(store.make_table(SCHEMA, rows), ANSWERS, SCHEMA, content, mark)
     write_metrics(rows, METRICS)
-    imported = any(each.key == IMPORT and of_classes(each.texts) for each in own)
-    if llm.mode != "import" and not documents and ("concepts" in questions or imported):
-        names = {row["class_id"]: row["name"] for row in classes}
-        own_rows = [row for row in owned if row["subject_id"] != GENERIC]
-        check_coverage([*own_rows, *answers.get("concepts", [])], names, llm, ANSWERS)
+    if "concepts" in questions:
+        check_coverage([*own_rows, *answers["concepts"]], names, llm, ANSWERS)
 
 
 if __name__ == "__main__":
