@@ -13,6 +13,7 @@ import numpy as np
 
 from evaluation.statistics import Paired, holm, paired_difference
 from evaluation.words import lay_out, percent, points, points_range, written_p
+from fieldmark.command import counted
 from training.metrics import Bools, Ints
 
 NONE = "none"
@@ -72,13 +73,14 @@ def table_of(rows: Sequence[Row]) -> str:
 def as_text(title: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
     """tables.txt: the table, and what it must not be read without."""
     units, unit = rows[0].order.units, rows[0].order.unit
+    compared = sum(row.p is not None for row in rows)
     foot = [
         "accuracies in %, differences in points; train: in evaluation mode, on images that trained; class order and"
         " shuffled: on held-out images, by the batches that they are asked in",
         "order adds: class order - shuffled, what batch-mates of the same class tell; gap: train - class order;"
         f" - {NONE}: to the method without faults, in class order",
         f"95 % bootstrap intervals over {units} {unit}; p: two-sided, corrected (Holm) for"
-        f" {sum(row.p is not None for row in rows)} comparisons of held-out accuracy; intervals are not,"
+        f" {counted(compared, 'comparison', 'comparisons')} of held-out accuracy; intervals are not,"
         " and the gap has none: a fault that only raises accuracy on training images has a gap and no p",
         "batches train as `batch_size` says and are asked 128 at a time; public code trains with 8 (TRD), 16"
         " (Relational Proxies) and 32 (the notes); a smaller batch of fewer classes may tell more",

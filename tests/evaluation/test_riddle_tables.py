@@ -41,7 +41,7 @@ def test_the_text_has_a_line_for_each_and_says_what_is_left_out() -> None:
     assert lines[0] == "title"
     assert lines[3].split()[:6] == ["m", "none", "90.0", "60.0", "60.0", "+0.0"]
     assert lines[4].split()[:6] == ["m", "fault", "100.0", "80.0", "50.0", "+30.0"]
-    assert "corrected (Holm) for 1 comparisons" in text
+    assert "corrected (Holm) for 1 comparison" in text
     assert lines[-1] == "m: other is left out: why"
     [_, row] = as_json(rows_of(some, y, None))["rows"]
     assert np.isclose(row["paired"]["difference"], 0.2)
