@@ -15,7 +15,6 @@ control or attributes, costs a ridge over T classes and a few small products (`p
 The logits are those of training.methods.plda, which a test holds. Nothing is read from files here.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -117,9 +116,8 @@ class Asked(NamedTuple):
     own: Tensor  # (D, C, n): <m, x>
     own_teachers: Tensor  # (D, C, T): <m, p>
     own_norm: Tensor  # (D, C): <m, m>
-    size: int  # F
-    noise: float
-    prior_shrinkage: float
+    taught: Taught
+    knobs: Knobs
 
 
 def ask(
@@ -151,9 +149,8 @@ def ask(
         own=(own @ query.T).unflatten(0, means.shape[:2]),
         own_teachers=(own @ p.T).unflatten(0, means.shape[:2]),
         own_norm=means.square().sum(-1),
-        size=taught.size,
-        noise=taught.noise,
-        prior_shrinkage=knobs.prior_shrinkage,
+        taught=taught,
+        knobs=knobs,
     )
 
 
@@ -223,12 +220,12 @@ def axes_of(asked: Asked, placed: Placed) -> tuple[Tensor, Tensor, Tensor]:
 
     The axes, of length 1 under S^-1, are combinations of p: (J, T), 0 where no more than noise was seen.
     """
-    missed = placed.missed
+    missed, shrinkage = placed.missed, asked.knobs.prior_shrinkage
     lengths, turn = torch.linalg.eigh(missed @ asked.gram @ missed.T)
-    b = (lengths / len(lengths) - asked.noise).clamp(min=0)
+    b = (lengths / len(lengths) - asked.taught.noise).clamp(min=0)
     axes = turn.T @ missed * torch.where(b > 0, lengths, torch.inf).rsqrt()[:, None]
-    b_0 = (asked.prior_shrinkage * b.sum() / asked.size).clamp(min=FLAT)
-    return (1 - asked.prior_shrinkage) * b + b_0, b_0, axes
+    b_0 = (shrinkage * b.sum() / asked.taught.size).clamp(min=FLAT)
+    return (1 - shrinkage) * b + b_0, b_0, axes
 
 
 def hits(asked: Asked, placed: Placed) -> Tensor:
@@ -254,12 +251,13 @@ def choose_knobs(taught: Taught, y: Tensor, pool: Tensor, ranks: Tensor, k: int 
     The same for a file and all its controls: what differs between them is the texts alone.
     """
     nothing = nowhere(taught, int(y.max()) + 1)
-
-    def accuracy(knobs: Knobs) -> float:
-        asked = ask(taught, y, pool, ranks, taught.roles.settings, 1 if k == 0 else k, knobs)
-        return hits(asked, nothing).mean().item()
-
-    return max(itertools.starmap(Knobs, itertools.product(SHRINKAGES, PRIOR_SHRINKAGES)), key=accuracy)
+    accuracy: dict[Knobs, float] = {}
+    for shrinkage in SHRINKAGES:
+        points = [Knobs(shrinkage, prior_shrinkage) for prior_shrinkage in PRIOR_SHRINKAGES]
+        asked = ask(taught, y, pool, ranks, taught.roles.settings, 1 if k == 0 else k, points[0])
+        for knobs in points:  # the prior's has no part in inner products
+            accuracy[knobs] = hits(asked._replace(knobs=knobs), nothing).mean().item()
+    return max(accuracy, key=accuracy.__getitem__)
 
 
 class Answers(NamedTuple):

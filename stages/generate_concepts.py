@@ -264,8 +264,8 @@ def main() -> None:
     own_rows = [row for row in owned if row["subject_id"] != GENERIC]
     names = {row["class_id"]: row["name"] for row in classes}
     imported = any(each.key == IMPORT and of_classes(each.texts) for each in own)
-    if llm.mode != "import" and not documents and imported and "concepts" not in questions and not args.dry_run:
-        # What is asked besides is not about these classes: their texts are too few before anything is paid.
+    if imported and "concepts" not in questions and not documents and not args.dry_run:
+        # What is asked besides makes up for no class: whether texts are too few is known before anything is paid.
         check_coverage(own_rows, names, llm, ANSWERS)
     if llm.mode in ("live", "batch"):
         if questions:

@@ -16,6 +16,7 @@ that has it.
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -108,18 +109,20 @@ def cases_of(method: str, given: Mapping[str, Any]) -> tuple[list[Case], list[st
 
 
 def only(cases: list[Case], notes: list[str], faults: Sequence[str] | None) -> tuple[list[Case], list[str]]:
-    """Without a fault and with these; of the notes, why one of them is left out. All of it where none is named.
+    """Without a fault and with these; of the notes, why a method leaves one of them out. All of it where none is named.
 
-    Raises UserError for a fault that is not among the cases, with the note that says why.
+    Raises UserError for a fault that is in no case, with the note that says why.
     """
     if faults is None:
         return cases, notes
     known = dict.fromkeys(case.name for case in cases if case.name != NONE)
+    left_out = list[str]()
     for fault in faults:
+        why = [note for note in notes if f": {fault} is left out: " in note]
         if fault not in known:
-            why = "; ".join(note for note in notes if f" {fault} is left out" in note)
-            raise UserError(f"--faults {fault}: {why or 'name some of ' + ', '.join(known)}")
-    return [case for case in cases if case.name in {NONE, *faults}], []
+            raise UserError(f"--faults {fault}: {'; '.join(why) or 'name some of ' + ', '.join(known)}")
+        left_out += why
+    return [case for case in cases if case.name in {NONE, *faults}], left_out
 
 
 def reason(error: ValidationError) -> str:
@@ -229,7 +232,7 @@ def main() -> None:
     groups = groups_of(read_table(DATA / "index/images.parquet", "index.images/1", ["path", "group", "status"]))
     rows = rows_of(told, cache.y.numpy(), group_numbers(cache.paths, groups))
     command = f"python -m tools.riddle --methods {' '.join(arguments.methods)} --encoder {encoder}"
-    command += f" --faults {' '.join(arguments.faults)}" if arguments.faults else ""
+    command += f" --faults {shlex.join(arguments.faults)}" if arguments.faults else ""
     command += f" --folds {arguments.folds} --seeds {arguments.seeds}" + "".join(f" --set {pair}" for pair in pairs)
     images, classes = counted(len(cache.paths), "image", "images"), len(cache.classes)
     title = f"{command}, code {describe_commit() or 'unknown'}: train and val, {images} of {classes} classes"

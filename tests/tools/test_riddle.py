@@ -67,6 +67,9 @@ def test_faults_that_are_named_are_fitted_alone_beside_none() -> None:
         riddle.only(cases, notes, ["threshold_precedence"])
     with pytest.raises(UserError, match=r"--faults nobody: name some of scrambled_crops, "):
         riddle.only(cases, notes, ["nobody"])
+    # A fault that one method has and another leaves out is said to be left out.
+    other = riddle.cases_of("notes_graph", {})[0]
+    assert riddle.only([*cases, *other], notes, ["threshold_precedence"])[1] == notes
 
 
 def test_what_is_given_has_to_be_a_setting_of_a_value_that_it_takes() -> None:
